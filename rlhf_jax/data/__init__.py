@@ -1,0 +1,1 @@
+"""Data: TFDS builders for storage, Grain for iteration, and the embedded assistant world."""

@@ -1,0 +1,76 @@
+"""The frozen pytrees that flow through every step, and the legend of their axes.
+
+Axes, in the order in which they appear:
+
+    B  sequences (rows) of a batch; under `pmap`, the rows of one device
+    K  responses to one prompt
+    P  prompt columns
+    N  response columns, of which the last may be padding
+    T  columns of a whole sequence (P + N for a rollout)
+    V  vocabulary
+    D  model width, H attention heads, G key/value heads, L layers
+
+Token ids are int32, masks are bool and mark what counts, everything per-token is float32.
+A *segment* array is a mask that can also tell packed documents apart: 0 is padding, and the ids of the
+documents of one row ascend from 1. A bool mask is a segment array with one document a row.
+"""
+
+from typing import Any
+
+import jax
+from flax import struct
+from jaxtyping import Array
+
+Params = Any  # a nested dict of arrays
+Metrics = dict[str, jax.Array]  # scalars by name, such as "loss/policy"
+
+
+class InputError(ValueError):
+    """Something the user supplied cannot be used. The message is one line: what, where, and what to do."""
+
+
+class TrainState(struct.PyTreeNode):
+    """All that a run changes. Arrays only, so that it replicates, shards, donates and checkpoints whole."""
+
+    step: Array  # [] int32, number of completed calls of the train step
+    params: Params
+    opt_state: Any
+    rng: Array  # [] key; a step folds in `step` and the row index, and never replaces it
+
+
+class Tokens(struct.PyTreeNode):
+    """Rows of text to learn from, for `sft.train_step`."""
+
+    tokens: Array  # [B, T] int32
+    segment: Array  # [B, T] int32, see above
+    target: Array  # [B, T] bool: token t is predicted, from what precedes it in its document
+
+
+class Prompts(struct.PyTreeNode):
+    """Prompts to respond to."""
+
+    tokens: Array  # [B, P] int32
+    mask: Array  # [B, P] bool
+    index: Array  # [B] int32, the row of the data source, to find its text again
+
+
+class Rankings(struct.PyTreeNode):
+    """K ranked responses to each prompt; each sequence is the prompt and one response."""
+
+    tokens: Array  # [B, K, T] int32
+    mask: Array  # [B, K, T] bool
+    rank: Array  # [B, K] int32: smaller is better, equal is a tie, -1 is absent
+
+
+class Rollout(struct.PyTreeNode):
+    """Sampled responses with everything that the behaviour policy, reference, critic and reward model said of them."""
+
+    tokens: Array  # [B, P + N] int32, prompt then response
+    mask: Array  # [B, P + N] bool
+    response_mask: Array  # [B, N] bool, the EOS counts
+    logp: Array  # [B, N] under the policy that sampled
+    logp_ref: Array  # [B, N] under the reference policy
+    value: Array  # [B, N] of the state in which each response token was chosen
+    score: Array  # [B] from the reward model
+    ended: Array  # [B] bool, the response has its EOS
+    index: Array  # [B] int32, as in `Prompts`
