@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 from flax import struct
-from jaxtyping import Array
 
+Leaf = Any  # an array on device or host, and whatever else jax.tree.map may put in its place
 Params = Any  # a nested dict of arrays
 Metrics = dict[str, jax.Array]  # scalars by name, such as "loss/policy"
 
@@ -32,45 +32,45 @@ class InputError(ValueError):
 class TrainState(struct.PyTreeNode):
     """All that a run changes. Arrays only, so that it replicates, shards, donates and checkpoints whole."""
 
-    step: Array  # [] int32, number of completed calls of the train step
+    step: Leaf  # [] int32, number of completed calls of the train step
     params: Params
     opt_state: Any
-    rng: Array  # [] key; a step folds in `step` and the row index, and never replaces it
+    rng: Leaf  # [] key; a step folds in `step` and the row index, and never replaces it
 
 
 class Tokens(struct.PyTreeNode):
     """Rows of text to learn from, for `sft.train_step`."""
 
-    tokens: Array  # [B, T] int32
-    segment: Array  # [B, T] int32, see above
-    target: Array  # [B, T] bool: token t is predicted, from what precedes it in its document
+    tokens: Leaf  # [B, T] int32
+    segment: Leaf  # [B, T] int32, see above
+    target: Leaf  # [B, T] bool: token t is predicted, from what precedes it in its document
 
 
 class Prompts(struct.PyTreeNode):
     """Prompts to respond to."""
 
-    tokens: Array  # [B, P] int32
-    mask: Array  # [B, P] bool
-    index: Array  # [B] int32, the row of the data source, to find its text again
+    tokens: Leaf  # [B, P] int32
+    mask: Leaf  # [B, P] bool
+    index: Leaf  # [B] int32, the row of the data source, to find its text again
 
 
 class Rankings(struct.PyTreeNode):
     """K ranked responses to each prompt; each sequence is the prompt and one response."""
 
-    tokens: Array  # [B, K, T] int32
-    mask: Array  # [B, K, T] bool
-    rank: Array  # [B, K] int32: smaller is better, equal is a tie, -1 is absent
+    tokens: Leaf  # [B, K, T] int32
+    mask: Leaf  # [B, K, T] bool
+    rank: Leaf  # [B, K] int32: smaller is better, equal is a tie, -1 is absent
 
 
 class Rollout(struct.PyTreeNode):
     """Sampled responses with everything that the behaviour policy, reference, critic and reward model said of them."""
 
-    tokens: Array  # [B, P + N] int32, prompt then response
-    mask: Array  # [B, P + N] bool
-    response_mask: Array  # [B, N] bool, the EOS counts
-    logp: Array  # [B, N] under the policy that sampled
-    logp_ref: Array  # [B, N] under the reference policy
-    value: Array  # [B, N] of the state in which each response token was chosen
-    score: Array  # [B] from the reward model
-    ended: Array  # [B] bool, the response has its EOS
-    index: Array  # [B] int32, as in `Prompts`
+    tokens: Leaf  # [B, P + N] int32, prompt then response
+    mask: Leaf  # [B, P + N] bool
+    response_mask: Leaf  # [B, N] bool, the EOS counts
+    logp: Leaf  # [B, N] under the policy that sampled
+    logp_ref: Leaf  # [B, N] under the reference policy
+    value: Leaf  # [B, N] of the state in which each response token was chosen
+    score: Leaf  # [B] from the reward model
+    ended: Leaf  # [B] bool, the response has its EOS
+    index: Leaf  # [B] int32, as in `Prompts`

@@ -1,0 +1,96 @@
+"""The command line of an experiment: a frozen dataclass in, flags out, and every mistake of the user's on one line."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+# Read when transformers is first imported, which says that there is no PyTorch. There need not be.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import absl.logging
+import tyro
+
+from rlhf_jax import log
+from rlhf_jax.types import InputError
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: wrong input, a run that broke down, control-C
+
+
+def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] | None = None) -> Result:
+    """Calls `main` with `default` as changed by the flags in `args`, by default those of the command line.
+
+    Each field is a flag (`--ppo.clip` for a nested one), and the comment beside it is its help. Leaves with one line on
+    stderr and status 2 on a flag or value that is wrong and on any `InputError` from `main`, 1 on a `NonFiniteError`,
+    130 on control-C. Other exceptions are bugs, and keep their traceback.
+    """
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and Grain narrate at lower levels
+    try:
+        return main(parse(default, args))
+    except InputError as error:
+        _leave(str(error), USAGE)
+    except log.NonFiniteError as error:
+        _leave(str(error), FAILURE)
+    except KeyboardInterrupt:
+        _leave("interrupted", INTERRUPTED)
+
+
+def parse(default: Config, args: Sequence[str] | None = None) -> Config:
+    """`default` as changed by the flags in `args`; raises `InputError` on a flag or a value that is wrong."""
+    module = sys.modules["__main__"]
+    spec = getattr(module, "__spec__", None)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config, unknown = tyro.cli(
+                type(default),
+                default=default,
+                args=args,
+                prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
+                description=module.__doc__,
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        if isinstance(stop.__context__, InputError):  # from the dataclass itself
+            raise stop.__context__ from None
+        raise InputError(f"{_first_paragraph(said.getvalue())}; see --help") from None
+    if unknown:
+        flag = unknown[0].split("=")[0].replace("_", "-")
+        near = difflib.get_close_matches(flag, ["--help", *_flags(default)], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        kind = "flag" if flag.startswith("-") else "argument"
+        raise InputError(f"unknown {kind} {unknown[0]}; {hint}see --help")
+    return config
+
+
+def _flags(config: Any, prefix: str = "--") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flag = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from _flags(value, flag + ".")
+        else:
+            yield flag
+
+
+def _first_paragraph(box: str) -> str:
+    """The message proper of the box that tyro draws around an error: what is between its title and the next rule."""
+    lines = [line.strip("│| ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    paragraphs = re.split(r"(?m)^[─+╰╯-]+$", "\n".join(lines))
+    text = next((" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()), "wrong flags")
+    return text.removeprefix("Error parsing ").rstrip(".")
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(status)

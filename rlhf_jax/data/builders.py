@@ -1,0 +1,458 @@
+"""Where rows come from: TFDS builders for local files and for the embedded world, and any TFDS data set by its name.
+
+A row of each kind, as it stands in a JSON Lines file and as `source` returns it:
+
+    text            {"text"}
+    demonstrations  {"prompt", "completion"} or {"messages"}, which ends with the assistant's message
+    rankings        {"prompt", "responses": [K], "ranks": [K]} (smaller is better, equal is a tie);
+                    {"prompt", "chosen", "rejected"} is the same with K = 2
+    prompts         {"prompt"}
+
+A prompt is verbatim text or a list of messages, `tokenizer` says how each is rendered. A response to messages may also
+be given as a list of one assistant message; `source` returns its content. Other fields are left out.
+
+Builders store a checked row as one JSON string, because a prompt is a string or a list and TFDS features hold no
+unions. They write ArrayRecord, keep the order of the rows, and need no TensorFlow. What is stored is found again by
+what it was made of: the content of the file, or the parameters and the code of the world.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from rlhf_jax.data.tokenizer import EOS, Message, Prompt
+from rlhf_jax.types import InputError
+
+Kind = Literal["text", "demonstrations", "rankings", "prompts"]
+Row = dict[str, Any]
+
+_FILES = (".jsonl", ".jsonl.gz", ".txt")
+_ROLES = ("system", "user", "assistant")
+
+
+class Rows:
+    """The rows of one split: `len`, indexing and iteration (many times faster than one index after another)."""
+
+    def __init__(self, records: Any, to_row: Callable[[dict[str, Any], int], Row]):
+        self._records, self._to_row = records, to_row
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Row:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._to_row(self._records[index % len(self)], index % len(self))
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), 1024):
+            indices = range(start, min(start + 1024, len(self)))
+            yield from map(self._to_row, self._records.__getitems__(indices), indices)
+
+
+def source(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -> Rows:
+    """The rows that `spec` names, prepared under `data_dir` on first use.
+
+    `spec` is one of
+
+    - "world" or, for instance, "world:seed=3,rows=1000": the embedded world, with splits "train" and "held_out";
+    - the path of a .jsonl file of rows, or of a .txt file of documents that lines `<|endoftext|>` (or, where there is
+      none, empty lines) separate; the first may be gzipped (.jsonl.gz). It has the one split "train";
+    - the name of a TFDS data set, such as "imdb_reviews" or "glue/sst2", with the field to read where it has several
+      of text and none named "text": "glue/mrpc:sentence1".
+
+    `split` may be a slice as in TFDS: "train[:90%]". Raises InputError, and leaves nothing prepared, on a bad row.
+    """
+    if spec.partition(":")[0] == "world":
+        return _world(spec, kind, Path(data_dir), split)
+    if spec.endswith(_FILES):
+        return _file(Path(spec), kind, Path(data_dir), split)
+    return _published(spec, kind, Path(data_dir), split)
+
+
+# -- checking rows -----------------------------------------------------------------------------------------------------
+
+
+def check(kind: Kind, row: Any, where: str) -> Row:
+    """The row in its canonical shape. InputError that begins with `where` and names the field if it has none."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, got {_short(row)}")
+    if kind == "text":
+        text = _text(row, "text", where)
+        if not text:
+            raise InputError(f"{where}, field text: expected some text, got an empty string")
+        return {"text": text}
+    if kind == "demonstrations" and "messages" in row:
+        messages = _messages(row["messages"], f"{where}, field messages")
+        if messages[-1]["role"] != "assistant" or messages[0]["role"] == "assistant":
+            raise InputError(f"{where}, field messages: expected a conversation that ends, not begins, with assistant")
+        return {"messages": messages}
+    prompt = _prompt(row, where)
+    if kind == "prompts":
+        return {"prompt": prompt}
+    if kind == "demonstrations":
+        return {
+            "prompt": prompt,
+            "completion": _response(_field(row, "completion", where), prompt, where, "completion"),
+        }
+    if "responses" not in row and "chosen" in row:
+        pair = [_response(_field(row, name, where), prompt, where, name) for name in ("chosen", "rejected")]
+        return {"prompt": prompt, "responses": pair, "ranks": [0, 1]}
+    responses = _field(row, "responses", where)
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise InputError(f"{where}, field responses: expected a list of at least 2, got {_short(responses)}")
+    texts = [_response(response, prompt, where, f"responses[{k}]") for k, response in enumerate(responses)]
+    ranks = _field(row, "ranks", where)
+    if (
+        not isinstance(ranks, list)
+        or len(ranks) != len(texts)
+        or not all(type(rank) is int and 0 <= rank < 2**31 for rank in ranks)
+    ):
+        raise InputError(
+            f"{where}, field ranks: expected {len(texts)} integers from 0 up, one per response, got {_short(ranks)}"
+        )
+    return {"prompt": prompt, "responses": texts, "ranks": ranks}
+
+
+def _field(row: Row, name: str, where: str) -> Any:
+    if name not in row:
+        raise InputError(f"{where}, field {name}: missing; the row has {_short(sorted(row))}")
+    return row[name]
+
+
+def _text(row: Row, name: str, where: str) -> str:
+    text = _field(row, name, where)
+    if not isinstance(text, str):
+        raise InputError(f"{where}, field {name}: expected text, got {_short(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}, field {name}: expected Unicode text, got half of a surrogate pair") from error
+    return text
+
+
+def _messages(value: Any, where: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: expected a list of messages, got {_short(value)}")
+    messages = []
+    for n, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise InputError(f'{where}[{n}]: expected {{"role", "content"}}, got {_short(message)}')
+        role = _text(message, "role", f"{where}[{n}]")
+        if role not in _ROLES:
+            raise InputError(f"{where}[{n}], field role: expected one of {', '.join(_ROLES)}, got {_short(role)}")
+        messages.append({"role": role, "content": _text(message, "content", f"{where}[{n}]")})
+    return messages
+
+
+def _prompt(row: Row, where: str) -> Prompt:
+    prompt = _field(row, "prompt", where)
+    if isinstance(prompt, str):
+        return _text(row, "prompt", where)
+    if not isinstance(prompt, list):
+        raise InputError(f"{where}, field prompt: expected text or a list of messages, got {_short(prompt)}")
+    messages = _messages(prompt, f"{where}, field prompt")
+    if messages[-1]["role"] == "assistant":
+        raise InputError(f"{where}, field prompt: expected its last message to come from the user, got assistant")
+    return messages
+
+
+def _response(value: Any, prompt: Prompt, where: str, name: str) -> str:
+    if isinstance(value, list) and not isinstance(prompt, str):
+        messages = _messages(value, f"{where}, field {name}")
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise InputError(f"{where}, field {name}: expected one assistant message, got {_short(value)}")
+        return messages[0]["content"]
+    return _text({name: value}, name, where)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# -- builders ----------------------------------------------------------------------------------------------------------
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """Stores the rows that `rows` yields, in their order. A further reader is a subclass with `rows` and a config."""
+
+    VERSION = tfds.core.Version("1.0.0")  # raise it when the rows change though the config does not
+
+    def rows(self) -> Iterator[Row]:
+        """Canonical rows, as `check` returns them; InputError on a bad one."""
+        raise NotImplementedError
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({"row": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {self.builder_config.split: self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
+        for n, row in enumerate(self.rows()):
+            yield n, {"row": json.dumps(row, ensure_ascii=False)}
+
+
+@dataclasses.dataclass(eq=False)
+class Config(tfds.core.BuilderConfig):
+    """Says, by its name too, all that the rows depend on. A data set has one split: no other is made in vain."""
+
+    kind: Kind = "text"
+    split: str = "train"
+
+
+@dataclasses.dataclass(eq=False)
+class FileConfig(Config):
+    """`name` holds the hash of the file's content."""
+
+    path: Path = Path()
+
+
+class LocalFile(Builder):
+    """Rows of one local file."""
+
+    def rows(self) -> Iterator[Row]:
+        """Each line's row, or each document."""
+        path, kind = self.builder_config.path, self.builder_config.kind
+        empty = True
+        for row in _documents(path) if path.suffix == ".txt" else _json_rows(path, kind):
+            empty = False
+            yield row
+        if empty:
+            raise InputError(f"{path}: expected rows of {kind}, got an empty file")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a UTF-8 file that may be gzipped."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        number = 0
+        while True:
+            try:
+                line = file.readline()
+            except (OSError, EOFError, zlib.error) as error:
+                raise InputError(f"{path}, line {number + 1}: cannot be read ({error})") from error
+            if not line:
+                return
+            number += 1
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}, line {number}: expected UTF-8, got byte {line[error.start]:#x}") from error
+
+
+def _json_rows(path: Path, kind: Kind) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: expected a JSON object, got {_short(line.strip())}") from error
+        yield check(kind, row, f"{path}, line {number}")
+
+
+def _documents(path: Path) -> Iterator[Row]:
+    text = "".join(line for _, line in _lines(path))
+    pieces = text.split(EOS) if EOS in text else re.split(r"\n\s*\n", text)
+    for piece in pieces:
+        if document := piece.strip():
+            yield {"text": document}
+
+
+def _file(path: Path, kind: Kind, data_dir: Path, split: str) -> Rows:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix == ".txt" and kind != "text":
+        raise InputError(f"{path}: {kind} are read from a .jsonl file, a .txt file holds documents alone")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    config = FileConfig(name=f"{kind}{path.suffix}-{digest[:24]}", path=path, kind=kind)
+    return _stored(lambda: LocalFile(config=config, data_dir=data_dir), str(path), split)
+
+
+@dataclasses.dataclass(eq=False)
+class WorldConfig(Config):
+    """Which sample of which world."""
+
+    seed: int = 0  # of the world
+    n_rows: int = 10_000
+
+
+class AssistantWorld(Builder):
+    """Rows that the embedded world generates; no two kinds or splits are the same sample of it."""
+
+    def rows(self) -> Iterator[Row]:
+        """A sample of the world."""
+        from rlhf_jax.data import labelers
+        from rlhf_jax.data.world import World
+
+        config = self.builder_config
+        world, n, held_out = World.generate(config.seed), config.n_rows, config.split == "held_out"
+        rows: Iterator[Row]
+        match config.kind:
+            case "text":
+                rows = ({"text": text} for text in world.corpus(n, seed=int(held_out)))
+            case "demonstrations":
+                rows = world.demonstrations(n, seed=2 + held_out)
+            case "rankings":  # by the same people, whichever the split
+                rows = labelers.rankings(world, n, seed=4, held_out=held_out)
+            case "prompts":
+                rows = world.prompt_rows(n, seed=5, held_out=held_out)
+        for number, row in enumerate(rows):
+            yield check(config.kind, row, f"world, row {number}")
+
+
+def _world(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
+    options = {"seed": 0, "rows": 10_000}
+    for option in filter(None, spec.partition(":")[2].split(",")):
+        name, _, value = option.partition("=")
+        if name not in options or not value.isdecimal():
+            raise InputError(f"data {spec!r}: expected, for instance, world:seed=3,rows=1000, got {option!r}")
+        options[name] = int(value)
+    if options["rows"] < 1:
+        raise InputError(f"data {spec!r}: expected at least 1 row")
+    base = split.partition("[")[0]
+    if base not in ("train", "held_out"):
+        raise InputError(f"data {spec!r}: no rows in split {split!r}; there are train, held_out")
+    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("world.py", "labelers.py"))
+    digest = hashlib.sha256(code).hexdigest()[:12]
+    config = WorldConfig(
+        name=f"{kind}-seed{options['seed']}-{options['rows']}-{base}-{digest}",
+        kind=kind,
+        seed=options["seed"],
+        n_rows=options["rows"],
+        split=base,
+    )
+    return _stored(lambda: AssistantWorld(config=config, data_dir=data_dir), f"data {spec!r}", split)
+
+
+def _stored(make: Callable[[], Builder], where: str, split: str) -> Rows:
+    return Rows(_records(make, where, split), lambda record, _: json.loads(record["row"]))
+
+
+# -- TFDS --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps from the terminal what TFDS prints while it prepares."""
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _records(make: Callable[[], tfds.core.DatasetBuilder], where: str, split: str) -> Any:
+    """The stored records of a split, prepared first if need be. TFDS puts them in their place only when complete."""
+    with _quiet():
+        builder = make()
+        if not builder.is_prepared():
+            try:
+                builder.download_and_prepare(file_format="array_record")
+            except InputError:
+                raise
+            except Exception as error:
+                # Another process may have been quicker with the same data.
+                if not (builder := make()).is_prepared():
+                    cause = str(error).strip().partition("\n")[0]
+                    raise InputError(f"{where}: cannot be prepared ({type(error).__name__}: {cause})") from error
+        try:
+            records = builder.as_data_source(split)
+            if not len(records):
+                raise ValueError("an empty slice")
+        except NotImplementedError as error:
+            raise InputError(
+                f"{where}: {builder.data_dir} holds it in a format without random access;"
+                " delete it or choose another data directory"
+            ) from error
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"{where}: no rows in split {split!r}; there are {', '.join(builder.info.splits)}"
+            ) from error
+    return records
+
+
+def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
+    name, field = spec, None
+    if match := re.fullmatch(r"(.+):([A-Za-z_]\w*)", spec):  # a version, name:1.0.0, starts with a digit
+        name, field = match.groups()
+    make = _find(name, spec, data_dir)
+    features = make().info.features
+    if not isinstance(features, tfds.features.FeaturesDict):
+        raise InputError(f"data {spec!r}: its rows have no named fields")
+    strings = sorted(key for key, x in features.items() if x.shape == () and x.np_dtype == np.object_)
+    if kind in ("text", "prompts"):
+        field = field or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
+        if field not in strings:
+            raise InputError(f"data {spec!r}: name the text field, as in {name}:{(strings or ['field'])[0]};"
+                             f" there are {', '.join(strings) or 'none'}")  # fmt: skip
+        target = {"text": "text", "prompts": "prompt"}[kind]
+
+    def to_row(record: dict[str, Any], index: int) -> Row:
+        where = f"data {spec!r}, split {split}, row {index}"
+        try:
+            row = {target: record[field].decode()} if field else {key: _plain(x) for key, x in record.items()}
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: expected UTF-8, got bytes that are not") from error
+        # An empty text is no mistake of the user's here: the pipelines refuse and count it.
+        return row if row == {"text": ""} else check(kind, row, where)
+
+    return Rows(_records(make, f"data {spec!r}", split), to_row)
+
+
+def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.DatasetBuilder]:
+    def make() -> tfds.core.DatasetBuilder:
+        return tfds.builder(name, data_dir=data_dir)
+
+    if not re.fullmatch(r"\w+(/[\w.\-]+)?(:[\d.]+)?", name):
+        raise InputError(f"data {spec!r}: expected world, a TFDS name, or a path that ends in {', '.join(_FILES)}")
+    try:
+        with _quiet():
+            try:
+                make()
+            except tfds.core.registered.DatasetNotFoundError:
+                # Without TensorFlow TFDS gives up before it has imported these, where glue and others are.
+                for module in ("text", "question_answering", "summarization", "translate", "structured"):
+                    with contextlib.suppress(ImportError):
+                        importlib.import_module(f"tensorflow_datasets.{module}")
+                make()
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise InputError(f"data {spec!r}: neither world nor a {'/'.join(_FILES)} file nor a known TFDS name") from error
+    except ValueError as error:
+        raise InputError(f"data {spec!r}: {str(error).strip().partition(chr(10))[0]}") from error
+    return make
+
+
+def _plain(value: Any) -> Any:
+    """A decoded TFDS feature as JSON would have it: text, numbers, lists, and a list of objects for columns."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        columns = {key: _plain(column) for key, column in value.items()}
+        if columns and all(isinstance(column, list) for column in columns.values()):
+            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+        return columns
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(x) for x in value]
+    return value

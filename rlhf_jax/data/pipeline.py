@@ -1,0 +1,312 @@
+"""Rows to batches: Grain pipelines that end in numpy-leaved `Tokens`, `Rankings` and `Prompts`.
+
+Rows are tokenised once, up front, so that what is kept, truncated and refused is counted before the first step. From
+then on a batch is a pure function of its number. The rows of an epoch are shuffled globally, otherwise in each epoch,
+and the epochs follow one another as one stream that is cut into batches: each row comes exactly once an epoch, and a
+batch may hold the end of one epoch and the start of the next. If the number of epochs is given, the last batch is
+filled up with empty rows (in `prompts`: with repeated ones, index -1), so that shapes never change.
+
+`batch` counts the rows of the global batch, over all processes. Process p of n holds the p-th of n equal parts of it,
+so that the batches of one process are those of many, laid side by side.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import grain
+import jax
+import numpy as np
+
+from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.types import InputError, Prompts, Rankings, Tokens
+
+T = TypeVar("T")
+Row = dict[str, Any]  # as `builders.source` returns them
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What became of the rows of a source. Printed, it is one line."""
+
+    kept: int  # truncated ones included
+    truncated: int = 0
+    empty: int = 0
+    too_long: int = 0
+
+    @property
+    def refused(self) -> int:
+        """Rows left out."""
+        return self.empty + self.too_long
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kept} rows kept ({self.truncated} of them truncated),"
+            f" {self.refused} refused ({self.empty} empty, {self.too_long} too long)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches(Generic[T]):
+    """A stream of batches. `iter` starts it anew; Grain's iterators have get_state and set_state for checkpoints."""
+
+    dataset: grain.IterDataset
+    counts: Counts
+    rows: int  # of the batches' first axis, an epoch
+    steps: int | None  # number of batches; None if they never end
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return iter(self.dataset)
+
+
+def text(
+    source: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    epochs: int | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Batches[Tokens]:
+    """Documents, each ended by EOS, packed into rows of `length` without leaking into one another.
+
+    A longer document goes on in further segments. All tokens are targets but the first of each segment.
+    """
+    documents = tokenizer_lib.encode(tokenizer, [row["text"] for row in source], special=True)
+    end = np.int32(tokenizer.eos_token_id)
+    ended = [np.append(ids, end) for ids in documents if len(ids)]
+    pieces = [ids[at : at + length] for ids in ended for at in range(0, len(ids), length)]
+    targets = [np.ones(len(ids), bool) for ids in pieces]
+    fill = _packed(pieces, targets, _pack([len(ids) for ids in pieces], length), length, tokenizer)
+    counts = Counts(len(ended), empty=len(documents) - len(ended))
+    return _stream("text", *fill, counts, batch, seed, epochs, process_index, process_count)
+
+
+def demonstrations(
+    source: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    epochs: int | None = None,
+    completion_only: bool = True,
+    pack: bool = True,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Batches[Tokens]:
+    """Prompts with what should follow, packed into rows of `length` without leaking, or one a row.
+
+    The targets are the tokens of the completion or, of `messages`, of each of the assistant's turns, EOS included;
+    without `completion_only`, all tokens but the first. What is too long is cut on the right, and refused if nothing
+    to learn is left. A row without a prompt or a completion is refused as empty.
+    """
+    rows = list(source)
+    usable = [row for row in rows if not _lacks_text(row)]
+    sequences, targets, truncated = [], [], 0
+    for ids, learn in _demonstrations(usable, tokenizer):
+        if learn[:length].any():
+            sequences.append(ids[:length])
+            targets.append(learn[:length] if completion_only else np.ones(len(ids[:length]), bool))
+            truncated += len(ids) > length
+    lengths = [len(ids) for ids in sequences]
+    plan = _pack(lengths, length) if pack else [[n] for n in range(len(sequences))]
+    fill = _packed(sequences, targets, plan, length, tokenizer)
+    counts = Counts(len(sequences), truncated, len(rows) - len(usable), len(usable) - len(sequences))
+    return _stream("demonstrations", *fill, counts, batch, seed, epochs, process_index, process_count)
+
+
+def rankings(
+    source: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    responses: int | None = None,
+    batch: int,
+    seed: int,
+    epochs: int | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Batches[Rankings]:
+    """Prompts with their ranked responses, each a sequence padded on the right to `length`.
+
+    `responses` is K, the most that a row may have; by default what the source has at most. Absent ones have rank -1
+    and an empty mask. A row is refused if its prompt is empty or one of its sequences longer than `length`.
+    """
+    rows = list(source)
+    usable = [row for row in rows if not _lacks_text(row)]
+    most = max((len(row["responses"]) for row in usable), default=2)
+    k_max = most if responses is None else responses
+    if most > k_max:
+        raise InputError(f"rankings: a row has {most} responses, more than the {k_max} asked for")
+    starts, ends = tokenizer_lib.render(
+        tokenizer, [row["prompt"] for row in usable], [row["responses"] for row in usable]
+    )
+    kept = [
+        ([np.append(start, end) for end in some], row["ranks"])
+        for start, some, row in zip(starts, ends, usable, strict=True)
+        if len(start) + max(map(len, some)) <= length
+    ]
+    pad = tokenizer_lib.pad_id(tokenizer)
+
+    def fill(index: np.ndarray) -> Rankings:
+        shape = (len(index), k_max, length)
+        tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
+        rank = np.full(shape[:2], -1, np.int32)
+        for b, n in enumerate(index):
+            if n >= 0:
+                sequences, ranks = kept[n]
+                rank[b, : len(ranks)] = ranks
+                for k, ids in enumerate(sequences):
+                    tokens[b, k, : len(ids)] = ids
+                    mask[b, k, : len(ids)] = True
+        return Rankings(tokens=tokens, mask=mask, rank=rank)
+
+    counts = Counts(len(kept), empty=len(rows) - len(usable), too_long=len(usable) - len(kept))
+    return _stream("rankings", fill, len(kept), counts, batch, seed, epochs, process_index, process_count)
+
+
+def prompts(
+    source: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    epochs: int | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Batches[Prompts]:
+    """Prompts padded on the left to `length`; empty and longer ones are refused. `index` is the row of the source."""
+    rows = list(source)
+    usable = [n for n, row in enumerate(rows) if not _lacks_text(row)]
+    ids, _ = tokenizer_lib.render(tokenizer, [rows[n]["prompt"] for n in usable], [[]] * len(usable))
+    kept = [(n, x) for n, x in zip(usable, ids, strict=True) if len(x) <= length]
+    pad = tokenizer_lib.pad_id(tokenizer)
+
+    def fill(index: np.ndarray) -> Prompts:
+        shape = (len(index), length)
+        tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
+        row = np.full(len(index), -1, np.int32)
+        for b, n in enumerate(index):
+            # A row to fill up with is a real prompt: a policy has nothing to say after none at all.
+            source_row, x = kept[max(n, 0)]
+            tokens[b, length - len(x) :] = x
+            mask[b, length - len(x) :] = True
+            row[b] = source_row if n >= 0 else -1
+        return Prompts(tokens=tokens, mask=mask, index=row)
+
+    counts = Counts(len(kept), empty=len(rows) - len(usable), too_long=len(usable) - len(kept))
+    return _stream("prompts", fill, len(kept), counts, batch, seed, epochs, process_index, process_count)
+
+
+def _lacks_text(row: Row) -> bool:
+    """Whether there is no prompt, or nothing to learn after it."""
+    if "messages" in row:
+        return not any(m["content"].strip() for m in row["messages"] if m["role"] == "assistant")
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])
+    return not prompt.strip() or not row.get("completion", "some").strip()
+
+
+def _demonstrations(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The ids of each row, and a mask of those to learn."""
+    pairs = [row for row in rows if "messages" not in row]
+    starts, ends = tokenizer_lib.render(
+        tokenizer, [row["prompt"] for row in pairs], [[row["completion"]] for row in pairs]
+    )
+    talks = iter(tokenizer_lib.render_conversations(tokenizer, [row["messages"] for row in rows if "messages" in row]))
+    rendered = zip(starts, ends, strict=True)
+    for row in rows:
+        if "messages" in row:
+            yield next(talks)
+        else:
+            start, (end,) = next(rendered)
+            yield np.append(start, end), np.arange(len(start) + len(end)) >= len(start)
+
+
+def _pack(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Best fit decreasing: which sequences stand in each row of `length` columns (arXiv:2404.10830).
+
+    The longest come first, each into the fullest row that still has room. Who shares a row is the same in all epochs;
+    it matters no more than who shares a batch, as segments do not see each other.
+    """
+    rows: list[list[int]] = []
+    having: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the number of their free columns
+    some = 0  # bit n: having[n] is not empty
+    for n in np.argsort(-np.array(lengths, int), kind="stable").tolist():
+        fitting = some >> lengths[n]
+        if fitting:
+            free = lengths[n] + (fitting & -fitting).bit_length() - 1
+            row = having[free].pop()
+            some ^= (not having[free]) << free
+        else:
+            free, row = length, len(rows)
+            rows.append([])
+        rows[row].append(n)
+        free -= lengths[n]
+        having[free].append(row)
+        some |= 1 << free
+    return rows
+
+
+def _packed(
+    sequences: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    plan: Sequence[Sequence[int]],
+    length: int,
+    tokenizer: Tokenizer,
+) -> tuple[Callable[[np.ndarray], Tokens], int]:
+    """How to fill a batch with the rows of `plan`, and how many those are."""
+    pad = tokenizer_lib.pad_id(tokenizer)
+
+    def fill(index: np.ndarray) -> Tokens:
+        shape = (len(index), length)
+        tokens, segment = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
+        target = np.zeros(shape, bool)
+        for b, row in enumerate(index):
+            start = 0
+            for number, n in enumerate(plan[row] if row >= 0 else (), start=1):
+                end = start + len(sequences[n])
+                tokens[b, start:end] = sequences[n]
+                segment[b, start:end] = number
+                target[b, start + 1 : end] = targets[n][1:]  # nothing of its own precedes the first token
+                start = end
+        return Tokens(tokens=tokens, segment=segment, target=target)
+
+    return fill, len(plan)
+
+
+def _stream(
+    kind: str,
+    fill: Callable[[np.ndarray], T],
+    rows: int,
+    counts: Counts,
+    batch: int,
+    seed: int,
+    epochs: int | None,
+    process_index: int | None,
+    process_count: int | None,
+) -> Batches[T]:
+    """Shuffles, repeats and batches row numbers, and fills this process's part of each batch."""
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if batch % count:
+        raise InputError(f"{kind}: a batch of {batch} does not divide over {count} processes")
+    if rows < batch:
+        raise InputError(f"{kind}: {rows} usable rows are fewer than a batch of {batch}; {counts}")
+
+    def part(numbers: np.ndarray) -> T:
+        whole = np.pad(numbers, (0, batch - len(numbers)), constant_values=-1)
+        return fill(whole.reshape(count, -1)[index])
+
+    numbers = grain.MapDataset.range(rows).seed(seed).shuffle().repeat(epochs).batch(batch)
+    return Batches(
+        # One thread prepares the next batches while the step runs.
+        numbers.map(part).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),
+        counts,
+        rows,
+        None if epochs is None else len(numbers),
+    )

@@ -1,0 +1,255 @@
+"""Text to token ids and back: a byte-level BPE of our own, any Hugging Face tokenizer, and chat templates.
+
+A prompt or response that is a string is verbatim text. A prompt that is a list of messages is rendered by the
+tokenizer's chat template up to the point where the assistant starts to write, and a response to it is the content of
+the assistant's next message. A prompt and its response are tokenised apart, because that is how a policy meets them.
+
+Each response ends with the EOS token, and so does each document. In our own tokenizer EOS is the one special token and
+the padding as well, which is safe because masks are explicit everywhere: nothing infers a mask from a token id.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from rlhf_jax.types import InputError
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found", which is as we want it
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+Tokenizer = PreTrainedTokenizerFast
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Prompt = str | list[Message]
+Ids = np.ndarray  # [n] int32
+
+EOS = "<|endoftext|>"
+# The generation prompt ends at the colon and the response starts with the space, where byte-level BPE never merges:
+# the tokens of a prompt and of its response are together the tokens of the whole.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'user' -%}{{ 'Question: ' + message.content + '\\n' }}"
+    "{%- elif message.role == 'assistant' -%}{{ 'Answer: ' + message.content + eos_token }}"
+    "{%- else -%}{{ message.content + '\\n' }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'Answer:' }}{%- endif -%}"
+)
+
+_STARTS = {"user": "Question: ", "assistant": "Answer: ", "system": ""}
+
+
+def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
+    """Learns a byte-level BPE of at most `vocab_size` ids from `texts`, saves it under `path` and returns it.
+
+    The same texts give the same file. Digits are tokens of their own, so that numbers are spelled alike everywhere.
+    A small corpus can run out of pairs to merge before `vocab_size` is reached.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise InputError(f"vocab_size is {vocab_size}: it must hold {len(alphabet)} bytes and {EOS}, so at least 257")
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    special = tokenizers.AddedToken(EOS, special=True, normalized=False)
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[special], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    return load(path)
+
+
+def load(path: str | Path) -> Tokenizer:
+    """The tokenizer in a directory of the Hugging Face layout. One without a chat template is given ours."""
+    if not Path(path).is_dir():
+        raise InputError(f"{path}: no such tokenizer directory")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the libraries raise anything, bare Exception included, on a broken file
+        raise InputError(f"{path}: holds no usable tokenizer ({_line(error)})") from error
+    if not tokenizer.is_fast:
+        raise InputError(f"{path}: holds a slow tokenizer; convert it to a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The id that fills unused columns; EOS where the tokenizer names none."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """InputError if the tokenizer can produce an id for which a model of `vocab_size` ids has no embedding."""
+    last = max(tokenizer.get_vocab().values())
+    if last >= vocab_size:
+        raise InputError(
+            f"the tokenizer has ids up to {last} but the model's vocabulary is {vocab_size}: use the model's own"
+            " tokenizer, or give the model a larger vocabulary"
+        )
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], special: bool | Sequence[bool]) -> list[Ids]:
+    """The ids of many texts; with `special`, together with what the tokenizer puts around a text, such as a BOS."""
+    if not isinstance(special, bool):
+        parts = {
+            flag: iter(encode(tokenizer, [text for text, s in zip(texts, special, strict=True) if s == flag], flag))
+            for flag in (False, True)
+        }
+        return [next(parts[flag]) for flag in special]
+    bpe = tokenizer.backend_tokenizer
+    bpe.no_truncation()  # a published tokenizer.json may ask for either
+    bpe.no_padding()
+    ids: list[Ids] = []
+    for start in range(0, len(texts), 4096):  # bounds the memory that the encodings take
+        batch = bpe.encode_batch_fast(list(texts[start : start + 4096]), add_special_tokens=special)
+        ids.extend(np.array(encoding.ids, np.int32) for encoding in batch)
+    return ids
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, mask: np.ndarray | None = None) -> str:
+    """The text of the ids where `mask` is true, without special tokens, spaces kept as they are."""
+    kept = np.asarray(ids) if mask is None else np.asarray(ids)[np.asarray(mask)]
+    return tokenizer.backend_tokenizer.decode(kept.tolist(), skip_special_tokens=True)
+
+
+def render(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
+) -> tuple[list[Ids], list[list[Ids]]]:
+    """The ids of many prompts, and of the responses to each, which end with EOS."""
+    starts, ends = _texts(tokenizer, prompts, responses)
+    prompt_ids = encode(tokenizer, starts, [isinstance(prompt, str) for prompt in prompts])
+    flat = iter(encode(tokenizer, [text for texts in ends for text in texts], special=False))
+    return prompt_ids, [[_ended(tokenizer, next(flat)) for _ in texts] for texts in ends]
+
+
+def render_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The ids that a policy continues."""
+    return render(tokenizer, [prompt], [[]])[0][0].tolist()
+
+
+def render_completion(tokenizer: Tokenizer, prompt: Prompt, completion: str) -> list[int]:
+    """The ids of the response `completion` to `prompt`, EOS included."""
+    return render(tokenizer, [prompt], [[completion]])[1][0][0].tolist()
+
+
+def render_conversations(tokenizer: Tokenizer, conversations: Sequence[list[Message]]) -> list[tuple[Ids, np.ndarray]]:
+    """The ids of whole conversations, each with a mask of what the assistant wrote, EOS included.
+
+    Raises InputError if the template writes an earlier turn otherwise than it was when the assistant answered:
+    there is then no one text in which to learn all the turns.
+    """
+    turns = [[n for n, m in enumerate(messages) if m["role"] == "assistant"] for messages in conversations]
+    starts, ends = _texts(
+        tokenizer,
+        [messages[:n] for messages, ns in zip(conversations, turns, strict=True) for n in ns],
+        [[messages[n]["content"]] for messages, ns in zip(conversations, turns, strict=True) for n in ns],
+    )
+    asked, answered = [], []  # what stands before each of the assistant's turns, and the turn
+    turn = zip(starts, ends, strict=True)
+    for ns in turns:
+        so_far = ""
+        for _ in ns:
+            start, (end,) = next(turn)
+            if not start.startswith(so_far):
+                raise InputError(
+                    "the chat template rewrites earlier turns: split conversations into prompt, completion"
+                )
+            asked.append(start[len(so_far) :])
+            answered.append(end)
+            so_far = start + end
+    asked_ids, answered_ids = (iter(encode(tokenizer, texts, special=False)) for texts in (asked, answered))
+    rendered = []
+    for ns in turns:
+        ids: list[Ids] = []
+        learn: list[np.ndarray] = []
+        for n in ns:
+            before, after = next(asked_ids), next(answered_ids)
+            turn_ids, rest = _ended(tokenizer, after), after[:0]
+            if n != ns[-1]:  # the template alone says what ends an inner turn, and what follows
+                turn_ids, rest = after[: len(turn_ids)], after[len(turn_ids) :]
+            ids += [before, turn_ids, rest]
+            learn += [np.zeros(len(before), bool), np.ones(len(turn_ids), bool), np.zeros(len(rest), bool)]
+        rendered.append((np.concatenate(ids), np.concatenate(learn)))
+    return rendered
+
+
+def _texts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """The prompts as text, and what each of their responses adds to that text."""
+    chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    chat_starts = iter(_template(tokenizer, chats, add_generation_prompt=True))
+    starts = [prompt if isinstance(prompt, str) else next(chat_starts) for prompt in prompts]
+    wholes = iter(
+        _template(
+            tokenizer,
+            [
+                [*prompt, {"role": "assistant", "content": text}]
+                for prompt, texts in zip(prompts, responses, strict=True)
+                if not isinstance(prompt, str)
+                for text in texts
+            ],
+            add_generation_prompt=False,
+        )
+    )
+    ends = []
+    for prompt, start, texts in zip(prompts, starts, responses, strict=True):
+        if isinstance(prompt, str):
+            ends.append(list(texts))
+            continue
+        ends.append([])
+        for _ in texts:
+            whole = next(wholes)
+            if not whole.startswith(start):
+                raise InputError("the chat template's generation prompt does not begin the turn that it renders")
+            ends[-1].append(whole[len(start) :])
+    return starts, ends
+
+
+def _template(tokenizer: Tokenizer, conversations: list[list[Message]], add_generation_prompt: bool) -> list[str]:
+    if tokenizer.chat_template == CHAT_TEMPLATE:  # the same without Jinja, which takes longer than tokenising
+        ends = {"user": "\n", "assistant": tokenizer.eos_token, "system": "\n"}
+        last = "Answer:" if add_generation_prompt else ""
+        return [
+            "".join(_STARTS[m["role"]] + m["content"] + ends[m["role"]] for m in messages) + last
+            for messages in conversations
+        ]
+    try:
+        texts: Any = conversations and tokenizer.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except jinja2.TemplateError as error:  # how a template refuses, for instance, a system message
+        raise InputError(f"the tokenizer's chat template refuses a conversation: {_line(error)}") from error
+    return texts
+
+
+def _ended(tokenizer: Tokenizer, ids: Ids) -> Ids:
+    """The ids up to their final EOS, which is added if there is none; a template may put a newline after it."""
+    eos = tokenizer.eos_token_id
+    if len(ids) and ids[-1] == eos:
+        return ids
+    last = np.flatnonzero(ids == eos)[-1:]
+    if last.size and not decode(tokenizer, ids[last[0] + 1 :]).strip():
+        return ids[: last[0] + 1]
+    return np.append(ids, np.int32(eos))
+
+
+def _line(error: Exception) -> str:
+    """The error as one line."""
+    return f"{type(error).__name__}: {json.dumps(str(error)[:200], ensure_ascii=False)}"

@@ -1,0 +1,43 @@
+"""A scalar read off each token: the reward model reads the last real token, the critic reads every one.
+
+Both are the same module with the same parameters, so that a critic can start from a reward model.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from rlhf_jax.advantages import last_index
+from rlhf_jax.transformer import Config, Transformer
+from rlhf_jax.types import Params
+
+
+class ScalarModel(nn.Module):
+    """Trunk and a linear map to one number a token, float32."""
+
+    config: Config
+
+    def setup(self) -> None:
+        self.trunk = Transformer(self.config)
+        # N(0, 1 / sqrt(d + 1)), as Ziegler et al. 2019 for the reward model.
+        std = (self.config.d_model + 1) ** -0.5
+        self.kernel = self.param("kernel", nn.initializers.normal(std), (self.config.d_model,))
+        self.bias = self.param("bias", nn.initializers.zeros, ())
+
+    def __call__(self, tokens: Array, segment: Array, keys: Array | None = None) -> Float[Array, "B T"]:
+        hidden, _ = self.trunk.hidden(tokens, segment, keys)
+        return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), self.kernel) + self.bias
+
+
+def at_last(per_token: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
+    """The value at each row's last real token; an empty row yields whatever column 0 holds."""
+    column = jnp.maximum(last_index(mask), 0)
+    return jnp.take_along_axis(per_token, column[:, None], axis=1)[:, 0]
+
+
+def from_policy(policy: Params, config: Config, key: Array) -> Params:
+    """Scalar-model parameters with the trunk of a language model and a fresh head."""
+    std = (config.d_model + 1) ** -0.5
+    kernel = std * jax.random.normal(key, (config.d_model,))
+    return {"trunk": policy, "kernel": kernel, "bias": jnp.zeros(())}

@@ -1,0 +1,66 @@
+"""What a model says of tokens: log-probabilities, entropy, divergence. Float32 inside, nats outside."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+KLKind = Literal["k1", "k2", "k3"]
+
+
+def token_logprobs(
+    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], temperature: float = 1.0
+) -> Float[Array, "B T"]:
+    """Log-probability of `tokens[b, t]` under `softmax(logits[b, t] / temperature)`: already aligned, no shift."""
+    logits = logits.astype(jnp.float32) / temperature
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def entropy(logits: Float[Array, "B T V"], temperature: float = 1.0) -> Float[Array, "B T"]:
+    """Entropy of `softmax(logits / temperature)` at each position, `-sum_v p_v ln p_v`."""
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+def kl_estimate(logp: Float[Array, "B T"], logp_ref: Float[Array, "B T"], kind: KLKind = "k1") -> Float[Array, "B T"]:
+    """Estimates of KL(policy || reference) from tokens that the policy sampled, with d = logp - logp_ref.
+
+    k1 = d is unbiased; k2 = d^2 / 2 has low variance and some bias; k3 = exp(-d) - 1 + d is unbiased and never
+    negative (Schulman 2020, "Approximating KL divergence").
+    """
+    d = logp.astype(jnp.float32) - logp_ref.astype(jnp.float32)
+    match kind:
+        case "k1":
+            return d
+        case "k2":
+            return 0.5 * d**2
+        case "k3":
+            return jnp.expm1(-d) + d
+        case _:
+            raise ValueError(f"unknown KL estimator {kind!r}: expected 'k1', 'k2' or 'k3'")
+
+
+def kl_full(logits_p: Float[Array, "B T V"], logits_q: Float[Array, "B T V"]) -> Float[Array, "B T"]:
+    """Exact KL(p || q) at each position, by summing over the vocabulary."""
+    logp = jax.nn.log_softmax(logits_p.astype(jnp.float32))
+    logq = jax.nn.log_softmax(logits_q.astype(jnp.float32))
+    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+
+
+def response_mask(tokens: Int[Array, "B N"], eos_id: int) -> Bool[Array, "B N"]:
+    """True up to and including the first EOS of each row; everywhere in a row that has none."""
+    is_eos = tokens == eos_id
+    return jnp.cumsum(is_eos, axis=-1) - is_eos == 0
+
+
+def masked_mean(x: Float[Array, "..."], mask: Bool[Array, "..."], count: Array | None = None) -> Float[Array, ""]:
+    """Sum of `x` where `mask`, over `count`.
+
+    `count` defaults to the mask's own number of entries. A step that sees only a share of a batch (one device's, one
+    micro-batch's) passes the count of the whole batch: its shares then add up to the mean over the whole.
+    Entries outside the mask may hold anything, infinities included.
+    """
+    count = jnp.sum(mask) if count is None else count
+    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(count, 1)

@@ -1,0 +1,22 @@
+"""What every test runs under: eight CPU devices, and numerical sloppiness as an error."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported. A flag of the user's comes later, and so prevails.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of oracles and data beside the repository; a test that needs it is skipped where there is none."""
+    path = Path(__file__).parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip("needs ../shared")
+    return path

@@ -1,0 +1,39 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import optim
+from tests.oracles import Case
+
+
+@pytest.mark.parametrize("name", ["lr_cosine_warmup", "lr_cosine_no_warmup"])
+def test_cosine_oracle(name):
+    case = Case(name)
+    schedule = optim.cosine(case["peak"], case["total"], case["warmup"], case["final_fraction"])
+    case.check(lr=[float(schedule(int(step))) for step in case["step"]])
+
+
+def test_cosine_by_hand():
+    schedule = optim.cosine(2.0, total=12, warmup=4, final_fraction=0.1)
+    np.testing.assert_allclose([schedule(s) for s in (0, 1, 4, 8, 12, 99)], [0.0, 0.5, 2.0, 1.1, 0.2, 0.2], rtol=1e-6)
+
+
+def test_weight_decay_spares_norms_and_biases():
+    params = {"kernel": jnp.ones(3), "embedding": jnp.ones(3), "bias": jnp.ones(3), "norm": {"scale": jnp.ones(3)}}
+    tx = optim.adamw(0.1, weight_decay=0.5)
+    state = optim.init(params, tx, jax.random.key(0))
+    state = jax.jit(optim.apply_gradients, static_argnums=2)(state, jax.tree.map(jnp.zeros_like, params), tx)
+    assert int(state.step) == 1
+    np.testing.assert_allclose(state.params["kernel"], 0.95)
+    np.testing.assert_allclose(state.params["embedding"], 0.95)
+    np.testing.assert_allclose(state.params["bias"], 1.0)
+    np.testing.assert_allclose(state.params["norm"]["scale"], 1.0)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+    tx = optim.adamw(1.0, clip_norm=0.5, eps=1.0)  # so large an eps that the update grows with the gradient
+    state = optim.apply_gradients(optim.init(params, tx, jax.random.key(0)), grads, tx)
+    np.testing.assert_allclose(state.params["b"], -0.4 / 1.4, rtol=1e-5)

@@ -1,0 +1,124 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import heads, optim, parallel, reward, transformer
+from rlhf_jax.types import Rankings
+from tests import tiny
+from tests.oracles import Case
+
+APPLY = transformer.bind(heads.ScalarModel(tiny.GPT))
+SCORES = jax.jit(functools.partial(reward.scores, apply_fn=APPLY))
+TX = optim.adamw(1e-3)
+STEP = functools.partial(reward.train_step, apply_fn=APPLY, tx=TX)
+
+
+def batch(seed: int, rows: int = 8, responses: int = 5) -> Rankings:
+    """Ragged lengths, ties, absent responses, and one prompt with no pair at all."""
+    rng = np.random.default_rng(seed)
+    mask = tiny.ragged(seed, rows * responses, 9).reshape(rows, responses, 9)
+    rank = rng.integers(0, 4, (rows, responses)).astype(np.int32)
+    rank[rng.random(rank.shape) < 0.2] = -1
+    rank[0] = 1
+    mask[rank < 0] = False
+    return jax.tree.map(jnp.array, Rankings(tokens=tiny.random_tokens(seed, rows, responses, 9), mask=mask, rank=rank))
+
+
+def test_bradley_terry_by_hand():
+    score = jnp.array([[1.5, -0.5, 0.25], [0.5, 0.75, 9.0], [3.0, 4.0, 5.0]])
+    rank = jnp.array([[0, 2, 1], [1, 0, -1], [1, 1, 1]])
+    nll = lambda margin: np.log1p(np.exp(-margin))
+    first = (nll(2.0) + nll(1.25) + nll(0.75)) / 3
+    np.testing.assert_allclose(reward.bradley_terry_loss(score, rank), (first + nll(0.25)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(reward.pairwise_accuracy(score, rank), 1.0)
+    np.testing.assert_allclose(reward.pairwise_accuracy(-score, rank), 0.0)
+    np.testing.assert_allclose(reward.pairwise_accuracy(jnp.zeros((3, 3)), rank), 0.5)
+
+
+def test_bradley_terry_oracle():
+    case = Case("bradley_terry_ranked")
+    loss, grad = jax.value_and_grad(reward.bradley_terry_loss)(case["scores"], case["ranks"])
+    pairs = reward.better(case["ranks"]).sum((1, 2))
+    accuracy = reward.pairwise_accuracy(case["scores"], case["ranks"])
+    case.check(loss=loss, grad_scores=grad, n_pairs=pairs, pair_accuracy_pooled=accuracy)
+
+
+def test_bradley_terry_pairs_oracle():
+    case = Case("bradley_terry_pairs")
+    score = jnp.stack([case["chosen"], case["rejected"]], 1)
+    rank = jnp.tile(jnp.array([[0, 1]]), (len(score), 1))
+    loss, grad = jax.value_and_grad(reward.bradley_terry_loss)(score, rank)
+    case.check(loss=loss, grad_chosen=grad[:, 0], grad_rejected=grad[:, 1])
+    case.check(accuracy=reward.pairwise_accuracy(score, rank))
+
+
+def test_what_absent_responses_hold_reaches_nothing():
+    score = jnp.array([[1.5, jnp.nan, 0.25]])
+    rank = jnp.array([[0, -1, 1]])
+    loss, grad = jax.value_and_grad(reward.bradley_terry_loss)(score, rank)
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-1.25)), rtol=1e-6)
+    assert np.isfinite(grad).all() and grad[0, 1] == 0
+
+
+def test_choice_oracle():
+    case = Case("choice_loss")
+    loss, grad = jax.value_and_grad(reward.choice_loss)(case["scores"], case["chosen"])
+    case.check(loss=loss, grad_scores=grad)
+
+
+def test_choice_by_hand():
+    score = jnp.log(jnp.array([[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]]))
+    np.testing.assert_allclose(reward.choice_loss(score, jnp.array([1, 0])), -np.log(0.5 * 0.1) / 2, rtol=1e-6)
+
+
+def test_score_is_read_at_the_last_real_token():
+    rows = batch(3)
+    score = SCORES(tiny.scalar(), rows)
+    length = int(rows.mask[2, 1].sum())
+    alone = jax.jit(APPLY)(tiny.scalar(), rows.tokens[2, 1:2, :length], jnp.ones((1, length), bool))[0, -1]
+    np.testing.assert_allclose(score[2, 1], alone, atol=1e-5)
+
+
+def test_one_device_equals_eight():
+    state = optim.init(tiny.scalar(), TX, jax.random.key(0))
+    one, eight, spread = jax.jit(STEP), parallel.pmap(STEP, donate=(0,)), parallel.replicate(state)
+    for seed in range(3):
+        state, metrics = one(state, batch(seed))
+        spread, spread_metrics = eight(spread, parallel.shard(batch(seed)))
+        tiny.assert_close(metrics, parallel.unreplicate(spread_metrics), atol=1e-5)
+    tiny.assert_close(state, parallel.unreplicate(spread), atol=1e-5)
+
+
+def test_it_learns_an_order():
+    # Responses are ranked by their last token.
+    tokens = jnp.array(tiny.random_tokens(0, 32, 4, 5))
+    rank = jnp.argsort(jnp.argsort(-tokens[..., -1], axis=1), axis=1)
+    data = Rankings(tokens=tokens, mask=jnp.ones(tokens.shape, bool), rank=rank)
+    tx = optim.adamw(1e-2)
+    state, step = optim.init(tiny.scalar(), tx, jax.random.key(0)), jax.jit(functools.partial(STEP, tx=tx))
+    for _ in range(60):
+        state, metrics = step(state, data)
+    assert metrics["reward/accuracy"] > 0.95
+    correct, pairs = jax.jit(functools.partial(reward.evaluate, apply_fn=APPLY))(state.params, data)
+    assert correct / pairs > 0.95
+
+
+@pytest.mark.parametrize("name", ["reward_normalise_given", "reward_normalise_samples"])
+def test_normalize_oracle(name):
+    case = Case(name)
+    raw = case["raw"]
+    mean, std = (case["mean"], case["std"]) if name.endswith("given") else (jnp.mean(raw), jnp.std(raw))
+    head = reward.normalize({"kernel": jnp.ones(1), "bias": jnp.zeros(())}, mean, std)
+    unit = raw * head["kernel"] + head["bias"]
+    target = case.raw["inputs"]
+    case.check(normalised=unit * target["target_std"] + target["target_mean"])
+
+
+def test_normalize_changes_the_scores_as_it_says():
+    rows = batch(0)
+    score = SCORES(tiny.scalar(), rows)
+    changed = SCORES(reward.normalize(tiny.scalar(), 0.5, 2.0), rows)
+    np.testing.assert_allclose(changed, (score - 0.5) / 2.0, atol=1e-5)

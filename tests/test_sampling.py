@@ -1,0 +1,122 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import logprobs, sampling, transformer
+from rlhf_jax.types import InputError
+from tests import tiny
+
+BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
+EOS = 2
+
+
+def generate(config, tokens, mask, key=None, n=8, **kwargs):
+    key = jax.random.key(7) if key is None else key
+    module = transformer.Transformer(config)
+    return sampling.generate(module, tiny.policy(config), jnp.asarray(tokens), jnp.asarray(mask), key, n, **kwargs)
+
+
+def scored(config, tokens, mask, sample, temperature=1.0):
+    """Log-probabilities of a sample by one forward pass over prompt and response."""
+    tokens, mask = sampling.left_pad(jnp.asarray(tokens), jnp.asarray(mask))
+    whole = jnp.concatenate([tokens, sample.tokens], 1)
+    apply_fn = jax.jit(transformer.bind(transformer.Transformer(config)))
+    logits = apply_fn(tiny.policy(config), whole, jnp.concatenate([mask, sample.mask], 1))
+    start = tokens.shape[1]
+    return logits[:, start - 1 : -1], logprobs.token_logprobs(logits[:, start - 1 : -1], sample.tokens, temperature)
+
+
+@BOTH
+def test_greedy_is_the_argmax_without_a_cache(config):
+    tokens, mask = tiny.random_tokens(0, 4, 6), tiny.ragged(1, 4, 6)
+    sample = generate(config, tokens, mask, temperature=0.0)
+    logits, _ = scored(config, tokens, mask, sample)
+    np.testing.assert_array_equal(sample.tokens, jnp.argmax(logits, -1))
+    assert sample.mask.all()
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_behaviour_logprobs_are_the_scorers(config, temperature):
+    tokens, mask = tiny.random_tokens(0, 16, 6), tiny.ragged(1, 16, 6, left=True)
+    sample = generate(config, tokens, mask, temperature=temperature, eos_id=EOS)
+    _, logp = scored(config, tokens, mask, sample, temperature)
+    np.testing.assert_allclose(sample.logp, np.where(sample.mask, logp, 0), atol=1e-5)
+
+
+@BOTH
+def test_a_rows_sample_depends_on_neither_batch_nor_padding(config):
+    keys = jax.random.split(jax.random.key(1), 5)
+    tokens, mask = tiny.random_tokens(0, 5, 6), tiny.ragged(1, 5, 6)
+    batch = generate(config, tokens, mask, keys, eos_id=EOS)
+    for row in range(5):
+        prompt = tokens[row, mask[row]]
+        wide, real = np.zeros((1, 9), np.int32), np.zeros((1, 9), bool)
+        columns = np.sort(np.random.default_rng(row).permutation(9)[: len(prompt)])
+        wide[0, columns], real[0, columns] = prompt, True
+        alone = generate(config, wide, real, keys[row : row + 1], eos_id=EOS)
+        np.testing.assert_array_equal(batch.tokens[row], alone.tokens[0])
+        np.testing.assert_array_equal(batch.mask[row], alone.mask[0])
+
+
+def test_mask_ends_with_the_first_eos():
+    # 4 rows end early at the latest when one token in five is an EOS.
+    tokens, mask = tiny.random_tokens(0, 64, 4), np.ones((64, 4), bool)
+    sample = generate(tiny.GPT, tokens, mask, eos_id=EOS, temperature=3.0, n=16)
+    expected = logprobs.response_mask(sample.tokens, EOS)
+    np.testing.assert_array_equal(sample.mask, expected)
+    assert 0 < int((~expected).sum()) < expected.size
+    assert (sample.tokens[~sample.mask] == EOS).all() and (sample.logp[~sample.mask] == 0).all()
+
+
+def test_any_of_several_ends():
+    tokens, mask = tiny.random_tokens(0, 8, 4), np.ones((8, 4), bool)
+    everything = generate(tiny.GPT, tokens, mask, eos_id=tuple(range(31)))
+    np.testing.assert_array_equal(everything.mask.sum(1), np.ones(8))
+
+
+def test_samples_follow_the_distribution():
+    rows = 20_000
+    tokens, mask = np.broadcast_to(tiny.random_tokens(0, 1, 3), (rows, 3)), np.ones((rows, 3), bool)
+    sample = generate(tiny.GPT, tokens, mask, n=1, temperature=0.8)
+    logits, _ = scored(tiny.GPT, tokens[:1], mask[:1], jax.tree.map(lambda x: x[:1], sample))
+    prob = jax.nn.softmax(logits[0, 0] / 0.8)
+    counts = np.bincount(sample.tokens[:, 0], minlength=31)
+    chi2 = np.sum((counts - rows * prob) ** 2 / (rows * prob))
+    assert chi2 < 62  # 99.95 % of a chi-squared with 30 degrees of freedom
+
+
+def test_different_keys_and_steps_draw_differently():
+    tokens, mask = np.broadcast_to(tiny.random_tokens(0, 1, 4), (8, 4)), np.ones((8, 4), bool)
+    one = generate(tiny.GPT, tokens, mask, jax.random.key(0), temperature=5.0)
+    two = generate(tiny.GPT, tokens, mask, jax.random.key(1), temperature=5.0)
+    assert len({tuple(row) for row in np.asarray(jnp.concatenate([one.tokens, two.tokens]))}) == 16
+    assert all(len(set(row)) > 1 for row in np.asarray(one.tokens))
+
+
+def test_top_k_and_top_p_by_hand():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
+    kept = lambda **kw: np.isfinite(sampling.truncate_logits(logits, **{"top_k": 0, "top_p": 1.0} | kw))[0].tolist()
+    assert kept() == [True] * 4
+    assert kept(top_k=2) == [False, True, False, True]
+    assert kept(top_p=0.65) == [False, True, False, True]  # .4 alone falls short, .4 + .3 reaches it
+    assert kept(top_p=0.75) == [False, True, True, True]
+    assert kept(top_p=0.01) == [False, True, False, False]
+    assert kept(top_k=99) == [True] * 4
+
+
+def test_draw_never_takes_an_impossible_token():
+    logits = jnp.where(jnp.arange(50_000) % 7 == 3, 0.0, -jnp.inf)[None].repeat(64, 0)
+    tokens = sampling.draw(jax.random.split(jax.random.key(0), 64), logits)
+    assert (tokens % 7 == 3).all()
+
+
+def test_bad_settings_are_refused():
+    tokens, mask = tiny.random_tokens(0, 1, 6), np.ones((1, 6), bool)
+    with pytest.raises(InputError, match="6 prompt columns and 19 new tokens exceed the model's context of 24"):
+        generate(tiny.GPT, tokens, mask, n=19)
+    with pytest.raises(InputError, match="top_p=0"):
+        generate(tiny.GPT, tokens, mask, top_p=0.0)
+    with pytest.raises(InputError, match="max_new_tokens=0"):
+        generate(tiny.GPT, tokens, mask, n=0)

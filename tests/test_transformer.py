@@ -1,0 +1,132 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import transformer
+from rlhf_jax.types import InputError
+from tests import tiny
+
+BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, params, tokens, segment, keys=None):
+    return transformer.bind(transformer.Transformer(config))(params, tokens, segment, keys)
+
+
+def logits(config, tokens, segment, keys=None):
+    return run(config, tiny.policy(config), tokens, segment, keys)
+
+
+@BOTH
+def test_padding_anywhere_gives_the_same_logits(config):
+    tokens = tiny.random_tokens(0, 1, 6)
+    alone = logits(config, tokens, np.ones((1, 6), bool))[0]
+    for columns in ([0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9], [0, 2, 3, 6, 7, 9]):
+        padded = tiny.random_tokens(1, 1, 10)
+        mask = np.zeros((1, 10), bool)
+        padded[:, columns], mask[:, columns] = tokens, True
+        np.testing.assert_allclose(logits(config, padded, mask)[0, columns], alone, atol=1e-5)
+
+
+@BOTH
+def test_packed_documents_do_not_see_each_other(config):
+    first, second = tiny.random_tokens(0, 1, 5), tiny.random_tokens(1, 1, 4)
+    packed = np.concatenate([first, second, np.zeros((1, 2), np.int32)], axis=1)
+    segment = np.array([[1] * 5 + [2] * 4 + [0] * 2])
+    together = logits(config, packed, segment)[0]
+    np.testing.assert_allclose(together[:5], logits(config, first, np.ones((1, 5), bool))[0], atol=1e-5)
+    np.testing.assert_allclose(together[5:9], logits(config, second, np.ones((1, 4), bool))[0], atol=1e-5)
+
+
+@BOTH
+def test_tokens_do_not_see_the_future(config):
+    tokens = tiny.random_tokens(0, 1, 8)
+    changed = tokens.copy()
+    changed[0, 5] += 1
+    mask = np.ones((1, 8), bool)
+    before, after = logits(config, tokens, mask), logits(config, changed, mask)
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert not np.allclose(before[:, 5:], after[:, 5:])
+
+
+def test_positions():
+    segment = jnp.array([[0, 1, 1, 0, 1, 2, 2, 0], [1, 1, 1, 2, 3, 3, 0, 0]])
+    position = np.where(segment > 0, transformer.positions(segment), -1)
+    np.testing.assert_array_equal(position, [[-1, 0, 1, -1, 2, 0, 1, -1], [0, 1, 2, 0, 0, 1, -1, -1]])
+
+
+@BOTH
+def test_rematerialisation_changes_nothing(config):
+    tokens, mask = jnp.array(tiny.random_tokens(0, 2, 6)), jnp.ones((2, 6), bool)
+
+    def loss(params, config):
+        return jnp.sum(transformer.bind(transformer.Transformer(config))(params, tokens, mask) ** 2)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    plain = gradient(tiny.policy(config), config)
+    remat = gradient(tiny.policy(config), dataclasses.replace(config, remat=True))
+    tiny.assert_close(plain, remat, atol=1e-3)
+
+
+@BOTH
+def test_bfloat16_trunk_float32_logits(config):
+    tokens, mask = tiny.random_tokens(0, 2, 6), np.ones((2, 6), bool)
+    half = logits(dataclasses.replace(config, dtype="bfloat16"), tokens, mask)
+    assert half.dtype == jnp.float32
+    full = logits(config, tokens, mask)
+    assert 1e-5 < np.abs(half - full).max() < 0.1
+
+
+def test_query_heads_share_their_groups_keys():
+    # One group for all heads, or each head its own copy of that group's key and value: the same function.
+    shared = transformer.llama(1, 16, 4, 1, 24, vocab_size=31, max_length=24)
+    params = tiny.policy(shared)
+    tokens, mask = jnp.array(tiny.random_tokens(0, 2, 7)), jnp.ones((2, 7), bool)
+    attention = params["blocks"]["attention"]
+    qkv = attention["qkv"]["kernel"]  # [1, D, 1, 4 + 2, H]
+    split = jnp.stack([jnp.stack([qkv[:, :, 0, r], qkv[:, :, 0, 4], qkv[:, :, 0, 5]], 2) for r in range(4)], 2)
+    out = jnp.swapaxes(attention["out"]["kernel"], 1, 2)
+    blocks = params["blocks"] | {"attention": {"qkv": {"kernel": split}, "out": {"kernel": out}}}
+    separate = run(dataclasses.replace(shared, n_kv_heads=4), params | {"blocks": blocks}, tokens, mask)
+    np.testing.assert_allclose(separate, logits(shared, tokens, mask), atol=1e-5)
+
+
+def test_dropout_depends_on_the_rows_key_alone():
+    config = dataclasses.replace(tiny.GPT, dropout=0.3)
+    keys = jax.random.split(jax.random.key(3), 4)
+    tokens, mask = tiny.random_tokens(0, 4, 6), np.ones((4, 6), bool)
+    full = logits(config, tokens, mask, keys=keys)
+    np.testing.assert_allclose(full[2:], logits(config, tokens[2:], mask[2:], keys=keys[2:]), atol=1e-5)
+    assert not np.allclose(full, logits(config, tokens, mask, keys=keys[::-1]))
+    np.testing.assert_array_equal(logits(config, tokens, mask), logits(tiny.GPT, tokens, mask))
+
+
+def test_dropout_keeps_the_mean():
+    x = jnp.ones((200, 10, 16))
+    dropped = transformer.dropout(x, jax.random.split(jax.random.key(0), 200), 1, 0.2)
+    assert abs(float(jnp.mean(dropped == 0)) - 0.2) < 0.01
+    assert abs(float(jnp.mean(dropped)) - 1.0) < 0.02
+
+
+def test_presets_have_the_published_sizes():
+    published = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    published |= {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}
+    for name, parameters in published.items():
+        assert transformer.parameter_count(transformer.PRESETS[name]) == parameters
+    rounded = {"125m": 125e6, "350m": 356e6, "760m": 760e6, "2.7b": 2.65e9, "6.7b": 6.66e9, "13b": 12.9e9}
+    for name, parameters in (rounded | {"175b": 174.6e9}).items():
+        assert transformer.parameter_count(transformer.PRESETS[f"gpt3-{name}"]) == pytest.approx(parameters, rel=0.01)
+
+
+def test_impossible_shapes_are_refused():
+    with pytest.raises(InputError, match="n_heads=4 is not a multiple of n_kv_heads=3"):
+        transformer.llama(1, 16, 4, 3, 24)
+    with pytest.raises(InputError, match="head_dim=3 must be even"):
+        transformer.llama(1, 12, 4, 2, 24)
+    with pytest.raises(InputError, match="exceed the model's context of 24"):
+        logits(tiny.GPT, tiny.random_tokens(0, 1, 25), np.ones((1, 25), bool))

@@ -1,0 +1,56 @@
+"""Models small enough to test with, and comparisons of trees."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import transformer
+
+GPT = transformer.gpt(2, 16, 2, vocab_size=31, max_length=24)
+LLAMA = transformer.llama(2, 16, 4, 2, 24, vocab_size=31, max_length=24)
+
+
+def policy(config: transformer.Config = GPT, seed: int = 0):
+    """Parameters of a language model, large enough that errors show."""
+    return _policy(dataclasses.replace(config, dropout=0.0, remat=False, dtype="float32"), seed)
+
+
+@functools.cache
+def _policy(config: transformer.Config, seed: int):
+    rng = np.random.default_rng(seed)
+    shapes = transformer.parameter_shapes(config)
+    return jax.tree.map(lambda x: jnp.array(rng.normal(0.0, 0.15, x.shape), x.dtype), shapes)
+
+
+def scalar(config: transformer.Config = GPT, seed: int = 5):
+    """Parameters of a reward model or critic."""
+    kernel = np.random.default_rng(seed).normal(0.0, 0.25, config.d_model)
+    return {"trunk": policy(config, seed), "kernel": jnp.array(kernel, jnp.float32), "bias": jnp.float32(0.0)}
+
+
+def arrays(tree):
+    """Host arrays to device arrays."""
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def ragged(seed: int, rows: int, columns: int, left: bool = False) -> np.ndarray:
+    """A mask whose rows have different lengths, at least two."""
+    lengths = np.random.default_rng(seed).integers(2, columns + 1, rows)
+    mask = np.arange(columns) < lengths[:, None]
+    return mask[:, ::-1].copy() if left else mask
+
+
+def random_tokens(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 31, shape).astype(np.int32)
+
+
+def assert_close(a, b, atol: float) -> None:
+    """Every leaf within `atol`; the failing leaf is named."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
