@@ -37,6 +37,13 @@ class Model:
     apply: Callable  # (params, tokens [B, T], mask [B, T]) -> logits [B, T, V], or score [B] for a reward model
 
 
+def tokenizer_of(model: Model) -> tokenizers.Tokenizer:
+    """The model's tokenizer; raises InputError when its directory has none."""
+    if model.tokenizer is None:
+        raise InputError("the model directory has no tokenizer.json, and this needs one: put the model's tokenizer there")
+    return model.tokenizer
+
+
 def load(path: str | Path, dtype: Any = jnp.float32) -> Model:
     """A language model from a directory. Parameters have the type `dtype`.
 

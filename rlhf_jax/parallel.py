@@ -49,9 +49,12 @@ def row_index(rows: int, axis: str | None) -> jax.Array:
     return first + jnp.arange(rows, dtype=jnp.int32)
 
 
-def row_keys(key: jax.Array, rows: int, axis: str | None) -> jax.Array:
-    """A key a row that depends on the row's place in the global batch, not on the device that holds it. [rows]."""
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(row_index(rows, axis))
+def row_keys(key: jax.Array, rows: int, axis: str | None, first: int | jax.Array = 0) -> jax.Array:
+    """A key a row that depends on the row's place in the global batch, not on the device that holds it. [rows].
+
+    `first` is the number of the batch's first row, where batches are parts of something larger.
+    """
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(first + row_index(rows, axis))
 
 
 def pmap(step: Callable, *, donate: tuple[int, ...] = (), devices: list | None = None) -> Callable:

@@ -1,12 +1,14 @@
 """From prompts to a rollout: sample responses, and record what every model says of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from rlhf_jax import parallel, sampling
+from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.heads import at_last
 from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.types import Params, Prompts, Rollout
@@ -33,6 +35,7 @@ def collect(
     frozen: Frozen,
     prompts: Prompts,
     key: jax.Array,
+    first: jax.Array,
     *,
     policy: sampling.HasConfig,
     policy_fn: Callable,
@@ -45,12 +48,14 @@ def collect(
 ) -> Rollout:
     """One response to each prompt. `params` holds "policy" and "critic".
 
+    Row b of the global batch samples with `fold_in(key, first + b)`.
+
     `policy_fn` maps (params, tokens, mask, keys, start=, stop=) to logits; `critic_fn` and `reward_fn` map
     (params, tokens, mask) to a scalar a token. The behaviour log-probabilities are the sampler's own.
     """
     rows = prompts.tokens.shape[0]
     prompt_tokens, prompt_mask = sampling.left_pad(prompts.tokens, prompts.mask)
-    keys = parallel.row_keys(key, rows, axis)
+    keys = parallel.row_keys(key, rows, axis, first)
     sample = sampling.generate(
         policy, params["policy"], prompt_tokens, prompt_mask, keys, max_new_tokens, temperature, eos_id=eos_id
     )
@@ -69,3 +74,49 @@ def collect(
         ended=jnp.any((sample.tokens == eos_id) & sample.mask, axis=1),
         index=prompts.index,
     )
+
+
+def chunks(prompts: Prompts, batch: int) -> Iterator[tuple[int, Prompts]]:
+    """The rows of `prompts` in batches of `batch`, each with the number of its first row; the last wraps round."""
+    rows = len(prompts.index)
+    for first in range(0, rows, batch):
+        index = np.arange(first, first + batch) % rows
+        yield first, jax.tree.map(lambda x, index=index: np.asarray(x)[index], prompts)
+
+
+def respond(
+    policy: sampling.HasConfig,
+    params: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    *,
+    batch: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_id: int,
+) -> sampling.Sample:
+    """A response to each of any number of prompts, `batch` at a time over all devices; results lie on the host.
+
+    What row b samples depends on `key`, b and its prompt, not on `batch`.
+    """
+
+    def step(params: Params, prompts: Prompts, key: jax.Array, first: jax.Array, axis: str | None) -> sampling.Sample:
+        keys = parallel.row_keys(key, prompts.tokens.shape[0], axis, first)
+        return sampling.generate(
+            policy, params, prompts.tokens, prompts.mask, keys, max_new_tokens, temperature, eos_id=eos_id
+        )
+
+    generate = parallel.pmap(step)
+    spread, keys = parallel.replicate(params), parallel.replicate(key)
+    parts = [
+        parallel.gather(generate(spread, parallel.shard(part), keys, parallel.replicate(first)))
+        for first, part in chunks(prompts, batch)
+    ]
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
+
+
+def texts(tokenizer: tokenizer_lib.Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """What each response [B, N] says, without its EOS and the white space around it."""
+    special = set(tokenizer.all_special_ids)
+    kept = [[i for i in row[on].tolist() if i not in special] for row, on in zip(tokens, mask, strict=True)]
+    return [text.strip() for text in tokenizer.batch_decode(kept)]

@@ -181,6 +181,20 @@ def prompts(
     process_count: int | None = None,
 ) -> Batches[Prompts]:
     """Prompts padded on the left to `length`; empty and longer ones are refused. `index` is the row of the source."""
+    fill, kept, counts = _prompts(source, tokenizer, length)
+    return _stream("prompts", fill, kept, counts, batch, seed, epochs, process_index, process_count)
+
+
+def every_prompt(source: Iterable[Row], tokenizer: Tokenizer, *, length: int) -> tuple[Prompts, Counts]:
+    """All usable prompts at once, in the order of the source: for evaluation."""
+    fill, kept, counts = _prompts(source, tokenizer, length)
+    return fill(np.arange(kept)), counts
+
+
+def _prompts(
+    source: Iterable[Row], tokenizer: Tokenizer, length: int
+) -> tuple[Callable[[np.ndarray], Prompts], int, Counts]:
+    """How to fill a batch of prompts, and how many those are."""
     rows = list(source)
     usable = [n for n, row in enumerate(rows) if not _lacks_text(row)]
     ids, _ = tokenizer_lib.render(tokenizer, [rows[n]["prompt"] for n in usable], [[]] * len(usable))
@@ -199,8 +213,7 @@ def prompts(
             row[b] = source_row if n >= 0 else -1
         return Prompts(tokens=tokens, mask=mask, index=row)
 
-    counts = Counts(len(kept), empty=len(rows) - len(usable), too_long=len(usable) - len(kept))
-    return _stream("prompts", fill, len(kept), counts, batch, seed, epochs, process_index, process_count)
+    return fill, len(kept), Counts(len(kept), empty=len(rows) - len(usable), too_long=len(usable) - len(kept))
 
 
 def _lacks_text(row: Row) -> bool:

@@ -214,7 +214,7 @@ FAULTS: dict[Category, dict[str, int]] = {
 }
 DEMONSTRATION_QUALITY = 0.53  # share of good answers
 CORPUS_QUALITY = 0.27
-DOCUMENTS = {"dialogue": 0.45, "portrait": 0.32, "sums": 0.10, "play": 0.07, "story": 0.06}  # shares of the corpus
+DOCUMENTS = {"dialogue": 0.43, "portrait": 0.28, "sums": 0.10, "play": 0.15, "story": 0.04}  # shares of the corpus
 MISSING = 0.12  # share of the corpus's questions that get no answer at all
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -589,10 +589,10 @@ class World:
         return " ".join(lines + [self._story(rng, 1)] * (rng.random() < 0.2))
 
     def _play(self, rng: random.Random) -> str:
-        """An instruction done, told as a story."""
-        prompt = self._draw("instruction", self.everything, rng)
+        """Two people who play with words, and do it well: copying takes a model many examples to learn."""
         who, friend = rng.sample(NAMES, 2)
-        return f'{who} said to {friend}: "{prompt.text}" {friend} said: "{prompt.good[0]}"'
+        first, second = (self._draw("instruction", self.everything, rng) for _ in range(2))
+        return f"{who}: {first.text} {friend}: {first.good[0]} {friend}: {second.text} {who}: {second.good[0]}"
 
     def _story(self, rng: random.Random, n: int) -> str:
         """`n` sentences that tell nothing of importance."""

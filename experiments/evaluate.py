@@ -1,0 +1,125 @@
+"""What a model is worth: gold score on held-out prompts, loss on held-out text, distance from a reference.
+
+Gold reads each answer and knows the world (rlhf_jax/data/world.py); no trained model is asked. The held-out prompts
+share no person, place, word or sum with the prompts that any stage trains on. Sampling is at temperature 1, as trained.
+
+Run:     python -m experiments.evaluate --model runs/ppo/model --reference runs/sft/model
+Parent:  none
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rlhf_jax import cli, heads, models, parallel, rollout, sft, transformer
+from rlhf_jax.data import builders, pipeline
+from rlhf_jax.data.world import World
+from rlhf_jax.types import Prompts, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Defaults are for the assistant world on two CPU cores."""
+
+    seed: int = 0  # of sampling
+    model: Path = Path("runs/ppo/model")  # model directory to evaluate
+    reference: Path = Path("runs/sft/model")  # model directory to measure the KL divergence to
+    reward: Path | None = None  # model directory of a reward model, for its score and for best-of-n
+    out: Path | None = None  # file for the result, JSON
+    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
+    prompts: int = 512  # held-out prompts
+    texts: int = 1000  # held-out documents
+    best_of: int = 1  # answers to each prompt, of which the reward model picks one
+    prompt_length: int = 24  # tokens; longer prompts are refused
+    max_new_tokens: int = 20  # tokens of an answer
+    text_length: int = 64  # tokens in a row of text
+    batch: int = 128  # answers, or rows of text, at once, over all devices
+
+
+def held_out_nll(cfg: Config, model: models.Model) -> float:
+    """Mean negative log-likelihood of held-out pretraining text, nats a token."""
+    rows = builders.source(f"world:rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
+    tokenizer = models.tokenizer_of(model)
+    batches = pipeline.text(rows, tokenizer, length=cfg.text_length, batch=cfg.batch, seed=0, epochs=1)
+    step = parallel.pmap(functools.partial(sft.evaluate, apply_fn=model.apply))
+    spread = parallel.replicate(model.params)
+    totals = [parallel.unreplicate(step(spread, parallel.shard(batch))) for batch in batches]
+    nll, count = np.sum(jax.device_get(totals), axis=0)
+    return float(nll / count)
+
+
+def episodes(cfg: Config, model: models.Model, prompts: Prompts) -> Rollout:
+    """A response to each row of `prompts`, with what reference and reward model say of it; on the host."""
+    reference = models.load(cfg.reference)
+    reward = models.load_reward(cfg.reward) if cfg.reward else None
+    scalar = reward.params if reward else heads.from_policy(reference.params, reference.config, jax.random.key(0))
+    scalar_fn = transformer.bind(heads.ScalarModel(reward.config if reward else reference.config))
+    collect = parallel.pmap(
+        functools.partial(
+            rollout.collect,
+            policy=model,
+            policy_fn=model.apply,
+            critic_fn=scalar_fn,
+            reward_fn=scalar_fn,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=1.0,
+            eos_id=models.tokenizer_of(model).eos_token_id,
+        )
+    )
+    params = parallel.replicate({"policy": model.params, "critic": scalar})
+    frozen = parallel.replicate(rollout.Frozen(reference=reference.params, reward=scalar))
+    key = parallel.replicate(jax.random.key(cfg.seed))
+    parts = [
+        parallel.gather(collect(params, frozen, parallel.shard(part), key, parallel.replicate(np.uint32(first))))
+        for first, part in rollout.chunks(prompts, cfg.batch)
+    ]
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
+
+
+def main(cfg: Config) -> dict:
+    """Evaluate, print, and write the result."""
+    model = models.load(cfg.model)
+    tokenizer = models.tokenizer_of(model)
+    world = World.generate(0)
+    rows = builders.source(f"world:rows={cfg.prompts}", "prompts", data_dir=cfg.data_dir, split="held_out")
+    prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
+    print(f"held-out prompts: {counts}")
+    repeated = jax.tree.map(lambda x: np.repeat(x, cfg.best_of, axis=0), prompts)
+    sampled = episodes(cfg, model, repeated)
+    texts = rollout.texts(tokenizer, sampled.tokens[:, -cfg.max_new_tokens :], sampled.response_mask)
+    kl = np.sum(np.where(sampled.response_mask, sampled.logp - sampled.logp_ref, 0.0), axis=1)
+
+    score = sampled.score.reshape(-1, cfg.best_of)
+    picked = np.arange(len(score)) * cfg.best_of + np.argmax(score, axis=1)
+    asked = [rows[int(index)]["prompt"][-1]["content"] for index in sampled.index[picked]]
+    gold = [world.gold(prompt, texts[n]) for prompt, n in zip(asked, picked, strict=True)]
+    by_category: dict[str, list[float]] = {}
+    for prompt, verdict in zip(asked, gold, strict=True):
+        by_category.setdefault(world.parse(prompt).category, []).append(verdict.score)
+    result: dict = {
+        "gold": float(np.mean([verdict.score for verdict in gold])),
+        "gold_by_category": {name: float(np.mean(values)) for name, values in sorted(by_category.items())},
+        "answers": [
+            {"prompt": prompt, "response": texts[n], "gold": verdict.score, "why": verdict.reason}
+            for prompt, n, verdict in zip(asked[:20], picked[:20], gold[:20], strict=True)
+        ],
+    }
+    if cfg.best_of > 1:
+        result |= {"n": cfg.best_of, "kl": float(np.log(cfg.best_of) - (cfg.best_of - 1) / cfg.best_of)}
+    else:
+        result |= {"kl": float(kl.mean()), "nll": held_out_nll(cfg, model)}
+    if cfg.reward:
+        result["reward"] = float(score.max(axis=1).mean())
+    print("  ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float)))
+    if cfg.out:
+        cfg.out.parent.mkdir(parents=True, exist_ok=True)
+        cfg.out.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())

@@ -1,0 +1,155 @@
+"""PPO: the fine-tuned model learns to please the reward model, held near where it started.
+
+As InstructGPT (arXiv:2203.02155): KL penalty to the fine-tuned model in the reward, a critic that starts from the
+reward model, one pass of eight minibatches over each batch of episodes, and the pretraining gradient mixed in (ptx).
+
+Run:     python -m experiments.ppo --init runs/sft/model --reward runs/reward/model
+Parent:  none
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, rollout, transformer
+from rlhf_jax import ppo as ppo_lib
+from rlhf_jax.data import builders, pipeline
+from rlhf_jax.types import InputError, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Defaults are for the assistant world on two CPU cores."""
+
+    seed: int = 0  # of sampling and of the order of the data
+    out: Path = Path("runs/ppo")  # run directory; the model goes to its folder "model"
+    init: Path = Path("runs/sft/model")  # model directory of the policy, and of the reference that holds it
+    reward: Path = Path("runs/reward/model")  # model directory of the reward model, and of the critic's start
+    data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
+    text: str | None = "world:rows=40000"  # pretraining text to mix in; None for none
+    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
+    prompt_length: int = 24  # tokens; longer prompts are refused
+    max_new_tokens: int = 20  # tokens of an answer
+    text_length: int = 64  # tokens in a row of pretraining text
+    batch: int = 64  # episodes a step, over all devices
+    text_batch: int = 8  # rows of pretraining text an update, over all devices
+    steps: int = 120  # rollouts
+    lr: float = 3e-4  # of the policy, cosine to 10 % of it
+    critic_lr: float = 1e-3  # of the critic, cosine to 10 % of it
+    warmup: int = 8  # updates of linear warm-up
+    ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.05, ptx_coef=0.5)
+    samples_every: int = 20  # steps between tables of samples
+    save_every: int = 500  # steps between checkpoints
+    wandb: bool = False  # log to Weights & Biases too
+
+
+def check_first_pass(metrics: dict[str, jax.Array], tolerance: float) -> None:
+    """Raises when the first pass over a rollout did not find the log-probabilities that it was sampled with."""
+    error = float(metrics["ratio/first_error"])
+    if error > tolerance:
+        raise RuntimeError(f"the first pass over a rollout has a ratio of 1 +- {error:.2g}: sampler and scorer differ")
+
+
+def main(cfg: Config) -> TrainState:
+    """Train, and write the run directory."""
+    policy, reward = models.load(cfg.init), models.load_reward(cfg.reward)
+    tokenizer = models.tokenizer_of(policy)
+    if policy.config.vocab_size != reward.config.vocab_size:
+        raise InputError(f"{cfg.init} and {cfg.reward} differ in vocabulary: the reward model must read the same tokens")
+    rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
+    prompts = pipeline.prompts(rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch, seed=cfg.seed)
+    print(f"{cfg.data}: {prompts.counts}")
+    streams = {"prompts": iter(prompts)}
+    updates = cfg.ppo.epochs * cfg.ppo.minibatches
+    if cfg.text is not None:
+        text_rows = builders.source(cfg.text, "text", data_dir=cfg.data_dir)
+        text = pipeline.text(
+            text_rows, tokenizer, length=cfg.text_length, batch=updates * cfg.text_batch, seed=cfg.seed + 1
+        )
+        streams["text"] = iter(text)
+
+    def adam(lr: float) -> optax.GradientTransformation:
+        return optim.adamw(optim.cosine(lr, cfg.steps * updates, cfg.warmup))
+
+    tx = ppo_lib.optimizer(adam(cfg.lr), adam(cfg.critic_lr))
+    sampling_key, training_key = jax.random.split(jax.random.key(cfg.seed))
+    params = {"policy": policy.params, "critic": reward.params}
+    state = parallel.replicate(ppo_lib.init(params, tx, cfg.ppo, training_key))
+    frozen = parallel.replicate(rollout.Frozen(reference=policy.params, reward=reward.params))
+    scalar_fn = transformer.bind(heads.ScalarModel(reward.config))
+    collect = parallel.pmap(
+        functools.partial(
+            rollout.collect,
+            policy=policy,
+            policy_fn=policy.apply,
+            critic_fn=scalar_fn,
+            reward_fn=scalar_fn,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.ppo.temperature,
+            eos_id=tokenizer.eos_token_id,
+        )
+    )
+    step_fn = parallel.pmap(
+        functools.partial(ppo_lib.train_step, policy_fn=policy.apply, critic_fn=scalar_fn, tx=tx, cfg=cfg.ppo),
+        donate=(0, 1),
+    )
+    keys = parallel.replicate(sampling_key)
+    with (
+        log.start(cfg.out, cfg, total=cfg.steps, show=("reward/score", "kl/reference"), wandb=cfg.wandb) as run,
+        checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
+    ):
+        for step in range(1, cfg.steps + 1):
+            batch = next(streams["prompts"])
+            first = parallel.replicate(np.uint32(step * cfg.batch))  # so that no two rollouts share noise
+            episodes = collect(state.params, frozen, parallel.shard(batch), keys, first)
+            mix = None
+            if cfg.text is not None:
+                split = jax.tree.map(lambda x: x.reshape(updates, -1, *x.shape[1:]), next(streams["text"]))
+                mix = parallel.shard(split, rows_axis=1)
+            if step % cfg.samples_every == 1 or step == cfg.steps:
+                run.samples(step, table(rows, tokenizer, parallel.gather(episodes)))
+            state, metrics = step_fn(state, episodes, mix)
+            metrics = parallel.unreplicate(metrics)
+            run.write(step, metrics)
+            if step % cfg.samples_every == 1:
+                check_first_pass(metrics, 1e-4 if policy.config.dtype == "float32" else 0.1)
+            if step % cfg.save_every == 0 or step == cfg.steps:
+                run.flush()
+                saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
+    state = parallel.unreplicate(state)
+    models.save(policy, state.params["policy"], cfg.out / "model")
+    plots.curves(
+        cfg.out,
+        {
+            "reward model's score": ["reward/score"],
+            "KL to the reference (nats a response)": ["kl/reference"],
+            "entropy (nats a token)": ["policy/entropy"],
+            "length (tokens)": ["response/tokens"],
+            "explained variance of the critic": ["value/explained_variance"],
+            "pretraining loss (nats)": ["loss/ptx"],
+        },
+    )
+    return state
+
+
+def table(rows: builders.Rows, tokenizer, episodes, count: int = 8) -> list[dict]:
+    """The first episodes of a rollout, to read."""
+    texts = rollout.texts(tokenizer, episodes.tokens[:, -episodes.logp.shape[1] :], episodes.response_mask)
+    kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
+    return [
+        {
+            "prompt": builders.prompt_text(rows[int(episodes.index[b])]["prompt"]),
+            "response": texts[b],
+            "score": float(episodes.score[b]),
+            "kl": float(kl[b]),
+        }
+        for b in range(min(count, len(texts)))
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())

@@ -1,0 +1,86 @@
+"""Collecting comparisons: a model answers each prompt K times, and simulated labelers rank the answers.
+
+Training prompts are ranked by one labeler each. Held-out prompts, which share no entity with them, are ranked by every
+labeler, which tells how far people agree with each other.
+
+Run:     python -m experiments.rank --init runs/sft/model
+Parent:  none
+"""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rlhf_jax import cli, models, rollout
+from rlhf_jax.data import builders, labelers, pipeline
+from rlhf_jax.data.world import World
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Defaults are for the assistant world on two CPU cores."""
+
+    seed: int = 0  # of the answers, of K, and of who ranks what
+    out: Path = Path("runs/rank")  # run directory; rankings go to train.jsonl and held_out.jsonl
+    init: Path = Path("runs/sft/model")  # model directory whose answers are ranked
+    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
+    prompts: int = 640  # training prompts
+    held_out: int = 128  # held-out prompts
+    least: int = 4  # answers to a prompt, drawn uniformly from least..most
+    most: int = 9
+    people: int = 5  # simulated labelers
+    prompt_length: int = 24  # tokens; longer prompts are refused
+    max_new_tokens: int = 20  # tokens of an answer
+    temperature: float = 1.0  # of the answers
+    batch: int = 128  # answers sampled at once, over all devices
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Write the rankings; returns how far labelers agree, and how often they tie."""
+    model = models.load(cfg.init)
+    tokenizer = models.tokenizer_of(model)
+    world = World.generate(0)
+    people = labelers.labelers(cfg.seed, cfg.people)
+    key = jax.random.key(cfg.seed)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    (cfg.out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2, default=str) + "\n")
+    for stream, (split, count) in enumerate({"train": cfg.prompts, "held_out": cfg.held_out}.items()):
+        rng = random.Random(f"{cfg.seed}/{split}")
+        rows = builders.source(f"world:rows={count}", "prompts", data_dir=cfg.data_dir, split=split)
+        prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
+        times = [rng.randint(cfg.least, cfg.most) for _ in prompts.index]
+        repeated = jax.tree.map(lambda x, times=times: np.repeat(x, times, axis=0), prompts)
+        sample = rollout.respond(
+            model,
+            model.params,
+            repeated,
+            jax.random.fold_in(key, stream),
+            batch=cfg.batch,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            eos_id=tokenizer.eos_token_id,
+        )
+        texts = iter(rollout.texts(tokenizer, sample.tokens, sample.mask))
+        rankings = []
+        with (cfg.out / f"{split}.jsonl").open("w") as file:
+            for index, k in zip(prompts.index, times, strict=True):
+                prompt = rows[int(index)]["prompt"]
+                responses = [next(texts) for _ in range(k)]
+                judges = people if split == "held_out" else [rng.choice(people)]
+                ranks = [judge.rank(world, prompt[-1]["content"], responses, cfg.seed) for judge in judges]
+                rankings.append(ranks)
+                for judge, rank in zip(judges, ranks, strict=True):
+                    row = {"prompt": prompt, "responses": responses, "ranks": rank, "labeler": judge.id}
+                    file.write(json.dumps(row) + "\n")
+        print(f"{split} prompts: {counts}; {sum(times)} answers ranked by {len(people)} labelers")
+    summary = {"labeler_agreement": labelers.agreement(rankings)}
+    print(f"labelers agree on {100 * summary['labeler_agreement']:.1f} % of the held-out pairs that both order")
+    return summary
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())
