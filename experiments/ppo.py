@@ -59,7 +59,9 @@ def main(cfg: Config) -> TrainState:
     policy, reward = models.load(cfg.init), models.load_reward(cfg.reward)
     tokenizer = models.tokenizer_of(policy)
     if policy.config.vocab_size != reward.config.vocab_size:
-        raise InputError(f"{cfg.init} and {cfg.reward} differ in vocabulary: the reward model must read the same tokens")
+        raise InputError(
+            f"{cfg.init} and {cfg.reward} differ in vocabulary: the reward model must read the same tokens"
+        )
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
     prompts = pipeline.prompts(rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch, seed=cfg.seed)
     print(f"{cfg.data}: {prompts.counts}")

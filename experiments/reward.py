@@ -13,7 +13,6 @@ import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, reward, transformer

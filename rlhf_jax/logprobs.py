@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 KLKind = Literal["k1", "k2", "k3"]
 
@@ -55,7 +55,7 @@ def response_mask(tokens: Int[Array, "B N"], eos_id: int) -> Bool[Array, "B N"]:
     return jnp.cumsum(is_eos, axis=-1) - is_eos == 0
 
 
-def masked_mean(x: Float[Array, "..."], mask: Bool[Array, "..."], count: Array | None = None) -> Float[Array, ""]:
+def masked_mean(x: Shaped[Array, "..."], mask: Bool[Array, "..."], count: Array | None = None) -> Float[Array, ""]:
     """Sum of `x` where `mask`, over `count`.
 
     `count` defaults to the mask's own number of entries. A step that sees only a share of a batch (one device's, one

@@ -40,7 +40,9 @@ class Model:
 def tokenizer_of(model: Model) -> tokenizers.Tokenizer:
     """The model's tokenizer; raises InputError when its directory has none."""
     if model.tokenizer is None:
-        raise InputError("the model directory has no tokenizer.json, and this needs one: put the model's tokenizer there")
+        raise InputError(
+            "the model directory has no tokenizer.json, and this needs one: put the model's tokenizer there"
+        )
     return model.tokenizer
 
 
@@ -269,7 +271,9 @@ def _read(path: Path, config: transformer.Config, scalar: bool, dtype: Any) -> P
                 value = None
             if value is None or value.shape != part.shape:
                 found = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(names, tensors, strict=True))
-                raise InputError(f"{path}: {found} does not fit config.json, which asks for {entry.leaf} {list(part.shape)}")
+                raise InputError(
+                    f"{path}: {found} does not fit config.json, which asks for {entry.leaf} {list(part.shape)}"
+                )
             part[...] = value
         _set(params, entry.leaf, jnp.asarray(leaf))
     if not scalar:

@@ -39,8 +39,6 @@ def adamw(
     )
 
 
-
-
 def apply_gradients(state: TrainState, grads: Params, tx: optax.GradientTransformation) -> TrainState:
     """The state after one optimiser step; `grads` must already be those of the global batch."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -13,7 +13,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax import optim, parallel, sft
+from rlhf_jax import parallel, sft
 from rlhf_jax.advantages import gae, token_rewards, whiten
 from rlhf_jax.logprobs import KLKind, kl_estimate, masked_mean
 from rlhf_jax.rollout import response_logprobs
@@ -32,7 +32,9 @@ class Config:
     lam: float = 0.95  # GAE's lambda
     kl_coef: float = 0.02  # reward per nat of KL to the reference, at the start where it adapts
     kl_kind: KLKind = "k1"  # estimator of that KL
-    kl_target: float | None = None  # nats a response; None keeps kl_coef fixed, a target adapts it (Ziegler et al. 2019)
+    kl_target: float | None = (
+        None  # nats a response; None keeps kl_coef fixed, a target adapts it (Ziegler et al. 2019)
+    )
     kl_horizon: float = 10_000.0  # episodes over which the coefficient adapts
     ptx_coef: float = 27.8  # weight of the pretraining loss where a rollout comes with pretraining text
     unfinished_score: float | None = None  # replaces the score of a response without EOS

@@ -163,7 +163,11 @@ class Norm(nn.Module):
         x = x.astype(jnp.float32)
         if self.config.norm == "layernorm":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.norm_eps) * scale[None, None]
+        x = (
+            x
+            * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.norm_eps)
+            * scale[None, None]
+        )
         if self.config.norm == "layernorm":
             x = x + self.param("bias", nn.initializers.zeros, x.shape[-1:])[None, None]
         return x.astype(self.config.dtype)
@@ -260,7 +264,9 @@ class Block(nn.Module):
         rate = self.config.dropout
         mixed, cache = Attention(self.config, name="attention")(Norm(self.config, name="norm_1")(x), layer, view, cache)
         x = x + dropout(mixed, view.keys, 2 * layer + 1, rate)
-        x = x + dropout(MLP(self.config, name="mlp")(Norm(self.config, name="norm_2")(x)), view.keys, 2 * layer + 2, rate)
+        x = x + dropout(
+            MLP(self.config, name="mlp")(Norm(self.config, name="norm_2")(x)), view.keys, 2 * layer + 2, rate
+        )
         return (x, cache), None
 
 

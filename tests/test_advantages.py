@@ -75,7 +75,9 @@ def test_group_baselines_by_hand():
     reward = jnp.array([[0.5, -1.5, 1.0]])
     np.testing.assert_allclose(advantages.leave_one_out(reward), [[0.75, -2.25, 1.5]], rtol=1e-6)
     std = np.std([0.5, -1.5, 1.0])
-    np.testing.assert_allclose(advantages.group_normalize(reward), [np.array([0.5, -1.5, 1.0]) / (std + 1e-4)], rtol=1e-5)
+    np.testing.assert_allclose(
+        advantages.group_normalize(reward), [np.array([0.5, -1.5, 1.0]) / (std + 1e-4)], rtol=1e-5
+    )
 
 
 def test_group_baselines_oracle():

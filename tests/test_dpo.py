@@ -18,5 +18,7 @@ def test_by_hand():
 def test_oracle(smoothing):
     case = Case(f"dpo_label_smoothing_{smoothing}")
     args = [case[k] for k in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
-    loss, (chosen, rejected) = jax.value_and_grad(dpo.loss, argnums=(0, 1))(*args, case["beta"], case["label_smoothing"])
+    loss, (chosen, rejected) = jax.value_and_grad(dpo.loss, argnums=(0, 1))(
+        *args, case["beta"], case["label_smoothing"]
+    )
     case.check(loss=loss, grad_policy_chosen=chosen, grad_policy_rejected=rejected)

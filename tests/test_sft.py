@@ -95,4 +95,6 @@ def test_it_learns():
 def test_evaluate_counts_every_target_once():
     nll, count = jax.jit(functools.partial(sft.evaluate, apply_fn=APPLY))(tiny.policy(), batch(0))
     assert int(count) == int(batch(0).target.sum())
-    np.testing.assert_allclose(nll / count, jax.jit(functools.partial(sft.loss, apply_fn=APPLY))(tiny.policy(), batch(0)), rtol=1e-5)
+    np.testing.assert_allclose(
+        nll / count, jax.jit(functools.partial(sft.loss, apply_fn=APPLY))(tiny.policy(), batch(0)), rtol=1e-5
+    )

@@ -1,0 +1,113 @@
+"""The whole recipe on the assistant world: pretrain, fine-tune, rank, learn the reward, PPO. The quickstart.
+
+Each stage is the experiment of its own name, started from the model directory that the one before it wrote. At the end
+it evaluates every stage on held-out prompts, prints a table, and writes summary.json, stages.png and answers.md.
+
+Run:     python -m experiments.assistant --seed 0
+Parent:  pretrain, sft, rank, reward, ppo, evaluate
+"""
+
+import dataclasses
+import json
+import resource
+import time
+from pathlib import Path
+
+from experiments import evaluate, ppo, pretrain, rank, reward, sft
+from rlhf_jax import cli, plots
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the stages are the defaults of their own files; `--ppo.steps 10` changes one."""
+
+    seed: int = 0  # of every stage
+    out: Path = Path("runs/quickstart")  # run directory; each stage has a folder in it
+    data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
+    best_of: int = 4  # answers among which best-of-n picks
+    pretrain: pretrain.Config = pretrain.Config()
+    sft: sft.Config = sft.Config()
+    rank: rank.Config = rank.Config()
+    reward: reward.Config = reward.Config()
+    ppo: ppo.Config = ppo.Config()
+    evaluate: evaluate.Config = evaluate.Config()
+
+
+def main(cfg: Config) -> dict:
+    """Run the stages one after the other, and return the summary."""
+    start = time.monotonic()
+    out = cfg.out
+    shared = {"seed": cfg.seed, "data_dir": cfg.data_dir or out / "data"}
+    base, tuned, judge, final = (out / stage / "model" for stage in ("pretrain", "sft", "reward", "ppo"))
+
+    def begin(stage: str) -> None:
+        print(f"\n== {stage} ({time.monotonic() - start:.0f} s)", flush=True)
+
+    begin("pretrain")
+    pretrain.main(dataclasses.replace(cfg.pretrain, out=out / "pretrain", **shared))
+    begin("sft")
+    sft.main(dataclasses.replace(cfg.sft, init=base, out=out / "sft", **shared))
+    begin("rank")
+    ranked = rank.main(dataclasses.replace(cfg.rank, init=tuned, out=out / "rank", **shared))
+    begin("reward")
+    data = {"data": str(out / "rank" / "train.jsonl"), "held_out": str(out / "rank" / "held_out.jsonl")}
+    learnt = reward.main(dataclasses.replace(cfg.reward, init=tuned, out=out / "reward", **data, **shared))
+    begin("ppo")
+    ppo.main(dataclasses.replace(cfg.ppo, init=tuned, reward=judge, out=out / "ppo", **shared))
+    begin("evaluate")
+
+    def assess(stage: str, model: Path, **settings) -> dict:
+        print(f"{stage}: ", end="", flush=True)
+        paths = {"model": model, "reference": tuned, "reward": judge, "out": out / "evaluate" / f"{stage}.json"}
+        return evaluate.main(dataclasses.replace(cfg.evaluate, **paths, **settings, **shared))
+
+    stages = {"base": assess("base", base), "SFT": assess("SFT", tuned), "PPO": assess("PPO", final)}
+    picked = assess("best-of-n", tuned, best_of=cfg.best_of)
+    summary = {
+        "seed": cfg.seed,
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "pretrain": {"gold": stages["base"]["gold"], "nll": stages["base"]["nll"]},
+        "sft": {name: stages["SFT"][name] for name in ("gold", "reward", "nll")},
+        "reward": learnt | ranked,
+        "best_of_n": {name: picked[name] for name in ("n", "gold", "kl", "reward")},
+        "ppo": {name: stages["PPO"][name] for name in ("gold", "reward", "kl", "nll")},
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report(out, stages, summary)
+    return summary
+
+
+def report(out: Path, stages: dict[str, dict], summary: dict) -> None:
+    """Print the table of the stages and three prompts as each stage answers them; write both as plots and Markdown."""
+    panels = {
+        "gold score on held-out prompts (0 to 1)": {name: stage["gold"] for name, stage in stages.items()},
+        "loss on held-out text (nats a token)": {name: stage["nll"] for name, stage in stages.items()},
+    }
+    categories = stages["PPO"]["gold_by_category"]
+    panels |= {f"gold: {c}": {name: stage["gold_by_category"][c] for name, stage in stages.items()} for c in categories}
+    plots.stages(out / "stages.png", panels)
+    print(f"\n{'stage':<10}{'gold':>7}{'reward':>8}{'KL (nats)':>11}{'text nll':>10}")
+    for name, stage in stages.items():
+        print(f"{name:<10}{stage['gold']:>7.3f}{stage['reward']:>8.2f}{stage['kl']:>11.2f}{stage['nll']:>10.3f}")
+    best = summary["best_of_n"]
+    print(f"{'best of ' + str(best['n']):<10}{best['gold']:>7.3f}{best['reward']:>8.2f}{best['kl']:>11.2f}{'':>10}")
+    accuracy, agreement = summary["reward"].get("accuracy"), summary["reward"]["labeler_agreement"]
+    if accuracy is not None:
+        print(
+            f"reward model: {100 * accuracy:.1f} % of held-out comparisons; labelers agree on {100 * agreement:.1f} %"
+        )
+    lines = ["| prompt | " + " | ".join(stages) + " |", "| --- " * (len(stages) + 1) + "|"]
+    for n, answer in enumerate(stages["PPO"]["answers"]):
+        said = [stage["answers"][n]["response"] for stage in stages.values()]
+        lines.append("| " + " | ".join(text.replace("\n", "<br>") for text in [answer["prompt"], *said]) + " |")
+        if n < 3:
+            print(f"\n{answer['prompt']}")
+            for name, text in zip(stages, said, strict=True):
+                print(f"  {name:<5} {' '.join(text.split())}")
+    (out / "answers.md").write_text("\n".join(lines) + "\n")
+    print(f"\n{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB; everything is in {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())

@@ -1,0 +1,283 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import heads, optim, parallel, ppo, rollout, transformer
+from rlhf_jax.types import InputError, Rollout, Tokens
+from tests import tiny
+from tests.oracles import Case
+
+POLICY = transformer.bind(transformer.Transformer(tiny.GPT))
+SCALAR = transformer.bind(heads.ScalarModel(tiny.GPT))
+CFG = ppo.Config(epochs=2, minibatches=2, kl_coef=0.1, ptx_coef=0.7)
+N = 5
+
+
+def optimizer():
+    return ppo.optimizer(optim.adamw(1e-3), optim.adamw(3e-3))
+
+
+def step(cfg=CFG, **kwargs):
+    return functools.partial(ppo.train_step, policy_fn=POLICY, critic_fn=SCALAR, tx=optimizer(), cfg=cfg, **kwargs)
+
+
+def state(cfg=CFG):
+    return ppo.init({"policy": tiny.policy(), "critic": tiny.scalar()}, optimizer(), cfg, jax.random.key(0))
+
+
+def episodes(seed: int, rows: int = 16) -> Rollout:
+    """A rollout with ragged prompts and responses whose log-probabilities are those of `state()`, slightly perturbed."""
+    rng = np.random.default_rng(seed)
+    tokens = jnp.array(tiny.random_tokens(seed, rows, 4 + N))
+    response_mask = jnp.array(tiny.ragged(seed + 1, rows, N))
+    mask = jnp.concatenate([jnp.array(tiny.ragged(seed, rows, 4, left=True)), response_mask], 1)
+    logp = LOGPROBS(tiny.policy(), tokens, mask)
+    noise = lambda scale: jnp.array(rng.normal(0, scale, (rows, N)), jnp.float32)
+    return Rollout(
+        tokens=tokens,
+        mask=mask,
+        response_mask=response_mask,
+        logp=jnp.where(response_mask, logp, 0.0),
+        logp_ref=jnp.where(response_mask, logp + noise(0.3), 0.0),
+        value=jnp.where(response_mask, noise(1.0), 0.0),
+        score=jnp.array(rng.normal(0, 1, rows), jnp.float32),
+        ended=jnp.array(rng.random(rows) < 0.7),
+        index=jnp.arange(rows),
+    )
+
+
+def text(seed: int, updates: int, rows: int = 8) -> Tokens:
+    segment = tiny.ragged(seed, updates * rows, 7).reshape(updates, rows, 7)
+    tokens = tiny.random_tokens(seed, updates, rows, 7)
+    return tiny.arrays(Tokens(tokens=tokens, segment=segment.astype(np.int32), target=segment))
+
+
+LOGPROBS = jax.jit(
+    lambda params, tokens, mask: rollout.response_logprobs(POLICY, params, tokens, mask, N, CFG.temperature)
+)
+MASK = jnp.array([[True, True, False]])
+
+
+# The maths ------------------------------------------------------------------------------------------------------------
+
+
+def test_policy_loss_by_hand():
+    logp_old = jnp.zeros((1, 3))
+    logp = jnp.log(jnp.array([[1.5, 0.5, 9.0]]))
+    advantage = jnp.array([[2.0, -1.0, 5.0]])
+    loss, metrics = ppo.policy_loss(logp, logp_old, advantage, MASK, 0.2)
+    # max(-3, -2.4) and max(.5, .8): both are clipped.
+    np.testing.assert_allclose(loss, (-2.4 + 0.8) / 2, rtol=1e-6)
+    np.testing.assert_allclose(metrics["clip_fraction"], 1.0)
+    np.testing.assert_allclose(metrics["approx_kl"], (np.log(1.5) ** 2 + np.log(0.5) ** 2) / 4, rtol=1e-6)
+
+
+def test_clip_binds_only_where_it_makes_the_loss_larger():
+    logp = jnp.log(jnp.array([[1.5, 0.5, 9.0]]))
+    loss, metrics = ppo.policy_loss(logp, jnp.zeros((1, 3)), jnp.array([[-2.0, 1.0, 5.0]]), MASK, 0.2)
+    np.testing.assert_allclose(loss, (3.0 - 0.5) / 2, rtol=1e-6)
+    assert metrics["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("name", ["ppo_policy_loss", "ppo_policy_first_step", "ppo_policy_padding_overflow"])
+def test_policy_loss_oracle(name):
+    case = Case(name)
+    args = (case["logp_old"], case["advantage"], case["mask"], case["eps"])
+    (loss, metrics), grad = jax.value_and_grad(ppo.policy_loss, has_aux=True)(case["logp"], *args)
+    case.check(loss=loss, grad_logp=grad, **metrics)
+    assert np.isfinite(grad).all()
+
+
+def test_penalty_policy_loss_oracle():
+    case = Case("ppo_penalty_loss")
+    args = (case["logp_old"], case["advantage"], case["mask"], case["beta"])
+    (loss, metrics), grad = jax.value_and_grad(ppo.penalty_policy_loss, has_aux=True)(case["logp"], *args)
+    case.check(loss=loss, grad_logp=grad, **metrics)
+
+
+def test_value_loss_oracle():
+    case = Case("ppo_value_loss")
+    args = (case["value_old"], case["return"], case["mask"], case["eps_v"])
+    (loss, metrics), grad = jax.value_and_grad(ppo.value_loss, has_aux=True)(case["value"], *args)
+    case.check(loss=loss, grad_value=grad, **metrics)
+
+
+def test_value_loss_by_hand():
+    value, old, target = jnp.array([[1.5, 0.25, 9.0]]), jnp.array([[0.5, 0.0, 9.0]]), jnp.array([[2.0, -1.0, 0.0]])
+    loss, metrics = ppo.value_loss(value, old, target, MASK, 0.5)
+    # clip(1.5, 0..1) = 1: max(.25, 1); .25 stays: 1.5625.
+    np.testing.assert_allclose(loss, 0.5 * (1.0 + 1.5625) / 2, rtol=1e-6)
+    np.testing.assert_allclose(metrics["clip_fraction"], 0.5)
+
+
+@pytest.mark.parametrize("name", ["kl_controller", "kl_controller_varying_n"])
+def test_adapt_kl_coef_oracle(name):
+    case = Case(name)
+    coef, history = case["beta_init"], []
+    for kl, n in zip(case["kl"], case["n"], strict=True):
+        coef = ppo.adapt_kl_coef(coef, kl, n, case["target"], case["horizon"])
+        history.append(coef)
+    case.check(beta=history)
+
+
+# The step -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", [False, True], ids=["plain", "ptx"])
+def test_one_device_equals_eight(mix):
+    one, eight = jax.jit(step()), parallel.pmap(step(), donate=(0,))
+    single, spread = state(), parallel.replicate(state())
+    for seed in range(3):
+        rows = text(seed, 4) if mix else None
+        shared = parallel.shard(rows, rows_axis=1) if mix else None
+        single, metrics = one(single, episodes(seed), rows)
+        spread, spread_metrics = eight(spread, parallel.shard(episodes(seed)), shared)
+        tiny.assert_close(metrics, parallel.unreplicate(spread_metrics), atol=1e-5)
+    tiny.assert_close(single, parallel.unreplicate(spread), atol=1e-5)
+
+
+def test_first_pass_ratio_is_one():
+    assert jax.jit(step())(state(), episodes(0))[1]["ratio/first_error"] < 1e-5
+    stale = episodes(0)
+    stale = stale.replace(logp=stale.logp.at[:, 0].add(0.5))
+    assert jax.jit(step())(state(), stale)[1]["ratio/first_error"] > 0.3
+
+
+def run(cfg=CFG, mix=None, rollout_seed=0, steps=1):
+    current, train = state(cfg), jax.jit(step(cfg))
+    for _ in range(steps):
+        current, metrics = train(current, episodes(rollout_seed), mix)
+    return current, metrics
+
+
+def difference(a, b) -> float:
+    return max(float(jnp.max(jnp.abs(x - y))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 1},
+        {"minibatches": 4},
+        {"clip": 1e-4},
+        {"value_clip": 1e-4},
+        {"gamma": 0.5},
+        {"lam": 0.3},
+        {"kl_coef": 2.0},
+        {"kl_kind": "k3"},
+        {"unfinished_score": -3.0},
+        {"temperature": 0.5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_setting_matters(change):
+    plain, _ = run()
+    changed, _ = run(dataclasses.replace(CFG, **change))
+    assert difference(plain.params, changed.params) > 1e-6
+
+
+def test_the_adaptive_coefficient_is_threaded_through_the_state():
+    cfg = dataclasses.replace(CFG, kl_target=0.01, kl_horizon=100.0)
+    after, metrics = run(cfg)
+    expected = ppo.adapt_kl_coef(0.1, metrics["kl/reference"], 16, 0.01, 100.0)
+    np.testing.assert_allclose(after.opt_state["kl_coef"], expected, rtol=1e-6)
+    assert after.opt_state["kl_coef"] != np.float32(0.1)
+    longer, _ = run(dataclasses.replace(cfg, kl_horizon=1000.0))
+    assert longer.opt_state["kl_coef"] != after.opt_state["kl_coef"]
+    fixed, _ = run()
+    assert fixed.opt_state["kl_coef"] == np.float32(0.1)
+
+
+def test_ptx_adds_the_next_token_gradient_to_the_policy_alone():
+    mix = text(0, 4)
+    plain, mixed = run()[0], run(mix=mix)[0]
+    assert difference(plain.params["policy"], mixed.params["policy"]) > 1e-6
+    assert difference(plain.params["critic"], mixed.params["critic"]) == 0
+    heavier = run(dataclasses.replace(CFG, ptx_coef=5.0), mix=mix)[0]
+    assert difference(heavier.params["policy"], mixed.params["policy"]) > 1e-6
+    # With nothing else to learn, ptx alone lowers the pretraining loss.
+    cfg = dataclasses.replace(CFG, ptx_coef=10.0, kl_coef=0.0)
+    dull = episodes(0).replace(score=jnp.zeros(16), value=jnp.zeros((16, N)))
+    current, train, losses = state(cfg), jax.jit(step(cfg)), []
+    for _ in range(10):
+        current, metrics = train(current, dull, mix)
+        losses.append(float(metrics["loss/ptx"]))
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_gradient_equals_the_sum_of_its_parts():
+    # The loss of a whole minibatch is the sum of its shares, whose counts are those of the whole.
+    batch, _ = ppo.experience(episodes(0), jnp.float32(0.1), CFG)
+    grad = jax.jit(jax.grad(functools.partial(ppo.loss, policy_fn=POLICY, critic_fn=SCALAR, cfg=CFG), has_aux=True))
+    params = state().params
+    whole, _ = grad(params, batch, None)
+    halves = parallel.shard(batch, jax.devices()[:2])
+    shared = jax.pmap(
+        lambda p, b: jax.lax.psum(
+            jax.grad(ppo.loss, has_aux=True)(
+                p, b, None, policy_fn=POLICY, critic_fn=SCALAR, cfg=CFG, axis=parallel.AXIS
+            )[0],
+            parallel.AXIS,
+        ),
+        axis_name=parallel.AXIS,
+        devices=jax.devices()[:2],
+    )(parallel.replicate(params, jax.devices()[:2]), halves)
+    tiny.assert_close(whole, parallel.unreplicate(shared), atol=1e-5)
+
+
+def test_what_padding_holds_reaches_nothing():
+    clean = episodes(0)
+    junk = lambda x: jnp.where(clean.response_mask, x, 1e6)
+    dirty = clean.replace(logp=junk(clean.logp), logp_ref=junk(clean.logp_ref), value=junk(clean.value))
+    train = jax.jit(step())
+    tiny.assert_close(train(state(), clean)[0].params, train(state(), dirty)[0].params, atol=0)
+
+
+def test_minibatches_must_divide():
+    with pytest.raises(InputError, match="16 episodes do not divide into 3 minibatches"):
+        jax.eval_shape(step(dataclasses.replace(CFG, minibatches=3)), state(), episodes(0))
+    with pytest.raises(InputError, match="pretraining text for 3 updates, but there are 4"):
+        jax.eval_shape(step(), state(), episodes(0), text(0, 3))
+    with pytest.raises(InputError, match=r"ppo\.epochs=0: expected more than 0"):
+        ppo.Config(epochs=0)
+
+
+def test_it_raises_the_score():
+    # The score is the share of one token in the response: PPO must learn to say it.
+    from rlhf_jax.types import Prompts
+
+    prompts = Prompts(tokens=jnp.full((64, 2), 5), mask=jnp.ones((64, 2), bool), index=jnp.arange(64))
+    cfg = ppo.Config(epochs=2, minibatches=2, kl_coef=0.01)
+    tx = ppo.optimizer(optim.adamw(3e-3), optim.adamw(3e-3))
+    current = ppo.init({"policy": tiny.policy(), "critic": tiny.scalar()}, tx, cfg, jax.random.key(0))
+    frozen = rollout.Frozen(reference=tiny.policy(), reward=tiny.scalar())
+    module = transformer.Transformer(tiny.GPT)
+
+    def reward_fn(params, tokens, mask):
+        share = jnp.mean((tokens == 7)[:, 2:], axis=1)
+        return jnp.broadcast_to(share[:, None], tokens.shape)
+
+    collect = jax.jit(
+        functools.partial(
+            rollout.collect,
+            policy=module,
+            policy_fn=POLICY,
+            critic_fn=SCALAR,
+            reward_fn=reward_fn,
+            max_new_tokens=4,
+            temperature=1.0,
+            eos_id=2,
+        )
+    )
+    train = jax.jit(functools.partial(ppo.train_step, policy_fn=POLICY, critic_fn=SCALAR, tx=tx, cfg=cfg))
+    scores = []
+    for iteration in range(40):
+        sampled = collect(current.params, frozen, prompts, jax.random.key(1), jnp.uint32(64 * iteration))
+        current, metrics = train(current, sampled)
+        assert metrics["ratio/first_error"] < 1e-4
+        scores.append(float(metrics["reward/score"]))
+    assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.3
