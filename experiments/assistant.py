@@ -12,11 +12,13 @@ import json
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 from experiments import evaluate, ppo, pretrain, rank, reward, sft
 from rlhf_jax import cli, plots
 
 
+# The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes of the stages are the defaults of their own files; `--ppo.steps 10` changes one."""
@@ -25,19 +27,19 @@ class Config:
     out: Path = Path("runs/quickstart")  # run directory; each stage has a folder in it
     data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
     best_of: int = 4  # answers among which best-of-n picks
-    pretrain: pretrain.Config = pretrain.Config()
-    sft: sft.Config = sft.Config()
-    rank: rank.Config = rank.Config()
-    reward: reward.Config = reward.Config()
-    ppo: ppo.Config = ppo.Config()
-    evaluate: evaluate.Config = evaluate.Config()
+    pretrain: "pretrain.Config" = pretrain.Config()
+    sft: "sft.Config" = sft.Config()
+    rank: "rank.Config" = rank.Config()
+    reward: "reward.Config" = reward.Config()
+    ppo: "ppo.Config" = ppo.Config()
+    evaluate: "evaluate.Config" = evaluate.Config()
 
 
 def main(cfg: Config) -> dict:
     """Run the stages one after the other, and return the summary."""
     start = time.monotonic()
     out = cfg.out
-    shared = {"seed": cfg.seed, "data_dir": cfg.data_dir or out / "data"}
+    shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": cfg.data_dir or out / "data"}
     base, tuned, judge, final = (out / stage / "model" for stage in ("pretrain", "sft", "reward", "ppo"))
 
     def begin(stage: str) -> None:
@@ -50,7 +52,7 @@ def main(cfg: Config) -> dict:
     begin("rank")
     ranked = rank.main(dataclasses.replace(cfg.rank, init=tuned, out=out / "rank", **shared))
     begin("reward")
-    data = {"data": str(out / "rank" / "train.jsonl"), "held_out": str(out / "rank" / "held_out.jsonl")}
+    data: dict[str, Any] = {"data": str(out / "rank" / "train.jsonl"), "held_out": str(out / "rank" / "held_out.jsonl")}
     learnt = reward.main(dataclasses.replace(cfg.reward, init=tuned, out=out / "reward", **data, **shared))
     begin("ppo")
     ppo.main(dataclasses.replace(cfg.ppo, init=tuned, reward=judge, out=out / "ppo", **shared))
@@ -59,7 +61,7 @@ def main(cfg: Config) -> dict:
     def assess(stage: str, model: Path, **settings) -> dict:
         print(f"{stage}: ", end="", flush=True)
         paths = {"model": model, "reference": tuned, "reward": judge, "out": out / "evaluate" / f"{stage}.json"}
-        return evaluate.main(dataclasses.replace(cfg.evaluate, **paths, **settings, **shared))
+        return evaluate.main(dataclasses.replace(cfg.evaluate, **shared | paths | settings))
 
     stages = {"base": assess("base", base), "SFT": assess("SFT", tuned), "PPO": assess("PPO", final)}
     picked = assess("best-of-n", tuned, best_of=cfg.best_of)
@@ -97,10 +99,14 @@ def report(out: Path, stages: dict[str, dict], summary: dict) -> None:
         print(
             f"reward model: {100 * accuracy:.1f} % of held-out comparisons; labelers agree on {100 * agreement:.1f} %"
         )
+
+    def cell(text: str) -> str:
+        return "<br>".join(text.replace("|", r"\|").splitlines())
+
     lines = ["| prompt | " + " | ".join(stages) + " |", "| --- " * (len(stages) + 1) + "|"]
     for n, answer in enumerate(stages["PPO"]["answers"]):
         said = [stage["answers"][n]["response"] for stage in stages.values()]
-        lines.append("| " + " | ".join(text.replace("\n", "<br>") for text in [answer["prompt"], *said]) + " |")
+        lines.append("| " + " | ".join(map(cell, [answer["prompt"], *said])) + " |")
         if n < 3:
             print(f"\n{answer['prompt']}")
             for name, text in zip(stages, said, strict=True):

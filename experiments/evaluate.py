@@ -34,10 +34,10 @@ class Config:
     prompts: int = 512  # held-out prompts
     texts: int = 1000  # held-out documents
     best_of: int = 1  # answers to each prompt, of which the reward model picks one
-    prompt_length: int = 24  # tokens; longer prompts are refused
-    max_new_tokens: int = 20  # tokens of an answer
+    prompt_length: int = 20  # tokens; longer prompts are refused
+    max_new_tokens: int = 16  # tokens of an answer
     text_length: int = 64  # tokens in a row of text
-    batch: int = 128  # answers, or rows of text, at once, over all devices
+    batch: int = 256  # answers, or rows of text, at once, over all devices
 
 
 def held_out_nll(cfg: Config, model: models.Model) -> float:
@@ -55,7 +55,10 @@ def held_out_nll(cfg: Config, model: models.Model) -> float:
 def episodes(cfg: Config, model: models.Model, prompts: Prompts) -> Rollout:
     """A response to each row of `prompts`, with what reference and reward model say of it; on the host."""
     reference = models.load(cfg.reference)
-    reward = models.load_reward(cfg.reward) if cfg.reward else None
+    loaded, reward = {cfg.model: model, cfg.reference: reference}, None
+    if cfg.reward:
+        reward = loaded[cfg.reward] = models.load_reward(cfg.reward)
+    models.check_vocabularies(loaded)
     scalar = reward.params if reward else heads.from_policy(reference.params, reference.config, jax.random.key(0))
     scalar_fn = transformer.bind(heads.ScalarModel(reward.config if reward else reference.config))
     collect = parallel.pmap(

@@ -18,7 +18,7 @@ import optax
 from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, rollout, transformer
 from rlhf_jax import ppo as ppo_lib
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import InputError, TrainState
+from rlhf_jax.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Config:
     init: Path = Path("runs/sft/model")  # model directory of the policy, and of the reference that holds it
     reward: Path = Path("runs/reward/model")  # model directory of the reward model, and of the critic's start
     data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
-    text: str | None = "world:rows=40000"  # pretraining text to mix in; None for none
+    text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
-    prompt_length: int = 24  # tokens; longer prompts are refused
-    max_new_tokens: int = 20  # tokens of an answer
+    prompt_length: int = 20  # tokens; longer prompts are refused
+    max_new_tokens: int = 16  # tokens of an answer
     text_length: int = 64  # tokens in a row of pretraining text
     batch: int = 64  # episodes a step, over all devices
     text_batch: int = 8  # rows of pretraining text an update, over all devices
@@ -58,10 +58,7 @@ def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
     policy, reward = models.load(cfg.init), models.load_reward(cfg.reward)
     tokenizer = models.tokenizer_of(policy)
-    if policy.config.vocab_size != reward.config.vocab_size:
-        raise InputError(
-            f"{cfg.init} and {cfg.reward} differ in vocabulary: the reward model must read the same tokens"
-        )
+    models.check_vocabularies({cfg.init: policy, cfg.reward: reward})
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
     prompts = pipeline.prompts(rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch, seed=cfg.seed)
     print(f"{cfg.data}: {prompts.counts}")
@@ -97,7 +94,7 @@ def main(cfg: Config) -> TrainState:
     )
     step_fn = parallel.pmap(
         functools.partial(ppo_lib.train_step, policy_fn=policy.apply, critic_fn=scalar_fn, tx=tx, cfg=cfg.ppo),
-        donate=(0, 1),
+        donate=(0,),
     )
     keys = parallel.replicate(sampling_key)
     with (
@@ -112,12 +109,12 @@ def main(cfg: Config) -> TrainState:
             if cfg.text is not None:
                 split = jax.tree.map(lambda x: x.reshape(updates, -1, *x.shape[1:]), next(streams["text"]))
                 mix = parallel.shard(split, rows_axis=1)
-            if step % cfg.samples_every == 1 or step == cfg.steps:
+            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
                 run.samples(step, table(rows, tokenizer, parallel.gather(episodes)))
             state, metrics = step_fn(state, episodes, mix)
             metrics = parallel.unreplicate(metrics)
             run.write(step, metrics)
-            if step % cfg.samples_every == 1:
+            if (step - 1) % cfg.samples_every == 0:
                 check_first_pass(metrics, 1e-4 if policy.config.dtype == "float32" else 0.1)
             if step % cfg.save_every == 0 or step == cfg.steps:
                 run.flush()

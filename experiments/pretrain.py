@@ -1,6 +1,6 @@
 """Pretraining: a GPT learns to predict raw text.
 
-Run:     python -m experiments.pretrain --data world:rows=40000 --steps 700
+Run:     python -m experiments.pretrain --data world:rows=60000 --steps 700
 Parent:  none
 """
 
@@ -23,11 +23,11 @@ class Config:
 
     seed: int = 0  # of the initial weights and of the order of the data
     out: Path = Path("runs/pretrain")  # run directory; the model goes to its folder "model"
-    data: str = "world:rows=40000"  # text: the world, a .jsonl or .txt file, or a TFDS name
+    data: str = "world:rows=60000"  # text: the world, a .jsonl or .txt file, or a TFDS name
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     init: Path | None = None  # model directory to go on from; None starts from random weights
     preset: str = "mini"  # architecture of a new model, one of rlhf_jax.transformer.PRESETS
-    vocab_size: int = 1024  # of the byte-level BPE tokenizer that is trained for a new model
+    vocab_size: int = 1280  # of the byte-level BPE tokenizer that is trained for a new model
     length: int = 64  # tokens in a row; documents are packed into rows
     batch: int = 32  # rows a step, over all devices
     steps: int = 700  # optimiser steps

@@ -18,6 +18,7 @@ import numpy as np
 from rlhf_jax import cli, models, rollout
 from rlhf_jax.data import builders, labelers, pipeline
 from rlhf_jax.data.world import World
+from rlhf_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +29,19 @@ class Config:
     out: Path = Path("runs/rank")  # run directory; rankings go to train.jsonl and held_out.jsonl
     init: Path = Path("runs/sft/model")  # model directory whose answers are ranked
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
-    prompts: int = 640  # training prompts
+    prompts: int = 1600  # training prompts
     held_out: int = 128  # held-out prompts
     least: int = 4  # answers to a prompt, drawn uniformly from least..most
     most: int = 9
     people: int = 5  # simulated labelers
-    prompt_length: int = 24  # tokens; longer prompts are refused
-    max_new_tokens: int = 20  # tokens of an answer
+    prompt_length: int = 20  # tokens; longer prompts are refused
+    max_new_tokens: int = 16  # tokens of an answer
     temperature: float = 1.0  # of the answers
-    batch: int = 128  # answers sampled at once, over all devices
+    batch: int = 256  # answers sampled at once, over all devices
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.least <= self.most:
+            raise InputError(f"least={self.least}, most={self.most}: expected 2 <= least <= most answers to rank")
 
 
 def main(cfg: Config) -> dict[str, float]:

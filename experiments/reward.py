@@ -17,7 +17,6 @@ import numpy as np
 
 from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, reward, transformer
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +29,11 @@ class Config:
     data: str = "runs/rank/train.jsonl"  # rankings to learn from
     held_out: str | None = "runs/rank/held_out.jsonl"  # rankings to measure accuracy on; none is fine
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
-    length: int = 48  # tokens of prompt and answer; prompts with a longer answer are refused
+    length: int = 36  # tokens of prompt and answer; prompts with a longer answer are refused
     batch: int = 16  # prompts a step, over all devices
-    epochs: int = 2  # passes over the rankings
+    epochs: int = 1  # passes over the rankings
     lr: float = 1e-3  # peak learning rate, cosine to 10 % of it
-    dropout: float = 0.1  # residual dropout
+    dropout: float = 0.0  # residual dropout
     weight_decay: float = 0.0  # of matrices
     save_every: int = 500  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
@@ -77,7 +76,7 @@ def main(cfg: Config) -> dict[str, float]:
             if step % cfg.save_every == 0 or step == steps:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {"data": stream.get_state()})
-    state: TrainState = parallel.unreplicate(state)
+    state = parallel.unreplicate(state)
 
     scores = jax.jit(functools.partial(reward.scores, apply_fn=apply_fn))
     sample = [(scores(state.params, batch), batch.rank >= 0) for batch in read(source(cfg.data), epochs=1)]

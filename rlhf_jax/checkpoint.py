@@ -18,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 from rlhf_jax.types import InputError, TrainState
 
 _MARK = "_CHECKPOINT_METADATA"  # the file by which Orbax knows its checkpoints
+_open: dict[Path, "Writer"] = {}  # of this process, by directory
 
 
 class Writer:
@@ -31,7 +32,7 @@ class Writer:
 
         Checkpoints of later steps are deleted: they belong to a run that this one replaces.
         """
-        directory = directory.absolute()
+        directory = self._directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,  # what a killed run left
@@ -44,6 +45,7 @@ class Writer:
         for step in steps(directory):
             if step > start:
                 self._orbax.delete(step)
+        _open[directory] = self
 
     def save(self, state: TrainState, extra: Mapping[str, Any] | None = None) -> None:
         """Saves `state` as its step; a step that is already there stays as it is.
@@ -70,6 +72,7 @@ class Writer:
 
     def close(self) -> None:
         self._orbax.close()
+        _open.pop(self._directory, None)
 
     def __enter__(self) -> "Writer":
         return self
@@ -84,7 +87,12 @@ def steps(directory: Path) -> list[int]:
 
 
 def latest(directory: Path, before: int | None = None) -> Path | None:
-    """The newest complete checkpoint in `directory`, of a step less than `before` if that is given."""
+    """The newest complete checkpoint in `directory`, of a step less than `before` if that is given.
+
+    Waits for those that this process is still writing there.
+    """
+    if writer := _open.get(directory.absolute()):
+        writer.wait()
     found = [step for step in steps(directory) if before is None or step < before]
     return directory / str(found[-1]) if found else None
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ def tokenizer_of(model: Model) -> tokenizers.Tokenizer:
     return model.tokenizer
 
 
+def check_vocabularies(loaded: Mapping[Path, Model]) -> None:
+    """Raises InputError unless models that are to read the same tokens have the same number of them."""
+    sizes = {path: model.config.vocab_size for path, model in loaded.items()}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{path} {size}" for path, size in sizes.items())
+        raise InputError(f"the vocabularies differ ({said}): train the reward model from the policy's own directory")
+
+
 def load(path: str | Path, dtype: Any = jnp.float32) -> Model:
     """A language model from a directory. Parameters have the type `dtype`.
 
@@ -74,7 +82,8 @@ def save(model: Model, params: Params, path: str | Path) -> None:
     """Write `params`, with the config and tokenizer of `model`, as a directory that `transformers` loads.
 
     Parameters of a `heads.ScalarModel` become a sequence classifier with one label. Its bias, which that layout has no
-    place for, is kept in a tensor `score.bias` that only `load_reward` reads. The directory appears whole or not at all.
+    place for, is kept in a tensor `score.bias` that only `load_reward` reads. The directory appears whole or not at
+    all.
     """
     path = Path(path)
     scalar = "trunk" in params
@@ -302,7 +311,10 @@ def _tokenizer(path: Path, config: transformer.Config) -> tokenizers.Tokenizer |
     if not (path / "tokenizer.json").exists():
         return None
     tokenizer = tokenizers.load(path)
-    tokenizers.check_vocabulary(tokenizer, config.vocab_size)
+    try:
+        tokenizers.check_vocabulary(tokenizer, config.vocab_size)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     return tokenizer
 
 

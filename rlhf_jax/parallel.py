@@ -36,10 +36,19 @@ def all_gather(tree: T, axis: str | None) -> T:
 
 
 def own_rows(rows: jax.Array, axis: str | None) -> jax.Array:
-    """This device's equal share of an array of row numbers that is the same on every device."""
+    """This device's equal share of an array of row numbers that is the same on every device.
+
+    Raises InputError when they do not divide.
+    """
     if axis is None:
         return rows
-    share = rows.shape[0] // jax.lax.axis_size(axis)
+    count = jax.lax.axis_size(axis)
+    share, rest = divmod(rows.shape[0], count)
+    if rest:
+        raise InputError(
+            f"a minibatch of {rows.shape[0]} rows does not divide over {count} devices: use fewer minibatches, or a"
+            f" batch of which each is a multiple of {count}"
+        )
     return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axis) * share, share)
 
 
@@ -73,14 +82,21 @@ def replicate(tree: T, devices: list | None = None) -> T:
     count = len(sharding.device_set)
 
     def copy(x: Any) -> jax.Array:
-        x = jnp.asarray(x)
-        return jax.device_put(jnp.broadcast_to(x[None], (count, *x.shape)), sharding)
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(copy(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        x = np.asarray(x)  # by way of the host, where a copy needs no compiling
+        return jax.device_put(np.broadcast_to(x[None], (count, *x.shape)), sharding)
 
     return jax.tree.map(copy, tree)
 
 
 def unreplicate(tree: T) -> T:
-    """The first device's copy of a replicated tree."""
+    """The first local device's copy of a replicated tree."""
+    return _first_row(jax.tree.map(lambda x: x.addressable_data(0), tree))
+
+
+@jax.jit
+def _first_row(tree: T) -> T:
     return jax.tree.map(lambda x: x[0], tree)
 
 

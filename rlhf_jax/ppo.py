@@ -252,7 +252,7 @@ def train_step(
         worst = parallel.pmax(metrics.pop("ratio_error"), axis)
         grads, metrics = parallel.psum((grads, metrics), axis)
         changes, opt_state = tx.update(grads, opt_state, params)
-        metrics |= {f"grad_norm/{name}": optax.global_norm(grads[name]) for name in grads}
+        metrics |= {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads}
         return (optax.apply_updates(params, changes), opt_state), metrics | {"ratio_error": worst}
 
     carry = (state.params, state.opt_state["optimizer"])

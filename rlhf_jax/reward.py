@@ -20,7 +20,7 @@ def better(rank: Int[Array, "B K"]) -> Bool[Array, "B K K"]:
 
 
 def _margins(score: Float[Array, "B K"], pair: Bool[Array, "B K K"]) -> Float[Array, "B K K"]:
-    """score_i - score_j where [i, j] is a pair, else 0: what absent responses hold reaches neither value nor gradient."""
+    """score_i - score_j where [i, j] is a pair, else 0: what absent responses hold reaches no value and no gradient."""
     score = jnp.where(jnp.any(pair, axis=1) | jnp.any(pair, axis=2), score, 0.0).astype(jnp.float32)
     return score[:, :, None] - score[:, None, :]
 
@@ -44,6 +44,20 @@ def choice_loss(score: Float[Array, "B K"], best: Int[Array, "B"], count: Array 
     logp = jax.nn.log_softmax(score.astype(jnp.float32))
     chosen = jnp.take_along_axis(logp, best[:, None], axis=1)[:, 0]
     return masked_mean(-chosen, jnp.ones_like(best, bool), count)
+
+
+def ranked_choice_loss(
+    score: Float[Array, "B K"], rank: Int[Array, "B K"], count: Array | None = None
+) -> Float[Array, ""]:
+    """`choice_loss` where the choice is the response of smallest rank, among equals the first.
+
+    Absent responses (-1) are no candidates; a prompt without a pair counts for nothing, as in `bradley_terry_loss`.
+    """
+    present = rank >= 0
+    logp = jax.nn.log_softmax(jnp.where(present, score, jnp.finfo(jnp.float32).min).astype(jnp.float32))
+    best = jnp.argmin(jnp.where(present, rank, jnp.iinfo(rank.dtype).max), axis=1)
+    chosen = jnp.take_along_axis(logp, best[:, None], axis=1)[:, 0]
+    return masked_mean(-chosen, jnp.any(better(rank), axis=(1, 2)), count)
 
 
 def correct_pairs(score: Float[Array, "B K"], rank: Int[Array, "B K"]) -> tuple[Array, Array]:
@@ -72,24 +86,28 @@ def train_step(
     *,
     apply_fn: Callable,
     tx: optax.GradientTransformation,
+    loss_fn: Callable = bradley_terry_loss,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update of the reward model on the global batch of rankings, whose prompts are spread over `axis`."""
+    """One update of the reward model on the global batch of rankings, whose prompts are spread over `axis`.
+
+    `loss_fn` is `bradley_terry_loss` or `ranked_choice_loss`; the metric bears its name.
+    """
     rows, responses, _ = batch.tokens.shape
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), rows * responses, axis)
     count = parallel.psum(jnp.sum(jnp.any(better(batch.rank), axis=(1, 2))), axis)
 
     def loss(params: Params) -> tuple[Array, tuple[Array, Array]]:
         score = scores(params, batch, apply_fn, keys)
-        return bradley_terry_loss(score, batch.rank, count), correct_pairs(score, batch.rank)
+        return loss_fn(score, batch.rank, count), correct_pairs(score, batch.rank)
 
     (value, (correct, pairs)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     value, correct, pairs, grads = parallel.psum((value, correct, pairs, grads), axis)
     metrics = {
-        "loss/bradley_terry": value,
+        f"loss/{loss_fn.__name__.removesuffix('_loss')}": value,
         "reward/accuracy": correct / jnp.maximum(pairs, 1),
         "reward/pairs": pairs.astype(jnp.float32),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     return optim.apply_gradients(state, grads, tx), metrics
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.transformer import Cache, Config, Transformer
+from rlhf_jax.transformer import Cache, Config, Transformer, bind
 from rlhf_jax.types import InputError, Leaf, Params
 
 
@@ -108,14 +108,13 @@ def _generate(
     ends: tuple[int, ...],
 ) -> Sample:
     rows, prompt_columns = tokens.shape
-    module = Transformer(config)
+    apply_fn = bind(Transformer(config))
     tokens, mask = left_pad(tokens, mask)
 
     def forward(tokens: Array, mask: Array, cache: Cache) -> tuple[Array, Cache]:
         """Logits [B, V] after the last of these columns."""
-        variables = {"params": params}
-        hidden, cache = module.apply(variables, tokens, mask, None, cache, method="hidden")  # type: ignore[misc]
-        return module.apply(variables, hidden[:, -1:], method="unembed")[:, 0], cache  # type: ignore[index]
+        hidden, cache = apply_fn(params, tokens, mask, None, cache, method="hidden")
+        return apply_fn(params, hidden[:, -1:], method="unembed")[:, 0], cache
 
     def choose(logits: Array, n: Array | int) -> tuple[Array, Array]:
         """Token n of each row and its log-probability."""

@@ -46,13 +46,14 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch, whose rows are spread over `axis`.
 
-    `apply_fn(params, tokens, segment, keys, stop=)` returns logits. The metrics are of the parameters before the update.
+    `apply_fn(params, tokens, segment, keys, stop=)` returns logits. The metrics are of the parameters before the
+    update.
     """
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.tokens.shape[0], axis)
     count = parallel.psum(jnp.sum(batch.target[:, 1:]), axis)
     value, grads = jax.value_and_grad(loss)(state.params, batch, apply_fn, keys, count)
     value, grads = parallel.psum((value, grads), axis)
-    metrics = {"loss/next_token": value, "grad_norm": optax.global_norm(grads), "tokens": count.astype(jnp.float32)}
+    metrics = {"loss/next_token": value, "grad_norm": optax.tree.norm(grads), "tokens": count.astype(jnp.float32)}
     return optim.apply_gradients(state, grads, tx), metrics
 
 

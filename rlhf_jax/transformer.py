@@ -53,7 +53,7 @@ class Config:
 def gpt(n_layers: int, d_model: int, n_heads: int, head_dim: int | None = None, **settings) -> Config:
     """A GPT-2/GPT-3 shaped config: learned positions, LayerNorm, GELU, biases, tied embeddings."""
     head_dim = head_dim or d_model // n_heads
-    shape = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_heads}
+    shape: dict[str, Any] = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_heads}
     return Config(**shape, head_dim=head_dim, d_ff=4 * d_model, **settings)
 
 
@@ -61,7 +61,8 @@ def llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int,
     """A Llama shaped config: RoPE, RMSNorm, SwiGLU, grouped-query attention, no biases, untied by default."""
     shape = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_ff": d_ff}
     family = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tie_embeddings": False}
-    return Config(**{"head_dim": d_model // n_heads} | shape | family | settings)
+    every: dict[str, Any] = {"head_dim": d_model // n_heads} | shape | family | settings
+    return Config(**every)
 
 
 # Radford et al. 2019, table 2 (parameter counts corrected by the released weights); Brown et al. 2020, table 2.1.
@@ -195,7 +196,7 @@ class Linear(nn.Module):
 def attend(
     query: Float[Array, "B T G R H"], key: Float[Array, "B S G H"], value: Float[Array, "B S G H"], mask: Array
 ) -> Float[Array, "B T G R H"]:
-    """Each query's mean of the values under `softmax(query . key / sqrt(H))`, among the keys that mask [B, T, S] allows.
+    """Each query's mean of the values under `softmax(query . key / sqrt(H))`, over the keys that mask [B, T, S] allows.
 
     Heads go first, so that both products are plain batched matrix products. Softmax in float32.
     """

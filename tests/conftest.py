@@ -13,6 +13,13 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What was compiled once is found again, by later tests and later runs."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; with a limit, workers take turns in it
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of oracles and data beside the repository; a test that needs it is skipped where there is none."""

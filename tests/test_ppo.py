@@ -30,7 +30,7 @@ def state(cfg=CFG):
 
 
 def episodes(seed: int, rows: int = 16) -> Rollout:
-    """A rollout with ragged prompts and responses whose log-probabilities are those of `state()`, slightly perturbed."""
+    """A rollout with ragged prompts and responses; its log-probabilities are those of `state()`, slightly perturbed."""
     rng = np.random.default_rng(seed)
     tokens = jnp.array(tiny.random_tokens(seed, rows, 4 + N))
     response_mask = jnp.array(tiny.ragged(seed + 1, rows, N))

@@ -74,6 +74,25 @@ def test_choice_by_hand():
     np.testing.assert_allclose(reward.choice_loss(score, jnp.array([1, 0])), -np.log(0.5 * 0.1) / 2, rtol=1e-6)
 
 
+def test_ranked_choice_is_the_choice_of_the_smallest_rank():
+    score = jnp.array([[1.5, -0.5, 0.25, 2.0], [0.5, 0.75, -1.25, 0.1]])
+    ranked = reward.ranked_choice_loss(score, jnp.array([[1, 0, 1, 1], [3, 2, 1, 2]]))
+    np.testing.assert_allclose(ranked, reward.choice_loss(score, jnp.array([1, 2])), rtol=1e-6)
+    # Among four equal scores it is ln 4, where each of the three pairs would cost ln 2.
+    np.testing.assert_allclose(
+        reward.ranked_choice_loss(jnp.zeros((1, 4)), jnp.array([[1, 1, 0, 1]])), np.log(4), rtol=1e-6
+    )
+
+
+def test_ranked_choice_leaves_out_absent_responses_and_undecided_prompts():
+    score = jnp.array([[1.5, jnp.nan, 0.25], [9.0, 8.0, 7.0], [jnp.nan, jnp.nan, jnp.nan]])
+    rank = jnp.array([[1, -1, 0], [0, 0, 0], [-1, -1, -1]])
+    loss, grad = jax.value_and_grad(reward.ranked_choice_loss)(score, rank)
+    np.testing.assert_allclose(loss, np.log1p(np.exp(1.25)), rtol=1e-6)
+    share = 1 / (1 + np.exp(-1.25))
+    np.testing.assert_allclose(grad, [[share, 0, -share], [0, 0, 0], [0, 0, 0]], atol=1e-6)
+
+
 def test_score_is_read_at_the_last_real_token():
     rows = batch(3)
     score = SCORES(tiny.scalar(), rows)
@@ -82,14 +101,26 @@ def test_score_is_read_at_the_last_real_token():
     np.testing.assert_allclose(score[2, 1], alone, atol=1e-5)
 
 
-def test_one_device_equals_eight():
+@pytest.mark.parametrize("loss_fn", [reward.bradley_terry_loss, reward.ranked_choice_loss])
+def test_one_device_equals_eight(loss_fn):
     state = optim.init(tiny.scalar(), TX, jax.random.key(0))
-    one, eight, spread = jax.jit(STEP), parallel.pmap(STEP, donate=(0,)), parallel.replicate(state)
+    step = functools.partial(STEP, loss_fn=loss_fn)
+    one, eight, spread = jax.jit(step), parallel.pmap(step, donate=(0,)), parallel.replicate(state)
     for seed in range(3):
         state, metrics = one(state, batch(seed))
         spread, spread_metrics = eight(spread, parallel.shard(batch(seed)))
         tiny.assert_close(metrics, parallel.unreplicate(spread_metrics), atol=1e-5)
     tiny.assert_close(state, parallel.unreplicate(spread), atol=1e-5)
+
+
+def test_a_step_takes_the_loss_it_is_given():
+    state = optim.init(tiny.scalar(), TX, jax.random.key(0))
+    _, metrics = jax.jit(functools.partial(STEP, loss_fn=reward.ranked_choice_loss))(state, batch(0))
+    score = SCORES(state.params, batch(0))
+    np.testing.assert_allclose(
+        metrics["loss/ranked_choice"], reward.ranked_choice_loss(score, batch(0).rank), rtol=1e-5
+    )
+    assert "loss/bradley_terry" not in metrics
 
 
 def test_it_learns_an_order():

@@ -54,10 +54,17 @@ class Batches(Generic[T]):
     dataset: grain.IterDataset
     counts: Counts
     rows: int  # of the batches' first axis, an epoch
-    steps: int | None  # number of batches; None if they never end
+    total: int | None  # number of batches; None if they never end
 
     def __iter__(self) -> grain.DatasetIterator:
         return iter(self.dataset)
+
+    @property
+    def steps(self) -> int:
+        """Number of batches; ValueError if they never end."""
+        if self.total is None:
+            raise ValueError("batches without a number of epochs never end")
+        return self.total
 
 
 def text(

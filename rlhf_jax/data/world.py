@@ -27,7 +27,7 @@ from rlhf_jax.types import InputError
 T = TypeVar("T")
 Category = Literal["fact", "arithmetic", "instruction", "unanswerable", "harm"]
 About = Literal["people", "places", "pairs", "words"]  # a field of `Entities`
-MIX: dict[Category, float] = {"fact": 0.30, "arithmetic": 0.15, "instruction": 0.20, "unanswerable": 0.20, "harm": 0.15}
+MIX: dict[Category, float] = {"fact": 0.30, "arithmetic": 0.10, "instruction": 0.15, "unanswerable": 0.22, "harm": 0.23}
 CHAT = "Question: {question}\nAnswer: {answer}"  # how a conversation is written down
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,19 +48,16 @@ NAMES = _words(
     Rita Simon Tilda Ulrik Vera Walter Xenia Yvonne Alma Boris Carmen Dario Edith Fabian Gloria Hugo Irma Jakob Kira
     Leon Moritz Nina Olga Pablo Rosa Stefan"""
 )
-N_PEOPLE = 48  # the other names are strangers: asked about, but nothing about them is known
-PLACES = _words(
-    """Oakford Brindale Corby Dunmere Elmstead Fairwick Garlow Hollin Ashby Kelham Lowick Marden Norbury Penrow Redcliff
-    Stanmoor"""
-)
+N_PEOPLE = 36  # the other names are strangers: asked about, but nothing about them is known
+PLACES = _words("Oakford Brindale Corby Dunmere Elmstead Fairwick Garlow Hollin Ashby Kelham Lowick Marden")
 JOBS = _words("baker miller teacher doctor farmer sailor painter tailor barber gardener hunter weaver")
 PETS = _words("cat dog goat horse parrot rabbit turtle pig donkey hen duck fox")
-PRODUCTS = _words("cheese honey bread wool glass salt silk tea soap boats clocks hats shoes bells bricks pots")
-RIVERS = _words("Lenna Orva Sill Tave Wend Dray Mirrow Ulse")
-LANDMARKS = _words("tower castle fountain lighthouse statue windmill chapel gate")
+PRODUCTS = _words("cheese honey bread wool glass salt silk tea soap boats clocks hats")
+RIVERS = _words("Lenna Orva Sill Tave Wend Dray Mirrow Ulse Brack Fenn Isk Yarrow")
+LANDMARKS = _words("tower castle fountain lighthouse statue windmill chapel gate bridge barn inn arch")
 WORDS = _words(
     """lamp chair stone cloud spoon table paper window garden candle button ribbon basket bottle kettle mirror pillow
-    carpet drawer wagon bucket feather marble whistle barrel curtain pencil blanket ticket jacket lemon saddle"""
+    carpet drawer wagon bucket feather marble whistle barrel"""
 )
 MONTHS = _words("April June July August October December")
 COLOURS = _words("red blue green yellow white black")

@@ -1,0 +1,429 @@
+"""Can PPO on choices among four continuations turn movie-review sentences positive, and leave them sentences?
+
+After Ziegler et al. 2019 (arXiv:1909.08593), from scratch and on real text. A small GPT is pretrained on review
+sentences. It continues real openings four times each; a labeler, a classifier fitted on one half of the human labels,
+picks the best of four. The reward model learns from these choices alone by a softmax over the four, one epoch, and is
+normalised on samples of the reference. PPO with an adaptive KL penalty follows. The judge, a classifier fitted on the
+other half of the labels, reads continuations of held-out openings before and after; nothing is trained on its word.
+
+The data are the Stanford Sentiment Treebank (Socher et al. 2013, sentences labelled by people) and the review snippets
+that it was cut from (Pang & Lee 2005, used as text only). `--data` is a folder that holds
+
+    sst_train.csv, sst_dev.csv               label,sentence (github.com/openai/generating-reviews-discovering-sentiment)
+    rt_polarity.pos, rt_polarity.neg         latin-1, a snippet a line (cs.cornell.edu/people/pabo/movie-review-data)
+
+or the name of a TFDS data set with `sentence`, `label` and a split `validation`: `--data glue/sst2` downloads it.
+No text that contains a sentence of sst_dev.csv, whose openings and labels are the held-out ones, is trained on.
+
+Run:     python -m experiments.sentiment --data ../shared/data
+Parent:  assistant
+Result:  TODO
+"""
+
+import csv
+import dataclasses
+import functools
+import json
+import random
+import re
+import resource
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+
+from experiments import ppo, pretrain
+from experiments.reward import accuracy
+from rlhf_jax import cli, heads, log, models, optim, parallel, plots, reward, rollout, sft, transformer
+from rlhf_jax import ppo as ppo_lib
+from rlhf_jax.data import builders, pipeline
+from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.types import InputError, Params, Prompts, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Defaults are for two CPU cores. The sampler's temperature is `ppo.ppo.temperature` in every stage."""
+
+    seed: int = 0  # of every stage, and of who labels what
+    out: Path = Path("runs/sentiment")  # run directory; each stage has a folder in it
+    data: str = "../shared/data"  # folder of the four files above, or a TFDS name such as glue/sst2
+    data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
+    choices: int = 3000  # openings for the reward model to learn from
+    held_out_choices: int = 256  # openings to measure its accuracy on, and to normalise it on
+    best_of: int = 4  # continuations of each, of which the labeler picks one
+    reward_batch: int = 16  # choices a step, over all devices
+    reward_lr: float = 1e-3  # peak learning rate of the reward model, cosine to 10 % of it
+    reward_dropout: float = 0.1  # residual dropout of the reward model
+    sample_batch: int = 128  # continuations sampled at once, over all devices
+    # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
+    pretrain: "pretrain.Config" = pretrain.Config(
+        preset="mini", vocab_size=2048, length=64, batch=32, steps=1600, lr=3e-3, warmup=50, weight_decay=0.1
+    )
+    ppo: "ppo.Config" = ppo.Config(
+        prompt_length=16,
+        max_new_tokens=24,
+        text=None,
+        batch=64,
+        steps=150,
+        lr=3e-4,
+        critic_lr=1e-3,
+        samples_every=25,
+        ppo=ppo_lib.Config(
+            minibatches=4, kl_coef=0.1, kl_target=8.0, kl_horizon=3000.0, unfinished_score=-1.0, temperature=0.7
+        ),
+    )
+
+
+# -- text and labels ---------------------------------------------------------------------------------------------------
+
+Labelled = list[tuple[str, int]]  # a sentence, and 1 where a person found it positive
+
+
+def tidy(text: str) -> str:
+    """Lower case, and no spaces around punctuation: both sources in one spelling."""
+    text = text.lower().replace("-lrb-", "(").replace("-rrb-", ")").replace("\xa0", " ")
+    text = re.sub(r'" ([^"]*) "', r'"\1"', text)
+    text = re.sub(r"\s+(n't\b|'(?:s|re|ve|ll|d|m)\b|[,.;:!?)%])", r"\1", text)
+    return " ".join(re.sub(r"\(\s+", "(", text).split())
+
+
+def key(text: str) -> str:
+    """What two spellings of one sentence share."""
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def read_labelled(path: Path) -> Labelled:
+    """The rows of a file `label,sentence`."""
+    with _open(path, "utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"label", "sentence"} <= set(reader.fieldnames or ()):
+            raise InputError(f"{path}, line 1: expected the columns label,sentence, got {reader.fieldnames}")
+        rows = []
+        for row in reader:
+            if row["label"] not in ("0", "1"):
+                raise InputError(f"{path}, line {reader.line_num}, field label: expected 0 or 1, got {row['label']!r}")
+            if not (row["sentence"] or "").strip():
+                raise InputError(f"{path}, line {reader.line_num}, field sentence: expected some text, got none")
+            rows.append((tidy(row["sentence"]), int(row["label"])))
+    return rows
+
+
+def read_snippets(path: Path) -> list[str]:
+    """The lines of a file in latin-1."""
+    with _open(path, "latin-1") as file:
+        return [tidy(line) for line in file if line.strip()]
+
+
+def _open(path: Path, encoding: str):
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; point --data at a folder with sst_train.csv, sst_dev.csv, rt_polarity.pos and"
+            " rt_polarity.neg (--help says where they come from), or use --data glue/sst2"
+        )
+    return path.open(encoding=encoding, newline="")
+
+
+def read_published(name: str, data_dir: Path, split: str) -> Labelled:
+    """The rows of a TFDS data set with the fields `sentence` and `label`."""
+    texts = builders.source(f"{name}:sentence", "text", data_dir=data_dir, split=split)
+    records = tfds.builder(name, data_dir=data_dir).as_data_source(split)
+    return [(tidy(row["text"]), int(record["label"])) for row, record in zip(texts, records, strict=True)]
+
+
+def whole(rows: Labelled) -> Labelled:
+    """The rows that are no part of a longer one: glue/sst2 labels phrases too, and halves must not share a sentence."""
+    kept, seen = [], ""
+    for row in sorted(rows, key=lambda row: -len(key(row[0]))):
+        if key(row[0]) not in seen:
+            kept.append(row)
+            seen += " " + key(row[0])
+    return kept
+
+
+def corpus(cfg: Config) -> tuple[Labelled, list[str], Labelled]:
+    """Labelled training sentences, further text, and held-out labelled sentences that neither of them contains."""
+    snippets: list[str] = []
+    if (folder := Path(cfg.data)).is_dir() or not re.fullmatch(r"\w+(/\w+)?", cfg.data):
+        train, held_out = read_labelled(folder / "sst_train.csv"), read_labelled(folder / "sst_dev.csv")
+        snippets = [text for sign in ("pos", "neg") for text in read_snippets(folder / f"rt_polarity.{sign}")]
+    else:
+        train, held_out = (read_published(cfg.data, _data_dir(cfg), split) for split in ("train", "validation"))
+        train = whole(train)
+    hidden = {key(text) for text, _ in held_out} - {""}
+    taken = set(hidden)
+    labelled = [row for row in train if _take(key(row[0]), taken)]
+    names = ((x, key(x)) for x in snippets)
+    text = [x for x, name in names if _take(name, taken) and not any(part in name for part in hidden)]
+    return labelled, text, held_out
+
+
+def _take(name: str, taken: set[str]) -> bool:
+    """True, once, for each name."""
+    new = name not in taken
+    taken.add(name)
+    return new
+
+
+def openings(texts: Iterable[str], rng: random.Random) -> list[str]:
+    """The first three to five words of each sentence that has at least three more."""
+    words = [text.split() for text in texts]
+    return [" ".join(some[: rng.randint(3, 5)]) for some in words if len(some) >= 8]
+
+
+def classifier(rows: Labelled) -> Pipeline:
+    """Who finds a sentence positive: logistic regression on its words and pairs of words."""
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
+    )
+    texts, labels = zip(*rows, strict=True)
+    if len(set(labels)) < 2:
+        raise InputError(f"the {len(rows)} sentences of one half all have the label {labels[0]}: both are needed")
+    return model.fit(texts, labels)
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequence[str]) -> Iterator[dict]:
+    """Rankings: `best_of` continuations of each opening, with rank 0 for the one that the labeler likes best."""
+    tokenizer = models.tokenizer_of(model)
+    batch, counts = pipeline.every_prompt([{"prompt": x} for x in prompts], tokenizer, length=cfg.ppo.prompt_length)
+    print(f"openings to choose continuations of: {counts}")
+    sample = rollout.respond(
+        model,
+        model.params,
+        jax.tree.map(lambda x: np.repeat(x, cfg.best_of, axis=0), batch),
+        jax.random.key(cfg.seed),
+        batch=cfg.sample_batch,
+        max_new_tokens=cfg.ppo.max_new_tokens,
+        temperature=cfg.ppo.ppo.temperature,
+        eos_id=tokenizer.eos_token_id,
+    )
+    said = (tokenizer_lib.decode(tokenizer, *row) for row in zip(sample.tokens, sample.mask, strict=True))
+    for index in batch.index:
+        prompt = prompts[index]
+        responses = [next(said) for _ in range(cfg.best_of)]
+        best = int(np.argmax(labeler.predict_proba([prompt + response for response in responses])[:, 1]))
+        yield {"prompt": prompt, "responses": responses, "ranks": [int(k != best) for k in range(cfg.best_of)]}
+
+
+def learn_reward(cfg: Config, base: Path, data: Path, held_out: Path) -> dict[str, float]:
+    """Train the reward model on the choices, and write its run directory; returns its accuracy."""
+    out = cfg.out / "reward"
+    model = models.load(base)
+    source = functools.partial(builders.source, kind="rankings", data_dir=_data_dir(cfg))
+    read = functools.partial(
+        pipeline.rankings,
+        tokenizer=models.tokenizer_of(model),
+        length=cfg.ppo.prompt_length + cfg.ppo.max_new_tokens + 1,  # every one ends with EOS here
+        batch=cfg.reward_batch,
+        seed=cfg.seed,
+        epochs=1,
+    )
+    batches, reference = read(source(str(data))), read(source(str(held_out)))
+    print(f"{data}: {batches.counts}")
+    apply_fn = transformer.bind(heads.ScalarModel(model.config))
+    scores = jax.jit(functools.partial(reward.scores, apply_fn=apply_fn))
+
+    def normalized(params: Params) -> Params:
+        """With mean 0 and standard deviation 1 on samples of the reference, which were not trained on."""
+        pairs = [(scores(params, batch), batch.rank >= 0) for batch in reference]
+        score = np.concatenate([np.asarray(score)[present] for score, present in pairs])
+        return reward.normalize(params, float(score.mean()), float(score.std()))
+
+    random_key = jax.random.key(cfg.seed)
+    params = normalized(heads.from_policy(model.params, model.config, random_key))
+    tx = optim.adamw(optim.cosine(cfg.reward_lr, batches.steps))
+    state = parallel.replicate(optim.init(params, tx, random_key))
+    noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(model.config, dropout=cfg.reward_dropout)))
+    step_fn = parallel.pmap(
+        functools.partial(reward.train_step, apply_fn=noisy, tx=tx, loss_fn=reward.ranked_choice_loss), donate=(0,)
+    )
+    with log.start(out, cfg, total=batches.steps, show=("loss/ranked_choice", "reward/accuracy")) as run:
+        for step, batch in enumerate(batches, start=1):
+            state, metrics = step_fn(state, parallel.shard(batch))
+            run.write(step, parallel.unreplicate(metrics))
+    params = normalized(parallel.unreplicate(state).params)
+    models.save(model, params, out / "model")
+    plots.curves(
+        out, {"choice loss (nats)": ["loss/ranked_choice"], "training accuracy (share of pairs)": ["reward/accuracy"]}
+    )
+    return {"accuracy": accuracy(params, apply_fn, reference)}
+
+
+def continuations(cfg: Config, path: Path, base: Path, learnt: Path, prompts: Prompts) -> Rollout:
+    """A continuation of each opening by the policy at `path`, with its score and its KL to `base`; on the host."""
+    policy, reference, scalar = models.load(path), models.load(base), models.load_reward(learnt)
+    scalar_fn = transformer.bind(heads.ScalarModel(scalar.config))
+    collect = parallel.pmap(
+        functools.partial(
+            rollout.collect,
+            policy=policy,
+            policy_fn=policy.apply,
+            critic_fn=scalar_fn,
+            reward_fn=scalar_fn,
+            max_new_tokens=cfg.ppo.max_new_tokens,
+            temperature=cfg.ppo.ppo.temperature,
+            eos_id=models.tokenizer_of(policy).eos_token_id,
+        )
+    )
+    params = parallel.replicate({"policy": policy.params, "critic": scalar.params})
+    frozen = parallel.replicate(rollout.Frozen(reference=reference.params, reward=scalar.params))
+    sampling_key = parallel.replicate(jax.random.fold_in(jax.random.key(cfg.seed), 1))
+    parts = [
+        parallel.gather(collect(params, frozen, parallel.shard(part), sampling_key, parallel.replicate(np.uint32(n))))
+        for n, part in rollout.chunks(prompts, cfg.sample_batch)
+    ]
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
+
+
+def text_nll(cfg: Config, path: Path, texts: Sequence[str]) -> float:
+    """Mean negative log-likelihood of held-out sentences, nats a token."""
+    model = models.load(path)
+    batches = pipeline.text(
+        [{"text": text} for text in texts],
+        models.tokenizer_of(model),
+        length=cfg.pretrain.length,
+        batch=cfg.pretrain.batch,
+        seed=0,
+        epochs=1,
+    )
+    step = parallel.pmap(functools.partial(sft.evaluate, apply_fn=model.apply))
+    spread = parallel.replicate(model.params)
+    nll, count = np.sum(
+        [jax.device_get(parallel.unreplicate(step(spread, parallel.shard(b)))) for b in batches], axis=0
+    )
+    return float(nll / count)
+
+
+def main(cfg: Config) -> dict:
+    """Run the stages one after the other, and return the summary."""
+    start = time.monotonic()
+
+    def begin(stage: str) -> None:
+        print(f"\n== {stage} ({time.monotonic() - start:.0f} s)", flush=True)
+
+    out, data_dir = cfg.out, _data_dir(cfg)
+    base, learnt, final = (out / stage / "model" for stage in ("pretrain", "reward", "ppo"))
+    rng = random.Random(cfg.seed)
+    labelled, unlabelled, held_out = corpus(cfg)
+    rng.shuffle(labelled)
+    half = len(labelled) // 2
+    labeler, judge = classifier(labelled[:half]), classifier(labelled[half:])
+    answers = {"labeler": labeler, "judge": judge}
+    texts, labels = zip(*held_out, strict=True)
+    accuracies = {name: float(model.score(texts, labels)) for name, model in answers.items()}
+    print(f"{len(labelled)} labelled and {len(unlabelled)} further sentences; right on {len(texts)} held-out ones: "
+          + ", ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items()))  # fmt: skip
+    sentences = [text for text, _ in labelled] + unlabelled
+    rng.shuffle(sentences)
+    starts = openings(sentences, rng)
+    test = openings(texts, rng)
+    if len(starts) <= cfg.held_out_choices:
+        raise InputError(
+            f"{cfg.data}: {len(starts)} sentences have an opening, and {cfg.held_out_choices} are set aside;"
+            " lower --held-out-choices"
+        )
+
+    begin("pretrain")
+    text_file = _write(out / "text.jsonl", ({"text": text} for text in sentences))
+    shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": data_dir}
+    pretrain.main(dataclasses.replace(cfg.pretrain, data=str(text_file), out=out / "pretrain", **shared))
+
+    begin("choose")
+    split = cfg.held_out_choices
+    chosen = list(choose(cfg, models.load(base), labeler, starts[: split + cfg.choices]))
+    held_out_file = _write(out / "choices_held_out.jsonl", chosen[:split])
+    choices_file = _write(out / "choices.jsonl", chosen[split:])
+
+    begin("reward")
+    reward_result = learn_reward(cfg, base, choices_file, held_out_file)
+    print(f"reward model: {100 * reward_result['accuracy']:.1f} % of held-out pairs of the best and another")
+
+    begin("ppo")
+    prompt_file = _write(out / "prompts.jsonl", ({"prompt": prompt} for prompt in starts))
+    settings: dict[str, Any] = {"init": base, "reward": learnt, "data": str(prompt_file), "out": out / "ppo"}
+    ppo.main(dataclasses.replace(cfg.ppo, **settings, **shared))
+
+    begin("evaluate")
+    tokenizer = models.tokenizer_of(models.load(base))
+    prompts, counts = pipeline.every_prompt(
+        [{"prompt": prompt} for prompt in test], tokenizer, length=cfg.ppo.prompt_length
+    )
+    print(f"held-out openings: {counts}")
+    stages, said = {}, {}
+    for stage, path in {"base": base, "PPO": final}.items():
+        episodes = continuations(cfg, path, base, learnt, prompts)
+        rows = zip(episodes.tokens, episodes.mask, strict=True)
+        said[stage] = [tokenizer_lib.decode(tokenizer, *row).strip() for row in rows]
+        kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
+        stages[stage] = {
+            **{f"positive_{name}": float(np.mean(model.predict(said[stage]))) for name, model in answers.items()},
+            "reward": float(episodes.score.mean()),
+            "kl": float(kl.mean()),
+            "ended": float(episodes.ended.mean()),
+            "tokens": float(episodes.response_mask.sum(axis=1).mean()),
+            "distinct": len(set(said[stage])) / len(said[stage]),
+            "nll": text_nll(cfg, path, texts),
+        }
+    summary = {
+        "seed": cfg.seed,
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "openings": len(prompts.index),
+        **{name: {"accuracy": value} for name, value in accuracies.items()},
+        "reward": reward_result,
+        **{stage.lower(): values for stage, values in stages.items()},
+        "gain": stages["PPO"]["positive_judge"] - stages["base"]["positive_judge"],
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report(out, [test[index] for index in prompts.index], stages, said, summary)
+    return summary
+
+
+def report(
+    out: Path, prompts: Sequence[str], stages: dict[str, dict], said: dict[str, list[str]], summary: dict
+) -> None:
+    """Print the table of the stages and three openings as each continues them; write both as plots and Markdown."""
+    names = {
+        "positive_judge": "judged positive (share)",
+        "kl": "KL to the base (nats)",
+        "reward": "reward model's score",
+        "ended": "sentences that end (share)",
+        "distinct": "distinct sentences (share)",
+        "nll": "loss on held-out text (nats a token)",
+    }
+    panels = {label: {stage: values[name] for stage, values in stages.items()} for name, label in names.items()}
+    plots.stages(out / "stages.png", panels)
+    for label, values in panels.items():
+        print(f"{label:<40}" + "".join(f"{stage:>6}{value:>8.3f}" for stage, value in values.items()))
+    lines = ["| opening | " + " | ".join(said) + " |", "| --- " * (len(said) + 1) + "|"]
+    for n, prompt in enumerate(prompts):
+        rests = [texts[n].removeprefix(prompt).replace("|", r"\|") for texts in said.values()]
+        lines.append("| " + " | ".join([prompt, *(f"...{rest}" for rest in rests)]) + " |")
+        if n < 3:
+            print("\n" + "\n".join(f"  {stage:<5} {texts[n]}" for stage, texts in said.items()))
+    (out / "samples.md").write_text("\n".join(lines) + "\n")
+    print(f"\n{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB; everything is in {out}")
+
+
+def _data_dir(cfg: Config) -> Path:
+    return cfg.data_dir or cfg.out / "data"
+
+
+def _write(path: Path, rows: Iterable[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())

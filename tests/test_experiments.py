@@ -1,0 +1,298 @@
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import assistant, evaluate, ppo, pretrain, rank, reward, sft
+from rlhf_jax import checkpoint, cli, log, models, optim
+from rlhf_jax import ppo as ppo_lib
+from rlhf_jax import sft as sft_lib
+from tests import tiny
+
+LENGTHS = {"prompt_length": 40, "max_new_tokens": 8}
+TINY = assistant.Config(
+    best_of=2,
+    pretrain=pretrain.Config(data="world:rows=200", preset="tiny", vocab_size=512, batch=8, steps=2, warmup=1),
+    sft=sft.Config(data="world:rows=24", text="world:rows=200", batch=8, text_batch=8, epochs=1),
+    rank=rank.Config(prompts=16, held_out=8, batch=16, **LENGTHS),
+    reward=reward.Config(length=64, batch=8, epochs=1, dropout=0.0),
+    ppo=ppo.Config(
+        data="world:rows=100",
+        text="world:rows=200",
+        batch=16,
+        steps=2,
+        warmup=1,
+        samples_every=1,
+        ppo=ppo_lib.Config(minibatches=2),
+        **LENGTHS,
+    ),
+    evaluate=evaluate.Config(prompts=16, texts=60, batch=16, **LENGTHS),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiling():
+    """Compiling takes most of the time of these tests, and none of them is about the last digits."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The configuration of a quickstart of two steps a stage, after it ran, and its summary."""
+    cfg = dataclasses.replace(TINY, out=tmp_path_factory.mktemp("runs") / "quickstart")
+    return cfg, assistant.main(cfg)
+
+
+def metrics_of(directory):
+    return [{name: x for name, x in row.items() if name != "time"} for row in log.read(directory)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "losses"),
+    [
+        ("pretrain", {"loss/next_token"}),
+        ("sft", {"loss/next_token"}),
+        ("reward", {"loss/bradley_terry"}),
+        ("ppo", {"loss/policy", "loss/value", "loss/ptx"}),
+    ],
+)
+def test_each_stage_leaves_its_records(done, stage, losses):
+    cfg, _ = done
+    out = cfg.out / stage
+    config = json.loads((out / "config.json").read_text())
+    assert config["seed"] == cfg.seed and config["batch"] == getattr(cfg, stage).batch
+    rows = metrics_of(out)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {name for name in rows[0] if name.startswith("loss/")} == losses
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((out / "tensorboard").glob("events*"))
+    assert checkpoint.steps(out / "checkpoints") == [2]
+
+
+def test_ppo_shows_what_it_samples(done):
+    cfg, _ = done
+    rows = log.read(cfg.out / "ppo", "samples.jsonl")
+    assert {row["step"] for row in rows} == {1, 2}
+    assert set(rows[0]) == {"step", "prompt", "response", "score", "kl"}
+    assert "| prompt | response | score | kl |" in (cfg.out / "ppo" / "samples.md").read_text()
+    assert metrics_of(cfg.out / "ppo")[0]["ratio/first_error"] < 1e-4
+
+
+def test_the_summary_has_what_it_should(done):
+    cfg, summary = done
+    assert json.loads((cfg.out / "summary.json").read_text()) == summary
+    assert {name: set(x) if isinstance(x, dict) else () for name, x in summary.items()} == {
+        "seed": (),
+        "seconds": (),
+        "peak_memory_gib": (),
+        "pretrain": {"gold", "nll"},
+        "sft": {"gold", "reward", "nll"},
+        "reward": {"accuracy", "labeler_agreement"},
+        "best_of_n": {"n", "gold", "kl", "reward"},
+        "ppo": {"gold", "reward", "kl", "nll"},
+    }
+    numbers = [x for stage in summary.values() for x in (stage.values() if isinstance(stage, dict) else [stage])]
+    assert all(math.isfinite(x) for x in numbers)
+    assert summary["best_of_n"]["n"] == cfg.best_of
+    assert (cfg.out / "stages.png").read_bytes().startswith(b"\x89PNG")
+    answers = (cfg.out / "answers.md").read_text().splitlines()
+    assert answers[0] == "| prompt | base | SFT | PPO |" and len(answers) == 2 + cfg.evaluate.prompts
+
+
+def test_rankings_are_rows_that_the_reward_model_reads(done):
+    cfg, _ = done
+    rows = log.read(cfg.out / "rank", "train.jsonl")
+    assert len(rows) == cfg.rank.prompts
+    assert all(4 <= len(row["responses"]) == len(row["ranks"]) <= 9 for row in rows)
+    assert len(log.read(cfg.out / "rank", "held_out.jsonl")) == cfg.rank.held_out * cfg.rank.people
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+def test_the_checkpoint_holds_the_model_that_was_saved(done, stage):
+    cfg, _ = done
+    load = models.load_reward if stage == "reward" else models.load
+    model = load(cfg.out / stage / "model")
+    tx = optim.adamw(optim.cosine(1.0, 2))
+    like = jax.eval_shape(lambda: optim.init(model.params, tx, jax.random.key(0)))
+    state, extra = checkpoint.restore(cfg.out / stage / "checkpoints", like)
+    assert int(state.step) == 2 and "data" in extra
+    if stage == "reward":  # the saved head is normalised afterwards
+        tiny.assert_close(state.params["trunk"], model.params["trunk"], atol=0)
+    else:
+        tiny.assert_close(state.params, model.params, atol=0)
+
+
+def test_a_fork_runs_and_ppo_runs_without_pretraining_text(done, tmp_path):
+    cfg, _ = done
+    fork = dataclasses.replace(cfg.ppo, text=None, lr=1e-3)  # what a fork is: the main of another, a new default
+    data = [
+        "--init",
+        cfg.out / "sft" / "model",
+        "--reward",
+        cfg.out / "reward" / "model",
+        "--data-dir",
+        cfg.out / "data",
+    ]
+    state = cli.run(ppo.main, fork, [*map(str, data), "--out", str(tmp_path / "fork")])
+    rows = metrics_of(tmp_path / "fork")
+    assert int(state.step) == len(rows) == 2
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert "loss/ptx" not in rows[0]
+    tiny.assert_close(state.params["policy"], models.load(tmp_path / "fork" / "model").params, atol=0)
+
+
+@pytest.mark.slow
+def test_the_seed_reproduces_a_run_exactly(done, tmp_path):
+    cfg, summary = done
+    again = dataclasses.replace(cfg, out=tmp_path)
+    repeated = assistant.main(again)
+    for name in ("seconds", "peak_memory_gib"):
+        repeated[name] = summary[name]
+    assert repeated == summary
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        assert metrics_of(tmp_path / stage) == metrics_of(cfg.out / stage)
+    for record in ("rank/train.jsonl", "ppo/samples.jsonl", "ppo/model/model.safetensors", "answers.md"):
+        assert (tmp_path / record).read_bytes() == (cfg.out / record).read_bytes()
+
+
+# What a user can get wrong --------------------------------------------------------------------------------------------
+
+
+def refused(capsys, main, default, *flags) -> str:
+    """What an experiment says on stderr, in one line, when it refuses these flags."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, default, [str(flag) for flag in flags])
+    assert stop.value.code == cli.USAGE
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if "step/s" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def flags(done, tmp_path):
+    """Flags with which an experiment finds what the quickstart left, and leaves it alone."""
+    cfg, _ = done
+    return ["--data-dir", cfg.out / "data", "--out", tmp_path / "run"]
+
+
+@pytest.mark.parametrize("main", [pretrain.main, sft.main])
+def test_a_batch_that_does_not_divide_over_the_devices(done, flags, capsys, main):
+    cfg, _ = done
+    default = cfg.sft if main is sft.main else cfg.pretrain
+    default = dataclasses.replace(default, init=cfg.out / "pretrain" / "model")
+    said = refused(capsys, main, default, *flags, "--batch", 4)
+    assert "does not divide over 8 devices: use a multiple of 8" in said
+
+
+def test_a_minibatch_that_does_not_divide_over_the_devices(done, flags, capsys):
+    cfg, _ = done
+    default = dataclasses.replace(
+        cfg.ppo, init=cfg.out / "sft" / "model", reward=cfg.out / "reward" / "model", text=None
+    )
+    said = refused(capsys, ppo.main, default, *flags, "--ppo.minibatches", 4)
+    assert "a minibatch of 4 rows does not divide over 8 devices: use fewer minibatches" in said
+
+
+def test_directories_that_are_not_models(done, flags, tmp_path, capsys):
+    cfg, _ = done
+    said = refused(capsys, sft.main, cfg.sft, *flags, "--init", tmp_path / "nowhere")
+    assert said.endswith("nowhere is not a model directory: it has no config.json")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    said = refused(capsys, sft.main, cfg.sft, *flags, "--init", tmp_path / "bert")
+    assert said.endswith("model_type 'bert' is not supported: expected one of gpt2, llama")
+    said = refused(
+        capsys, ppo.main, cfg.ppo, *flags, "--init", cfg.out / "sft" / "model", "--reward", cfg.out / "sft" / "model"
+    )
+    assert said.endswith("has no score head (score.weight): it is not a reward model")
+
+
+def test_models_that_do_not_read_the_same_tokens(done, flags, tmp_path, capsys):
+    cfg, _ = done
+    config = dataclasses.replace(tiny.GPT, vocab_size=77)
+    other = models.Model(config, tiny.scalar(config), None, lambda: None)
+    models.save(other, other.params, tmp_path / "other")
+    init = cfg.out / "sft" / "model"
+    said = refused(capsys, ppo.main, cfg.ppo, *flags, "--init", init, "--reward", tmp_path / "other")
+    assert f"the vocabularies differ ({init} 512, {tmp_path / 'other'} 77): train the reward model from" in said
+    said = refused(
+        capsys,
+        evaluate.main,
+        cfg.evaluate,
+        *flags,
+        "--model",
+        init,
+        "--reference",
+        init,
+        "--reward",
+        tmp_path / "other",
+    )
+    assert "the vocabularies differ" in said
+
+
+def test_a_tokenizer_with_ids_that_the_model_does_not_have(done, flags, tmp_path, capsys):
+    cfg, _ = done
+    config = dataclasses.replace(tiny.GPT, vocab_size=300)
+    tokenizer = models.load(cfg.out / "sft" / "model").tokenizer
+    models.save(models.Model(config, {}, tokenizer, lambda: None), tiny.policy(config), tmp_path / "small")
+    said = refused(capsys, sft.main, cfg.sft, *flags, "--init", tmp_path / "small")
+    assert "small: the tokenizer has ids up to 511 but the model's vocabulary is 300: use the model's own" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "p", "responses": ["a"], "ranks": [0]},
+            "field responses: expected a list of at least 2, got ['a']",
+        ),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [0]}, "field ranks: expected 2 integers from 0 up"),
+        ({"prompt": 3, "responses": ["a", "b"], "ranks": [0, 1]}, "field prompt: expected text or a list of messages"),
+    ],
+)
+def test_a_malformed_row(done, flags, tmp_path, capsys, row, message):
+    cfg, _ = done
+    path = tmp_path / "rankings.jsonl"
+    good = {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1]}
+    path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    said = refused(capsys, reward.main, cfg.reward, *flags, "--init", cfg.out / "sft" / "model", "--data", path)
+    assert f"{path}, line 2, {message}" in said
+
+
+def test_fewer_than_two_answers_cannot_be_ranked(done, flags, capsys):
+    cfg, _ = done
+    said = refused(capsys, rank.main, cfg.rank, *flags, "--init", cfg.out / "sft" / "model", "--least", 1)
+    assert said == "error: least=1, most=9: expected 2 <= least <= most answers to rank"
+
+
+def test_an_unknown_flag_of_a_stage(capsys):
+    assert refused(capsys, assistant.main, TINY, "--ppo.stepz", 4) == (
+        "error: unknown flag --ppo.stepz; did you mean --ppo.steps? see --help"
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(done, flags, monkeypatch, capsys, tmp_path):
+    cfg, _ = done
+
+    def train_step(state, batch, *, apply_fn, tx, axis):
+        metrics = {"loss/next_token": jnp.where(state.step == 2, jnp.nan, 1.0)}
+        return state.replace(step=state.step + 1), metrics
+
+    monkeypatch.setattr(sft_lib, "train_step", train_step)
+    default = dataclasses.replace(cfg.pretrain, init=cfg.out / "pretrain" / "model", steps=9, save_every=2)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(pretrain.main, default, [str(flag) for flag in flags])
+    assert stop.value.code == cli.FAILURE
+    last = capsys.readouterr().err.splitlines()[-1]
+    good = tmp_path / "run" / "checkpoints" / "2"
+    assert last == f"error: step 3: loss/next_token is nan; the last good checkpoint is {good}"
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2]
+    assert not (tmp_path / "run" / "model").exists()
