@@ -37,11 +37,11 @@ class Config:
     text_length: int = 64  # tokens in a row of pretraining text
     batch: int = 64  # episodes a step, over all devices
     text_batch: int = 8  # rows of pretraining text an update, over all devices
-    steps: int = 120  # rollouts
+    steps: int = 70  # rollouts
     lr: float = 3e-4  # of the policy, cosine to 10 % of it
     critic_lr: float = 1e-3  # of the critic, cosine to 10 % of it
     warmup: int = 8  # updates of linear warm-up
-    ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.05, ptx_coef=0.5)
+    ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=0.5)
     samples_every: int = 20  # steps between tables of samples
     save_every: int = 500  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too

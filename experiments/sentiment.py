@@ -10,7 +10,7 @@ The data are the Stanford Sentiment Treebank (Socher et al. 2013, sentences labe
 that it was cut from (Pang & Lee 2005, used as text only). `--data` is a folder that holds
 
     sst_train.csv, sst_dev.csv               label,sentence (github.com/openai/generating-reviews-discovering-sentiment)
-    rt_polarity.pos, rt_polarity.neg         latin-1, a snippet a line (cs.cornell.edu/people/pabo/movie-review-data)
+    rt_polarity.pos, rt_polarity.neg         a snippet a line (cs.cornell.edu/people/pabo/movie-review-data)
 
 or the name of a TFDS data set with `sentence`, `label` and a split `validation`: `--data glue/sst2` downloads it.
 No text that contains a sentence of sst_dev.csv, whose openings and labels are the held-out ones, is trained on.
@@ -56,7 +56,7 @@ class Config:
     out: Path = Path("runs/sentiment")  # run directory; each stage has a folder in it
     data: str = "../shared/data"  # folder of the four files above, or a TFDS name such as glue/sst2
     data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
-    choices: int = 3000  # openings for the reward model to learn from
+    choices: int = 2500  # openings for the reward model to learn from
     held_out_choices: int = 256  # openings to measure its accuracy on, and to normalise it on
     best_of: int = 4  # continuations of each, of which the labeler picks one
     reward_batch: int = 16  # choices a step, over all devices
@@ -65,19 +65,19 @@ class Config:
     sample_batch: int = 128  # continuations sampled at once, over all devices
     # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
     pretrain: "pretrain.Config" = pretrain.Config(
-        preset="mini", vocab_size=2048, length=64, batch=32, steps=1600, lr=3e-3, warmup=50, weight_decay=0.1
+        preset="mini", vocab_size=4096, length=64, batch=32, steps=1200, lr=3e-3, warmup=50, weight_decay=0.1
     )
     ppo: "ppo.Config" = ppo.Config(
         prompt_length=16,
         max_new_tokens=24,
         text=None,
         batch=64,
-        steps=150,
-        lr=3e-4,
+        steps=100,
+        lr=2e-4,
         critic_lr=1e-3,
-        samples_every=25,
+        samples_every=20,
         ppo=ppo_lib.Config(
-            minibatches=4, kl_coef=0.1, kl_target=8.0, kl_horizon=3000.0, unfinished_score=-1.0, temperature=0.7
+            minibatches=4, kl_coef=0.25, kl_target=6.0, kl_horizon=3000.0, unfinished_score=-1.0, temperature=0.7
         ),
     )
 
@@ -117,9 +117,17 @@ def read_labelled(path: Path) -> Labelled:
 
 
 def read_snippets(path: Path) -> list[str]:
-    """The lines of a file in latin-1."""
+    """The lines of a file in UTF-8 or, as first published, in latin-1."""
     with _open(path, "latin-1") as file:
-        return [tidy(line) for line in file if line.strip()]
+        lines = [line.encode("latin-1") for line in file if line.strip()]
+    return [tidy(_decode(line)) for line in lines]
+
+
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
 
 
 def _open(path: Path, encoding: str):
@@ -259,49 +267,45 @@ def learn_reward(cfg: Config, base: Path, data: Path, held_out: Path) -> dict[st
     return {"accuracy": accuracy(params, apply_fn, reference)}
 
 
-def continuations(cfg: Config, path: Path, base: Path, learnt: Path, prompts: Prompts) -> Rollout:
-    """A continuation of each opening by the policy at `path`, with its score and its KL to `base`; on the host."""
-    policy, reference, scalar = models.load(path), models.load(base), models.load_reward(learnt)
+def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Prompts) -> Iterator[Rollout]:
+    """A continuation of each opening by the policy at each path, with its score and its KL to the first policy."""
+    reference, scalar = models.load(paths[0]), models.load_reward(learnt)
     scalar_fn = transformer.bind(heads.ScalarModel(scalar.config))
     collect = parallel.pmap(
         functools.partial(
             rollout.collect,
-            policy=policy,
-            policy_fn=policy.apply,
+            policy=reference,
+            policy_fn=reference.apply,
             critic_fn=scalar_fn,
             reward_fn=scalar_fn,
             max_new_tokens=cfg.ppo.max_new_tokens,
             temperature=cfg.ppo.ppo.temperature,
-            eos_id=models.tokenizer_of(policy).eos_token_id,
+            eos_id=models.tokenizer_of(reference).eos_token_id,
         )
     )
-    params = parallel.replicate({"policy": policy.params, "critic": scalar.params})
     frozen = parallel.replicate(rollout.Frozen(reference=reference.params, reward=scalar.params))
     sampling_key = parallel.replicate(jax.random.fold_in(jax.random.key(cfg.seed), 1))
-    parts = [
-        parallel.gather(collect(params, frozen, parallel.shard(part), sampling_key, parallel.replicate(np.uint32(n))))
-        for n, part in rollout.chunks(prompts, cfg.sample_batch)
-    ]
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
+    for path in paths:
+        params = parallel.replicate({"policy": models.load(path).params, "critic": scalar.params})
+        parts = [
+            parallel.gather(collect(params, frozen, parallel.shard(x), sampling_key, parallel.replicate(np.uint32(n))))
+            for n, x in rollout.chunks(prompts, cfg.sample_batch)
+        ]
+        yield jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
 
 
-def text_nll(cfg: Config, path: Path, texts: Sequence[str]) -> float:
-    """Mean negative log-likelihood of held-out sentences, nats a token."""
-    model = models.load(path)
-    batches = pipeline.text(
-        [{"text": text} for text in texts],
-        models.tokenizer_of(model),
-        length=cfg.pretrain.length,
-        batch=cfg.pretrain.batch,
-        seed=0,
-        epochs=1,
-    )
+def text_nll(cfg: Config, paths: Sequence[Path], texts: Sequence[str]) -> Iterator[float]:
+    """Mean negative log-likelihood of held-out sentences under the model at each path, nats a token."""
+    model = models.load(paths[0])
+    rows = [{"text": text} for text in texts]
+    sizes = {"length": cfg.pretrain.length, "batch": cfg.pretrain.batch, "seed": 0, "epochs": 1}
+    batches = pipeline.text(rows, models.tokenizer_of(model), **sizes)
     step = parallel.pmap(functools.partial(sft.evaluate, apply_fn=model.apply))
-    spread = parallel.replicate(model.params)
-    nll, count = np.sum(
-        [jax.device_get(parallel.unreplicate(step(spread, parallel.shard(b)))) for b in batches], axis=0
-    )
-    return float(nll / count)
+    for path in paths:
+        params = parallel.replicate(models.load(path).params)
+        totals = [parallel.unreplicate(step(params, parallel.shard(batch))) for batch in batches]
+        nll, count = np.sum(jax.device_get(totals), axis=0)
+        yield float(nll / count)
 
 
 def main(cfg: Config) -> dict:
@@ -360,8 +364,9 @@ def main(cfg: Config) -> dict:
     )
     print(f"held-out openings: {counts}")
     stages, said = {}, {}
-    for stage, path in {"base": base, "PPO": final}.items():
-        episodes = continuations(cfg, path, base, learnt, prompts)
+    paths = (base, final)
+    sampled, losses = continuations(cfg, paths, learnt, prompts), text_nll(cfg, paths, texts)
+    for stage, episodes, nll in zip(("base", "PPO"), sampled, losses, strict=True):
         rows = zip(episodes.tokens, episodes.mask, strict=True)
         said[stage] = [tokenizer_lib.decode(tokenizer, *row).strip() for row in rows]
         kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
@@ -372,7 +377,7 @@ def main(cfg: Config) -> dict:
             "ended": float(episodes.ended.mean()),
             "tokens": float(episodes.response_mask.sum(axis=1).mean()),
             "distinct": len(set(said[stage])) / len(said[stage]),
-            "nll": text_nll(cfg, path, texts),
+            "nll": nll,
         }
     summary = {
         "seed": cfg.seed,

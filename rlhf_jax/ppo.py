@@ -117,7 +117,7 @@ def value_loss(
 
 
 def adapt_kl_coef(
-    coef: float | Array, kl: float | Array, n: int | Array, target: float, horizon: float
+    coef: float | Array, kl: float | Array, n: int | Array, target: int | float, horizon: int | float
 ) -> Float[Array, ""]:
     """The next KL coefficient: coef (1 + clip(kl / target - 1, +-0.2) n / horizon) (Ziegler et al. 2019, section 2.2).
 

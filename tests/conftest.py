@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, and numerical sloppiness as an error."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported. A flag of the user's comes later, and so prevails.
@@ -15,9 +16,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_configure(config: pytest.Config) -> None:
     """What was compiled once is found again, by later tests and later runs."""
+    if getattr(config, "cache", None) is None:  # under -p no:cacheprovider
+        return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; with a limit, workers take turns in it
+
+
+@pytest.fixture(scope="module")
+def quick_compiling() -> Iterator[None]:
+    """For modules whose tests mostly compile: XLA leaves out most optimisations, which halves that."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

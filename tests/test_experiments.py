@@ -12,6 +12,8 @@ from rlhf_jax import ppo as ppo_lib
 from rlhf_jax import sft as sft_lib
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 LENGTHS = {"prompt_length": 40, "max_new_tokens": 8}
 TINY = assistant.Config(
     best_of=2,
@@ -31,15 +33,6 @@ TINY = assistant.Config(
     ),
     evaluate=evaluate.Config(prompts=16, texts=60, batch=16, **LENGTHS),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiling():
-    """Compiling takes most of the time of these tests, and none of them is about the last digits."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
