@@ -17,7 +17,10 @@ No text that contains a sentence of sst_dev.csv, whose openings and labels are t
 
 Run:     python -m experiments.sentiment --data ../shared/data
 Parent:  assistant
-Result:  TODO
+Result:  one seed, 2 busy CPU cores, 20 min, peak 1.2 GiB, with 1600 pretraining steps at vocabulary 2048 and PPO of 150
+         steps (lr 3e-4, KL coefficient 0.1, target 8): judged positive 61.9 % -> 98.2 % of 761 held-out openings at 8.9
+         nats; the judge itself is right on 77.5 % of sst_dev. Many continuations had become "the best of the year", so
+         the defaults now hold the policy nearer to its reference; those have not been measured to the end yet.
 """
 
 import csv
@@ -56,7 +59,7 @@ class Config:
     out: Path = Path("runs/sentiment")  # run directory; each stage has a folder in it
     data: str = "../shared/data"  # folder of the four files above, or a TFDS name such as glue/sst2
     data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
-    choices: int = 2500  # openings for the reward model to learn from
+    choices: int = 3000  # openings for the reward model to learn from
     held_out_choices: int = 256  # openings to measure its accuracy on, and to normalise it on
     best_of: int = 4  # continuations of each, of which the labeler picks one
     reward_batch: int = 16  # choices a step, over all devices
@@ -65,7 +68,7 @@ class Config:
     sample_batch: int = 128  # continuations sampled at once, over all devices
     # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
     pretrain: "pretrain.Config" = pretrain.Config(
-        preset="mini", vocab_size=4096, length=64, batch=32, steps=1200, lr=3e-3, warmup=50, weight_decay=0.1
+        preset="mini", vocab_size=2048, length=64, batch=32, steps=1600, lr=3e-3, warmup=50, weight_decay=0.1
     )
     ppo: "ppo.Config" = ppo.Config(
         prompt_length=16,
