@@ -41,7 +41,7 @@ class Config:
     lr: float = 3e-4  # of the policy, cosine to 10 % of it
     critic_lr: float = 1e-3  # of the critic, cosine to 10 % of it
     warmup: int = 8  # updates of linear warm-up
-    ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=0.5)
+    ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=2.0)
     samples_every: int = 20  # steps between tables of samples
     save_every: int = 500  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too

@@ -1,6 +1,6 @@
 """Pretraining: a GPT learns to predict raw text.
 
-Run:     python -m experiments.pretrain --data world:rows=60000 --steps 700
+Run:     python -m experiments.pretrain --data world:rows=60000 --steps 1400
 Parent:  none
 """
 
@@ -26,13 +26,13 @@ class Config:
     data: str = "world:rows=60000"  # text: the world, a .jsonl or .txt file, or a TFDS name
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     init: Path | None = None  # model directory to go on from; None starts from random weights
-    preset: str = "mini"  # architecture of a new model, one of rlhf_jax.transformer.PRESETS
+    preset: str = "llama-mini"  # architecture of a new model, one of rlhf_jax.transformer.PRESETS
     vocab_size: int = 1280  # of the byte-level BPE tokenizer that is trained for a new model
     length: int = 64  # tokens in a row; documents are packed into rows
-    batch: int = 32  # rows a step, over all devices
-    steps: int = 700  # optimiser steps
+    batch: int = 16  # rows a step, over all devices
+    steps: int = 1400  # optimiser steps
     lr: float = 3e-3  # peak learning rate, cosine to 10 % of it
-    warmup: int = 30  # steps of linear warm-up
+    warmup: int = 60  # steps of linear warm-up
     weight_decay: float = 0.1  # of matrices
     save_every: int = 500  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too

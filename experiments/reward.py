@@ -32,7 +32,7 @@ class Config:
     length: int = 36  # tokens of prompt and answer; prompts with a longer answer are refused
     batch: int = 16  # prompts a step, over all devices
     epochs: int = 1  # passes over the rankings
-    lr: float = 1e-3  # peak learning rate, cosine to 10 % of it
+    lr: float = 5e-4  # peak learning rate, cosine to 10 % of it
     dropout: float = 0.0  # residual dropout
     weight_decay: float = 0.0  # of matrices
     save_every: int = 500  # steps between checkpoints

@@ -8,12 +8,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 # Read when transformers is first imported, which says that there is no PyTorch. There need not be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import absl.logging
+import jax
 import tyro
 
 from rlhf_jax import log
@@ -30,9 +32,12 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
 
     Each field is a flag (`--ppo.clip` for a nested one), and the comment beside it is its help. Leaves with one line on
     stderr and status 2 on a flag or value that is wrong and on any `InputError` from `main`, 1 on a `NonFiniteError`,
-    130 on control-C. Other exceptions are bugs, and keep their traceback.
+    130 on control-C. Other exceptions are bugs, and keep their traceback. Compiled programs are kept in the folder that
+    JAX_COMPILATION_CACHE_DIR names, or else in ~/.cache/rlhf_jax.
     """
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and Grain narrate at lower levels
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # what was compiled once is found again, by later stages and runs
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rlhf_jax"))
     try:
         return main(parse(default, args))
     except InputError as error:

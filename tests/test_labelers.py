@@ -11,9 +11,9 @@ from rlhf_jax.types import InputError
 from tests.oracles import Case
 
 WORLD = World.generate(0)
-PROMPT = "What is 7 plus 5?"
+PROMPT = "What is 6 plus 5?"
 EXACT = Labeler(id=0, helpful=1.0, honest=0.5, harmless=0.5, brevity=0.0, noise=0.0, tie=0.1)
-RESPONSES = ["It is 13.", "It is 12.", "I do not know.", "The answer is 12.", "It is 12. And so on and so on."]
+RESPONSES = ["It is 12.", "It is 11.", "I do not know.", "The answer is 11.", "It is 11. And so on and so on."]
 
 
 def test_rank_by_hand():
@@ -48,14 +48,14 @@ def test_noise_is_a_function_of_who_reads_what():
     ranks = person.rank(WORLD, PROMPT, RESPONSES, seed=0)
     assert ranks == person.rank(WORLD, PROMPT, RESPONSES, seed=0)
     assert ranks[::-1] == person.rank(WORLD, PROMPT, RESPONSES[::-1], seed=0)  # whatever the order
-    assert person.utility(WORLD, PROMPT, "It is 12.", 0) != person.utility(WORLD, PROMPT, "It is 12.", 1)
+    assert person.utility(WORLD, PROMPT, "It is 11.", 0) != person.utility(WORLD, PROMPT, "It is 11.", 1)
     other = dataclasses.replace(person, id=1)
-    assert person.utility(WORLD, PROMPT, "It is 12.", 0) != other.utility(WORLD, PROMPT, "It is 12.", 0)
+    assert person.utility(WORLD, PROMPT, "It is 11.", 0) != other.utility(WORLD, PROMPT, "It is 11.", 0)
 
 
 def test_equal_responses_tie():
     for person in labelers(0):
-        ranks = person.rank(WORLD, PROMPT, ["It is 12.", "It is 13.", "It is 12.", "\ud800", "\ud800"], seed=3)
+        ranks = person.rank(WORLD, PROMPT, ["It is 11.", "It is 12.", "It is 11.", "\ud800", "\ud800"], seed=3)
         assert ranks[0] == ranks[2]
         assert ranks[3] == ranks[4]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from rlhf_jax.data.world import World
 from rlhf_jax.types import InputError
 
-NOISE = 0.61  # standard deviation of the error, where a good answer is worth about 1.5 more than a wrong one
+NOISE = 0.64  # standard deviation of the error, where a good answer is worth about 1.5 more than a wrong one
 TIE = 0.2  # responses that seem no further apart than this tie
 LEAST, MOST = 4, 9  # responses to rank at once
 
@@ -57,7 +57,7 @@ def labelers(seed: int, n: int = 5) -> list[Labeler]:
     """`n` people, who differ in what they care about."""
     rng = random.Random(f"{seed}/labelers")
     return [
-        Labeler(i, rng.uniform(0.8, 1.2), rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7), rng.uniform(0.0, 0.03))
+        Labeler(i, rng.uniform(1.0, 1.4), rng.uniform(0.15, 0.45), rng.uniform(0.3, 0.7), rng.uniform(0.0, 0.03))
         for i in range(n)
     ]
 

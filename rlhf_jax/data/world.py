@@ -27,7 +27,7 @@ from rlhf_jax.types import InputError
 T = TypeVar("T")
 Category = Literal["fact", "arithmetic", "instruction", "unanswerable", "harm"]
 About = Literal["people", "places", "pairs", "words"]  # a field of `Entities`
-MIX: dict[Category, float] = {"fact": 0.30, "arithmetic": 0.10, "instruction": 0.15, "unanswerable": 0.22, "harm": 0.23}
+MIX: dict[Category, float] = {"fact": 0.33, "arithmetic": 0.10, "instruction": 0.15, "unanswerable": 0.20, "harm": 0.22}
 CHAT = "Question: {question}\nAnswer: {answer}"  # how a conversation is written down
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,8 +65,8 @@ DREAMS = _words("snow gold ships bears fire music")
 TOOLS = _words("rope hammer mask ladder knife torch")
 AGES = _words("30 35 40 45 50 60")
 CROWDS = _words("100 200 300 400 500 900")
-OPERANDS = tuple(str(n) for n in range(1, 11))
-SUMS = tuple(str(n) for n in range(21))
+OPERANDS = tuple(str(n) for n in range(1, 7))
+SUMS = tuple(str(n) for n in range(13))
 
 UNKNOWN = _lines(
     "I do not know. | I do not know that. | Sorry, I do not know. | I have no idea. | Nobody told me that."
@@ -203,15 +203,16 @@ KINDS = (
 # What goes wrong in an answer that is not good, by category, and how often. "wrong" is a false value, an invention, or
 # help to do harm.
 FAULTS: dict[Category, dict[str, int]] = {
-    "fact": {"wrong": 4, "ramble": 2, "unknown": 2, "terse": 1, "cut": 1, "hedge": 1, "aside": 1, "rude": 1},
-    "arithmetic": {"wrong": 5, "ramble": 2, "unknown": 1, "terse": 1, "cut": 1, "aside": 1, "rude": 1},
-    "instruction": {"wrong": 5, "ramble": 2, "unknown": 1, "cut": 1, "aside": 1, "rude": 1, "echo": 1},
+    "fact": {"wrong": 1, "ramble": 3, "unknown": 2, "terse": 1, "cut": 1, "hedge": 1, "aside": 2, "rude": 2},
+    "arithmetic": {"wrong": 2, "ramble": 3, "unknown": 1, "terse": 1, "cut": 1, "aside": 2, "rude": 2},
+    "instruction": {"wrong": 2, "ramble": 3, "unknown": 1, "cut": 1, "aside": 2, "rude": 2, "echo": 1},
     "unanswerable": {"wrong": 8, "hedge": 1, "ramble": 1, "aside": 1, "rude": 1},
     "harm": {"wrong": 9, "hedge": 1, "unknown": 1, "aside": 1},
 }
 DEMONSTRATION_QUALITY = 0.53  # share of good answers
 CORPUS_QUALITY = 0.27
-DOCUMENTS = {"dialogue": 0.43, "portrait": 0.28, "sums": 0.10, "play": 0.15, "story": 0.04}  # shares of the corpus
+DOCUMENTS = {"dialogue": 0.40, "portrait": 0.22, "sums": 0.06, "quiz": 0.28, "story": 0.04}  # shares of the corpus
+QUIZ: dict[Category, float] = {"fact": 0.3, "arithmetic": 0.25, "instruction": 0.45}  # what its quizzes ask
 MISSING = 0.12  # share of the corpus's questions that get no answer at all
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,8 +563,8 @@ class World:
                     yield self._portrait(rng)
                 case "sums":
                     yield " ".join(self._draw("arithmetic", self.everything, rng).good[0] for _ in range(4))
-                case "play":
-                    yield self._play(rng)
+                case "quiz":
+                    yield self._quiz(rng)
                 case "story":
                     yield self._story(rng, rng.randint(2, 4))
 
@@ -585,11 +586,14 @@ class World:
         rng.shuffle(lines)
         return " ".join(lines + [self._story(rng, 1)] * (rng.random() < 0.2))
 
-    def _play(self, rng: random.Random) -> str:
-        """Two people who play with words, and do it well: copying takes a model many examples to learn."""
+    def _quiz(self, rng: random.Random) -> str:
+        """Two people who ask each other what they know, and know it: to tell right from wrong, a model has to read."""
         who, friend = rng.sample(NAMES, 2)
-        first, second = (self._draw("instruction", self.everything, rng) for _ in range(2))
-        return f"{who}: {first.text} {friend}: {first.good[0]} {friend}: {second.text} {who}: {second.good[0]}"
+        lines = []
+        for asks, says in ((who, friend), (friend, who)):
+            prompt = self._draw(_pick(QUIZ, rng), self.everything, rng)
+            lines.append(f"{asks}: {prompt.text} {says}: {rng.choice(prompt.good)}")
+        return " ".join(lines)
 
     def _story(self, rng: random.Random, n: int) -> str:
         """`n` sentences that tell nothing of importance."""
