@@ -30,7 +30,7 @@ class Config:
     init: Path = Path("runs/sft/model")  # model directory whose answers are ranked
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     prompts: int = 2400  # training prompts
-    held_out: int = 128  # held-out prompts
+    held_out: int = 256  # held-out prompts
     least: int = 4  # answers to a prompt, drawn uniformly from least..most
     most: int = 9
     people: int = 5  # simulated labelers
