@@ -18,6 +18,7 @@ import numpy as np
 from rlhf_jax import cli, heads, models, parallel, rollout, sft, transformer
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data.world import World
+from rlhf_jax.logprobs import best_of_n_kl
 from rlhf_jax.types import Prompts, Rollout
 
 
@@ -112,7 +113,7 @@ def main(cfg: Config) -> dict:
         ],
     }
     if cfg.best_of > 1:
-        result |= {"n": cfg.best_of, "kl": float(np.log(cfg.best_of) - (cfg.best_of - 1) / cfg.best_of)}
+        result |= {"n": cfg.best_of, "kl": best_of_n_kl(cfg.best_of)}
     else:
         result |= {"kl": float(kl.mean()), "nll": held_out_nll(cfg, model)}
     if cfg.reward:

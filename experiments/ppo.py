@@ -38,9 +38,11 @@ class Config:
     batch: int = 64  # episodes a step, over all devices
     text_batch: int = 8  # rows of pretraining text an update, over all devices
     steps: int = 70  # rollouts
-    lr: float = 3e-4  # of the policy, cosine to 10 % of it
-    critic_lr: float = 1e-3  # of the critic, cosine to 10 % of it
+    lr: float = 3e-4  # of the policy, at its peak
+    critic_lr: float = 1e-3  # of the critic, at its peak
+    schedule: optim.Schedule = "cosine"  # of both learning rates: cosine to 10 %, linear to 0, or constant
     warmup: int = 8  # updates of linear warm-up
+    adam: optim.Adam = optim.Adam()
     ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=2.0)
     samples_every: int = 20  # steps between tables of samples
     save_every: int = 500  # steps between checkpoints
@@ -72,7 +74,7 @@ def main(cfg: Config) -> TrainState:
         streams["text"] = iter(text)
 
     def adam(lr: float) -> optax.GradientTransformation:
-        return optim.adamw(optim.cosine(lr, cfg.steps * updates, cfg.warmup))
+        return optim.adamw(optim.schedule(cfg.schedule, lr, cfg.steps * updates, cfg.warmup), cfg.adam)
 
     tx = ppo_lib.optimizer(adam(cfg.lr), adam(cfg.critic_lr))
     sampling_key, training_key = jax.random.split(jax.random.key(cfg.seed))
@@ -90,6 +92,7 @@ def main(cfg: Config) -> TrainState:
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.ppo.temperature,
             eos_id=tokenizer.eos_token_id,
+            stop_at_eos=cfg.ppo.stop_at_eos,
         )
     )
     step_fn = parallel.pmap(
@@ -120,7 +123,7 @@ def main(cfg: Config) -> TrainState:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
     state = parallel.unreplicate(state)
-    models.save(policy, state.params["policy"], cfg.out / "model")
+    models.save(policy, state.opt_state.get("ema", state.params["policy"]), cfg.out / "model")
     plots.curves(
         cfg.out,
         {

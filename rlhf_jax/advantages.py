@@ -13,16 +13,29 @@ def last_index(mask: Bool[Array, "B T"]) -> Array:
     return jnp.max(jnp.where(mask, columns[None], -1), axis=1)
 
 
+def through_first_pad(mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+    """`mask` and the column after each row's last valid token, where there is one."""
+    columns = jnp.arange(mask.shape[1])[None]
+    after = last_index(mask)[:, None] + 1
+    return mask | ((columns == after) & (after > 0))
+
+
 def token_rewards(
-    score: Float[Array, "B"], kl: Float[Array, "B T"], mask: Bool[Array, "B T"], kl_coef: float | Array
+    score: Float[Array, "B"],
+    kl: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    kl_coef: float | Array,
+    score_mask: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
     """`-kl_coef * kl` on each valid token, plus the score at the last one (arXiv:1909.08593, section 2).
 
-    Zero outside the mask. A row without a valid token gets no reward at all, so its score is lost.
+    The score lands on the last column of `score_mask`, by default that of `mask`. Zero elsewhere. A row without a
+    valid token gets no reward at all, so its score is lost.
     """
-    is_last = jnp.arange(mask.shape[1])[None] == last_index(mask)[:, None]
-    reward = -kl_coef * kl.astype(jnp.float32) + jnp.where(is_last, score.astype(jnp.float32)[:, None], 0.0)
-    return jnp.where(mask, reward, 0.0)
+    score_mask = mask if score_mask is None else score_mask
+    is_last = jnp.arange(mask.shape[1])[None] == last_index(score_mask)[:, None]
+    penalty = jnp.where(mask, -kl_coef * kl.astype(jnp.float32), 0.0)
+    return penalty + jnp.where(is_last, score.astype(jnp.float32)[:, None], 0.0)
 
 
 def gae(
@@ -47,15 +60,17 @@ def gae(
     return advantage.T, advantage.T + value
 
 
-def whiten(x: Float[Array, "B T"], mask: Bool[Array, "B T"], shift_mean: bool = True) -> Float[Array, "B T"]:
-    """Unit variance over all valid entries together (biased, eps 1e-8), and zero mean unless `shift_mean` is False.
+def whiten(
+    x: Float[Array, "B T"], mask: Bool[Array, "B T"], shift_mean: bool = True, ddof: int = 0
+) -> Float[Array, "B T"]:
+    """Unit variance over all valid entries together (eps 1e-8), and zero mean unless `shift_mean` is False.
 
-    Zero outside the mask. Call it on the global batch: whitening a share of it would make the result depend on how
-    many devices or micro-batches there are.
+    The variance is biased, or with `ddof=1` Bessel's. Zero outside the mask. Call it on the global batch: whitening a
+    share of it would make the result depend on how many devices or micro-batches there are.
     """
     x = x.astype(jnp.float32)
     mean = masked_mean(x, mask)
-    variance = masked_mean(jnp.square(x - mean), mask)
+    variance = masked_mean(jnp.square(x - mean), mask, jnp.sum(mask) - ddof)
     whitened = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 

@@ -36,7 +36,9 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
     JAX_COMPILATION_CACHE_DIR names, or else in ~/.cache/rlhf_jax.
     """
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and Grain narrate at lower levels
-    if jax.config.values["jax_compilation_cache_dir"] is None:  # what was compiled once is found again, by later stages and runs
+    if (
+        jax.config.values["jax_compilation_cache_dir"] is None
+    ):  # what was compiled once is found again, by later stages and runs
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rlhf_jax"))
     try:
         return main(parse(default, args))

@@ -1,10 +1,15 @@
 """The optimisers of the recipe, from optax."""
 
+import dataclasses
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from rlhf_jax.types import Params, TrainState
+
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 def cosine(peak: float, total: int, warmup: int = 0, final_fraction: float = 0.1) -> optax.Schedule:
@@ -17,14 +22,33 @@ def cosine(peak: float, total: int, warmup: int = 0, final_fraction: float = 0.1
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total, warmup + 1), final_fraction * peak)
 
 
+def schedule(kind: Schedule, peak: float, total: int, warmup: int = 0) -> optax.Schedule:
+    """Linear warm-up from 0 to `peak`; then cosine to 10 % of it or linear to 0, at step `total`, or constant."""
+    match kind:
+        case "cosine":
+            return cosine(peak, total, warmup)
+        case "linear":
+            rising, falling = (0.0, peak, warmup), (peak, 0.0, max(total - warmup, 1))
+            return optax.join_schedules([optax.linear_schedule(*rising), optax.linear_schedule(*falling)], [warmup])
+        case "constant":
+            return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), lambda step: peak], [warmup])
+        case _:
+            raise ValueError(f"unknown schedule {kind!r}: expected 'cosine', 'linear' or 'constant'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    """Settings of Adam, and of what goes with it."""
+
+    b1: float = 0.9  # decay of the mean of the gradient
+    b2: float = 0.95  # decay of the mean of its square
+    eps: float = 1e-8  # added to the root of that
+    tensorflow: bool = False  # eps is added before the bias correction, as in TensorFlow: OpenAI's code of 2019
+    clip_norm: float | None = 1.0  # global norm to which a gradient is clipped
+
+
 def adamw(
-    learning_rate: float | optax.Schedule,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip_norm: float = 1.0,
+    learning_rate: float | optax.Schedule, adam: Adam = Adam(), *, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
     """AdamW with global-norm clipping; weight decay falls on matrices, not on norms, biases and position tables."""
 
@@ -33,10 +57,29 @@ def adamw(
             lambda path, x: any(k in jax.tree_util.keystr(path) for k in ("kernel", "embedding")), params
         )
 
+    scale = scale_by_tensorflow_adam if adam.tensorflow else optax.scale_by_adam
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
+        optax.identity() if adam.clip_norm is None else optax.clip_by_global_norm(adam.clip_norm),
+        scale(adam.b1, adam.b2, adam.eps),
+        optax.add_decayed_weights(weight_decay, decayed),
+        optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def scale_by_tensorflow_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam as TensorFlow has it: sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps).
+
+    optax adds eps to the bias-corrected root instead, which is eps / sqrt(1 - b2^t) here: early steps are smaller.
+    """
+    plain = optax.scale_by_adam(b1, b2, eps)
+
+    def update(updates: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        _, state = plain.update(updates, state, params)
+        step = state.count.astype(jnp.float32)
+        rate = jnp.sqrt(1 - b2**step) / (1 - b1**step)
+        return jax.tree.map(lambda m, v: rate * m / (jnp.sqrt(v) + eps), state.mu, state.nu), state
+
+    return optax.GradientTransformation(plain.init, update)
 
 
 def apply_gradients(state: TrainState, grads: Params, tx: optax.GradientTransformation) -> TrainState:

@@ -10,7 +10,7 @@ from flax import struct
 from rlhf_jax import parallel, sampling
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.heads import at_last
-from rlhf_jax.logprobs import token_logprobs
+from rlhf_jax.logprobs import response_mask, token_logprobs
 from rlhf_jax.types import Params, Prompts, Rollout
 
 
@@ -21,13 +21,19 @@ class Frozen(struct.PyTreeNode):
     reward: Params  # of a `heads.ScalarModel`
 
 
+def response_logits(
+    apply_fn: Callable, params: Params, tokens: jax.Array, mask: jax.Array, new_tokens: int
+) -> jax.Array:
+    """Logits [B, N, V] from which the last `new_tokens` columns were chosen, by one forward pass."""
+    return apply_fn(params, tokens, mask, None, start=tokens.shape[1] - new_tokens - 1, stop=-1)
+
+
 def response_logprobs(
     apply_fn: Callable, params: Params, tokens: jax.Array, mask: jax.Array, new_tokens: int, temperature: float
 ) -> jax.Array:
-    """Log-probabilities [B, N] of the last `new_tokens` columns, by one forward pass, at the sampling temperature."""
-    start = tokens.shape[1] - new_tokens
-    logits = apply_fn(params, tokens, mask, None, start=start - 1, stop=-1)
-    return token_logprobs(logits, tokens[:, start:], temperature)
+    """Log-probabilities [B, N] of the last `new_tokens` columns, at the sampling temperature."""
+    logits = response_logits(apply_fn, params, tokens, mask, new_tokens)
+    return token_logprobs(logits, tokens[:, -new_tokens:], temperature)
 
 
 def collect(
@@ -44,11 +50,13 @@ def collect(
     max_new_tokens: int,
     temperature: float,
     eos_id: int,
+    stop_at_eos: bool = True,
     axis: str | None = None,
 ) -> Rollout:
     """One response to each prompt. `params` holds "policy" and "critic".
 
-    Row b of the global batch samples with `fold_in(key, first + b)`.
+    Row b of the global batch samples with `fold_in(key, first + b)`. Without `stop_at_eos` every response has all its
+    columns and each counts, as in Ziegler et al. 2019; the reward model reads it through its first EOS all the same.
 
     `policy_fn` maps (params, tokens, mask, keys, start=, stop=) to logits; `critic_fn` and `reward_fn` map
     (params, tokens, mask) to a scalar a token. The behaviour log-probabilities are the sampler's own.
@@ -56,11 +64,13 @@ def collect(
     rows = prompts.tokens.shape[0]
     prompt_tokens, prompt_mask = sampling.left_pad(prompts.tokens, prompts.mask)
     keys = parallel.row_keys(key, rows, axis, first)
+    stop = eos_id if stop_at_eos else None
     sample = sampling.generate(
-        policy, params["policy"], prompt_tokens, prompt_mask, keys, max_new_tokens, temperature, eos_id=eos_id
+        policy, params["policy"], prompt_tokens, prompt_mask, keys, max_new_tokens, temperature, eos_id=stop
     )
     tokens = jnp.concatenate([prompt_tokens, sample.tokens], axis=1)
     mask = jnp.concatenate([prompt_mask, sample.mask], axis=1)
+    read = jnp.concatenate([prompt_mask, sample.mask & response_mask(sample.tokens, eos_id)], axis=1)
     logp_ref = response_logprobs(policy_fn, frozen.reference, tokens, mask, max_new_tokens, temperature)
     value = critic_fn(params["critic"], tokens, mask)[:, -max_new_tokens - 1 : -1]
     return Rollout(
@@ -69,8 +79,8 @@ def collect(
         response_mask=sample.mask,
         logp=sample.logp,
         logp_ref=jnp.where(sample.mask, logp_ref, 0.0),
-        value=jnp.where(sample.mask, value, 0.0),
-        score=at_last(reward_fn(frozen.reward, tokens, mask), mask),
+        value=value,
+        score=at_last(reward_fn(frozen.reward, tokens, read), read),
         ended=jnp.any((sample.tokens == eos_id) & sample.mask, axis=1),
         index=prompts.index,
     )

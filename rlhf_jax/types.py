@@ -70,7 +70,7 @@ class Rollout(struct.PyTreeNode):
     response_mask: Leaf  # [B, N] bool, the EOS counts
     logp: Leaf  # [B, N] under the policy that sampled
     logp_ref: Leaf  # [B, N] under the reference policy
-    value: Leaf  # [B, N] of the state in which each response token was chosen
+    value: Leaf  # [B, N] of the state in which each response token was chosen; at the first pad, of the ended response
     score: Leaf  # [B] from the reward model
     ended: Leaf  # [B] bool, the response has its EOS
     index: Leaf  # [B] int32, as in `Prompts`

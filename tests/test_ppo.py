@@ -21,7 +21,7 @@ N = 5
 
 def optimizer():
     # The gradient of a key's bias is 0 but for rounding, and with a smaller eps Adam would make that an update.
-    return ppo.optimizer(optim.adamw(1e-3, eps=1e-5), optim.adamw(3e-3, eps=1e-5))
+    return ppo.optimizer(*(optim.adamw(lr, optim.Adam(eps=1e-5)) for lr in (1e-3, 3e-3)))
 
 
 def step(cfg=CFG, **kwargs):
@@ -63,6 +63,7 @@ LOGPROBS = jax.jit(
     lambda params, tokens, mask: rollout.response_logprobs(POLICY, params, tokens, mask, N, CFG.temperature)
 )
 MASK = jnp.array([[True, True, False]])
+EPISODES = episodes(0)
 
 
 # The maths ------------------------------------------------------------------------------------------------------------
@@ -161,26 +162,178 @@ def difference(a, b) -> float:
     return max(float(jnp.max(jnp.abs(x - y))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epochs": 1},
-        {"minibatches": 4},
-        {"clip": 1e-4},
-        {"value_clip": 1e-4},
-        {"gamma": 0.5},
-        {"lam": 0.3},
-        {"kl_coef": 2.0},
-        {"kl_kind": "k3"},
-        {"unfinished_score": -3.0},
-        {"temperature": 0.5},
-    ],
-    ids=lambda change: next(iter(change)),
+# What each setting does. A change is undone by the test's own arithmetic, or seen in what the function returns; that it
+# reaches the step is seen in `test_the_step_follows_its_settings`.
+
+
+def rewards(cfg=CFG, **changes) -> np.ndarray:
+    """Token rewards of `EPISODES`, read back from value targets: with values of 0, gamma 0 and lam 0 they are equal."""
+    dull = EPISODES.replace(value=jnp.zeros_like(EPISODES.value))
+    cfg = dataclasses.replace(cfg, gamma=0.0, lam=0.0, **changes)
+    return np.asarray(ppo.experience(dull, jnp.float32(cfg.kl_coef), cfg)[0].target)
+
+
+def test_the_score_lands_on_the_last_token_or_the_first_pad():
+    lengths = np.sum(EPISODES.response_mask, axis=1)
+    assert len(set(lengths)) > 2
+    assert N in lengths
+    score = np.asarray(EPISODES.score)
+    at_last, at_pad = rewards(kl_coef=0.0), rewards(kl_coef=0.0, score_at="first_pad")
+    rows = np.arange(16)
+    np.testing.assert_allclose(at_last[rows, lengths - 1], score, rtol=1e-6)
+    np.testing.assert_allclose(at_pad[rows, np.minimum(lengths, N - 1)], score, rtol=1e-6)  # a full row has no pad
+    for array in (at_last, at_pad):
+        assert np.count_nonzero(array) == 16
+    batch, _ = ppo.experience(EPISODES, jnp.float32(0.1), dataclasses.replace(CFG, score_at="first_pad"))
+    np.testing.assert_array_equal(np.sum(batch.value_mask, axis=1), np.minimum(lengths + 1, N))
+    np.testing.assert_array_equal(batch.response_mask, EPISODES.response_mask)
+
+
+def test_kl_in_the_reward():
+    mask, d = np.asarray(EPISODES.response_mask), np.asarray(EPISODES.logp - EPISODES.logp_ref)
+    score = rewards(kl_coef=0.0)
+    np.testing.assert_allclose(rewards(kl_coef=2.0), np.where(mask, score - 2.0 * d, 0.0), atol=1e-5)
+    k3 = np.expm1(-d) + d
+    np.testing.assert_allclose(rewards(kl_kind="k3"), np.where(mask, score - 0.1 * k3, 0.0), atol=1e-5)
+    clamped = np.clip(d, -0.2, 0.2)
+    assert np.any(clamped[mask] != d[mask])
+    np.testing.assert_allclose(rewards(kl_clamp=0.2), np.where(mask, score - 0.1 * clamped, 0.0), atol=1e-5)
+    np.testing.assert_allclose(rewards(kl_in="loss"), score, atol=1e-6)
+
+
+def test_responses_without_an_end():
+    ended, plain = np.asarray(EPISODES.ended), rewards(kl_coef=0.0).sum(axis=1)
+    assert 0 < ended.sum() < 16
+    replaced = rewards(kl_coef=0.0, unfinished_score=-3.0).sum(axis=1)
+    np.testing.assert_allclose(replaced, np.where(ended, plain, -3.0), rtol=1e-6)
+    less = rewards(kl_coef=0.0, unfinished_penalty=0.5).sum(axis=1)
+    np.testing.assert_allclose(less, np.where(ended, plain, plain - 0.5), rtol=1e-5)
+
+
+def test_whitening_of_rewards_and_advantages():
+    mask = np.asarray(EPISODES.response_mask)
+    plain, white = rewards()[mask], rewards(whiten_rewards=True)[mask]
+    np.testing.assert_allclose(white, (plain - plain.mean()) / plain.std() + plain.mean(), rtol=1e-4, atol=1e-5)
+    advantages = lambda kind: np.asarray(
+        ppo.experience(EPISODES, jnp.float32(0.1), dataclasses.replace(CFG, whiten_advantages=kind))[0].advantage
+    )[mask]
+    raw = advantages(None)
+    for kind, ddof in (("biased", 0), ("bessel", 1)):
+        np.testing.assert_allclose(advantages(kind), (raw - raw.mean()) / raw.std(ddof=ddof), rtol=1e-4, atol=1e-5)
+
+
+def test_discount_and_lambda():
+    targets = lambda **changes: np.asarray(
+        ppo.experience(EPISODES, jnp.float32(0.1), dataclasses.replace(CFG, **changes))[0].target
+    )
+    for changes in ({"gamma": 0.5}, {"lam": 0.3}):
+        cfg = dataclasses.replace(CFG, **changes)
+        reward, value, mask = rewards(), np.asarray(EPISODES.value), np.asarray(EPISODES.response_mask)
+        expected = np.zeros_like(reward)
+        for b in range(16):
+            advantage = 0.0
+            for t in reversed(range(int(mask[b].sum()))):
+                after = value[b, t + 1] if t + 1 < mask[b].sum() else 0.0
+                advantage = reward[b, t] + cfg.gamma * after - value[b, t] + cfg.gamma * cfg.lam * advantage
+                expected[b, t] = advantage + value[b, t]
+        np.testing.assert_allclose(targets(**changes), expected, atol=1e-5)
+
+
+@functools.cache
+def losses(**changes):
+    """Metrics and total of the loss on `EPISODES` under parameters that did not sample them."""
+    cfg = dataclasses.replace(CFG, **changes)
+    params = {"policy": tiny.policy(seed=1), "critic": tiny.scalar(seed=2)}
+    batch, _ = ppo.experience(EPISODES, jnp.float32(0.1), CFG)
+    total, metrics = LOSS(params, batch, cfg)
+    return {name: float(value) for name, value in metrics.items()} | {"total": float(total)}
+
+
+LOSS = jax.jit(
+    lambda params, batch, cfg: ppo.loss(params, batch, None, 0.1, policy_fn=POLICY, critic_fn=SCALAR, cfg=cfg),
+    static_argnums=2,
 )
-def test_every_setting_matters(change):
+
+
+def test_what_the_loss_is_made_of():
+    plain = losses()
+    np.testing.assert_allclose(plain["total"], plain["loss/policy"] + plain["loss/value"], rtol=1e-5)
+    heavier = losses(value_coef=0.1)
+    np.testing.assert_allclose(heavier["total"], plain["loss/policy"] + 0.1 * plain["loss/value"], rtol=1e-4)
+    bold = losses(entropy_coef=0.3)
+    np.testing.assert_allclose(bold["total"], plain["total"] + 0.3 * bold["loss/entropy"], rtol=1e-4)
+    assert -np.log(31) < bold["loss/entropy"] < 0
+    held = losses(kl_in="loss", kl_kind="k2")
+    np.testing.assert_allclose(held["total"], plain["total"] + 0.1 * held["loss/kl"], rtol=1e-4)
+    assert held["loss/kl"] > 0
+
+
+def test_clips_and_penalty_reach_the_loss():
+    plain = losses()
+    assert losses(clip=0.9)["loss/policy"] < plain["loss/policy"]
+    assert losses(dual_clip=1.01)["loss/policy"] < plain["loss/policy"]
+    assert losses(value_clip=0.9)["loss/value"] < plain["loss/value"]
+    penalty = losses(penalty=0.5)
+    assert penalty["loss/policy"] != plain["loss/policy"]
+    assert "policy/clip_fraction" not in penalty
+    np.testing.assert_allclose(
+        losses(penalty=1.5)["loss/policy"] - penalty["loss/policy"], penalty["policy/approx_kl"], rtol=1e-4
+    )
+
+
+def test_dual_clip_by_hand():
+    logp = jnp.log(jnp.array([[5.0, 5.0, 9.0]]))
+    loss, _ = ppo.policy_loss(logp, jnp.zeros((1, 3)), jnp.array([[-1.0, 1.0, -1.0]]), MASK, 0.2, dual_clip=3.0)
+    np.testing.assert_allclose(loss, (3.0 - 1.2) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"epochs": 1}, False),
+        ({"minibatches": 4}, False),
+        ({"temperature": 0.5}, False),
+        ({"stop_kl": 1e9}, True),
+        ({"stop_kl": 0.0}, False),
+    ],
+    ids=str,
+)
+def test_the_step_follows_its_settings(change, same):
     plain, _ = run()
     changed, _ = run(dataclasses.replace(CFG, **change))
-    assert difference(plain.params, changed.params) > 1e-6
+    assert (difference(plain.params, changed.params) < 1e-6) == same
+
+
+def test_updates_end_before_the_one_that_strays():
+    cfg = dataclasses.replace(CFG, stop_kl=0.01)
+    stale = EPISODES.replace(logp=EPISODES.logp - 0.5)  # approx_kl is 1/8 from the first minibatch on
+    still, metrics = jax.jit(step(cfg))(state(cfg), stale)
+    assert difference(still.params, state().params) == 0
+    assert difference(still.opt_state, state().opt_state) == 0
+    assert metrics["policy/updated"] == 0
+
+
+def test_the_average_of_the_weights():
+    cfg = dataclasses.replace(CFG, epochs=1, minibatches=1, ema=0.75)
+    first, _ = run(cfg)
+    second, _ = run(cfg, steps=2)
+    mean = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, state(cfg).params["policy"], first.params["policy"])
+    tiny.assert_close(first.opt_state["ema"], mean, atol=1e-7)
+    mean = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, mean, second.params["policy"])
+    tiny.assert_close(second.opt_state["ema"], mean, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epochs": 0}, r"ppo\.epochs=0: expected more than 0"),
+        ({"dual_clip": 0.9}, r"ppo\.dual_clip=0\.9: expected more than 1"),
+        ({"ema": 1.0}, r"ppo\.ema=1\.0: expected a decay in \[0, 1\)"),
+    ],
+)
+def test_settings_out_of_range(change, said):
+    with pytest.raises(InputError, match=said):
+        dataclasses.replace(CFG, **change)
 
 
 def test_the_adaptive_coefficient_is_threaded_through_the_state():
@@ -245,8 +398,6 @@ def test_minibatches_must_divide():
         jax.eval_shape(step(dataclasses.replace(CFG, minibatches=3)), state(), episodes(0))
     with pytest.raises(InputError, match="pretraining text for 3 updates, but there are 4"):
         jax.eval_shape(step(), state(), episodes(0), text(0, 3))
-    with pytest.raises(InputError, match=r"ppo\.epochs=0: expected more than 0"):
-        ppo.Config(epochs=0)
 
 
 def test_it_raises_the_score():

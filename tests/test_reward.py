@@ -12,7 +12,9 @@ from tests.oracles import Case
 
 APPLY = transformer.bind(heads.ScalarModel(tiny.GPT))
 SCORES = jax.jit(functools.partial(reward.scores, apply_fn=APPLY))
-TX = optim.adamw(1e-3, eps=1e-5)  # the gradient of the head's bias is 0 but for rounding: keep Adam from amplifying it
+TX = optim.adamw(
+    1e-3, optim.Adam(eps=1e-5)
+)  # the gradient of the head's bias is 0 but for rounding: keep Adam from amplifying it
 STEP = functools.partial(reward.train_step, apply_fn=APPLY, tx=TX)
 
 

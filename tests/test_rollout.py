@@ -37,11 +37,22 @@ def test_a_rollout_says_what_each_model_says():
     np.testing.assert_allclose(sampled.logp, np.where(on, score(tiny.policy()), 0), atol=1e-5)
     np.testing.assert_allclose(sampled.logp_ref, np.where(on, score(tiny.policy(seed=3)), 0), atol=1e-5)
     values = jax.jit(SCALAR)(tiny.scalar(), sampled.tokens, sampled.mask)
-    np.testing.assert_allclose(sampled.value, np.where(on, values[:, 3:-1], 0), atol=1e-5)
+    np.testing.assert_allclose(sampled.value, values[:, 3:-1], atol=1e-5)
     rewards = jax.jit(SCALAR)(tiny.scalar(seed=4), sampled.tokens, sampled.mask)
     last = 4 + on.sum(1) - 1
     np.testing.assert_allclose(sampled.score, rewards[np.arange(16), last], atol=1e-5)
     np.testing.assert_array_equal(sampled.ended, (np.asarray(sampled.tokens)[np.arange(16), last] == EOS))
+
+
+def test_responses_that_go_on_after_their_end():
+    args = (PARAMS(), FROZEN(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
+    stopped, whole = (jax.jit(functools.partial(COLLECT, stop_at_eos=stop))(*args) for stop in (True, False))
+    assert np.all(whole.response_mask)
+    assert 0 < np.sum(whole.ended) < 16
+    np.testing.assert_array_equal(stopped.ended, whole.ended)
+    on = np.asarray(stopped.response_mask)
+    np.testing.assert_array_equal(whole.tokens[:, 4:][on], stopped.tokens[:, 4:][on])
+    np.testing.assert_allclose(whole.score, stopped.score, atol=1e-5)  # read through the first EOS
 
 
 def test_one_device_equals_eight():

@@ -1,0 +1,189 @@
+"""Whole algorithms against exact solutions: what each converges to, not only what each step computes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import logprobs, parallel, ppo, reward
+from rlhf_jax.types import Rollout
+
+EOS, EPISODES = 0, 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Responses of up to `depth` tokens out of `vocab`, which EOS ends early; a policy is a table of logits a node.
+
+    Nodes are numbered as tokens are read: 0 is the empty response, 1 + token a response of that one token.
+    """
+
+    vocab: int
+    depth: int  # 1 or 2
+
+    @property
+    def nodes(self) -> int:
+        return 1 if self.depth == 1 else 1 + self.vocab
+
+    def table(self, seed: int) -> jax.Array:
+        return jnp.array(np.random.default_rng(seed).normal(0, 1, (self.nodes, self.vocab)), jnp.float32)
+
+    @property
+    def leaves(self) -> list[tuple[int, ...]]:
+        if self.depth == 1:
+            return [(a,) for a in range(self.vocab)]
+        return [(EOS,), *((a, b) for a in range(self.vocab) if a != EOS for b in range(self.vocab))]
+
+    def log_probabilities(self, table: jax.Array) -> np.ndarray:
+        """Of each leaf."""
+        logp = np.asarray(jax.nn.log_softmax(table), np.float64)
+        return np.array(
+            [sum(logp[0 if n == 0 else 1 + leaf[0], a] for n, a in enumerate(leaf)) for leaf in self.leaves]
+        )
+
+    def node(self, tokens: jax.Array) -> jax.Array:
+        """The node that each column of [prompt, response] leads to."""
+        columns = jnp.arange(tokens.shape[1])
+        return jnp.where(columns == 0, 0, jnp.minimum(1 + tokens, self.nodes - 1))
+
+    def policy(self, params, tokens, mask, keys=None, *, start=0, stop=None):
+        return params[self.node(tokens)[:, start:stop]]
+
+    def critic(self, params, tokens, mask):
+        return params[self.node(tokens)]
+
+    def sample(self, params, reference, score: jax.Array, key: jax.Array) -> Rollout:
+        """`score` is a table [nodes, vocab]: what a response is worth that ends by this token at this node."""
+        node, live = jnp.zeros(EPISODES, jnp.int32), jnp.ones(EPISODES, bool)
+        columns = []
+        for n in range(self.depth):
+            logits = params["policy"][node]
+            token = jax.random.categorical(jax.random.fold_in(key, n), logits).astype(jnp.int32)
+            at = lambda table, node=node, token=token: jax.nn.log_softmax(table)[node, token]
+            columns.append(
+                (token, live, at(params["policy"]), at(reference), params["critic"][node], score[node, token])
+            )
+            live = live & (token != EOS)
+            node = jnp.minimum(1 + token, self.nodes - 1)
+        tokens, mask, logp, logp_ref, value, worth = (jnp.stack(x, axis=1) for x in zip(*columns, strict=True))
+        last = jnp.sum(mask, axis=1) - 1
+        return Rollout(
+            tokens=jnp.pad(tokens, ((0, 0), (1, 0))),
+            mask=jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True),
+            response_mask=mask,
+            logp=jnp.where(mask, logp, 0.0),
+            logp_ref=jnp.where(mask, logp_ref, 0.0),
+            value=value,
+            score=jnp.take_along_axis(worth, last[:, None], axis=1)[:, 0],
+            ended=jnp.ones(EPISODES, bool),
+            index=jnp.arange(EPISODES),
+        )
+
+    def optimum(self, reference: jax.Array, score: jax.Array, beta: float) -> np.ndarray:
+        """ln of pi_ref exp(r / beta), normalised: the policy that maximises E[r] - beta KL(pi || pi_ref)."""
+        worth = np.array([score[0 if len(leaf) == 1 else 1 + leaf[0], leaf[-1]] for leaf in self.leaves], np.float64)
+        log_weight = self.log_probabilities(reference) + worth / beta
+        return log_weight - np.logaddexp.reduce(log_weight)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"kl_in": "loss", "kl_kind": "k2"},
+        {"penalty": 0.5},
+        {"epochs": 1, "lam": 1.0, "whiten_advantages": None, "dual_clip": 3.0},
+        {"score_at": "first_pad", "value_coef": 0.5},
+    ],
+    ids=lambda settings: next(iter(settings), "default"),
+)
+@pytest.mark.parametrize("tree", [Tree(vocab=2, depth=1), Tree(vocab=4, depth=2)], ids=["two-state", "token-tree"])
+def test_ppo_reaches_the_optimum_of_the_penalised_objective(tree, settings):
+    beta, steps = 0.7, 400
+    cfg = ppo.Config(**({"epochs": 2, "minibatches": 4, "kl_coef": beta} | settings))
+    reference, score = tree.table(0), tree.table(1)
+    rate = optax.cosine_decay_schedule(0.03, steps * cfg.epochs * cfg.minibatches, 0.01)
+    tx = ppo.optimizer(optax.adam(rate), optax.adam(rate))
+    state = ppo.init({"policy": reference, "critic": jnp.zeros(tree.nodes)}, tx, cfg, jax.random.key(0))
+
+    @jax.jit
+    def train(state):
+        def step(state, n):
+            rollout = tree.sample(state.params, reference, score, jax.random.fold_in(jax.random.key(1), n))
+            return ppo.train_step(state, rollout, policy_fn=tree.policy, critic_fn=tree.critic, tx=tx, cfg=cfg)
+
+        return jax.lax.scan(step, state, jnp.arange(steps))
+
+    state, _ = train(state)
+    optimum = tree.optimum(reference, score, beta)
+    divergence = lambda table: float(
+        np.sum(np.exp(tree.log_probabilities(table)) * (tree.log_probabilities(table) - optimum))
+    )
+    assert divergence(reference) > 0.1
+    assert divergence(state.params["policy"]) < 0.02
+
+
+def test_comparisons_reveal_strengths_at_the_statistical_rate():
+    rng = np.random.default_rng(0)
+    items, k = 6, 4
+    strength = rng.normal(0, 1, items)
+    strength -= strength.mean()
+
+    def estimate(prompts: int) -> np.ndarray:
+        """Maximum likelihood of pairwise comparisons, by the loss itself."""
+        shown = np.array([rng.choice(items, k, replace=False) for _ in range(prompts)])
+        # Two of the k are compared, the better one by a coin of the Bradley-Terry model; the others are absent.
+        probability = 1 / (1 + np.exp(strength[shown[:, 1]] - strength[shown[:, 0]]))
+        first_wins = rng.random(prompts) < probability
+        rank = np.full((prompts, k), -1)
+        rank[:, 0], rank[:, 1] = ~first_wins, first_wins
+        loss = lambda s: reward.bradley_terry_loss(s[jnp.array(shown)], jnp.array(rank))
+        tx = optax.adam(optax.cosine_decay_schedule(0.05, 400))
+
+        def step(carry, _):
+            s, opt = carry
+            updates, opt = tx.update(jax.grad(loss)(s), opt)
+            return (s + updates, opt), None
+
+        s = jax.jit(lambda s: jax.lax.scan(step, (s, tx.init(s)), length=400)[0][0])(jnp.zeros(items))
+        return np.asarray(s - jnp.mean(s), np.float64)
+
+    def error(prompts: int) -> float:
+        return float(np.sqrt(np.mean([(estimate(prompts) - strength) ** 2 for _ in range(8)])))
+
+    # Fisher information of one comparison of a random pair, p (1 - p) on the difference; errors go by its inverse root.
+    pairs = [(i, j) for i in range(items) for j in range(items) if i != j]
+    information = np.zeros((items, items))
+    for i, j in pairs:
+        p = 1 / (1 + np.exp(strength[j] - strength[i]))
+        e = np.eye(items)[i] - np.eye(items)[j]
+        information += p * (1 - p) * np.outer(e, e) / len(pairs)
+    predicted = lambda prompts: np.sqrt(np.trace(np.linalg.pinv(information)) / items / prompts)
+    for prompts in (500, 2000):
+        assert 0.75 < error(prompts) / predicted(prompts) < 1.3
+
+
+@pytest.mark.parametrize("n", [2, 4, 16])
+def test_best_of_n_moves_as_far_as_its_formula_says(n):
+    # Scores of the base policy are uniform; the best of n has density n u^(n-1) against 1.
+    best = np.random.default_rng(n).random((200_000, n)).max(axis=1)
+    measured = np.log(n) + (n - 1) * np.log(best)
+    np.testing.assert_allclose(logprobs.best_of_n_kl(n), measured.mean(), atol=4 * measured.std() / np.sqrt(200_000))
+
+
+def test_neither_the_order_of_episodes_nor_devices_change_an_update():
+    tree, cfg = Tree(vocab=4, depth=2), ppo.Config(epochs=2, minibatches=1, kl_coef=0.3, whiten_rewards=True)
+    tx = ppo.optimizer(optax.sgd(0.1), optax.sgd(0.1))
+    state = ppo.init({"policy": tree.table(2), "critic": jnp.ones(tree.nodes)}, tx, cfg, jax.random.key(0))
+    rollout = jax.jit(tree.sample)(state.params, tree.table(0), tree.table(1), jax.random.key(3))
+    step = functools.partial(ppo.train_step, policy_fn=tree.policy, critic_fn=tree.critic, tx=tx, cfg=cfg)
+    plain, _ = jax.jit(step)(state, rollout)
+    shuffled, _ = jax.jit(step)(state, jax.tree.map(lambda x: x[::-1], rollout))
+    spread, _ = parallel.pmap(step)(parallel.replicate(state), parallel.shard(rollout))
+    for other in (shuffled, parallel.unreplicate(spread)):
+        for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(other.params), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
