@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import evaluate, ppo, pretrain, rank, reward, sft
-from rlhf_jax import cli, plots
+from rlhf_jax import cli, log, plots
+from rlhf_jax.types import InputError
 
 
 # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
@@ -26,7 +27,7 @@ class Config:
     seed: int = 0  # of every stage
     out: Path = Path("runs/quickstart")  # run directory; each stage has a folder in it
     data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
-    best_of: int = 4  # answers among which best-of-n picks
+    best_of: int = 4  # answers among which best-of-n picks, at least 2
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config()
@@ -34,49 +35,73 @@ class Config:
     ppo: "ppo.Config" = ppo.Config()
     evaluate: "evaluate.Config" = evaluate.Config()
 
+    def __post_init__(self) -> None:
+        if self.best_of < 2:
+            raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
+
 
 def main(cfg: Config) -> dict:
     """Run the stages one after the other, and return the summary."""
     start = time.monotonic()
     out = cfg.out
+    log.write_config(out, cfg)
     shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": cfg.data_dir or out / "data"}
+    answers: dict[str, Any] = {"temperature": cfg.ppo.ppo.temperature} | {
+        name: getattr(cfg.ppo, name) for name in ("prompt_length", "max_new_tokens")
+    }
     base, tuned, judge, final = (out / stage / "model" for stage in ("pretrain", "sft", "reward", "ppo"))
 
-    def begin(stage: str) -> None:
+    rankings = {name: str(out / "rank" / f"{name}.jsonl") for name in ("train", "held_out")}
+    judged: dict[str, Any] = {"reference": tuned, "reward": judge, **answers, **shared}
+    given = cli.hand_down
+    # Before anything runs, so that a flag without effect is refused at once.
+    stages = {
+        "pretrain": given("pretrain", cfg.pretrain, out=out / "pretrain", **shared),
+        "sft": given("sft", cfg.sft, init=base, out=out / "sft", **shared),
+        "rank": given("rank", cfg.rank, init=tuned, out=out / "rank", **answers, **shared),
+        "reward": given(
+            "reward",
+            cfg.reward,
+            init=tuned,
+            out=out / "reward",
+            data=rankings["train"],
+            held_out=rankings["held_out"],
+            **shared,
+        ),
+        "ppo": given("ppo", cfg.ppo, init=tuned, reward=judge, out=out / "ppo", **shared),
+        "evaluate": given("evaluate", cfg.evaluate, model=final, best_of=1, out=None, **judged),
+    }
+
+    def begin(stage: str) -> Any:
         print(f"\n== {stage} ({time.monotonic() - start:.0f} s)", flush=True)
+        return stages[stage]
 
-    begin("pretrain")
-    pretrain.main(dataclasses.replace(cfg.pretrain, out=out / "pretrain", **shared))
-    begin("sft")
-    sft.main(dataclasses.replace(cfg.sft, init=base, out=out / "sft", **shared))
-    begin("rank")
-    ranked = rank.main(dataclasses.replace(cfg.rank, init=tuned, out=out / "rank", **shared))
-    begin("reward")
-    data: dict[str, Any] = {"data": str(out / "rank" / "train.jsonl"), "held_out": str(out / "rank" / "held_out.jsonl")}
-    learnt = reward.main(dataclasses.replace(cfg.reward, init=tuned, out=out / "reward", **data, **shared))
-    begin("ppo")
-    ppo.main(dataclasses.replace(cfg.ppo, init=tuned, reward=judge, out=out / "ppo", **shared))
-    begin("evaluate")
+    pretrain.main(begin("pretrain"))
+    sft.main(begin("sft"))
+    ranked = rank.main(begin("rank"))
+    learnt = reward.main(begin("reward"))
+    ppo.main(begin("ppo"))
+    last = begin("evaluate")
 
-    def assess(stage: str, model: Path, **settings) -> dict:
-        print(f"{stage}: ", end="", flush=True)
-        paths = {"model": model, "reference": tuned, "reward": judge, "out": out / "evaluate" / f"{stage}.json"}
-        return evaluate.main(dataclasses.replace(cfg.evaluate, **shared | paths | settings))
+    def assess(name: str, model: Path, best_of: int = 1) -> dict:
+        print(f"{name}: ", end="", flush=True)
+        to = out / "evaluate" / f"{name}.json"
+        return evaluate.main(dataclasses.replace(last, model=model, best_of=best_of, out=to))
 
-    stages = {"base": assess("base", base), "SFT": assess("SFT", tuned), "PPO": assess("PPO", final)}
-    picked = assess("best-of-n", tuned, best_of=cfg.best_of)
+    results = {"base": assess("base", base), "SFT": assess("SFT", tuned), "PPO": assess("PPO", final)}
+    picked = assess("best-of-n", tuned, cfg.best_of)
     summary = {
         "seed": cfg.seed,
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-        "pretrain": {"gold": stages["base"]["gold"], "nll": stages["base"]["nll"]},
-        "sft": {name: stages["SFT"][name] for name in ("gold", "reward", "nll")},
+        "pretrain": {name: results["base"][name] for name in ("gold", "nll")},
+        "sft": {name: results["SFT"][name] for name in ("gold", "reward", "nll")},
         "reward": learnt | ranked,
         "best_of_n": {name: picked[name] for name in ("n", "gold", "kl", "reward")},
-        "ppo": {name: stages["PPO"][name] for name in ("gold", "reward", "kl", "nll")},
+        "ppo": {name: results["PPO"][name] for name in ("gold", "reward", "kl", "nll")},
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    report(out, stages, summary)
+    report(out, results, summary)
     return summary
 
 
@@ -94,11 +119,11 @@ def report(out: Path, stages: dict[str, dict], summary: dict) -> None:
         print(f"{name:<10}{stage['gold']:>7.3f}{stage['reward']:>8.2f}{stage['kl']:>11.2f}{stage['nll']:>10.3f}")
     best = summary["best_of_n"]
     print(f"{'best of ' + str(best['n']):<10}{best['gold']:>7.3f}{best['reward']:>8.2f}{best['kl']:>11.2f}{'':>10}")
-    accuracy, agreement = summary["reward"].get("accuracy"), summary["reward"]["labeler_agreement"]
-    if accuracy is not None:
-        print(
-            f"reward model: {100 * accuracy:.1f} % of held-out comparisons; labelers agree on {100 * agreement:.1f} %"
-        )
+    print(f"\n{'gold by':<10}" + "".join(f"{name:>14}" for name in categories))
+    for name, stage in stages.items():
+        print(f"{name:<10}" + "".join(f"{stage['gold_by_category'][category]:>14.3f}" for category in categories))
+    accuracy, agreement = summary["reward"]["accuracy"], summary["reward"]["labeler_agreement"]
+    print(f"\nreward model: {100 * accuracy:.1f} % of held-out comparisons; labelers agree on {100 * agreement:.1f} %")
 
     def cell(text: str) -> str:
         return "<br>".join(text.replace("|", r"\|").splitlines())

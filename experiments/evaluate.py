@@ -1,7 +1,7 @@
 """What a model is worth: gold score on held-out prompts, loss on held-out text, distance from a reference.
 
 Gold reads each answer and knows the world (rlhf_jax/data/world.py); no trained model is asked. The held-out prompts
-share no person, place, word or sum with the prompts that any stage trains on. Sampling is at temperature 1, as trained.
+share no person, place, word or sum with the prompts that any stage trains on; the pretraining text tells of them all.
 
 Run:     python -m experiments.evaluate --model runs/ppo/model --reference runs/sft/model
 Parent:  none
@@ -19,7 +19,7 @@ from rlhf_jax import cli, heads, models, parallel, rollout, sft, transformer
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data.world import World
 from rlhf_jax.logprobs import best_of_n_kl
-from rlhf_jax.types import Prompts, Rollout
+from rlhf_jax.types import InputError, Prompts, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +35,15 @@ class Config:
     prompts: int = 512  # held-out prompts
     texts: int = 1000  # held-out documents
     best_of: int = 1  # answers to each prompt, of which the reward model picks one
+    temperature: float = 1.0  # of the answers; that of training
     prompt_length: int = 20  # tokens; longer prompts are refused
     max_new_tokens: int = 16  # tokens of an answer
     text_length: int = 64  # tokens in a row of text
     batch: int = 256  # answers, or rows of text, at once, over all devices
+
+    def __post_init__(self) -> None:
+        if self.best_of < 1:
+            raise InputError(f"best_of={self.best_of}: expected at least 1 answer")
 
 
 def held_out_nll(cfg: Config, model: models.Model) -> float:
@@ -60,6 +65,10 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts) -> Rollout:
     if cfg.reward:
         reward = loaded[cfg.reward] = models.load_reward(cfg.reward)
     models.check_vocabularies(loaded)
+    if reference.config != model.config:
+        raise InputError(f"{cfg.reference} is not of the architecture of {cfg.model}: take the model that it came from")
+    if cfg.best_of > 1 and not reward:
+        raise InputError(f"best_of={cfg.best_of} needs a reward model to pick by: name one by --reward")
     scalar = reward.params if reward else heads.from_policy(reference.params, reference.config, jax.random.key(0))
     scalar_fn = transformer.bind(heads.ScalarModel(reward.config if reward else reference.config))
     collect = parallel.pmap(
@@ -70,13 +79,13 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts) -> Rollout:
             critic_fn=scalar_fn,
             reward_fn=scalar_fn,
             max_new_tokens=cfg.max_new_tokens,
-            temperature=1.0,
+            temperature=cfg.temperature,
             eos_id=models.tokenizer_of(model).eos_token_id,
         )
     )
     params = parallel.replicate({"policy": model.params, "critic": scalar})
     frozen = parallel.replicate(rollout.Frozen(reference=reference.params, reward=scalar))
-    key = parallel.replicate(jax.random.key(cfg.seed))
+    key = parallel.replicate(jax.random.fold_in(jax.random.key(cfg.seed), 2))  # experiments.rank folds in 0 and 1
     parts = [
         parallel.gather(collect(params, frozen, parallel.shard(part), key, parallel.replicate(np.uint32(first))))
         for first, part in rollout.chunks(prompts, cfg.batch)

@@ -43,16 +43,16 @@ class Config:
     schedule: optim.Schedule = "cosine"  # of both learning rates: cosine to 10 %, linear to 0, or constant
     warmup: int = 8  # updates of linear warm-up
     adam: optim.Adam = optim.Adam()
-    ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=2.0)
+    ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=2.0, unfinished_score=-1.0)
     samples_every: int = 20  # steps between tables of samples
-    save_every: int = 500  # steps between checkpoints
+    save_every: int = 50  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
 
 
 def check_first_pass(metrics: dict[str, jax.Array], tolerance: float) -> None:
     """Raises when the first pass over a rollout did not find the log-probabilities that it was sampled with."""
     error = float(metrics["ratio/first_error"])
-    if error > tolerance:
+    if not error <= tolerance:  # nor NaN
         raise RuntimeError(f"the first pass over a rollout has a ratio of 1 +- {error:.2g}: sampler and scorer differ")
 
 

@@ -1,6 +1,6 @@
 """Pretraining: a GPT learns to predict raw text.
 
-Run:     python -m experiments.pretrain --data world:rows=60000 --steps 1400
+Run:     python -m experiments.pretrain --data world:rows=60000 --steps 2000
 Parent:  none
 """
 
@@ -26,11 +26,11 @@ class Config:
     data: str = "world:rows=60000"  # text: the world, a .jsonl or .txt file, or a TFDS name
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     init: Path | None = None  # model directory to go on from; None starts from random weights
-    preset: str = "llama-mini"  # architecture of a new model, one of rlhf_jax.transformer.PRESETS
-    vocab_size: int = 1280  # of the byte-level BPE tokenizer that is trained for a new model
+    preset: str = "llama-mini"  # architecture of a new model, one of rlhf_jax.transformer.PRESETS; not with --init
+    vocab_size: int = 1280  # of the byte-level BPE tokenizer that is trained for a new model; not with --init
     length: int = 64  # tokens in a row; documents are packed into rows
     batch: int = 16  # rows a step, over all devices
-    steps: int = 1400  # optimiser steps
+    steps: int = 2000  # optimiser steps
     lr: float = 3e-3  # peak learning rate, cosine to 10 % of it
     warmup: int = 60  # steps of linear warm-up
     weight_decay: float = 0.1  # of matrices
@@ -45,7 +45,7 @@ def new_model(cfg: Config, rows: builders.Rows) -> models.Model:
     config = dataclasses.replace(transformer.preset(cfg.preset), vocab_size=len(tok))
     module = transformer.Transformer(config)
     ones = jnp.ones((1, 2), jnp.int32)
-    params = jax.jit(module.init)(jax.random.key(cfg.seed), ones, ones)["params"]
+    params = jax.jit(module.init)(jax.random.fold_in(jax.random.key(cfg.seed), 1), ones, ones)["params"]
     return models.Model(config, params, tok, transformer.bind(module))
 
 

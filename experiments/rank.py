@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rlhf_jax import cli, models, rollout
+from rlhf_jax import cli, log, models, rollout
 from rlhf_jax.data import builders, labelers, pipeline
 from rlhf_jax.data.world import World
 from rlhf_jax.types import InputError
@@ -32,7 +32,7 @@ class Config:
     prompts: int = 2400  # training prompts
     held_out: int = 256  # held-out prompts
     least: int = 4  # answers to a prompt, drawn uniformly from least..most
-    most: int = 9
+    most: int = 9  # see `least`
     people: int = 5  # simulated labelers
     prompt_length: int = 20  # tokens; longer prompts are refused
     max_new_tokens: int = 16  # tokens of an answer
@@ -51,8 +51,7 @@ def main(cfg: Config) -> dict[str, float]:
     world = World.generate(0)
     people = labelers.labelers(cfg.seed, cfg.people)
     key = jax.random.key(cfg.seed)
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    (cfg.out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2, default=str) + "\n")
+    log.write_config(cfg.out, cfg)
     for stream, (split, count) in enumerate({"train": cfg.prompts, "held_out": cfg.held_out}.items()):
         rng = random.Random(f"{cfg.seed}/{split}")
         rows = builders.source(f"world:rows={count}", "prompts", data_dir=cfg.data_dir, split=split)
@@ -81,7 +80,9 @@ def main(cfg: Config) -> dict[str, float]:
                 for judge, rank in zip(judges, ranks, strict=True):
                     row = {"prompt": prompt, "responses": responses, "ranks": rank, "labeler": judge.id}
                     file.write(json.dumps(row) + "\n")
-        print(f"{split} prompts: {counts}; {sum(times)} answers ranked by {len(people)} labelers")
+        print(
+            f"{split} prompts: {counts}; {sum(times)} answers, each ranked by {len(judges)} of {len(people)} labelers"
+        )
     summary = {"labeler_agreement": labelers.agreement(rankings)}
     print(f"labelers agree on {100 * summary['labeler_agreement']:.1f} % of the held-out pairs that both order")
     return summary

@@ -35,7 +35,7 @@ class Config:
     lr: float = 5e-4  # peak learning rate, cosine to 10 % of it
     dropout: float = 0.0  # residual dropout
     weight_decay: float = 0.0  # of matrices
-    save_every: int = 500  # steps between checkpoints
+    save_every: int = 50  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
 
 
@@ -58,8 +58,8 @@ def main(cfg: Config) -> dict[str, float]:
     print(f"{cfg.data}: {batches.counts}")
     steps = batches.steps
 
-    key = jax.random.key(cfg.seed)
-    params = heads.from_policy(model.params, model.config, key)
+    key, head_key = jax.random.split(jax.random.key(cfg.seed))
+    params = heads.from_policy(model.params, model.config, head_key)
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay)
     state = parallel.replicate(optim.init(params, tx, key))
     noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(model.config, dropout=cfg.dropout)))

@@ -69,7 +69,7 @@ class Config:
     sample_batch: int = 128  # continuations sampled at once, over all devices
     # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
     pretrain: "pretrain.Config" = pretrain.Config(
-        preset="mini", vocab_size=2048, length=64, batch=32, steps=1600, lr=3e-3, warmup=50, weight_decay=0.1
+        preset="llama-mini", vocab_size=2048, length=64, batch=16, steps=2400, lr=3e-3, warmup=60, weight_decay=0.1
     )
     ppo: "ppo.Config" = ppo.Config(
         prompt_length=16,

@@ -2,7 +2,8 @@
 
 Cosine decay to 10 %, no warm-up, residual dropout, loss on the answers alone. The defaults are those of the model that
 InstructGPT starts PPO from (arXiv:2203.02155, appendix C): 2 epochs, with pretraining text mixed in, so that it forgets
-nothing of it. InstructGPT's own SFT models: --epochs 16 --dropout 0.2 --text None.
+nothing of it: a third of the rows here, a tenth there. InstructGPT's own SFT models: --epochs 16 --dropout 0.2 --text
+None.
 
 Run:     python -m experiments.sft --init runs/pretrain/model
 Parent:  pretrain
@@ -37,7 +38,7 @@ class Config:
     lr: float = 1e-3  # peak learning rate, cosine to 10 % of it
     dropout: float = 0.1  # residual dropout
     weight_decay: float = 0.0  # of matrices
-    save_every: int = 500  # steps between checkpoints
+    save_every: int = 50  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
 
 
@@ -75,7 +76,9 @@ def main(cfg: Config) -> TrainState:
                 saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
     state = parallel.unreplicate(state)
     models.save(model, state.params, cfg.out / "model")
-    plots.curves(cfg.out, {"loss on the answers (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]})
+    plots.curves(
+        cfg.out, {"next-token loss on answers and text (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]}
+    )
     return state
 
 

@@ -80,6 +80,18 @@ def parse(default: Config, args: Sequence[str] | None = None) -> Config:
     return config
 
 
+def hand_down(stage: str, config: Any, **values: Any) -> Any:
+    """`config`, of an experiment that is a stage of another, with what the other one decides for it.
+
+    Raises InputError where the stage's own flag says something else, rather than overrule it unseen.
+    """
+    for field in dataclasses.fields(config):
+        if field.name in values and getattr(config, field.name) not in (field.default, values[field.name]):
+            flag = f"--{stage}.{field.name}".replace("_", "-")
+            raise InputError(f"{flag} has no effect here, where other flags decide it: leave it out")
+    return dataclasses.replace(config, **values)
+
+
 def _flags(config: Any, prefix: str = "--") -> Iterator[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

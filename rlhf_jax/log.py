@@ -59,14 +59,23 @@ def start(
     if main:
         try:
             _prepare(directory, step)
-            text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-            (directory / "config.json").write_text(text + "\n")
         except OSError as error:
             raise InputError(f"records cannot be written to {directory}: {error.strerror}") from error
+        write_config(directory, config)
     if client and main:
         settings = json.loads((directory / "config.json").read_text())
         client.init(project="rlhf_jax", name=directory.name, dir=str(directory), config=settings)
     return Run(directory, total=total, step=step, every=every, show=show, wandb=client, main=main)
+
+
+def write_config(directory: Path, config: Any) -> None:
+    """Writes the dataclass `config` to the run directory's config.json."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
+        (directory / "config.json").write_text(text + "\n")
+    except OSError as error:
+        raise InputError(f"records cannot be written to {directory}: {error.strerror}") from error
 
 
 class Run:

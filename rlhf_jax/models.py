@@ -235,7 +235,10 @@ class _Files:
         self._open: dict[str, Any] = {}
         index = path / "model.safetensors.index.json"
         if index.exists():
-            self._where = json.loads(index.read_text())["weight_map"]
+            try:
+                self._where = dict(json.loads(index.read_text())["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{index} cannot be read: it needs an object weight_map of tensor to file") from error
         elif (path / "model.safetensors").exists():
             self._where = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
         else:
@@ -334,9 +337,11 @@ def _family(config: transformer.Config) -> str:
 
 def _config(path: Path) -> transformer.Config:
     if not (path / "config.json").is_file():
-        raise InputError(f"{path} is not a model directory: it has no config.json")
+        raise InputError(f"{path} is not a model directory: it has no config.json; run the experiment that writes it")
     try:
         raw = json.loads((path / "config.json").read_text())
+        if not isinstance(raw, dict):
+            raise InputError(f"{path}/config.json holds no object: expected the model's settings by name")
         kind = raw.get("model_type")
         if kind not in SUPPORTED:
             raise InputError(f"{path}: model_type {kind!r} is not supported: expected one of {', '.join(SUPPORTED)}")

@@ -62,6 +62,12 @@ class Config:
                 raise InputError(f"ppo.{name}={getattr(self, name)}: expected more than 0")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise InputError(f"ppo.dual_clip={self.dual_clip}: expected more than 1")
+        if self.kl_in == "loss" and self.kl_kind == "k1":
+            raise InputError("ppo.kl_in=loss with kl_kind=k1 has no effect: the gradient of k1 is 0 on average; use k2")
+        if self.penalty is not None and self.dual_clip is not None:
+            raise InputError("ppo.penalty replaces the clip, so dual_clip has no effect: leave out one of them")
+        if self.unfinished_score is not None and self.unfinished_penalty:
+            raise InputError("ppo.unfinished_score replaces what unfinished_penalty lowers: leave out one of them")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ppo.ema={self.ema}: expected a decay in [0, 1)")
 
@@ -123,10 +129,7 @@ def penalty_policy_loss(
     ratio = jnp.exp(log_ratio)
     kl = ratio - 1 - log_ratio
     loss = masked_mean(-jnp.where(mask, advantage, 0.0) * ratio + beta * kl, mask, count)
-    return loss, {
-        "kl": masked_mean(kl, mask, count),
-        "approx_kl": masked_mean(0.5 * jnp.square(log_ratio), mask, count),
-    }
+    return loss, {"kl": masked_mean(kl, mask, count)}
 
 
 def value_loss(

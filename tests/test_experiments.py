@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import assistant, evaluate, ppo, pretrain, rank, reward, sft
+from experiments import assistant, evaluate, ppo, ppo_instructgpt, presets, pretrain, rank, reward, sft
 from rlhf_jax import checkpoint, cli, log, models, optim
 from rlhf_jax import ppo as ppo_lib
 from rlhf_jax import sft as sft_lib
@@ -141,6 +141,27 @@ def test_a_fork_runs_and_ppo_runs_without_pretraining_text(done, tmp_path):
     tiny.assert_close(state.params["policy"], models.load(tmp_path / "fork" / "model").params, atol=0)
 
 
+def test_the_published_settings_run_and_save_the_averaged_policy(done, tmp_path):
+    cfg, _ = done
+    small = {name: getattr(cfg.ppo, name) for name in ("data", "prompt_length", "max_new_tokens", "batch", "steps")}
+    fork = dataclasses.replace(
+        ppo_instructgpt.CONFIG,
+        **small,
+        text="world:rows=200",
+        text_batch=8,
+        init=cfg.out / "sft" / "model",
+        reward=cfg.out / "reward" / "model",
+        data_dir=cfg.out / "data",
+        out=tmp_path / "fork",
+        ppo=dataclasses.replace(presets.instructgpt.ppo, minibatches=2),
+    )
+    state = ppo.main(fork)
+    saved = models.load(tmp_path / "fork" / "model").params
+    tiny.assert_close(state.opt_state["ema"], saved, atol=0)
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), state.params["policy"], saved)
+    assert max(jax.tree.leaves(moved)) > 0
+
+
 @pytest.mark.slow
 def test_the_seed_reproduces_a_run_exactly(done, tmp_path):
     cfg, summary = done
@@ -197,7 +218,7 @@ def test_a_minibatch_that_does_not_divide_over_the_devices(done, flags, capsys):
 def test_directories_that_are_not_models(done, flags, tmp_path, capsys):
     cfg, _ = done
     said = refused(capsys, sft.main, cfg.sft, *flags, "--init", tmp_path / "nowhere")
-    assert said.endswith("nowhere is not a model directory: it has no config.json")
+    assert said.endswith("nowhere is not a model directory: it has no config.json; run the experiment that writes it")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     said = refused(capsys, sft.main, cfg.sft, *flags, "--init", tmp_path / "bert")
@@ -270,6 +291,33 @@ def test_an_unknown_flag_of_a_stage(capsys):
     assert refused(capsys, assistant.main, TINY, "--ppo.stepz", 4) == (
         "error: unknown flag --ppo.stepz; did you mean --ppo.steps? see --help"
     )
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (assistant.main, ["--best-of", 1], "best_of=1: expected at least 2 answers to pick from"),
+        (assistant.main, ["--sft.seed", 3], "--sft.seed has no effect here, where other flags decide it: leave it out"),
+        (assistant.main, ["--rank.temperature", 2], "--rank.temperature has no effect here, where other flags decide"),
+        (evaluate.main, ["--best-of", 0], "best_of=0: expected at least 1 answer"),
+        (ppo.main, ["--ppo.kl-in", "loss"], "ppo.kl_in=loss with kl_kind=k1 has no effect"),
+    ],
+)
+def test_flags_that_cannot_be(capsys, main, flags, message):
+    default = {assistant.main: TINY, evaluate.main: TINY.evaluate, ppo.main: TINY.ppo}[main]
+    assert refused(capsys, main, default, *flags).startswith(f"error: {message}")
+
+
+def test_evaluation_refuses_models_that_do_not_go_together(done, flags, capsys, tmp_path):
+    cfg, _ = done
+    init, config = cfg.out / "sft" / "model", dataclasses.replace(tiny.GPT, vocab_size=512)
+    tokenizer = models.load(init).tokenizer
+    models.save(models.Model(config, {}, tokenizer, lambda: None), tiny.policy(config), tmp_path / "other")
+    flags = [*flags, "--model", init]
+    said = refused(capsys, evaluate.main, cfg.evaluate, *flags, "--reference", tmp_path / "other")
+    assert said.endswith(f"other is not of the architecture of {init}: take the model that it came from")
+    said = refused(capsys, evaluate.main, cfg.evaluate, *flags, "--reference", init, "--best-of", 2)
+    assert said == "error: best_of=2 needs a reward model to pick by: name one by --reward"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(done, flags, monkeypatch, capsys, tmp_path):

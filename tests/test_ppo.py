@@ -174,7 +174,7 @@ def rewards(cfg=CFG, **changes) -> np.ndarray:
 
 
 def test_the_score_lands_on_the_last_token_or_the_first_pad():
-    lengths = np.sum(EPISODES.response_mask, axis=1)
+    lengths = np.asarray(EPISODES.response_mask).sum(axis=1)
     assert len(set(lengths)) > 2
     assert N in lengths
     score = np.asarray(EPISODES.score)
@@ -198,7 +198,7 @@ def test_kl_in_the_reward():
     clamped = np.clip(d, -0.2, 0.2)
     assert np.any(clamped[mask] != d[mask])
     np.testing.assert_allclose(rewards(kl_clamp=0.2), np.where(mask, score - 0.1 * clamped, 0.0), atol=1e-5)
-    np.testing.assert_allclose(rewards(kl_in="loss"), score, atol=1e-6)
+    np.testing.assert_allclose(rewards(kl_in="loss", kl_kind="k2"), score, atol=1e-6)
 
 
 def test_responses_without_an_end():
@@ -328,6 +328,8 @@ def test_the_average_of_the_weights():
     [
         ({"epochs": 0}, r"ppo\.epochs=0: expected more than 0"),
         ({"dual_clip": 0.9}, r"ppo\.dual_clip=0\.9: expected more than 1"),
+        ({"penalty": 1.0, "dual_clip": 3.0}, r"ppo\.penalty replaces the clip"),
+        ({"unfinished_score": -1.0, "unfinished_penalty": 1.0}, r"ppo\.unfinished_score replaces what"),
         ({"ema": 1.0}, r"ppo\.ema=1\.0: expected a decay in \[0, 1\)"),
     ],
 )

@@ -281,7 +281,7 @@ def _documents(path: Path) -> Iterator[Row]:
 
 def _file(path: Path, kind: Kind, data_dir: Path, split: str) -> Rows:
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; name one that there is, or first run the experiment that writes it")
     if path.suffix == ".txt" and kind != "text":
         raise InputError(f"{path}: {kind} are read from a .jsonl file, a .txt file holds documents alone")
     with path.open("rb") as file:
