@@ -43,7 +43,7 @@ class Config:
     schedule: optim.Schedule = "cosine"  # of both learning rates: cosine to 10 %, linear to 0, or constant
     warmup: int = 8  # updates of linear warm-up
     adam: optim.Adam = optim.Adam()
-    ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=2.0, unfinished_score=-1.0)
+    ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0)
     samples_every: int = 20  # steps between tables of samples
     save_every: int = 50  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too

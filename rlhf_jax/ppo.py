@@ -34,7 +34,9 @@ class Config:
     kl_coef: float = 0.02  # reward per nat of KL to the reference, at the start where it adapts
     kl_kind: KLKind = "k1"  # estimator of that KL
     kl_clamp: float | None = None  # bound of a token's estimate, to each side of 0
-    kl_in: Literal["reward", "loss"] = "reward"  # where it enters; in the loss, k2 has the gradient of the KL
+    kl_in: Literal["reward", "loss"] = (
+        "reward"  # in the loss k2 has the gradient of each token's KL, blind to later ones
+    )
     kl_target: float | None = None  # nats a response: kl_coef adapts (Ziegler et al. 2019); None keeps it fixed
     kl_horizon: float = 10_000.0  # episodes over which the coefficient adapts
 

@@ -305,7 +305,7 @@ def test_an_unknown_flag_of_a_stage(capsys):
 )
 def test_flags_that_cannot_be(capsys, main, flags, message):
     default = {assistant.main: TINY, evaluate.main: TINY.evaluate, ppo.main: TINY.ppo}[main]
-    assert refused(capsys, main, default, *flags).startswith(f"error: {message}")
+    assert message in refused(capsys, main, default, *flags)
 
 
 def test_evaluation_refuses_models_that_do_not_go_together(done, flags, capsys, tmp_path):
