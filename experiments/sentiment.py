@@ -17,11 +17,7 @@ No text that contains a sentence of sst_dev.csv, whose openings and labels are t
 
 Run:     python -m experiments.sentiment --data ../shared/data
 Parent:  assistant
-Result:  one seed, 2 busy CPU cores, 20 min, peak 1.2 GiB, with 1600 pretraining steps at vocabulary 2048 and PPO of 150
-         steps (lr 3e-4, KL coefficient 0.1, target 8): judged positive 61.9 % -> 98.2 % of 761 held-out openings at 8.9
-         nats; the judge itself is right on 77.5 % of sst_dev. Many continuations had become "the best of the year", so
-         the defaults now hold the policy nearer to its reference; those have not been measured to the end yet.
-         That run read 229 snippets of the text with garbled letters, since mended.
+Result:  docs/sentiment.md
 """
 
 import csv
@@ -52,6 +48,7 @@ from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.types import InputError, Params, Prompts, Rollout
 
 
+# The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Defaults are for two CPU cores. The sampler's temperature is `ppo.ppo.temperature` in every stage."""
@@ -67,7 +64,6 @@ class Config:
     reward_lr: float = 1e-3  # peak learning rate of the reward model, cosine to 10 % of it
     reward_dropout: float = 0.1  # residual dropout of the reward model
     sample_batch: int = 128  # continuations sampled at once, over all devices
-    # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
     pretrain: "pretrain.Config" = pretrain.Config(
         preset="llama-mini", vocab_size=2048, length=64, batch=16, steps=2400, lr=3e-3, warmup=60, weight_decay=0.1
     )
@@ -320,6 +316,7 @@ def main(cfg: Config) -> dict:
         print(f"\n== {stage} ({time.monotonic() - start:.0f} s)", flush=True)
 
     out, data_dir = cfg.out, _data_dir(cfg)
+    log.write_config(out, cfg)
     base, learnt, final = (out / stage / "model" for stage in ("pretrain", "reward", "ppo"))
     rng = random.Random(cfg.seed)
     labelled, unlabelled, held_out = corpus(cfg)
@@ -344,7 +341,7 @@ def main(cfg: Config) -> dict:
     begin("pretrain")
     text_file = _write(out / "text.jsonl", ({"text": text} for text in sentences))
     shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": data_dir}
-    pretrain.main(dataclasses.replace(cfg.pretrain, data=str(text_file), out=out / "pretrain", **shared))
+    pretrain.main(cli.hand_down("pretrain", cfg.pretrain, data=str(text_file), out=out / "pretrain", **shared))
 
     begin("choose")
     split = cfg.held_out_choices
@@ -359,7 +356,7 @@ def main(cfg: Config) -> dict:
     begin("ppo")
     prompt_file = _write(out / "prompts.jsonl", ({"prompt": prompt} for prompt in starts))
     settings: dict[str, Any] = {"init": base, "reward": learnt, "data": str(prompt_file), "out": out / "ppo"}
-    ppo.main(dataclasses.replace(cfg.ppo, **settings, **shared))
+    ppo.main(cli.hand_down("ppo", cfg.ppo, **settings, **shared))
 
     begin("evaluate")
     tokenizer = models.tokenizer_of(models.load(base))
