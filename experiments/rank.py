@@ -29,8 +29,8 @@ class Config:
     out: Path = Path("runs/rank")  # run directory; rankings go to train.jsonl and held_out.jsonl
     init: Path = Path("runs/sft/model")  # model directory whose answers are ranked
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
-    prompts: int = 2400  # training prompts
-    held_out: int = 256  # held-out prompts
+    prompts: int = 3600  # training prompts
+    held_out: int = 384  # held-out prompts
     least: int = 4  # answers to a prompt, drawn uniformly from least..most
     most: int = 9  # see `least`
     people: int = 5  # simulated labelers

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from rlhf_jax.data.world import World
 from rlhf_jax.types import InputError
 
-NOISE = 0.64  # standard deviation of the error, where a good answer is worth about 1.5 more than a wrong one
+NOISE = 0.66  # standard deviation of the error, where a good answer is worth about 1.5 more than a wrong one
 TIE = 0.2  # responses that seem no further apart than this tie
 LEAST, MOST = 4, 9  # responses to rank at once
 

@@ -27,7 +27,7 @@ from rlhf_jax.types import InputError
 T = TypeVar("T")
 Category = Literal["fact", "arithmetic", "instruction", "unanswerable", "harm"]
 About = Literal["people", "places", "pairs", "words"]  # a field of `Entities`
-MIX: dict[Category, float] = {"fact": 0.33, "arithmetic": 0.10, "instruction": 0.15, "unanswerable": 0.20, "harm": 0.22}
+MIX: dict[Category, float] = {"fact": 0.36, "arithmetic": 0.11, "instruction": 0.10, "unanswerable": 0.21, "harm": 0.22}
 CHAT = "Question: {question}\nAnswer: {answer}"  # how a conversation is written down
 
 # ---------------------------------------------------------------------------------------------------------------------
