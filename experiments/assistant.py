@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import evaluate, ppo, pretrain, rank, reward, sft
-from rlhf_jax import cli, log, plots
+from rlhf_jax import cli, log, plots, transformer
 from rlhf_jax.types import InputError
 
 
@@ -28,6 +28,7 @@ class Config:
     out: Path = Path("runs/quickstart")  # run directory; each stage has a folder in it
     data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
     best_of: int = 4  # answers among which best-of-n picks, at least 2
+    compute: transformer.Compute = transformer.Compute()  # of every stage
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config()
@@ -45,7 +46,7 @@ def main(cfg: Config) -> dict:
     start = time.monotonic()
     out = cfg.out
     log.write_config(out, cfg)
-    shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": cfg.data_dir or out / "data"}
+    shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": cfg.data_dir or out / "data", "compute": cfg.compute}
     answers: dict[str, Any] = {"temperature": cfg.ppo.ppo.temperature} | {
         name: getattr(cfg.ppo, name) for name in ("prompt_length", "max_new_tokens")
     }

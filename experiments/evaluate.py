@@ -19,7 +19,7 @@ from rlhf_jax import cli, heads, models, parallel, rollout, sft, transformer
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data.world import World
 from rlhf_jax.logprobs import best_of_n_kl
-from rlhf_jax.types import InputError, Prompts, Rollout
+from rlhf_jax.types import InputError, Prompts, Rollout, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +40,16 @@ class Config:
     max_new_tokens: int = 16  # tokens of an answer
     text_length: int = 64  # tokens in a row of text
     batch: int = 256  # answers, or rows of text, at once, over all devices
+    world: int = 0  # seed of the world that the model was trained on
+    compute: transformer.Compute = transformer.Compute()
 
     def __post_init__(self) -> None:
-        if self.best_of < 1:
-            raise InputError(f"best_of={self.best_of}: expected at least 1 answer")
+        check_positive(self, "prompts", "texts", "best_of", "prompt_length", "max_new_tokens", "text_length", "batch")
 
 
 def held_out_nll(cfg: Config, model: models.Model) -> float:
     """Mean negative log-likelihood of held-out pretraining text, nats a token."""
-    rows = builders.source(f"world:rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
+    rows = builders.source(f"world:seed={cfg.world},rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
     tokenizer = models.tokenizer_of(model)
     batches = pipeline.text(rows, tokenizer, length=cfg.text_length, batch=cfg.batch, seed=0, epochs=1)
     step = parallel.pmap(functools.partial(sft.evaluate, apply_fn=model.apply))
@@ -60,10 +61,10 @@ def held_out_nll(cfg: Config, model: models.Model) -> float:
 
 def episodes(cfg: Config, model: models.Model, prompts: Prompts) -> Rollout:
     """A response to each row of `prompts`, with what reference and reward model say of it; on the host."""
-    reference = models.load(cfg.reference)
+    reference = models.load(cfg.reference, compute=cfg.compute)
     loaded, reward = {cfg.model: model, cfg.reference: reference}, None
     if cfg.reward:
-        reward = loaded[cfg.reward] = models.load_reward(cfg.reward)
+        reward = loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute)
     models.check_vocabularies(loaded)
     if reference.config != model.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.model}: take the model that it came from")
@@ -95,10 +96,12 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts) -> Rollout:
 
 def main(cfg: Config) -> dict:
     """Evaluate, print, and write the result."""
-    model = models.load(cfg.model)
+    model = models.load(cfg.model, compute=cfg.compute)
     tokenizer = models.tokenizer_of(model)
-    world = World.generate(0)
-    rows = builders.source(f"world:rows={cfg.prompts}", "prompts", data_dir=cfg.data_dir, split="held_out")
+    world = World.generate(cfg.world)
+    rows = builders.source(
+        f"world:seed={cfg.world},rows={cfg.prompts}", "prompts", data_dir=cfg.data_dir, split="held_out"
+    )
     prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
     print(f"held-out prompts: {counts}")
     repeated = jax.tree.map(lambda x: np.repeat(x, cfg.best_of, axis=0), prompts)

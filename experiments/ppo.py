@@ -18,7 +18,8 @@ import optax
 from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, rollout, transformer
 from rlhf_jax import ppo as ppo_lib
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import TrainState
+from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.types import TrainState, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,21 +45,20 @@ class Config:
     warmup: int = 8  # updates of linear warm-up
     adam: optim.Adam = optim.Adam()
     ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0)
+    compute: transformer.Compute = transformer.Compute()
     samples_every: int = 20  # steps between tables of samples
     save_every: int = 50  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
 
-
-def check_first_pass(metrics: dict[str, jax.Array], tolerance: float) -> None:
-    """Raises when the first pass over a rollout did not find the log-probabilities that it was sampled with."""
-    error = float(metrics["ratio/first_error"])
-    if not error <= tolerance:  # nor NaN
-        raise RuntimeError(f"the first pass over a rollout has a ratio of 1 +- {error:.2g}: sampler and scorer differ")
+    def __post_init__(self) -> None:
+        positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
+        check_positive(self, *positive, "save_every")
 
 
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
-    policy, reward = models.load(cfg.init), models.load_reward(cfg.reward)
+    policy = models.load(cfg.init, compute=cfg.compute)
+    reward = models.load_reward(cfg.reward, compute=cfg.compute)
     tokenizer = models.tokenizer_of(policy)
     models.check_vocabularies({cfg.init: policy, cfg.reward: reward})
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
@@ -100,8 +100,11 @@ def main(cfg: Config) -> TrainState:
         donate=(0,),
     )
     keys = parallel.replicate(sampling_key)
+    shown = ("reward/score", "kl/reference")
+    # What was sampled is what is scored, or the first pass over a rollout finds ratios other than 1.
+    bounds = {"ratio/first_error": 1e-4 if cfg.compute.dtype == "float32" else 0.1}
     with (
-        log.start(cfg.out, cfg, total=cfg.steps, show=("reward/score", "kl/reference"), wandb=cfg.wandb) as run,
+        log.start(cfg.out, cfg, total=cfg.steps, show=shown, at_most=bounds, wandb=cfg.wandb) as run,
         checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
     ):
         for step in range(1, cfg.steps + 1):
@@ -115,10 +118,7 @@ def main(cfg: Config) -> TrainState:
             if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
                 run.samples(step, table(rows, tokenizer, parallel.gather(episodes)))
             state, metrics = step_fn(state, episodes, mix)
-            metrics = parallel.unreplicate(metrics)
-            run.write(step, metrics)
-            if (step - 1) % cfg.samples_every == 0:
-                check_first_pass(metrics, 1e-4 if policy.config.dtype == "float32" else 0.1)
+            run.write(step, parallel.unreplicate(metrics))
             if step % cfg.save_every == 0 or step == cfg.steps:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
@@ -144,7 +144,7 @@ def table(rows: builders.Rows, tokenizer, episodes, count: int = 8) -> list[dict
     kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
     return [
         {
-            "prompt": builders.prompt_text(rows[int(episodes.index[b])]["prompt"]),
+            "prompt": tokenizer_lib.prompt_text(rows[int(episodes.index[b])]["prompt"]),
             "response": texts[b],
             "score": float(episodes.score[b]),
             "kl": float(kl[b]),

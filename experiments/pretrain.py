@@ -12,9 +12,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, sft, transformer
+from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, sft, transformer
 from rlhf_jax.data import builders, pipeline, tokenizer
-from rlhf_jax.types import TrainState
+from rlhf_jax.types import TrainState, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +34,19 @@ class Config:
     lr: float = 3e-3  # peak learning rate, cosine to 10 % of it
     warmup: int = 60  # steps of linear warm-up
     weight_decay: float = 0.1  # of matrices
+    compute: transformer.Compute = transformer.Compute()
     save_every: int = 500  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
+
+    def __post_init__(self) -> None:
+        check_positive(self, "vocab_size", "length", "batch", "steps", "save_every")
 
 
 def new_model(cfg: Config, rows: builders.Rows) -> models.Model:
     """Random weights of the preset's shape, with a tokenizer trained on the first documents."""
     texts = [row["text"] for row in itertools.islice(rows, 20_000)]
     tok = tokenizer.train(texts, cfg.vocab_size, cfg.out / "tokenizer")
-    config = dataclasses.replace(transformer.preset(cfg.preset), vocab_size=len(tok))
+    config = dataclasses.replace(transformer.preset(cfg.preset), vocab_size=len(tok), compute=cfg.compute)
     module = transformer.Transformer(config)
     ones = jnp.ones((1, 2), jnp.int32)
     params = jax.jit(module.init)(jax.random.fold_in(jax.random.key(cfg.seed), 1), ones, ones)["params"]
@@ -52,7 +56,7 @@ def new_model(cfg: Config, rows: builders.Rows) -> models.Model:
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
     rows = builders.source(cfg.data, "text", data_dir=cfg.data_dir)
-    model = models.load(cfg.init) if cfg.init else new_model(cfg, rows)
+    model = models.load(cfg.init, compute=cfg.compute) if cfg.init else new_model(cfg, rows)
     batches = pipeline.text(rows, models.tokenizer_of(model), length=cfg.length, batch=cfg.batch, seed=cfg.seed)
     print(f"{cfg.data}: {batches.counts}")
     print(f"{sum(x.size for x in jax.tree.leaves(model.params)):,} parameters, {jax.device_count()} devices")
@@ -71,7 +75,11 @@ def main(cfg: Config) -> TrainState:
             if step % cfg.save_every == 0 or step == cfg.steps:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {"data": stream.get_state()})
-    state = parallel.unreplicate(state)
+        state = parallel.unreplicate(state)
+        trained = dataclasses.replace(model, params=state.params)
+        begun = [" ".join(row["text"].split()[:8]) for row in itertools.islice(rows, 8)]
+        sizes = {"length": cfg.length // 2, "max_new_tokens": cfg.length // 2}
+        run.samples(cfg.steps, rollout.say(trained, begun, jax.random.key(cfg.seed), **sizes))
     models.save(model, state.params, cfg.out / "model")
     plots.curves(cfg.out, {"next-token loss (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]})
     return state

@@ -15,10 +15,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rlhf_jax import cli, log, models, rollout
+from rlhf_jax import cli, log, models, rollout, transformer
 from rlhf_jax.data import builders, labelers, pipeline
 from rlhf_jax.data.world import World
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +38,26 @@ class Config:
     max_new_tokens: int = 16  # tokens of an answer
     temperature: float = 1.0  # of the answers
     batch: int = 256  # answers sampled at once, over all devices
+    world: int = 0  # seed of the world that the prompts are of
+    compute: transformer.Compute = transformer.Compute()
 
     def __post_init__(self) -> None:
+        check_positive(self, "prompts", "held_out", "people", "prompt_length", "max_new_tokens", "batch")
         if not 2 <= self.least <= self.most:
             raise InputError(f"least={self.least}, most={self.most}: expected 2 <= least <= most answers to rank")
 
 
 def main(cfg: Config) -> dict[str, float]:
     """Write the rankings; returns how far labelers agree, and how often they tie."""
-    model = models.load(cfg.init)
+    model = models.load(cfg.init, compute=cfg.compute)
     tokenizer = models.tokenizer_of(model)
-    world = World.generate(0)
+    world = World.generate(cfg.world)
     people = labelers.labelers(cfg.seed, cfg.people)
     key = jax.random.key(cfg.seed)
     log.write_config(cfg.out, cfg)
     for stream, (split, count) in enumerate({"train": cfg.prompts, "held_out": cfg.held_out}.items()):
         rng = random.Random(f"{cfg.seed}/{split}")
-        rows = builders.source(f"world:rows={count}", "prompts", data_dir=cfg.data_dir, split=split)
+        rows = builders.source(f"world:seed={cfg.world},rows={count}", "prompts", data_dir=cfg.data_dir, split=split)
         prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
         times = [rng.randint(cfg.least, cfg.most) for _ in prompts.index]
         repeated = jax.tree.map(lambda x, times=times: np.repeat(x, times, axis=0), prompts)

@@ -10,13 +10,18 @@ Parent:  sft
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, reward, transformer
+from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, transformer
+from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
+from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.types import Params, Rankings, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,39 +40,72 @@ class Config:
     lr: float = 5e-4  # peak learning rate, cosine to 10 % of it
     dropout: float = 0.0  # residual dropout
     weight_decay: float = 0.0  # of matrices
+    reward: reward_lib.Config = reward_lib.Config()
+    normalize_first: bool = False  # gain and bias before training too, as Ziegler et al. 2019
+    compute: transformer.Compute = transformer.Compute()
     save_every: int = 50  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
 
+    def __post_init__(self) -> None:
+        check_positive(self, "length", "batch", "epochs", "save_every")
 
-def accuracy(params, apply_fn, batches: pipeline.Batches) -> float:
+
+def accuracy(params: Params, apply_fn: Callable, batches: Iterable[Rankings]) -> float:
     """Share of the pairs that the scores order as their labeler did."""
-    evaluate = parallel.pmap(functools.partial(reward.evaluate, apply_fn=apply_fn))
+    evaluate = parallel.pmap(functools.partial(reward_lib.evaluate, apply_fn=apply_fn))
     spread = parallel.replicate(params)
     totals = [parallel.unreplicate(evaluate(spread, parallel.shard(batch))) for batch in batches]
     correct, pairs = np.sum(jax.device_get(totals), axis=0)
     return float(correct / pairs)
 
 
+def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, score_fn: Callable, length: int) -> list:
+    """The responses of the rows, as far as they fit, with rank and score."""
+    said = [(row["prompt"], *some) for row in rows for some in zip(row["responses"], row["ranks"], strict=True)]
+    starts, ends = tokenizer_lib.render(tokenizer, [prompt for prompt, *_ in said], [[text] for _, text, _ in said])
+    tokens, mask = np.full((len(said), length), tokenizer_lib.pad_id(tokenizer)), np.zeros((len(said), length), bool)
+    for b, (start, (end,)) in enumerate(zip(starts, ends, strict=True)):
+        ids = np.append(start, end)[:length]
+        tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
+    return [
+        {"prompt": tokenizer_lib.prompt_text(prompt), "response": text, "rank": rank, "score": score}
+        for (prompt, text, rank), score in zip(said, np.asarray(score_fn(tokens, mask)), strict=True)
+    ]
+
+
 def main(cfg: Config) -> dict[str, float]:
     """Train, and write the run directory; returns the accuracies."""
-    model = models.load(cfg.init)
+    model = models.load(cfg.init, compute=cfg.compute)
     tokenizer = models.tokenizer_of(model)
     source = functools.partial(builders.source, kind="rankings", data_dir=cfg.data_dir)
     read = functools.partial(pipeline.rankings, tokenizer=tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed)
-    batches = read(source(cfg.data), epochs=cfg.epochs)
+    train, held_out = source(cfg.data), source(cfg.held_out) if cfg.held_out else None
+    batches, sample = read(train, epochs=cfg.epochs), read(train, epochs=1)
+    measured = read(held_out, epochs=1) if held_out else None
     print(f"{cfg.data}: {batches.counts}")
     steps = batches.steps
 
     key, head_key = jax.random.split(jax.random.key(cfg.seed))
-    params = heads.from_policy(model.params, model.config, head_key)
-    tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay)
-    state = parallel.replicate(optim.init(params, tx, key))
     noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(model.config, dropout=cfg.dropout)))
     apply_fn = transformer.bind(heads.ScalarModel(model.config))
-    step_fn = parallel.pmap(functools.partial(reward.train_step, apply_fn=noisy, tx=tx), donate=(0,))
+    scores = jax.jit(functools.partial(reward_lib.scores, apply_fn=apply_fn))
+
+    def normalized(params: Params) -> Params:
+        """With mean 0 and standard deviation 1 on the training answers: samples of the reference, ranked or not."""
+        pairs = [(scores(params, batch), batch.rank >= 0) for batch in sample]
+        score = np.concatenate([np.asarray(score)[present] for score, present in pairs])
+        return reward_lib.normalize(params, float(score.mean()), float(score.std()))
+
+    params = heads.from_policy(model.params, model.config, head_key)
+    tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay)
+    state = parallel.replicate(optim.init(normalized(params) if cfg.normalize_first else params, tx, key))
+    step_fn = parallel.pmap(
+        functools.partial(reward_lib.train_step, apply_fn=noisy, tx=tx, cfg=cfg.reward), donate=(0,)
+    )
     stream = iter(batches)
+    name = f"loss/{cfg.reward.loss}"
     with (
-        log.start(cfg.out, cfg, total=steps, show=("loss/bradley_terry", "reward/accuracy"), wandb=cfg.wandb) as run,
+        log.start(cfg.out, cfg, total=steps, show=(name, "reward/accuracy"), wandb=cfg.wandb) as run,
         checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
     ):
         for step in range(1, steps + 1):
@@ -76,21 +114,12 @@ def main(cfg: Config) -> dict[str, float]:
             if step % cfg.save_every == 0 or step == steps:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {"data": stream.get_state()})
-    state = parallel.unreplicate(state)
-
-    scores = jax.jit(functools.partial(reward.scores, apply_fn=apply_fn))
-    sample = [(scores(state.params, batch), batch.rank >= 0) for batch in read(source(cfg.data), epochs=1)]
-    score = np.concatenate([np.asarray(s)[present] for s, present in sample])
-    params = reward.normalize(state.params, float(score.mean()), float(score.std()))
+        params = normalized(parallel.unreplicate(state).params)
+        score_fn = jax.jit(lambda tokens, mask: heads.at_last(apply_fn(params, tokens, mask), mask))
+        run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, score_fn, cfg.length))
     models.save(model, params, cfg.out / "model")
-    plots.curves(
-        cfg.out,
-        {
-            "Bradley-Terry loss (nats)": ["loss/bradley_terry"],
-            "training accuracy (share of pairs)": ["reward/accuracy"],
-        },
-    )
-    result = {"accuracy": accuracy(params, apply_fn, read(source(cfg.held_out), epochs=1))} if cfg.held_out else {}
+    plots.curves(cfg.out, {"loss (nats)": [name], "training accuracy (share of pairs)": ["reward/accuracy"]})
+    result = {"accuracy": accuracy(params, apply_fn, measured)} if measured else {}
     for name, value in result.items():
         print(f"{name} on held-out comparisons: {100 * value:.1f} %")
     return result

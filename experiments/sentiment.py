@@ -23,6 +23,7 @@ Result:  docs/sentiment.md
 import csv
 import dataclasses
 import functools
+import io
 import json
 import random
 import re
@@ -39,13 +40,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from experiments import ppo, pretrain
-from experiments.reward import accuracy
-from rlhf_jax import cli, heads, log, models, optim, parallel, plots, reward, rollout, sft, transformer
+from experiments import ppo, pretrain, reward
+from rlhf_jax import cli, heads, log, models, parallel, plots, rollout, sft, transformer
 from rlhf_jax import ppo as ppo_lib
+from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.types import InputError, Params, Prompts, Rollout
+from rlhf_jax.types import InputError, Prompts, Rollout
 
 
 # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
@@ -60,12 +61,13 @@ class Config:
     choices: int = 3000  # openings for the reward model to learn from
     held_out_choices: int = 256  # openings to measure its accuracy on, and to normalise it on
     best_of: int = 4  # continuations of each, of which the labeler picks one
-    reward_batch: int = 16  # choices a step, over all devices
-    reward_lr: float = 1e-3  # peak learning rate of the reward model, cosine to 10 % of it
-    reward_dropout: float = 0.1  # residual dropout of the reward model
     sample_batch: int = 128  # continuations sampled at once, over all devices
+    compute: transformer.Compute = transformer.Compute()  # of every stage
     pretrain: "pretrain.Config" = pretrain.Config(
         preset="llama-mini", vocab_size=2048, length=64, batch=16, steps=2400, lr=3e-3, warmup=60, weight_decay=0.1
+    )
+    reward: "reward.Config" = reward.Config(
+        batch=16, epochs=1, lr=1e-3, dropout=0.1, normalize_first=True, reward=reward_lib.Config(loss="choice")
     )
     ppo: "ppo.Config" = ppo.Config(
         prompt_length=16,
@@ -102,25 +104,26 @@ def key(text: str) -> str:
 
 def read_labelled(path: Path) -> Labelled:
     """The rows of a file `label,sentence`."""
-    with _open(path, "utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"label", "sentence"} <= set(reader.fieldnames or ()):
-            raise InputError(f"{path}, line 1: expected the columns label,sentence, got {reader.fieldnames}")
-        rows = []
-        for row in reader:
-            if row["label"] not in ("0", "1"):
-                raise InputError(f"{path}, line {reader.line_num}, field label: expected 0 or 1, got {row['label']!r}")
-            if not (row["sentence"] or "").strip():
-                raise InputError(f"{path}, line {reader.line_num}, field sentence: expected some text, got none")
-            rows.append((tidy(row["sentence"]), int(row["label"])))
+    try:
+        text = _bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8, but byte {error.start} is not") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if not {"label", "sentence"} <= set(reader.fieldnames or ()):
+        raise InputError(f"{path}, line 1: expected the columns label,sentence, got {reader.fieldnames}")
+    rows = []
+    for row in reader:
+        if row["label"] not in ("0", "1"):
+            raise InputError(f"{path}, line {reader.line_num}, field label: expected 0 or 1, got {row['label']!r}")
+        if not (row["sentence"] or "").strip():
+            raise InputError(f"{path}, line {reader.line_num}, field sentence: expected some text, got none")
+        rows.append((tidy(row["sentence"]), int(row["label"])))
     return rows
 
 
 def read_snippets(path: Path) -> list[str]:
     """The lines of a file in UTF-8 or, as first published, in latin-1."""
-    with _open(path, "latin-1") as file:
-        lines = [line.encode("latin-1") for line in file if line.strip()]
-    return [tidy(_decode(line)) for line in lines]
+    return [tidy(_decode(line)) for line in _bytes(path).splitlines() if line.strip()]
 
 
 def _decode(line: bytes) -> str:
@@ -130,13 +133,13 @@ def _decode(line: bytes) -> str:
         return line.decode("latin-1")
 
 
-def _open(path: Path, encoding: str):
+def _bytes(path: Path) -> bytes:
     if not path.is_file():
         raise InputError(
             f"{path}: no such file; point --data at a folder with sst_train.csv, sst_dev.csv, rt_polarity.pos and"
             " rt_polarity.neg (--help says where they come from), or use --data glue/sst2"
         )
-    return path.open(encoding=encoding, newline="")
+    return path.read_bytes()
 
 
 def read_published(name: str, data_dir: Path, split: str) -> Labelled:
@@ -223,53 +226,9 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequenc
         yield {"prompt": prompt, "responses": responses, "ranks": [int(k != best) for k in range(cfg.best_of)]}
 
 
-def learn_reward(cfg: Config, base: Path, data: Path, held_out: Path) -> dict[str, float]:
-    """Train the reward model on the choices, and write its run directory; returns its accuracy."""
-    out = cfg.out / "reward"
-    model = models.load(base)
-    source = functools.partial(builders.source, kind="rankings", data_dir=_data_dir(cfg))
-    read = functools.partial(
-        pipeline.rankings,
-        tokenizer=models.tokenizer_of(model),
-        length=cfg.ppo.prompt_length + cfg.ppo.max_new_tokens + 1,  # every one ends with EOS here
-        batch=cfg.reward_batch,
-        seed=cfg.seed,
-        epochs=1,
-    )
-    batches, reference = read(source(str(data))), read(source(str(held_out)))
-    print(f"{data}: {batches.counts}")
-    apply_fn = transformer.bind(heads.ScalarModel(model.config))
-    scores = jax.jit(functools.partial(reward.scores, apply_fn=apply_fn))
-
-    def normalized(params: Params) -> Params:
-        """With mean 0 and standard deviation 1 on samples of the reference, which were not trained on."""
-        pairs = [(scores(params, batch), batch.rank >= 0) for batch in reference]
-        score = np.concatenate([np.asarray(score)[present] for score, present in pairs])
-        return reward.normalize(params, float(score.mean()), float(score.std()))
-
-    random_key = jax.random.key(cfg.seed)
-    params = normalized(heads.from_policy(model.params, model.config, random_key))
-    tx = optim.adamw(optim.cosine(cfg.reward_lr, batches.steps))
-    state = parallel.replicate(optim.init(params, tx, random_key))
-    noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(model.config, dropout=cfg.reward_dropout)))
-    step_fn = parallel.pmap(
-        functools.partial(reward.train_step, apply_fn=noisy, tx=tx, loss_fn=reward.ranked_choice_loss), donate=(0,)
-    )
-    with log.start(out, cfg, total=batches.steps, show=("loss/ranked_choice", "reward/accuracy")) as run:
-        for step, batch in enumerate(batches, start=1):
-            state, metrics = step_fn(state, parallel.shard(batch))
-            run.write(step, parallel.unreplicate(metrics))
-    params = normalized(parallel.unreplicate(state).params)
-    models.save(model, params, out / "model")
-    plots.curves(
-        out, {"choice loss (nats)": ["loss/ranked_choice"], "training accuracy (share of pairs)": ["reward/accuracy"]}
-    )
-    return {"accuracy": accuracy(params, apply_fn, reference)}
-
-
 def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Prompts) -> Iterator[Rollout]:
     """A continuation of each opening by the policy at each path, with its score and its KL to the first policy."""
-    reference, scalar = models.load(paths[0]), models.load_reward(learnt)
+    reference, scalar = models.load(paths[0], compute=cfg.compute), models.load_reward(learnt, compute=cfg.compute)
     scalar_fn = transformer.bind(heads.ScalarModel(scalar.config))
     collect = parallel.pmap(
         functools.partial(
@@ -296,7 +255,7 @@ def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Pro
 
 def text_nll(cfg: Config, paths: Sequence[Path], texts: Sequence[str]) -> Iterator[float]:
     """Mean negative log-likelihood of held-out sentences under the model at each path, nats a token."""
-    model = models.load(paths[0])
+    model = models.load(paths[0], compute=cfg.compute)
     rows = [{"text": text} for text in texts]
     sizes = {"length": cfg.pretrain.length, "batch": cfg.pretrain.batch, "seed": 0, "epochs": 1}
     batches = pipeline.text(rows, models.tokenizer_of(model), **sizes)
@@ -318,6 +277,25 @@ def main(cfg: Config) -> dict:
     out, data_dir = cfg.out, _data_dir(cfg)
     log.write_config(out, cfg)
     base, learnt, final = (out / stage / "model" for stage in ("pretrain", "reward", "ppo"))
+    files = {name: out / f"{name}.jsonl" for name in ("text", "choices", "choices_held_out", "prompts")}
+    shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": data_dir, "compute": cfg.compute}
+    # Before anything runs, so that a flag without effect is refused at once.
+    stages = {
+        "pretrain": cli.hand_down("pretrain", cfg.pretrain, data=str(files["text"]), out=out / "pretrain", **shared),
+        "reward": cli.hand_down(
+            "reward",
+            cfg.reward,
+            init=base,
+            data=str(files["choices"]),
+            held_out=str(files["choices_held_out"]),
+            length=cfg.ppo.prompt_length + cfg.ppo.max_new_tokens + 1,  # every one ends with EOS here
+            out=out / "reward",
+            **shared,
+        ),
+        "ppo": cli.hand_down(
+            "ppo", cfg.ppo, init=base, reward=learnt, data=str(files["prompts"]), out=out / "ppo", **shared
+        ),
+    }
     rng = random.Random(cfg.seed)
     labelled, unlabelled, held_out = corpus(cfg)
     rng.shuffle(labelled)
@@ -339,39 +317,37 @@ def main(cfg: Config) -> dict:
         )
 
     begin("pretrain")
-    text_file = _write(out / "text.jsonl", ({"text": text} for text in sentences))
-    shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": data_dir}
-    pretrain.main(cli.hand_down("pretrain", cfg.pretrain, data=str(text_file), out=out / "pretrain", **shared))
+    _write(files["text"], ({"text": text} for text in sentences))
+    pretrain.main(stages["pretrain"])
 
     begin("choose")
     split = cfg.held_out_choices
-    chosen = list(choose(cfg, models.load(base), labeler, starts[: split + cfg.choices]))
-    held_out_file = _write(out / "choices_held_out.jsonl", chosen[:split])
-    choices_file = _write(out / "choices.jsonl", chosen[split:])
+    chosen = list(choose(cfg, models.load(base, compute=cfg.compute), labeler, starts[: split + cfg.choices]))
+    _write(files["choices_held_out"], chosen[:split])
+    _write(files["choices"], chosen[split:])
 
     begin("reward")
-    reward_result = learn_reward(cfg, base, choices_file, held_out_file)
+    reward_result = reward.main(stages["reward"])
     print(f"reward model: {100 * reward_result['accuracy']:.1f} % of held-out pairs of the best and another")
 
     begin("ppo")
-    prompt_file = _write(out / "prompts.jsonl", ({"prompt": prompt} for prompt in starts))
-    settings: dict[str, Any] = {"init": base, "reward": learnt, "data": str(prompt_file), "out": out / "ppo"}
-    ppo.main(cli.hand_down("ppo", cfg.ppo, **settings, **shared))
+    _write(files["prompts"], ({"prompt": prompt} for prompt in starts))
+    ppo.main(stages["ppo"])
 
     begin("evaluate")
-    tokenizer = models.tokenizer_of(models.load(base))
+    tokenizer = models.tokenizer_of(models.load(base, compute=cfg.compute))
     prompts, counts = pipeline.every_prompt(
         [{"prompt": prompt} for prompt in test], tokenizer, length=cfg.ppo.prompt_length
     )
     print(f"held-out openings: {counts}")
-    stages, said = {}, {}
+    results, said = {}, {}
     paths = (base, final)
     sampled, losses = continuations(cfg, paths, learnt, prompts), text_nll(cfg, paths, texts)
     for stage, episodes, nll in zip(("base", "PPO"), sampled, losses, strict=True):
         rows = zip(episodes.tokens, episodes.mask, strict=True)
         said[stage] = [tokenizer_lib.decode(tokenizer, *row).strip() for row in rows]
         kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
-        stages[stage] = {
+        results[stage] = {
             **{f"positive_{name}": float(np.mean(model.predict(said[stage]))) for name, model in answers.items()},
             "reward": float(episodes.score.mean()),
             "kl": float(kl.mean()),
@@ -387,11 +363,11 @@ def main(cfg: Config) -> dict:
         "openings": len(prompts.index),
         **{name: {"accuracy": value} for name, value in accuracies.items()},
         "reward": reward_result,
-        **{stage.lower(): values for stage, values in stages.items()},
-        "gain": stages["PPO"]["positive_judge"] - stages["base"]["positive_judge"],
+        **{stage.lower(): values for stage, values in results.items()},
+        "gain": results["PPO"]["positive_judge"] - results["base"]["positive_judge"],
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    report(out, [test[index] for index in prompts.index], stages, said, summary)
+    report(out, [test[index] for index in prompts.index], results, said, summary)
     return summary
 
 
@@ -425,10 +401,9 @@ def _data_dir(cfg: Config) -> Path:
     return cfg.data_dir or cfg.out / "data"
 
 
-def _write(path: Path, rows: Iterable[dict]) -> Path:
+def _write(path: Path, rows: Iterable[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ Parent:  pretrain
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, sft, transformer
+from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, sft, transformer
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import TrainState
+from rlhf_jax.types import TrainState, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +39,17 @@ class Config:
     lr: float = 1e-3  # peak learning rate, cosine to 10 % of it
     dropout: float = 0.1  # residual dropout
     weight_decay: float = 0.0  # of matrices
+    compute: transformer.Compute = transformer.Compute()
     save_every: int = 50  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
+
+    def __post_init__(self) -> None:
+        check_positive(self, "text_batch", "length", "batch", "epochs", "save_every")
 
 
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
-    model = models.load(cfg.init)
+    model = models.load(cfg.init, compute=cfg.compute)
     tokenizer = models.tokenizer_of(model)
     rows = builders.source(cfg.data, "demonstrations", data_dir=cfg.data_dir)
     batches = pipeline.demonstrations(
@@ -74,7 +79,11 @@ def main(cfg: Config) -> TrainState:
             if step % cfg.save_every == 0 or step == steps:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
-    state = parallel.unreplicate(state)
+        state = parallel.unreplicate(state)
+        trained = dataclasses.replace(model, params=state.params)
+        asked = [row["prompt"] if "prompt" in row else row["messages"][:-1] for row in itertools.islice(rows, 8)]
+        sizes = {"length": cfg.length // 2, "max_new_tokens": cfg.length // 2}
+        run.samples(steps, rollout.say(trained, asked, jax.random.key(cfg.seed), **sizes))
     models.save(model, state.params, cfg.out / "model")
     plots.curves(
         cfg.out, {"next-token loss on answers and text (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]}

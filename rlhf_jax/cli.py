@@ -31,7 +31,7 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
     """Calls `main` with `default` as changed by the flags in `args`, by default those of the command line.
 
     Each field is a flag (`--ppo.clip` for a nested one), and the comment beside it is its help. Leaves with one line on
-    stderr and status 2 on a flag or value that is wrong and on any `InputError` from `main`, 1 on a `NonFiniteError`,
+    stderr and status 2 on a flag or value that is wrong and on any `InputError` from `main`, 1 on a `BrokenRunError`,
     130 on control-C. Other exceptions are bugs, and keep their traceback. Compiled programs are kept in the folder that
     JAX_COMPILATION_CACHE_DIR names, or else in ~/.cache/rlhf_jax.
     """
@@ -44,7 +44,7 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
         return main(parse(default, args))
     except InputError as error:
         _leave(str(error), USAGE)
-    except log.NonFiniteError as error:
+    except log.BrokenRunError as error:
         _leave(str(error), FAILURE)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)

@@ -3,6 +3,8 @@
 Both are the same module with the same parameters, so that a critic can start from a reward model.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -19,7 +21,7 @@ class ScalarModel(nn.Module):
     config: Config
 
     def setup(self) -> None:
-        self.trunk = Transformer(self.config)
+        self.trunk = Transformer(dataclasses.replace(self.config, tie_embeddings=True))  # none of its own to carry
         # N(0, 1 / sqrt(d + 1)), as Ziegler et al. 2019 for the reward model.
         std = (self.config.d_model + 1) ** -0.5
         self.kernel = self.param("kernel", nn.initializers.normal(std), (self.config.d_model,))
@@ -40,4 +42,5 @@ def from_policy(policy: Params, config: Config, key: Array) -> Params:
     """Scalar-model parameters with the trunk of a language model and a fresh head."""
     std = (config.d_model + 1) ** -0.5
     kernel = std * jax.random.normal(key, (config.d_model,))
-    return {"trunk": policy, "kernel": kernel, "bias": jnp.zeros(())}
+    trunk = {name: value for name, value in policy.items() if name != "unembedding"}
+    return {"trunk": trunk, "kernel": kernel, "bias": jnp.zeros(())}

@@ -5,7 +5,8 @@ A run directory holds `config.json`, `metrics.jsonl` (an object a line: step, ti
 `checkpoints/`, the model directory.
 
 Metrics stay on the device when they are written and cross to the host in batches, so that logging a step does not wait
-for it. On crossing they are checked: a loss or gradient norm that is not finite stops the run.
+for it. On crossing they are checked: a loss or gradient norm that is not finite stops the run, and so does a metric
+above the bound that the run was given for it.
 """
 
 import dataclasses
@@ -33,8 +34,8 @@ MUST_BE_FINITE = ("loss/", "grad_norm")  # beginnings of the names of metrics th
 CHECKPOINTS = "checkpoints"  # below the run directory, where the last good checkpoint is looked for
 
 
-class NonFiniteError(FloatingPointError):
-    """A loss or a gradient norm is NaN or infinite. The message names the step, the metric and the last checkpoint."""
+class BrokenRunError(ArithmeticError):
+    """A metric is not finite, or above its bound. The message names the step, the metric and the last checkpoint."""
 
 
 def start(
@@ -45,14 +46,16 @@ def start(
     step: int = 0,
     every: int = 10,
     show: Sequence[str] = (),
+    at_most: Mapping[str, float] | None = None,
     wandb: bool = False,
 ) -> "Run":
     """Opens the records of a run of `total` steps in `directory`.
 
     The run continues after `step`: records of later steps, left by an earlier run, are removed. So a run from step 0
     starts anew and never mixes with what was there. `config` is a dataclass; `show` names the metrics of the progress
-    line, by default the first three. Metrics are converted when `every` writes have come together or `Run.PATIENCE`
-    seconds have passed. Under several processes all of them check the metrics, and the first one writes.
+    line, by default the first three; `at_most` bounds metrics by name. Metrics are converted when `every` writes have
+    come together or `Run.PATIENCE` seconds have passed. Under several processes all of them check the metrics, and the
+    first one writes.
     """
     client = _import_wandb() if wandb else None
     main = jax.process_index() == 0
@@ -65,7 +68,8 @@ def start(
     if client and main:
         settings = json.loads((directory / "config.json").read_text())
         client.init(project="rlhf_jax", name=directory.name, dir=str(directory), config=settings)
-    return Run(directory, total=total, step=step, every=every, show=show, wandb=client, main=main)
+    bounds = at_most or {}
+    return Run(directory, total=total, step=step, every=every, show=show, at_most=bounds, wandb=client, main=main)
 
 
 def write_config(directory: Path, config: Any) -> None:
@@ -84,9 +88,19 @@ class Run:
     PATIENCE = 5.0  # seconds
 
     def __init__(
-        self, directory: Path, *, total: int, step: int, every: int, show: Sequence[str], wandb: Any, main: bool
+        self,
+        directory: Path,
+        *,
+        total: int,
+        step: int,
+        every: int,
+        show: Sequence[str],
+        at_most: Mapping[str, float],
+        wandb: Any,
+        main: bool,
     ):
         self.directory = directory
+        self._at_most = at_most
         self._every = every
         self._show = tuple(show)
         self._shown: dict[str, int | float] = {}
@@ -109,8 +123,8 @@ class Run:
     def flush(self) -> None:
         """Converts and writes what is pending. Call it before saving a checkpoint, so that only good states are saved.
 
-        Raises `NonFiniteError` at the first step with a metric of `MUST_BE_FINITE` that is not; its line is written
-        before, and the lines of later steps are not.
+        Raises `BrokenRunError` at the first step with a metric of `MUST_BE_FINITE` that is not, or one above its bound;
+        its line is written before, and the lines of later steps are not.
         """
         pending, self._pending = self._pending, []
         for step, when, metrics in jax.device_get(pending):
@@ -118,10 +132,16 @@ class Run:
             if self._main:
                 self._record(int(step), when, values)
             for name, value in values.items():
+                bound = self._at_most.get(name)
                 if name.startswith(MUST_BE_FINITE) and not math.isfinite(value):
-                    good = checkpoint.latest(self.directory / CHECKPOINTS, before=int(step))
-                    last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-                    raise NonFiniteError(f"step {int(step)}: {name} is {value}; {last}")
+                    what = f"{value}"
+                elif bound is not None and not value <= bound:
+                    what = f"{value:.3g}, which should be at most {bound:g}"
+                else:
+                    continue
+                good = checkpoint.latest(self.directory / CHECKPOINTS, before=int(step))
+                last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+                raise BrokenRunError(f"step {int(step)}: {name} is {what}; {last}")
         if pending and self._main:
             self._bar.set_postfix_str("  ".join(f"{k} {v:.4g}" for k, v in self._shown.items()), refresh=False)
             self._bar.update(int(step) - self._bar.n)
@@ -148,7 +168,7 @@ class Run:
             self._wandb.log({"samples": self._wandb.Table(columns=columns, data=data)}, step=int(step))
 
     def close(self) -> None:
-        """Writes what is pending, then closes the files, whatever happens. May raise `NonFiniteError`."""
+        """Writes what is pending, then closes the files, whatever happens. May raise `BrokenRunError`."""
         try:
             self.flush()
         finally:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +47,35 @@ def tokenizer_of(model: Model) -> tokenizers.Tokenizer:
 
 
 def check_vocabularies(loaded: Mapping[Path, Model]) -> None:
-    """Raises InputError unless models that are to read the same tokens have the same number of them."""
-    sizes = {path: model.config.vocab_size for path, model in loaded.items()}
-    if len(set(sizes.values())) > 1:
-        said = ", ".join(f"{path} {size}" for path, size in sizes.items())
-        raise InputError(f"the vocabularies differ ({said}): train the reward model from the policy's own directory")
+    """Raises InputError unless models that are to read the same tokens have the same vocabulary."""
+    (first, model), *others = loaded.items()
+    for path, other in others:
+        if (a := model.config.vocab_size) != (b := other.config.vocab_size):
+            what = f"the vocabularies differ in size ({first} {a}, {path} {b})"
+        elif model.tokenizer and other.tokenizer and model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+            what = f"the vocabularies of {first} and {path} have the same size and differ"
+        else:
+            continue
+        raise InputError(f"{what}: train the reward model from the policy's own directory")
 
 
-def load(path: str | Path, dtype: Any = jnp.float32) -> Model:
+def load(path: str | Path, dtype: Any = jnp.float32, compute: transformer.Compute = transformer.Compute()) -> Model:
     """A language model from a directory. Parameters have the type `dtype`.
 
     Raises InputError when the directory, its architecture or a tensor is not what it should be.
     """
     path = Path(path)
-    config = _config(path)
+    config = dataclasses.replace(_config(path), compute=compute)
     params = _read(path, config, scalar=False, dtype=dtype)
     return Model(config, params, _tokenizer(path, config), transformer.bind(transformer.Transformer(config)))
 
 
-def load_reward(path: str | Path, dtype: Any = jnp.float32) -> Model:
+def load_reward(
+    path: str | Path, dtype: Any = jnp.float32, compute: transformer.Compute = transformer.Compute()
+) -> Model:
     """A reward model from a directory: a trunk and a score head of one output, read at the last real token."""
     path = Path(path)
-    config = _config(path)
+    config = dataclasses.replace(_config(path), compute=compute)
     params = _read(path, config, scalar=True, dtype=dtype)
     per_token = transformer.bind(heads.ScalarModel(config))
 
@@ -87,9 +94,8 @@ def save(model: Model, params: Params, path: str | Path) -> None:
     """
     path = Path(path)
     scalar = "trunk" in params
-    tensors = dict(_tensors(model.config, params["trunk"] if scalar else params))
+    tensors = dict(_tensors(_entries(model.config, scalar), model.config, params["trunk"] if scalar else params))
     if scalar:
-        tensors.pop("lm_head.weight", None)
         tensors["score.weight"] = np.asarray(params["kernel"])[None]
         if float(params["bias"]) != 0.0:
             tensors["score.bias"] = np.asarray(params["bias"])[None]
@@ -202,15 +208,16 @@ def _llama(c: transformer.Config) -> list[Entry]:
     ]
 
 
-def _entries(config: transformer.Config) -> list[Entry]:
+def _entries(config: transformer.Config, scalar: bool) -> list[Entry]:
+    """The entries of a language model or, without its unembedding, of a `heads.ScalarModel`'s trunk."""
     family = _gpt2 if _family(config) == "gpt2" else _llama
-    untied = [] if config.tie_embeddings else [Entry("unembedding", ("lm_head.weight",))]
+    untied = [] if config.tie_embeddings or scalar else [Entry("unembedding", ("lm_head.weight",))]
     return family(config) + untied
 
 
-def _tensors(config: transformer.Config, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a language model's checkpoint, by name."""
-    for entry in _entries(config):
+def _tensors(entries: Sequence[Entry], config: transformer.Config, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor that the entries stand for, by name."""
+    for entry in entries:
         leaf = np.asarray(_get(params, entry.leaf))
         layered = "{}" in entry.names[0]
         for layer in range(config.n_layers) if layered else (0,):
@@ -263,13 +270,12 @@ class _Files:
 
 def _read(path: Path, config: transformer.Config, scalar: bool, dtype: Any) -> Params:
     files = _Files(path)
-    prefix = "" if _probe(config) in files else _probe(config).split(".")[0] + "."  # GPT-2's own files lack it
+    entries = _entries(config, scalar)
+    probe = entries[0].names[0]
+    prefix = "" if probe in files else probe.split(".")[0] + "."  # GPT-2's own files lack it
     shapes = transformer.parameter_shapes(config)
     params: dict[str, Any] = {}
-    for entry in _entries(config):
-        if scalar and entry.leaf == "unembedding":  # a classifier has none; the trunk's parameters still do
-            _set(params, entry.leaf, jnp.zeros(_get(shapes, entry.leaf).shape, dtype))
-            continue
+    for entry in entries:
         shape = _get(shapes, entry.leaf).shape
         layered = "{}" in entry.names[0]
         leaf = np.empty(shape, dtype)
@@ -297,10 +303,6 @@ def _read(path: Path, config: transformer.Config, scalar: bool, dtype: Any) -> P
         raise InputError(f"{path}: score.weight {list(weight.shape)} should be [1, {config.d_model}]: one label")
     bias = files.get("score.bias")[0] if "score.bias" in files else 0.0
     return {"trunk": params, "kernel": jnp.asarray(weight[0], jnp.float32), "bias": jnp.float32(bias)}
-
-
-def _probe(config: transformer.Config) -> str:
-    return _entries(config)[0].names[0]
 
 
 def _set(tree: dict, path: str, leaf: Any) -> None:

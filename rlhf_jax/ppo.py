@@ -19,7 +19,7 @@ from rlhf_jax import parallel, sft
 from rlhf_jax.advantages import gae, through_first_pad, token_rewards, whiten
 from rlhf_jax.logprobs import KLKind, entropy, kl_estimate, masked_mean, token_logprobs
 from rlhf_jax.rollout import response_logits
-from rlhf_jax.types import InputError, Leaf, Metrics, Params, Rollout, Tokens, TrainState
+from rlhf_jax.types import InputError, Leaf, Metrics, Params, Rollout, Tokens, TrainState, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +59,7 @@ class Config:
     ema: float | None = None  # decay an update of an average of the policy's weights, kept beside them
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "minibatches", "temperature", "kl_horizon"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"ppo.{name}={getattr(self, name)}: expected more than 0")
+        check_positive(self, "epochs", "minibatches", "temperature", "kl_target", "kl_horizon")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise InputError(f"ppo.dual_clip={self.dual_clip}: expected more than 1")
         if self.kl_in == "loss" and self.kl_kind == "k1":

@@ -1,16 +1,34 @@
 """Reward models from comparisons: Bradley-Terry over K-way rankings (arXiv:2203.02155, eq. 1) and best-of-n choice."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlhf_jax import optim, parallel
 from rlhf_jax.heads import at_last
 from rlhf_jax.logprobs import masked_mean
-from rlhf_jax.types import Metrics, Params, Rankings, TrainState
+from rlhf_jax.types import InputError, Metrics, Params, Rankings, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the loss; the defaults are InstructGPT's."""
+
+    loss: Literal["bradley_terry", "choice"] = "bradley_terry"  # all pairs, or the best of each prompt's responses
+    margin: float = 0.0  # by which scores should differ, per step of rank between the two (arXiv:2307.09288)
+    label_smoothing: float = 0.0  # probability that a pair's label is wrong
+    centring: float = 0.0  # weight of the squared sum of a pair's scores, which keeps their mean near 0
+
+    def __post_init__(self) -> None:
+        if self.loss == "choice" and (self.margin or self.label_smoothing):
+            raise InputError("margin and label_smoothing are of pairs: they have no effect with loss=choice")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise InputError(f"label_smoothing={self.label_smoothing}: expected a probability in [0, 0.5)")
 
 
 def better(rank: Int[Array, "B K"]) -> Bool[Array, "B K K"]:
@@ -25,18 +43,42 @@ def _margins(score: Float[Array, "B K"], pair: Bool[Array, "B K K"]) -> Float[Ar
     return score[:, :, None] - score[:, None, :]
 
 
+def _pair_mean(x: Float[Array, "B K K"], pair: Bool[Array, "B K K"], count: Array | None) -> Float[Array, ""]:
+    """Mean over each prompt's pairs, then over the prompts that have any."""
+    pairs = jnp.sum(pair, axis=(1, 2))
+    return masked_mean(jnp.sum(jnp.where(pair, x, 0.0), axis=(1, 2)) / jnp.maximum(pairs, 1), pairs > 0, count)
+
+
 def bradley_terry_loss(
-    score: Float[Array, "B K"], rank: Int[Array, "B K"], count: Array | None = None
+    score: Float[Array, "B K"],
+    rank: Int[Array, "B K"],
+    count: Array | None = None,
+    margin: float | Shaped[Array, "B #K #K"] = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """`-ln sigmoid(score_better - score_worse)`, mean over each prompt's pairs, then over the prompts that have any.
 
     All pairs of a prompt stay in one batch element, so that each response is scored once and prompts weigh the same
-    whatever their K. `count` replaces the number of prompts with pairs, see `masked_mean`.
+    whatever their K. `count` replaces the number of prompts with pairs, see `masked_mean`. `margin`, at [b, i, j] for i
+    ranked above j, is taken off the difference (arXiv:2307.09288, eq. 2). With `label_smoothing` e the term is
+    `-(1 - e) ln sigmoid(d) - e ln sigmoid(-d)`.
     """
     pair = better(rank)
-    pairs = jnp.sum(pair, axis=(1, 2))
-    loss = jnp.where(pair, -jax.nn.log_sigmoid(_margins(score, pair)), 0.0)
-    return masked_mean(jnp.sum(loss, axis=(1, 2)) / jnp.maximum(pairs, 1), pairs > 0, count)
+    difference = _margins(score, pair) - margin
+    loss = -(1 - label_smoothing) * jax.nn.log_sigmoid(difference)
+    if label_smoothing:
+        loss -= label_smoothing * jax.nn.log_sigmoid(-difference)
+    return _pair_mean(loss, pair, count)
+
+
+def centring_loss(score: Float[Array, "B K"], rank: Int[Array, "B K"], count: Array | None = None) -> Float[Array, ""]:
+    """`(score_i + score_j)^2` over the pairs, averaged as in `bradley_terry_loss` (arXiv:2312.09244, section 4).
+
+    Comparisons leave the mean of a prompt's scores free; this term fixes it at 0.
+    """
+    pair = better(rank)
+    score = jnp.where(jnp.any(pair, axis=1) | jnp.any(pair, axis=2), score, 0.0).astype(jnp.float32)
+    return _pair_mean(jnp.square(score[:, :, None] + score[:, None, :]), pair, count)
 
 
 def choice_loss(score: Float[Array, "B K"], best: Int[Array, "B"], count: Array | None = None) -> Float[Array, ""]:
@@ -58,6 +100,18 @@ def ranked_choice_loss(
     best = jnp.argmin(jnp.where(present, rank, jnp.iinfo(rank.dtype).max), axis=1)
     chosen = jnp.take_along_axis(logp, best[:, None], axis=1)[:, 0]
     return masked_mean(-chosen, jnp.any(better(rank), axis=(1, 2)), count)
+
+
+def loss(
+    score: Float[Array, "B K"], rank: Int[Array, "B K"], cfg: Config, count: Array | None = None
+) -> Float[Array, ""]:
+    """What `cfg` asks for, of the prompts that have a pair."""
+    if cfg.loss == "choice":
+        value = ranked_choice_loss(score, rank, count)
+    else:
+        margin = cfg.margin * (rank[:, None, :] - rank[:, :, None]) if cfg.margin else 0.0
+        value = bradley_terry_loss(score, rank, count, margin, cfg.label_smoothing)
+    return value + cfg.centring * centring_loss(score, rank, count) if cfg.centring else value
 
 
 def correct_pairs(score: Float[Array, "B K"], rank: Int[Array, "B K"]) -> tuple[Array, Array]:
@@ -86,25 +140,22 @@ def train_step(
     *,
     apply_fn: Callable,
     tx: optax.GradientTransformation,
-    loss_fn: Callable = bradley_terry_loss,
+    cfg: Config = Config(),
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update of the reward model on the global batch of rankings, whose prompts are spread over `axis`.
-
-    `loss_fn` is `bradley_terry_loss` or `ranked_choice_loss`; the metric bears its name.
-    """
+    """One update of the reward model on the global batch of rankings, whose prompts are spread over `axis`."""
     rows, responses, _ = batch.tokens.shape
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), rows * responses, axis)
     count = parallel.psum(jnp.sum(jnp.any(better(batch.rank), axis=(1, 2))), axis)
 
-    def loss(params: Params) -> tuple[Array, tuple[Array, Array]]:
+    def objective(params: Params) -> tuple[Array, tuple[Array, Array]]:
         score = scores(params, batch, apply_fn, keys)
-        return loss_fn(score, batch.rank, count), correct_pairs(score, batch.rank)
+        return loss(score, batch.rank, cfg, count), correct_pairs(score, batch.rank)
 
-    (value, (correct, pairs)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    (value, (correct, pairs)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     value, correct, pairs, grads = parallel.psum((value, correct, pairs, grads), axis)
     metrics = {
-        f"loss/{loss_fn.__name__.removesuffix('_loss')}": value,
+        f"loss/{cfg.loss}": value,
         "reward/accuracy": correct / jnp.maximum(pairs, 1),
         "reward/pairs": pairs.astype(jnp.float32),
         "grad_norm": optax.tree.norm(grads),
@@ -117,9 +168,12 @@ def evaluate(params: Params, batch: Rankings, *, apply_fn: Callable, axis: str |
     return parallel.psum(correct_pairs(scores(params, batch, apply_fn), batch.rank), axis)
 
 
-def normalize(params: Params, mean: float | Array, std: float | Array) -> Params:
+def normalize(params: Params, mean: float, std: float) -> Params:
     """Fold a gain and bias into the head, so that scores with this mean and standard deviation get 0 and 1.
 
-    Ziegler et al. 2019 normalise on samples of the reference policy, before and after training.
+    Ziegler et al. 2019 normalise on samples of the reference policy, before and after training. Raises InputError when
+    there is no spread to normalise.
     """
+    if not std > 0:
+        raise InputError(f"scores with a standard deviation of {std:.3g} cannot be normalised: no two of them differ")
     return {**params, "kernel": params["kernel"] / std, "bias": (params["bias"] - mean) / std}

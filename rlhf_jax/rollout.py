@@ -1,6 +1,6 @@
 """From prompts to a rollout: sample responses, and record what every model says of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,11 @@ import numpy as np
 from flax import struct
 
 from rlhf_jax import parallel, sampling
+from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.heads import at_last
 from rlhf_jax.logprobs import response_mask, token_logprobs
+from rlhf_jax.models import Model, tokenizer_of
 from rlhf_jax.types import Params, Prompts, Rollout
 
 
@@ -123,6 +125,20 @@ def respond(
         for first, part in chunks(prompts, batch)
     ]
     return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
+
+
+def say(
+    model: Model, prompts: Sequence[tokenizer_lib.Prompt], key: jax.Array, *, length: int, max_new_tokens: int
+) -> list[dict[str, str]]:
+    """A response to each prompt of at most `length` tokens, as rows of a table of samples."""
+    tokenizer = tokenizer_of(model)
+    batch, _ = pipeline.every_prompt([{"prompt": prompt} for prompt in prompts], tokenizer, length=length)
+    if not len(batch.index):
+        return []
+    sizes = {"batch": jax.device_count() * -(-len(batch.index) // jax.device_count()), "max_new_tokens": max_new_tokens}
+    sample = respond(model, model.params, batch, key, temperature=1.0, eos_id=tokenizer.eos_token_id, **sizes)
+    said = zip(batch.index, texts(tokenizer, sample.tokens, sample.mask), strict=True)
+    return [{"prompt": tokenizer_lib.prompt_text(prompts[index]), "response": text} for index, text in said]
 
 
 def texts(tokenizer: tokenizer_lib.Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[str]:

@@ -21,8 +21,16 @@ from rlhf_jax.types import InputError, Leaf, Params
 
 
 @dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model is computed, whatever its architecture."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk; parameters, norms, softmax and logits are float32
+    remat: bool = False  # recompute activations in the backward pass, a layer at a time
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
-    """The architecture; the defaults are GPT-2 small."""
+    """The architecture, and how it is computed; the defaults are GPT-2 small."""
 
     vocab_size: int = 50257
     max_length: int = 1024  # tokens of context: rows of the position table, or the length RoPE was trained for
@@ -40,8 +48,7 @@ class Config:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     dropout: float = 0.0  # residual dropout: on the embedding and on what each sublayer adds
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk; parameters, norms, softmax and logits are float32
-    remat: bool = False  # recompute activations in the backward pass, a layer at a time
+    compute: Compute = Compute()
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -107,7 +114,7 @@ class Cache(struct.PyTreeNode):
     @classmethod
     def empty(cls, config: Config, rows: int, columns: int) -> "Cache":
         shape = (config.n_layers, rows, columns, config.n_kv_heads, config.head_dim)
-        zeros = jnp.zeros(shape, config.dtype)
+        zeros = jnp.zeros(shape, config.compute.dtype)
         return cls(key=zeros, value=zeros, mask=jnp.zeros((rows, columns), bool), column=jnp.int32(0))
 
 
@@ -172,7 +179,7 @@ class Norm(nn.Module):
         )
         if self.config.norm == "layernorm":
             x = x + self.param("bias", nn.initializers.zeros, x.shape[-1:])[None, None]
-        return x.astype(self.config.dtype)
+        return x.astype(self.config.compute.dtype)
 
 
 class Linear(nn.Module):
@@ -285,7 +292,7 @@ class Transformer(nn.Module):
             self.position_table = self.param("positions", init, (c.max_length, c.d_model))
         if not c.tie_embeddings:
             self.unembedding = self.param("unembedding", init, (c.vocab_size, c.d_model))
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        block = nn.remat(Block, prevent_cse=False) if c.compute.remat else Block
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -315,7 +322,7 @@ class Transformer(nn.Module):
         x = self.embedding[tokens]
         if self.config.position == "learned":
             x = x + self.position_table[position]
-        x = dropout(x.astype(self.config.dtype), keys, 0, self.config.dropout)
+        x = dropout(x.astype(self.config.compute.dtype), keys, 0, self.config.dropout)
         view = View(position=position, attend=attend, keys=keys)
         (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)
         if cache is not None:

@@ -90,7 +90,7 @@ def test_a_wrong_flag_is_one_line(capsys, flags, message):
     ("error", "status", "message"),
     [
         (InputError("data.jsonl:3: no\nprompt"), 2, "error: data.jsonl:3: no prompt\n"),
-        (log.NonFiniteError("step 5: loss/policy is nan"), 1, "error: step 5: loss/policy is nan\n"),
+        (log.BrokenRunError("step 5: loss/policy is nan"), 1, "error: step 5: loss/policy is nan\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )

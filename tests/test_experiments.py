@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import assistant, evaluate, ppo, ppo_instructgpt, presets, pretrain, rank, reward, sft
-from rlhf_jax import checkpoint, cli, log, models, optim
+from rlhf_jax import checkpoint, cli, log, models, optim, transformer
 from rlhf_jax import ppo as ppo_lib
 from rlhf_jax import sft as sft_lib
+from rlhf_jax.data import tokenizer
+from rlhf_jax.types import InputError
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
+SPLITS = {"data": "train", "held_out": "held_out"}  # fields of reward.Config, and files of rank's run directory
 LENGTHS = {"prompt_length": 40, "max_new_tokens": 8}
 TINY = assistant.Config(
     best_of=2,
@@ -67,6 +70,17 @@ def test_each_stage_leaves_its_records(done, stage, losses):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "tensorboard").glob("events*"))
     assert checkpoint.steps(out / "checkpoints") == [2]
+    samples = log.read(out, "samples.jsonl")
+    assert len(samples) >= 8 and all(row["prompt"] and isinstance(row["response"], str) for row in samples)
+
+
+def test_the_reward_model_shows_how_it_orders(done):
+    cfg, _ = done
+    rows = log.read(cfg.out / "reward", "samples.jsonl")
+    ranked = log.read(cfg.out / "rank", "held_out.jsonl")[:4]
+    assert [row["response"] for row in rows] == [text for row in ranked for text in row["responses"]]
+    assert [row["rank"] for row in rows] == [rank for row in ranked for rank in row["ranks"]]
+    assert len({row["score"] for row in rows}) > 1
 
 
 def test_ppo_shows_what_it_samples(done):
@@ -162,6 +176,27 @@ def test_the_published_settings_run_and_save_the_averaged_policy(done, tmp_path)
     assert max(jax.tree.leaves(moved)) > 0
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_how_a_model_is_computed_is_a_setting_of_each_stage(done, tmp_path, stage):
+    cfg, _ = done
+    main = {"sft": sft.main, "reward": reward.main, "ppo": ppo.main}[stage]
+    init = cfg.out / ("pretrain" if stage == "sft" else "sft") / "model"
+    given = {
+        "init": init,
+        "data_dir": cfg.out / "data",
+        "out": tmp_path,
+        "compute": transformer.Compute("bfloat16", True),
+    }
+    if stage == "reward":
+        given |= {name: str(cfg.out / "rank" / f"{split}.jsonl") for name, split in SPLITS.items()}
+    if stage == "ppo":
+        given |= {"reward": cfg.out / "reward" / "model"}
+    main(dataclasses.replace(getattr(cfg, stage), **given))
+    loss = "loss/value" if stage == "ppo" else "loss/bradley_terry" if stage == "reward" else "loss/next_token"
+    half, full = metrics_of(tmp_path)[0][loss], metrics_of(cfg.out / stage)[0][loss]
+    assert half == pytest.approx(full, rel=0.1) and half != pytest.approx(full, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_the_seed_reproduces_a_run_exactly(done, tmp_path):
     cfg, summary = done
@@ -236,7 +271,7 @@ def test_models_that_do_not_read_the_same_tokens(done, flags, tmp_path, capsys):
     models.save(other, other.params, tmp_path / "other")
     init = cfg.out / "sft" / "model"
     said = refused(capsys, ppo.main, cfg.ppo, *flags, "--init", init, "--reward", tmp_path / "other")
-    assert f"the vocabularies differ ({init} 512, {tmp_path / 'other'} 77): train the reward model from" in said
+    assert f"the vocabularies differ in size ({init} 512, {tmp_path / 'other'} 77): train the reward model from" in said
     said = refused(
         capsys,
         evaluate.main,
@@ -252,11 +287,39 @@ def test_models_that_do_not_read_the_same_tokens(done, flags, tmp_path, capsys):
     assert "the vocabularies differ" in said
 
 
+def test_vocabularies_of_the_same_size_that_differ(done, tmp_path):
+    cfg, _ = done
+    path = cfg.out / "sft" / "model"
+    model = models.load(path)
+    other = tokenizer.train([f"word{n} zqx " * 9 for n in range(99)], 512, tmp_path / "tokenizer")
+    assert len(other) < 512
+    with pytest.raises(InputError, match="have the same size and differ"):
+        models.check_vocabularies({path: model, tmp_path: dataclasses.replace(model, tokenizer=other)})
+
+
+def test_rankings_without_an_order(done, flags, tmp_path, capsys):
+    cfg, _ = done
+    path = tmp_path / "ties.jsonl"
+    path.write_text((json.dumps({"prompt": "p", "responses": ["a", "b"], "ranks": [0, 0]}) + "\n") * 8)
+    given = [*flags, "--init", cfg.out / "sft" / "model", "--data", path, "--held-out", path]
+    assert "rankings: no row has two responses of different rank" in refused(capsys, reward.main, cfg.reward, *given)
+
+
+def test_the_world_is_a_setting(done, tmp_path):
+    cfg, _ = done
+    given = {"init": cfg.out / "sft" / "model", "data_dir": cfg.out / "data", "world": 1, "prompts": 8}
+    rank.main(dataclasses.replace(cfg.rank, **given, out=tmp_path))
+    people = [
+        {row["prompt"][0]["content"] for row in log.read(out, "train.jsonl")} for out in (tmp_path, cfg.out / "rank")
+    ]
+    assert not people[0] <= people[1]
+
+
 def test_a_tokenizer_with_ids_that_the_model_does_not_have(done, flags, tmp_path, capsys):
     cfg, _ = done
     config = dataclasses.replace(tiny.GPT, vocab_size=300)
-    tokenizer = models.load(cfg.out / "sft" / "model").tokenizer
-    models.save(models.Model(config, {}, tokenizer, lambda: None), tiny.policy(config), tmp_path / "small")
+    tok = models.load(cfg.out / "sft" / "model").tokenizer
+    models.save(models.Model(config, {}, tok, lambda: None), tiny.policy(config), tmp_path / "small")
     said = refused(capsys, sft.main, cfg.sft, *flags, "--init", tmp_path / "small")
     assert "small: the tokenizer has ids up to 511 but the model's vocabulary is 300: use the model's own" in said
 
@@ -299,7 +362,9 @@ def test_an_unknown_flag_of_a_stage(capsys):
         (assistant.main, ["--best-of", 1], "best_of=1: expected at least 2 answers to pick from"),
         (assistant.main, ["--sft.seed", 3], "--sft.seed has no effect here, where other flags decide it: leave it out"),
         (assistant.main, ["--rank.temperature", 2], "--rank.temperature has no effect here, where other flags decide"),
-        (evaluate.main, ["--best-of", 0], "best_of=0: expected at least 1 answer"),
+        (evaluate.main, ["--best-of", 0], "best_of=0: expected more than 0"),
+        (ppo.main, ["--samples-every", 0], "samples_every=0: expected more than 0"),
+        (assistant.main, ["--reward.save-every", 0], "save_every=0: expected more than 0"),
         (ppo.main, ["--ppo.kl-in", "loss"], "ppo.kl_in=loss with kl_kind=k1 has no effect"),
     ],
 )
@@ -311,8 +376,8 @@ def test_flags_that_cannot_be(capsys, main, flags, message):
 def test_evaluation_refuses_models_that_do_not_go_together(done, flags, capsys, tmp_path):
     cfg, _ = done
     init, config = cfg.out / "sft" / "model", dataclasses.replace(tiny.GPT, vocab_size=512)
-    tokenizer = models.load(init).tokenizer
-    models.save(models.Model(config, {}, tokenizer, lambda: None), tiny.policy(config), tmp_path / "other")
+    tok = models.load(init).tokenizer
+    models.save(models.Model(config, {}, tok, lambda: None), tiny.policy(config), tmp_path / "other")
     flags = [*flags, "--model", init]
     said = refused(capsys, evaluate.main, cfg.evaluate, *flags, "--reference", tmp_path / "other")
     assert said.endswith(f"other is not of the architecture of {init}: take the model that it came from")

@@ -90,7 +90,7 @@ def test_slow_steps_are_recorded_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["loss/value", "grad_norm", "grad_norm/policy"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, name, value):
-    with pytest.raises(log.NonFiniteError) as raised, log.start(tmp_path, Config(), total=9) as run:
+    with pytest.raises(log.BrokenRunError) as raised, log.start(tmp_path, Config(), total=9) as run:
         run.write(4, {"loss/policy": jnp.float32(0.5), "kl": jnp.float32(0.25)})
         run.write(5, {"loss/policy": jnp.float32(0.5), name: jnp.float32(value)})
         run.write(6, {"loss/policy": jnp.float32(0.5)})
@@ -99,6 +99,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, name, value):
         {"step": 4, "loss/policy": 0.5, "kl": 0.25},
         {"step": 5, "loss/policy": 0.5, name: None},
     ]
+
+
+@pytest.mark.parametrize("value", [0.25, math.nan])
+def test_a_metric_above_its_bound_stops_the_run(tmp_path, value):
+    with (
+        pytest.raises(log.BrokenRunError) as raised,
+        log.start(tmp_path, Config(), total=9, at_most={"off": 0.2}) as run,
+    ):
+        run.write(1, {"off": jnp.float32(0.2)})
+        run.write(2, {"off": jnp.float32(value)})
+    assert str(raised.value) == f"step 2: off is {value:.3g}, which should be at most 0.2; there is no checkpoint yet"
+    assert len(log.read(tmp_path)) == 2
 
 
 def test_other_metrics_may_be_undefined(tmp_path):
@@ -114,7 +126,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path):
         return TrainState(step=jnp.int32(step), params={"w": jnp.ones(2)}, opt_state=(), rng=jax.random.key(0))
 
     with (
-        pytest.raises(log.NonFiniteError, match=re.escape(f"the last good checkpoint is {tmp_path}/checkpoints/4")),
+        pytest.raises(log.BrokenRunError, match=re.escape(f"the last good checkpoint is {tmp_path}/checkpoints/4")),
         checkpoint.Writer(tmp_path / log.CHECKPOINTS, keep=3) as writer,
         log.start(tmp_path, Config(), total=9) as run,
     ):
@@ -199,7 +211,7 @@ def test_progress_off_a_terminal_is_a_few_lines(tmp_path, capsys):
 
 def test_other_processes_check_but_do_not_write(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(log.jax, "process_index", lambda: 1)
-    with pytest.raises(log.NonFiniteError), log.start(tmp_path / "run", Config(), total=1) as run:
+    with pytest.raises(log.BrokenRunError), log.start(tmp_path / "run", Config(), total=1) as run:
         run.samples(1, [{"prompt": "a"}])
         run.write(1, {"loss/a": math.nan})
     assert not (tmp_path / "run").exists()

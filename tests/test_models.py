@@ -27,6 +27,17 @@ def test_round_trip_is_exact(config, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_reward_model_has_no_unembedding():
+    untied = dataclasses.replace(tiny.LLAMA, tie_embeddings=False)
+    assert "unembedding" in tiny.policy(untied)
+    params = heads.from_policy(tiny.policy(untied), untied, jax.random.key(0))
+    shapes = jax.eval_shape(
+        heads.ScalarModel(untied).init, jax.random.key(0), jnp.ones((1, 2), int), jnp.ones((1, 2), int)
+    )
+    assert jax.tree.structure(params) == jax.tree.structure(shapes["params"])
+    assert "unembedding" not in params["trunk"]
+
+
 @BOTH
 def test_reward_round_trip(config, tmp_path):
     params = tiny.scalar(config) | {"bias": jnp.float32(-0.75)}

@@ -326,7 +326,7 @@ def test_the_average_of_the_weights():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"epochs": 0}, r"ppo\.epochs=0: expected more than 0"),
+        ({"epochs": 0}, r"epochs=0: expected more than 0"),
         ({"dual_clip": 0.9}, r"ppo\.dual_clip=0\.9: expected more than 1"),
         ({"penalty": 1.0, "dual_clip": 3.0}, r"ppo\.penalty replaces the clip"),
         ({"unfinished_score": -1.0, "unfinished_penalty": 1.0}, r"ppo\.unfinished_score replaces what"),

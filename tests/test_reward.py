@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import heads, optim, parallel, reward, transformer
-from rlhf_jax.types import Rankings
+from rlhf_jax.types import InputError, Rankings
 from tests import tiny
 from tests.oracles import Case
 
@@ -65,6 +65,44 @@ def test_what_absent_responses_hold_reaches_nothing():
     assert np.isfinite(grad).all() and grad[0, 1] == 0
 
 
+def test_margin_oracle():
+    case = Case("bradley_terry_margin")
+    margin = case["margin"][:, None, None]
+
+    def loss(chosen, rejected):
+        score = jnp.stack([chosen, rejected], axis=1)
+        return reward.bradley_terry_loss(score, jnp.tile(jnp.array([0, 1]), (len(score), 1)), margin=margin)
+
+    value, (chosen, rejected) = jax.value_and_grad(loss, (0, 1))(case["chosen"], case["rejected"])
+    case.check(loss=value, grad_chosen=chosen, grad_rejected=rejected)
+
+
+def test_settings_of_the_loss_by_hand():
+    score, rank = jnp.array([[2.0, 0.5, 1.0]]), jnp.array([[0, 2, -1]])
+    for cfg, expected in {
+        reward.Config(): np.log1p(np.exp(-1.5)),
+        reward.Config(margin=0.25): np.log1p(np.exp(-1.0)),  # two steps of rank
+        reward.Config(label_smoothing=0.1): 0.9 * np.log1p(np.exp(-1.5)) + 0.1 * np.log1p(np.exp(1.5)),
+        reward.Config(centring=0.01): np.log1p(np.exp(-1.5)) + 0.01 * 2.5**2,
+        reward.Config(loss="choice", centring=0.01): np.log1p(np.exp(-1.5)) + 0.01 * 2.5**2,
+    }.items():
+        np.testing.assert_allclose(reward.loss(score, rank, cfg), expected, rtol=1e-6)
+
+
+def test_the_centre_is_over_pairs_then_prompts():
+    score = jnp.array([[1.0, 2.0, 4.0], [1.0, -1.5, jnp.nan], [9.0, 9.0, 9.0]])
+    rank = jnp.array([[0, 1, 1], [1, 0, -1], [0, 0, 0]])
+    value, grad = jax.value_and_grad(reward.centring_loss)(score, rank)
+    np.testing.assert_allclose(value, ((3.0**2 + 5.0**2) / 2 + 0.5**2) / 2, rtol=1e-6)
+    assert np.isfinite(grad).all() and not grad[2].any()
+
+
+@pytest.mark.parametrize("settings", [{"loss": "choice", "margin": 1.0}, {"label_smoothing": 0.5}])
+def test_settings_that_cannot_be(settings):
+    with pytest.raises(InputError):
+        reward.Config(**settings)
+
+
 def test_choice_oracle():
     case = Case("choice_loss")
     loss, grad = jax.value_and_grad(reward.choice_loss)(case["scores"], case["chosen"])
@@ -106,10 +144,12 @@ def test_score_is_read_at_the_last_real_token():
     np.testing.assert_allclose(score[row, response], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss_fn", [reward.bradley_terry_loss, reward.ranked_choice_loss])
-def test_one_device_equals_eight(loss_fn):
+@pytest.mark.parametrize(
+    "cfg", [reward.Config(), reward.Config(margin=0.5, label_smoothing=0.1, centring=0.1), reward.Config(loss="choice")]
+)
+def test_one_device_equals_eight(cfg):
     state = optim.init(tiny.scalar(), TX, jax.random.key(0))
-    step = functools.partial(STEP, loss_fn=loss_fn)
+    step = functools.partial(STEP, cfg=cfg)
     one, eight, spread = jax.jit(step), parallel.pmap(step, donate=(0,)), parallel.replicate(state)
     for seed in range(3):
         state, metrics = one(state, batch(seed))
@@ -120,11 +160,9 @@ def test_one_device_equals_eight(loss_fn):
 
 def test_a_step_takes_the_loss_it_is_given():
     state = optim.init(tiny.scalar(), TX, jax.random.key(0))
-    _, metrics = jax.jit(functools.partial(STEP, loss_fn=reward.ranked_choice_loss))(state, batch(0))
+    _, metrics = jax.jit(functools.partial(STEP, cfg=reward.Config(loss="choice")))(state, batch(0))
     score = SCORES(state.params, batch(0))
-    np.testing.assert_allclose(
-        metrics["loss/ranked_choice"], reward.ranked_choice_loss(score, batch(0).rank), rtol=1e-5
-    )
+    np.testing.assert_allclose(metrics["loss/choice"], reward.ranked_choice_loss(score, batch(0).rank), rtol=1e-5)
     assert "loss/bradley_terry" not in metrics
 
 
@@ -147,10 +185,15 @@ def test_normalize_oracle(name):
     case = Case(name)
     raw = case["raw"]
     mean, std = (case["mean"], case["std"]) if name.endswith("given") else (jnp.mean(raw), jnp.std(raw))
-    head = reward.normalize({"kernel": jnp.ones(1), "bias": jnp.zeros(())}, mean, std)
+    head = reward.normalize({"kernel": jnp.ones(1), "bias": jnp.zeros(())}, float(mean), float(std))
     unit = raw * head["kernel"] + head["bias"]
     target = case.raw["inputs"]
     case.check(normalised=unit * target["target_std"] + target["target_mean"])
+
+
+def test_scores_that_are_all_the_same_are_not_normalized():
+    with pytest.raises(InputError, match="no two of them differ"):
+        reward.normalize(tiny.scalar(), 0.5, 0.0)
 
 
 def test_normalize_changes_the_scores_as_it_says():

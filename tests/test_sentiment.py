@@ -49,9 +49,9 @@ def config(tmp_path, data) -> sentiment.Config:
         choices=16,
         held_out_choices=8,
         best_of=3,
-        reward_batch=8,
         sample_batch=8,
         pretrain=pretrain.Config(preset="tiny", vocab_size=300, length=32, batch=8, steps=2, warmup=1),
+        reward=dataclasses.replace(sentiment.Config().reward, batch=8),
         ppo=ppo.Config(
             prompt_length=30,
             max_new_tokens=5,
@@ -76,7 +76,7 @@ def test_two_steps_of_each_stage(tmp_path, data):
     choices, held_out = (log.read(cfg.out, f"choices{part}.jsonl") for part in ("", "_held_out"))
     assert (len(choices), len(held_out)) == (16, 8)
     assert all(sorted(row["ranks"]) == [0, 1, 1] for row in choices + held_out)
-    losses = [row["loss/ranked_choice"] for row in log.read(cfg.out / "reward")]
+    losses = [row["loss/choice"] for row in log.read(cfg.out / "reward")]
     assert len(losses) == 2 and np.isfinite(losses).all()
     assert len(log.read(cfg.out / "ppo")) == 2
     assert (cfg.out / "samples.md").read_text().startswith("| opening | base | PPO |")
@@ -157,6 +157,9 @@ def test_mistakes_are_named(tmp_path, data):
         with pytest.raises(InputError, match=message):
             sentiment.main(cfg)
         (data / "sst_train.csv").write_text(text)
+    (data / "sst_train.csv").write_bytes("label,sentence\n1,na\xefve\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"sst_train.csv: expected UTF-8, but byte 19 is not"):
+        sentiment.main(cfg)
     (data / "sst_train.csv").write_text("sentence\nfine\n")
     with pytest.raises(InputError, match="line 1: expected the columns label,sentence"):
         sentiment.main(cfg)

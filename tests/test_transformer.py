@@ -69,14 +69,14 @@ def test_rematerialisation_changes_nothing(config):
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     plain = gradient(tiny.policy(config), config)
-    remat = gradient(tiny.policy(config), dataclasses.replace(config, remat=True))
+    remat = gradient(tiny.policy(config), dataclasses.replace(config, compute=transformer.Compute(remat=True)))
     tiny.assert_close(plain, remat, atol=1e-3)
 
 
 @BOTH
 def test_bfloat16_trunk_float32_logits(config):
     tokens, mask = tiny.random_tokens(0, 2, 6), np.ones((2, 6), bool)
-    half = logits(dataclasses.replace(config, dtype="bfloat16"), tokens, mask)
+    half = logits(dataclasses.replace(config, compute=transformer.Compute(dtype="bfloat16")), tokens, mask)
     assert half.dtype == jnp.float32
     full = logits(config, tokens, mask)
     assert 1e-5 < np.abs(half - full).max() < 0.1

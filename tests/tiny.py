@@ -15,7 +15,7 @@ LLAMA = transformer.llama(2, 16, 4, 2, 24, vocab_size=31, max_length=24)
 
 def policy(config: transformer.Config = GPT, seed: int = 0):
     """Parameters of a language model, large enough that errors show."""
-    return _policy(dataclasses.replace(config, dropout=0.0, remat=False, dtype="float32"), seed)
+    return _policy(dataclasses.replace(config, dropout=0.0, compute=transformer.Compute()), seed)
 
 
 @functools.cache
@@ -28,7 +28,8 @@ def _policy(config: transformer.Config, seed: int):
 def scalar(config: transformer.Config = GPT, seed: int = 5):
     """Parameters of a reward model or critic."""
     kernel = np.random.default_rng(seed).normal(0.0, 0.25, config.d_model)
-    return {"trunk": policy(config, seed), "kernel": jnp.array(kernel, jnp.float32), "bias": jnp.float32(0.0)}
+    trunk = policy(dataclasses.replace(config, tie_embeddings=True), seed)
+    return {"trunk": trunk, "kernel": jnp.array(kernel, jnp.float32), "bias": jnp.float32(0.0)}
 
 
 def arrays(tree):

@@ -83,11 +83,6 @@ def source(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train")
     return _published(spec, kind, Path(data_dir), split)
 
 
-def prompt_text(prompt: Prompt) -> str:
-    """What a prompt asks: the text itself, or the content of its last message."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
-
-
 # -- checking rows -----------------------------------------------------------------------------------------------------
 
 

@@ -141,7 +141,8 @@ def rankings(
     """Prompts with their ranked responses, each a sequence padded on the right to `length`.
 
     `responses` is K, the most that a row may have; by default what the source has at most. Absent ones have rank -1
-    and an empty mask. A row is refused if its prompt is empty or one of its sequences longer than `length`.
+    and an empty mask. A row is refused if its prompt is empty or one of its sequences longer than `length`. Raises
+    InputError when no row that is left orders any two responses.
     """
     rows = list(source)
     usable = [row for row in rows if not _lacks_text(row)]
@@ -157,6 +158,11 @@ def rankings(
         for start, some, row in zip(starts, ends, usable, strict=True)
         if len(start) + max(map(len, some)) <= length
     ]
+    counts = Counts(len(kept), empty=len(rows) - len(usable), too_long=len(usable) - len(kept))
+    if kept and all(len(set(ranks)) == 1 for _, ranks in kept):
+        raise InputError(
+            f"rankings: no row has two responses of different rank, so there is nothing to learn; {counts}"
+        )
     pad = tokenizer_lib.pad_id(tokenizer)
 
     def fill(index: np.ndarray) -> Rankings:
@@ -172,7 +178,6 @@ def rankings(
                     mask[b, k, : len(ids)] = True
         return Rankings(tokens=tokens, mask=mask, rank=rank)
 
-    counts = Counts(len(kept), empty=len(rows) - len(usable), too_long=len(usable) - len(kept))
     return _stream("rankings", fill, len(kept), counts, batch, seed, epochs, process_index, process_count)
 
 

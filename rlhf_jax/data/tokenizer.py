@@ -94,6 +94,11 @@ def pad_id(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """What a prompt asks: the text itself, or the content of its last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """InputError if the tokenizer can produce an id for which a model of `vocab_size` ids has no embedding."""
     last = max(tokenizer.get_vocab().values())
