@@ -69,7 +69,7 @@ def main(cfg: Config) -> dict:
             held_out=rankings["held_out"],
             **shared,
         ),
-        "ppo": given("ppo", cfg.ppo, init=tuned, reward=judge, out=out / "ppo", **shared),
+        "ppo": given("ppo", cfg.ppo, init=tuned, reward=(judge,), out=out / "ppo", **shared),
         "evaluate": given("evaluate", cfg.evaluate, model=final, best_of=1, out=None, **judged),
     }
 

@@ -15,10 +15,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rlhf_jax import cli, heads, models, parallel, rollout, sft, transformer
+from rlhf_jax import best_of_n, cli, models, parallel, rollout, scores, sft, transformer
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data.world import World
-from rlhf_jax.logprobs import best_of_n_kl
 from rlhf_jax.types import InputError, Prompts, Rollout, check_positive
 
 
@@ -62,36 +61,18 @@ def held_out_nll(cfg: Config, model: models.Model) -> float:
 def episodes(cfg: Config, model: models.Model, prompts: Prompts) -> Rollout:
     """A response to each row of `prompts`, with what reference and reward model say of it; on the host."""
     reference = models.load(cfg.reference, compute=cfg.compute)
-    loaded, reward = {cfg.model: model, cfg.reference: reference}, None
+    loaded, score = {cfg.model: model, cfg.reference: reference}, None
     if cfg.reward:
         reward = loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute)
+        score = scores.reward_models([reward], models.tokenizer_of(model).eos_token_id)
     models.check_vocabularies(loaded)
     if reference.config != model.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.model}: take the model that it came from")
-    if cfg.best_of > 1 and not reward:
+    if cfg.best_of > 1 and not cfg.reward:
         raise InputError(f"best_of={cfg.best_of} needs a reward model to pick by: name one by --reward")
-    scalar = reward.params if reward else heads.from_policy(reference.params, reference.config, jax.random.key(0))
-    scalar_fn = transformer.bind(heads.ScalarModel(reward.config if reward else reference.config))
-    collect = parallel.pmap(
-        functools.partial(
-            rollout.collect,
-            policy=model,
-            policy_fn=model.apply,
-            critic_fn=scalar_fn,
-            reward_fn=scalar_fn,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            eos_id=models.tokenizer_of(model).eos_token_id,
-        )
-    )
-    params = parallel.replicate({"policy": model.params, "critic": scalar})
-    frozen = parallel.replicate(rollout.Frozen(reference=reference.params, reward=scalar))
-    key = parallel.replicate(jax.random.fold_in(jax.random.key(cfg.seed), 2))  # experiments.rank folds in 0 and 1
-    parts = [
-        parallel.gather(collect(params, frozen, parallel.shard(part), key, parallel.replicate(np.uint32(first))))
-        for first, part in rollout.chunks(prompts, cfg.batch)
-    ]
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 2)  # experiments.rank folds in 0 and 1
+    sizes = {"batch": cfg.batch, "max_new_tokens": cfg.max_new_tokens}
+    return rollout.episodes(model, reference, prompts, key, score, **sizes, temperature=cfg.temperature)
 
 
 def main(cfg: Config) -> dict:
@@ -104,15 +85,12 @@ def main(cfg: Config) -> dict:
     )
     prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
     print(f"held-out prompts: {counts}")
-    repeated = jax.tree.map(lambda x: np.repeat(x, cfg.best_of, axis=0), prompts)
-    sampled = episodes(cfg, model, repeated)
+    sampled = episodes(cfg, model, best_of_n.repeat(prompts, cfg.best_of))
+    if cfg.best_of > 1:
+        sampled = best_of_n.select(sampled, cfg.best_of)
     texts = rollout.texts(tokenizer, sampled.tokens[:, -cfg.max_new_tokens :], sampled.response_mask)
-    kl = np.sum(np.where(sampled.response_mask, sampled.logp - sampled.logp_ref, 0.0), axis=1)
-
-    score = sampled.score.reshape(-1, cfg.best_of)
-    picked = np.arange(len(score)) * cfg.best_of + np.argmax(score, axis=1)
-    asked = [rows[int(index)]["prompt"][-1]["content"] for index in sampled.index[picked]]
-    gold = [world.gold(prompt, texts[n]) for prompt, n in zip(asked, picked, strict=True)]
+    asked = [rows[int(index)]["prompt"][-1]["content"] for index in sampled.index]
+    gold = [world.gold(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
     by_category: dict[str, list[float]] = {}
     for prompt, verdict in zip(asked, gold, strict=True):
         by_category.setdefault(world.parse(prompt).category, []).append(verdict.score)
@@ -120,16 +98,17 @@ def main(cfg: Config) -> dict:
         "gold": float(np.mean([verdict.score for verdict in gold])),
         "gold_by_category": {name: float(np.mean(values)) for name, values in sorted(by_category.items())},
         "answers": [
-            {"prompt": prompt, "response": texts[n], "gold": verdict.score, "why": verdict.reason}
-            for prompt, n, verdict in zip(asked[:20], picked[:20], gold[:20], strict=True)
+            {"prompt": prompt, "response": text, "gold": verdict.score, "why": verdict.reason}
+            for prompt, text, verdict in zip(asked[:20], texts[:20], gold[:20], strict=True)
         ],
     }
     if cfg.best_of > 1:
-        result |= {"n": cfg.best_of, "kl": best_of_n_kl(cfg.best_of)}
+        result |= {"n": cfg.best_of, "kl": best_of_n.kl(cfg.best_of)}
     else:
+        kl = np.sum(np.where(sampled.response_mask, sampled.logp - sampled.logp_ref, 0.0), axis=1)
         result |= {"kl": float(kl.mean()), "nll": held_out_nll(cfg, model)}
     if cfg.reward:
-        result["reward"] = float(score.max(axis=1).mean())
+        result["reward"] = float(sampled.score.mean())
     print("  ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float)))
     if cfg.out:
         cfg.out.parent.mkdir(parents=True, exist_ok=True)

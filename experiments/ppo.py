@@ -9,17 +9,18 @@ Parent:  none
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 
-from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, rollout, transformer
+from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, rollout, scores, transformer
 from rlhf_jax import ppo as ppo_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.types import TrainState, check_positive
+from rlhf_jax.types import InputError, TrainState, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,12 @@ class Config:
 
     seed: int = 0  # of sampling and of the order of the data
     out: Path = Path("runs/ppo")  # run directory; the model goes to its folder "model"
-    init: Path = Path("runs/sft/model")  # model directory of the policy, and of the reference that holds it
-    reward: Path = Path("runs/reward/model")  # model directory of the reward model, and of the critic's start
+    init: Path = Path("runs/sft/model")  # model directory of the policy
+    reference: Path | None = None  # model directory of the reference that holds it; None is where the policy starts
+    reward: tuple[Path, ...] = (
+        Path("runs/reward/model"),
+    )  # reward models to average; the critic starts from the first
+    pessimism: float = 0.0  # standard deviations of the reward models to take off their mean
     data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
@@ -53,15 +58,24 @@ class Config:
     def __post_init__(self) -> None:
         positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
         check_positive(self, *positive, "save_every")
+        if self.pessimism and len(self.reward) < 2:
+            raise InputError("pessimism needs the disagreement of several reward models: name more by --reward")
 
 
-def main(cfg: Config) -> TrainState:
-    """Train, and write the run directory."""
+def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] | None = None) -> TrainState:
+    """Train, and write the run directory. A `score_text(prompt, response)` replaces the reward models' scores."""
     policy = models.load(cfg.init, compute=cfg.compute)
-    reward = models.load_reward(cfg.reward, compute=cfg.compute)
+    rewards = [models.load_reward(path, compute=cfg.compute) for path in cfg.reward]
     tokenizer = models.tokenizer_of(policy)
-    models.check_vocabularies({cfg.init: policy, cfg.reward: reward})
+    held = policy if cfg.reference is None else models.load(cfg.reference, compute=cfg.compute)
+    if held.config != policy.config:
+        raise InputError(f"{cfg.reference} is not of the architecture of {cfg.init}: take the model that it came from")
+    models.check_vocabularies({cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True)))
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
+    if score_text is None:
+        score = scores.reward_models(rewards, tokenizer.eos_token_id, cfg.pessimism)
+    else:
+        score = scores.text_function(score_text, rows, tokenizer)
     prompts = pipeline.prompts(rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch, seed=cfg.seed)
     print(f"{cfg.data}: {prompts.counts}")
     streams = {"prompts": iter(prompts)}
@@ -78,17 +92,16 @@ def main(cfg: Config) -> TrainState:
 
     tx = ppo_lib.optimizer(adam(cfg.lr), adam(cfg.critic_lr))
     sampling_key, training_key = jax.random.split(jax.random.key(cfg.seed))
-    params = {"policy": policy.params, "critic": reward.params}
+    params = {"policy": policy.params, "critic": rewards[0].params}
     state = parallel.replicate(ppo_lib.init(params, tx, cfg.ppo, training_key))
-    frozen = parallel.replicate(rollout.Frozen(reference=policy.params, reward=reward.params))
-    scalar_fn = transformer.bind(heads.ScalarModel(reward.config))
+    reference = parallel.replicate(held.params)
+    scalar_fn = transformer.bind(heads.ScalarModel(rewards[0].config))
     collect = parallel.pmap(
         functools.partial(
             rollout.collect,
             policy=policy,
             policy_fn=policy.apply,
             critic_fn=scalar_fn,
-            reward_fn=scalar_fn,
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.ppo.temperature,
             eos_id=tokenizer.eos_token_id,
@@ -110,7 +123,7 @@ def main(cfg: Config) -> TrainState:
         for step in range(1, cfg.steps + 1):
             batch = next(streams["prompts"])
             first = parallel.replicate(np.uint32(step * cfg.batch))  # so that no two rollouts share noise
-            episodes = collect(state.params, frozen, parallel.shard(batch), keys, first)
+            episodes = score(collect(state.params, reference, parallel.shard(batch), keys, first))
             mix = None
             if cfg.text is not None:
                 split = jax.tree.map(lambda x: x.reshape(updates, -1, *x.shape[1:]), next(streams["text"]))

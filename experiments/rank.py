@@ -30,6 +30,7 @@ class Config:
     init: Path = Path("runs/sft/model")  # model directory whose answers are ranked
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     prompts: int = 3600  # training prompts
+    skip: int = 0  # training prompts to leave out first, ranked in an earlier round
     held_out: int = 384  # held-out prompts
     least: int = 4  # answers to a prompt, drawn uniformly from least..most
     most: int = 9  # see `least`
@@ -55,9 +56,11 @@ def main(cfg: Config) -> dict[str, float]:
     people = labelers.labelers(cfg.seed, cfg.people)
     key = jax.random.key(cfg.seed)
     log.write_config(cfg.out, cfg)
-    for stream, (split, count) in enumerate({"train": cfg.prompts, "held_out": cfg.held_out}.items()):
+    sizes = {"train": (cfg.skip, cfg.prompts), "held_out": (0, cfg.held_out)}
+    for stream, (split, (skip, count)) in enumerate(sizes.items()):
         rng = random.Random(f"{cfg.seed}/{split}")
-        rows = builders.source(f"world:seed={cfg.world},rows={count}", "prompts", data_dir=cfg.data_dir, split=split)
+        spec = f"world:seed={cfg.world},rows={skip + count}"
+        rows = builders.source(spec, "prompts", data_dir=cfg.data_dir, split=f"{split}[{skip}:]")
         prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
         times = [rng.randint(cfg.least, cfg.most) for _ in prompts.index]
         repeated = jax.tree.map(lambda x, times=times: np.repeat(x, times, axis=0), prompts)

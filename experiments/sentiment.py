@@ -41,7 +41,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from experiments import ppo, pretrain, reward
-from rlhf_jax import cli, heads, log, models, parallel, plots, rollout, sft, transformer
+from rlhf_jax import cli, log, models, parallel, plots, rollout, scores, sft, transformer
 from rlhf_jax import ppo as ppo_lib
 from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
@@ -228,29 +228,21 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequenc
 
 def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Prompts) -> Iterator[Rollout]:
     """A continuation of each opening by the policy at each path, with its score and its KL to the first policy."""
-    reference, scalar = models.load(paths[0], compute=cfg.compute), models.load_reward(learnt, compute=cfg.compute)
-    scalar_fn = transformer.bind(heads.ScalarModel(scalar.config))
-    collect = parallel.pmap(
-        functools.partial(
-            rollout.collect,
-            policy=reference,
-            policy_fn=reference.apply,
-            critic_fn=scalar_fn,
-            reward_fn=scalar_fn,
+    reference = models.load(paths[0], compute=cfg.compute)
+    scalar = models.load_reward(learnt, compute=cfg.compute)
+    score = scores.reward_models([scalar], models.tokenizer_of(reference).eos_token_id)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+    for path in paths:
+        yield rollout.episodes(
+            models.load(path, compute=cfg.compute),
+            reference,
+            prompts,
+            key,
+            score,
+            batch=cfg.sample_batch,
             max_new_tokens=cfg.ppo.max_new_tokens,
             temperature=cfg.ppo.ppo.temperature,
-            eos_id=models.tokenizer_of(reference).eos_token_id,
         )
-    )
-    frozen = parallel.replicate(rollout.Frozen(reference=reference.params, reward=scalar.params))
-    sampling_key = parallel.replicate(jax.random.fold_in(jax.random.key(cfg.seed), 1))
-    for path in paths:
-        params = parallel.replicate({"policy": models.load(path).params, "critic": scalar.params})
-        parts = [
-            parallel.gather(collect(params, frozen, parallel.shard(x), sampling_key, parallel.replicate(np.uint32(n))))
-            for n, x in rollout.chunks(prompts, cfg.sample_batch)
-        ]
-        yield jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
 
 
 def text_nll(cfg: Config, paths: Sequence[Path], texts: Sequence[str]) -> Iterator[float]:
@@ -293,7 +285,7 @@ def main(cfg: Config) -> dict:
             **shared,
         ),
         "ppo": cli.hand_down(
-            "ppo", cfg.ppo, init=base, reward=learnt, data=str(files["prompts"]), out=out / "ppo", **shared
+            "ppo", cfg.ppo, init=base, reward=(learnt,), data=str(files["prompts"]), out=out / "ppo", **shared
         ),
     }
     rng = random.Random(cfg.seed)

@@ -1,6 +1,5 @@
 """What a model says of tokens: log-probabilities, entropy, divergence. Float32 inside, nats outside."""
 
-import math
 from typing import Literal
 
 import jax
@@ -48,14 +47,6 @@ def kl_full(logits_p: Float[Array, "B T V"], logits_q: Float[Array, "B T V"]) ->
     logp = jax.nn.log_softmax(logits_p.astype(jnp.float32))
     logq = jax.nn.log_softmax(logits_q.astype(jnp.float32))
     return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
-
-
-def best_of_n_kl(n: int) -> float:
-    """KL of best-of-n sampling from what it samples, `ln n - (n - 1) / n` nats (arXiv:2009.01325, appendix G.3).
-
-    Exact where no two responses have the same score, else an upper bound.
-    """
-    return math.log(n) - (n - 1) / n
 
 
 def response_mask(tokens: Int[Array, "B N"], eos_id: int) -> Bool[Array, "B N"]:

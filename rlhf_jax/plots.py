@@ -71,6 +71,25 @@ def stages(path: Path, panels: Mapping[str, Mapping[str, float]]) -> Path:
     return _save(figure, path)
 
 
+def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str) -> Path:
+    """Draws series of points (x, y) in a panel a measure, and writes the figure to `path`.
+
+    `panels` maps the label of a measure, with its unit, to the points of each series by its name; `x` is the label of
+    what they share: `{"gold (0 to 1)": {"PPO": [(0.1, 0.5), (0.4, 0.8)]}}` over "KL (nats)".
+    """
+    figure, axes = _grid(len(panels))
+    for axis, (label, series) in zip(axes, panels.items(), strict=True):
+        for (name, points), color in zip(series.items(), _cycle(len(series)), strict=True):
+            across, up = np.array(sorted(points), float).reshape(-1, 2).T
+            axis.plot(across, up, color=color, marker="o", markersize=3.5, linewidth=1.4, label=name)
+        axis.set_title(label, loc="left", fontsize=10, color=INK)
+        axis.set_xlabel(x, fontsize=9, color=INK)
+        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        if len(series) > 1:
+            axis.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return _save(figure, path)
+
+
 def _grid(count: int):
     """A figure and its `count` axes, row by row."""
     columns = max(1, min(COLUMNS, count))

@@ -37,13 +37,13 @@ def better(rank: Int[Array, "B K"]) -> Bool[Array, "B K K"]:
     return (rank[:, :, None] < rank[:, None, :]) & present[:, :, None] & present[:, None, :]
 
 
-def _margins(score: Float[Array, "B K"], pair: Bool[Array, "B K K"]) -> Float[Array, "B K K"]:
+def margins(score: Float[Array, "B K"], pair: Bool[Array, "B K K"]) -> Float[Array, "B K K"]:
     """score_i - score_j where [i, j] is a pair, else 0: what absent responses hold reaches no value and no gradient."""
     score = jnp.where(jnp.any(pair, axis=1) | jnp.any(pair, axis=2), score, 0.0).astype(jnp.float32)
     return score[:, :, None] - score[:, None, :]
 
 
-def _pair_mean(x: Float[Array, "B K K"], pair: Bool[Array, "B K K"], count: Array | None) -> Float[Array, ""]:
+def pair_mean(x: Float[Array, "B K K"], pair: Bool[Array, "B K K"], count: Array | None) -> Float[Array, ""]:
     """Mean over each prompt's pairs, then over the prompts that have any."""
     pairs = jnp.sum(pair, axis=(1, 2))
     return masked_mean(jnp.sum(jnp.where(pair, x, 0.0), axis=(1, 2)) / jnp.maximum(pairs, 1), pairs > 0, count)
@@ -64,11 +64,11 @@ def bradley_terry_loss(
     `-(1 - e) ln sigmoid(d) - e ln sigmoid(-d)`.
     """
     pair = better(rank)
-    difference = _margins(score, pair) - margin
+    difference = margins(score, pair) - margin
     loss = -(1 - label_smoothing) * jax.nn.log_sigmoid(difference)
     if label_smoothing:
         loss -= label_smoothing * jax.nn.log_sigmoid(-difference)
-    return _pair_mean(loss, pair, count)
+    return pair_mean(loss, pair, count)
 
 
 def centring_loss(score: Float[Array, "B K"], rank: Int[Array, "B K"], count: Array | None = None) -> Float[Array, ""]:
@@ -78,7 +78,7 @@ def centring_loss(score: Float[Array, "B K"], rank: Int[Array, "B K"], count: Ar
     """
     pair = better(rank)
     score = jnp.where(jnp.any(pair, axis=1) | jnp.any(pair, axis=2), score, 0.0).astype(jnp.float32)
-    return _pair_mean(jnp.square(score[:, :, None] + score[:, None, :]), pair, count)
+    return pair_mean(jnp.square(score[:, :, None] + score[:, None, :]), pair, count)
 
 
 def choice_loss(score: Float[Array, "B K"], best: Int[Array, "B"], count: Array | None = None) -> Float[Array, ""]:
@@ -117,7 +117,7 @@ def loss(
 def correct_pairs(score: Float[Array, "B K"], rank: Int[Array, "B K"]) -> tuple[Array, Array]:
     """How many pairs the scores order as the ranks do (equal scores count half), and how many pairs there are."""
     pair = better(rank)
-    margin = _margins(score, pair)
+    margin = margins(score, pair)
     return jnp.sum(jnp.where(pair, 0.5 * (1 + jnp.sign(margin)), 0.0)), jnp.sum(pair)
 
 

@@ -1,26 +1,18 @@
-"""From prompts to a rollout: sample responses, and record what every model says of them."""
+"""From prompts to a rollout: sample responses, and record what policy, reference and critic say of them."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from rlhf_jax import parallel, sampling
 from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.heads import at_last
-from rlhf_jax.logprobs import response_mask, token_logprobs
+from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models import Model, tokenizer_of
 from rlhf_jax.types import Params, Prompts, Rollout
-
-
-class Frozen(struct.PyTreeNode):
-    """The weights that a rollout reads and nobody trains."""
-
-    reference: Params  # of the policy's architecture
-    reward: Params  # of a `heads.ScalarModel`
 
 
 def response_logits(
@@ -40,28 +32,27 @@ def response_logprobs(
 
 def collect(
     params: dict[str, Params],
-    frozen: Frozen,
+    reference: Params,
     prompts: Prompts,
     key: jax.Array,
     first: jax.Array,
     *,
     policy: sampling.HasConfig,
     policy_fn: Callable,
-    critic_fn: Callable,
-    reward_fn: Callable,
+    critic_fn: Callable | None = None,
     max_new_tokens: int,
     temperature: float,
     eos_id: int,
     stop_at_eos: bool = True,
     axis: str | None = None,
 ) -> Rollout:
-    """One response to each prompt. `params` holds "policy" and "critic".
+    """One response to each prompt, still without a score. `params` holds "policy" and, with `critic_fn`, "critic".
 
     Row b of the global batch samples with `fold_in(key, first + b)`. Without `stop_at_eos` every response has all its
-    columns and each counts, as in Ziegler et al. 2019; the reward model reads it through its first EOS all the same.
+    columns and each counts, as in Ziegler et al. 2019.
 
-    `policy_fn` maps (params, tokens, mask, keys, start=, stop=) to logits; `critic_fn` and `reward_fn` map
-    (params, tokens, mask) to a scalar a token. The behaviour log-probabilities are the sampler's own.
+    `policy_fn` maps (params, tokens, mask, keys, start=, stop=) to logits; `critic_fn` maps (params, tokens, mask) to a
+    scalar a token. The behaviour log-probabilities are the sampler's own.
     """
     rows = prompts.tokens.shape[0]
     prompt_tokens, prompt_mask = sampling.left_pad(prompts.tokens, prompts.mask)
@@ -72,9 +63,8 @@ def collect(
     )
     tokens = jnp.concatenate([prompt_tokens, sample.tokens], axis=1)
     mask = jnp.concatenate([prompt_mask, sample.mask], axis=1)
-    read = jnp.concatenate([prompt_mask, sample.mask & response_mask(sample.tokens, eos_id)], axis=1)
-    logp_ref = response_logprobs(policy_fn, frozen.reference, tokens, mask, max_new_tokens, temperature)
-    value = critic_fn(params["critic"], tokens, mask)[:, -max_new_tokens - 1 : -1]
+    logp_ref = response_logprobs(policy_fn, reference, tokens, mask, max_new_tokens, temperature)
+    value = critic_fn(params["critic"], tokens, mask)[:, -max_new_tokens - 1 : -1] if critic_fn else None
     return Rollout(
         tokens=tokens,
         mask=mask,
@@ -82,18 +72,52 @@ def collect(
         logp=sample.logp,
         logp_ref=jnp.where(sample.mask, logp_ref, 0.0),
         value=value,
-        score=at_last(reward_fn(frozen.reward, tokens, read), read),
         ended=jnp.any((sample.tokens == eos_id) & sample.mask, axis=1),
         index=prompts.index,
     )
 
 
-def chunks(prompts: Prompts, batch: int) -> Iterator[tuple[int, Prompts]]:
+def chunks(prompts: Prompts, batch: int) -> Iterator[tuple[np.uint32, Prompts]]:
     """The rows of `prompts` in batches of `batch`, each with the number of its first row; the last wraps round."""
     rows = len(prompts.index)
     for first in range(0, rows, batch):
         index = np.arange(first, first + batch) % rows
-        yield first, jax.tree.map(lambda x, index=index: np.asarray(x)[index], prompts)
+        yield np.uint32(first), jax.tree.map(lambda x, index=index: np.asarray(x)[index], prompts)
+
+
+def episodes(
+    model: Model,
+    reference: Model,
+    prompts: Prompts,
+    key: jax.Array,
+    score: Callable[[Rollout], Rollout] | None = None,
+    *,
+    batch: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> Rollout:
+    """`collect` for any number of prompts, `batch` at a time over all devices; the result lies on the host.
+
+    `score` is a source of `scores`, if there is to be one. What row b samples depends on `key`, b and its prompt, not
+    on `batch`.
+    """
+    one_batch = parallel.pmap(
+        functools.partial(
+            collect,
+            policy=model,
+            policy_fn=model.apply,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_id=tokenizer_of(model).eos_token_id,
+        )
+    )
+    params, frozen = parallel.replicate({"policy": model.params}), parallel.replicate(reference.params)
+    keys = parallel.replicate(key)
+    parts = []
+    for first, part in chunks(prompts, batch):
+        sampled = one_batch(params, frozen, parallel.shard(part), keys, parallel.replicate(first))
+        parts.append(parallel.gather(score(sampled) if score else sampled))
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
 
 
 def respond(

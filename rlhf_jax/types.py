@@ -67,18 +67,21 @@ class Rankings(struct.PyTreeNode):
 
     tokens: Leaf  # [B, K, T] int32
     mask: Leaf  # [B, K, T] bool
+    start: Leaf  # [B] int32, columns of the prompt, where the responses start
     rank: Leaf  # [B, K] int32: smaller is better, equal is a tie, -1 is absent
 
 
 class Rollout(struct.PyTreeNode):
-    """Sampled responses with everything that the behaviour policy, reference, critic and reward model said of them."""
+    """Sampled responses with everything that the behaviour policy, reference, critic and score source said of them."""
 
     tokens: Leaf  # [B, P + N] int32, prompt then response
     mask: Leaf  # [B, P + N] bool
     response_mask: Leaf  # [B, N] bool, the EOS counts
     logp: Leaf  # [B, N] under the policy that sampled
     logp_ref: Leaf  # [B, N] under the reference policy
-    value: Leaf  # [B, N] of the state in which each response token was chosen; at the first pad, of the ended response
-    score: Leaf  # [B] from the reward model
     ended: Leaf  # [B] bool, the response has its EOS
     index: Leaf  # [B] int32, as in `Prompts`
+    value: Leaf = None  # [B, N] of the state in which each token was chosen; at the first pad, of the ended response
+    score: Leaf = None  # [B] of the whole response
+    token_score: Leaf = None  # [B, N] of each token, where there is such a source
+    disagreement: Leaf = None  # [B] standard deviation of an ensemble's scores

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import logprobs, parallel, ppo, reward
+from rlhf_jax import best_of_n, grpo, parallel, ppo, reward, rloo, updates
 from rlhf_jax.types import Rollout
 
 EOS, EPISODES = 0, 512
@@ -64,9 +65,8 @@ class Tree:
             logits = params["policy"][node]
             token = jax.random.categorical(jax.random.fold_in(key, n), logits).astype(jnp.int32)
             at = lambda table, node=node, token=token: jax.nn.log_softmax(table)[node, token]
-            columns.append(
-                (token, live, at(params["policy"]), at(reference), params["critic"][node], score[node, token])
-            )
+            value = params["critic"][node] if "critic" in params else jnp.zeros(EPISODES)
+            columns.append((token, live, at(params["policy"]), at(reference), value, score[node, token]))
             live = live & (token != EOS)
             node = jnp.minimum(1 + token, self.nodes - 1)
         tokens, mask, logp, logp_ref, value, worth = (jnp.stack(x, axis=1) for x in zip(*columns, strict=True))
@@ -90,20 +90,24 @@ class Tree:
         return log_weight - np.logaddexp.reduce(log_weight)
 
 
-def distance(tree: Tree, **settings) -> tuple[float, float]:
-    """KL to the optimum of E[r] - beta KL(pi || pi_ref), of the reference and of what PPO makes of it."""
+def distance(tree: Tree, algorithm: ModuleType = ppo, **settings) -> tuple[float, float]:
+    """KL to the optimum of E[r] - beta KL(pi || pi_ref), of the reference and of what the algorithm makes of it."""
     beta, steps = 0.7, 400
-    cfg = ppo.Config(**({"epochs": 2, "minibatches": 4, "kl_coef": beta} | settings))
+    cfg = algorithm.Config(**({"epochs": 2, "minibatches": 4, "kl_coef": beta} | settings))
     reference, score = tree.table(0), 2 * tree.table(1)
     rate = optax.cosine_decay_schedule(0.03, steps * cfg.epochs * cfg.minibatches, 0.01)
-    tx = ppo.optimizer(optax.adam(rate), optax.adam(rate))
-    state = ppo.init({"policy": reference, "critic": jnp.zeros(tree.nodes)}, tx, cfg, jax.random.key(0))
+    params, functions, tx = {"policy": reference}, {"policy_fn": tree.policy}, optax.adam(rate)
+    init = updates.init
+    if algorithm is ppo:
+        init, tx = ppo.init, ppo.optimizer(tx, tx)
+        params["critic"], functions["critic_fn"] = jnp.zeros(tree.nodes), tree.critic
+    state = init(params, tx, cfg, jax.random.key(0))
 
     @jax.jit
     def train(state):
         def step(state, n):
             rollout = tree.sample(state.params, reference, score, jax.random.fold_in(jax.random.key(1), n))
-            return ppo.train_step(state, rollout, policy_fn=tree.policy, critic_fn=tree.critic, tx=tx, cfg=cfg)
+            return algorithm.train_step(state, rollout, **functions, tx=tx, cfg=cfg)
 
         return jax.lax.scan(step, state, jnp.arange(steps))
 
@@ -132,6 +136,28 @@ def test_ppo_reaches_the_optimum_of_the_penalised_objective(tree, settings):
     before, after = distance(tree, **settings)
     assert before > 0.1
     assert after < 0.02
+
+
+@pytest.mark.parametrize("tree", [Tree(vocab=2, depth=1), Tree(vocab=4, depth=2)], ids=["two-state", "token-tree"])
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        (rloo, {"group": 4, "epochs": 1}),
+        (rloo, {"group": 8}),
+        (grpo, {"group": 8, "kl_in": "reward", "scale": False, "mean": "token"}),
+        (grpo, {"group": 8, "kl_in": "reward"}),
+    ],
+    ids=["rloo-4", "rloo-8-two-epochs", "grpo", "grpo-scaled"],
+)
+def test_algorithms_without_a_critic_reach_it_too(tree, algorithm, settings):
+    before, after = distance(tree, algorithm, **settings)
+    assert before > 0.1
+    assert after < 0.02
+
+
+def test_the_published_grpo_has_another_optimum():
+    # Its k3 in the loss descends the KL of the reference to the policy.
+    assert distance(Tree(vocab=4, depth=1), grpo, scale=False)[1] > 0.02
 
 
 def test_a_penalty_in_the_loss_has_this_optimum_for_a_single_token_alone():
@@ -186,7 +212,7 @@ def test_best_of_n_moves_as_far_as_its_formula_says(n):
     # Scores of the base policy are uniform; the best of n has density n u^(n-1) against 1.
     best = np.random.default_rng(n).random((200_000, n)).max(axis=1)
     measured = np.log(n) + (n - 1) * np.log(best)
-    np.testing.assert_allclose(logprobs.best_of_n_kl(n), measured.mean(), atol=4 * measured.std() / np.sqrt(200_000))
+    np.testing.assert_allclose(best_of_n.kl(n), measured.mean(), atol=4 * measured.std() / np.sqrt(200_000))
 
 
 def test_neither_the_order_of_episodes_nor_devices_change_an_update():

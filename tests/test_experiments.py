@@ -365,7 +365,7 @@ def test_an_unknown_flag_of_a_stage(capsys):
         (evaluate.main, ["--best-of", 0], "best_of=0: expected more than 0"),
         (ppo.main, ["--samples-every", 0], "samples_every=0: expected more than 0"),
         (assistant.main, ["--reward.save-every", 0], "save_every=0: expected more than 0"),
-        (ppo.main, ["--ppo.kl-in", "loss"], "ppo.kl_in=loss with kl_kind=k1 has no effect"),
+        (ppo.main, ["--ppo.kl-in", "loss"], "kl_in=loss with kl_kind=k1 has no effect"),
     ],
 )
 def test_flags_that_cannot_be(capsys, main, flags, message):

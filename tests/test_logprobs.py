@@ -81,8 +81,3 @@ def test_masked_mean_ignores_what_padding_holds():
     assert float(logprobs.masked_mean(x, mask, jnp.array(4))) == 0.25
     gradient = jax.grad(lambda x: logprobs.masked_mean(x, mask))(x)
     np.testing.assert_array_equal(gradient, [[0.5, 0.0], [0.0, 0.5]])
-
-
-def test_best_of_n_kl_oracle():
-    case = Case("best_of_n_kl")
-    case.check(kl=[logprobs.best_of_n_kl(int(n)) for n in case["n"]])

@@ -81,3 +81,12 @@ def test_stages_labels_each_bar(tmp_path, figures):
 def test_no_records(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         plots.curves(tmp_path)
+
+
+def test_lines_are_drawn_in_the_order_of_x(tmp_path, figures):
+    series = {"PPO": [(2.0, 1.0), (0.0, 0.5), (1.0, 2.0)], "best of n": [(0.0, 1.0)]}
+    path = plots.lines(tmp_path / "new" / "lines.png", {"gold": series}, x="KL (nats)")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    (axis,) = figures[0].axes
+    assert line(axis, "PPO") == [[0.0, 0.5], [1.0, 2.0], [2.0, 1.0]]
+    assert axis.get_xlabel() == "KL (nats)" and axis.get_title(loc="left") == "gold"

@@ -186,7 +186,7 @@ def test_the_score_lands_on_the_last_token_or_the_first_pad():
         assert np.count_nonzero(array) == 16
     batch, _ = ppo.experience(EPISODES, jnp.float32(0.1), dataclasses.replace(CFG, score_at="first_pad"))
     np.testing.assert_array_equal(np.sum(batch.value_mask, axis=1), np.minimum(lengths + 1, N))
-    np.testing.assert_array_equal(batch.response_mask, EPISODES.response_mask)
+    np.testing.assert_array_equal(batch.rollout.response_mask, EPISODES.response_mask)
 
 
 def test_kl_in_the_reward():
@@ -327,10 +327,10 @@ def test_the_average_of_the_weights():
     ("change", "said"),
     [
         ({"epochs": 0}, r"epochs=0: expected more than 0"),
-        ({"dual_clip": 0.9}, r"ppo\.dual_clip=0\.9: expected more than 1"),
-        ({"penalty": 1.0, "dual_clip": 3.0}, r"ppo\.penalty replaces the clip"),
-        ({"unfinished_score": -1.0, "unfinished_penalty": 1.0}, r"ppo\.unfinished_score replaces what"),
-        ({"ema": 1.0}, r"ppo\.ema=1\.0: expected a decay in \[0, 1\)"),
+        ({"dual_clip": 0.9}, r"dual_clip=0\.9: expected more than 1"),
+        ({"penalty": 1.0, "dual_clip": 3.0}, r"penalty replaces the clip"),
+        ({"unfinished_score": -1.0, "unfinished_penalty": 1.0}, r"unfinished_score replaces what"),
+        ({"ema": 1.0}, r"ema=1\.0: expected a decay in \[0, 1\)"),
     ],
 )
 def test_settings_out_of_range(change, said):
@@ -410,29 +410,29 @@ def test_it_raises_the_score():
     cfg = ppo.Config(epochs=2, minibatches=2, kl_coef=0.01)
     tx = ppo.optimizer(optim.adamw(3e-3), optim.adamw(3e-3))
     current = ppo.init({"policy": tiny.policy(), "critic": tiny.scalar()}, tx, cfg, jax.random.key(0))
-    frozen = rollout.Frozen(reference=tiny.policy(), reward=tiny.scalar())
     module = transformer.Transformer(tiny.GPT)
 
-    def reward_fn(params, tokens, mask):
-        share = jnp.mean((tokens == 7)[:, 2:], axis=1)
-        return jnp.broadcast_to(share[:, None], tokens.shape)
-
-    collect = jax.jit(
-        functools.partial(
-            rollout.collect,
+    @jax.jit
+    def collect(params, key, first):
+        sampled = rollout.collect(
+            params,
+            tiny.policy(),
+            prompts,
+            key,
+            first,
             policy=module,
             policy_fn=POLICY,
             critic_fn=SCALAR,
-            reward_fn=reward_fn,
             max_new_tokens=4,
             temperature=1.0,
             eos_id=2,
         )
-    )
+        return sampled.replace(score=jnp.mean(sampled.tokens[:, 2:] == 7, axis=1))
+
     train = jax.jit(functools.partial(ppo.train_step, policy_fn=POLICY, critic_fn=SCALAR, tx=tx, cfg=cfg))
     scores = []
     for iteration in range(40):
-        sampled = collect(current.params, frozen, prompts, jax.random.key(1), jnp.uint32(64 * iteration))
+        sampled = collect(current.params, jax.random.key(1), jnp.uint32(64 * iteration))
         current, metrics = train(current, sampled)
         assert metrics["ratio/first_error"] < 1e-4
         scores.append(float(metrics["reward/score"]))

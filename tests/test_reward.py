@@ -26,7 +26,10 @@ def batch(seed: int, rows: int = 8, responses: int = 5) -> Rankings:
     rank[rng.random(rank.shape) < 0.2] = -1
     rank[0] = 1
     mask[rank < 0] = False
-    return jax.tree.map(jnp.array, Rankings(tokens=tiny.random_tokens(seed, rows, responses, 9), mask=mask, rank=rank))
+    return jax.tree.map(
+        jnp.array,
+        Rankings(tokens=tiny.random_tokens(seed, rows, responses, 9), mask=mask, start=np.ones(rows, int), rank=rank),
+    )
 
 
 def test_bradley_terry_by_hand():
@@ -170,7 +173,7 @@ def test_it_learns_an_order():
     # Responses are ranked by their last token.
     tokens = jnp.array(tiny.random_tokens(0, 32, 4, 5))
     rank = jnp.argsort(jnp.argsort(-tokens[..., -1], axis=1), axis=1)
-    data = Rankings(tokens=tokens, mask=jnp.ones(tokens.shape, bool), rank=rank)
+    data = Rankings(tokens=tokens, mask=jnp.ones(tokens.shape, bool), start=jnp.ones(32, int), rank=rank)
     tx = optim.adamw(1e-2)
     state, step = optim.init(tiny.scalar(), tx, jax.random.key(0)), jax.jit(functools.partial(STEP, tx=tx))
     for _ in range(60):

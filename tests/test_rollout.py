@@ -12,13 +12,12 @@ MODULE = transformer.Transformer(tiny.GPT)
 POLICY, SCALAR = transformer.bind(MODULE), transformer.bind(heads.ScalarModel(tiny.GPT))
 N, EOS = 5, 2
 PARAMS = lambda: {"policy": tiny.policy(), "critic": tiny.scalar()}
-FROZEN = lambda: rollout.Frozen(reference=tiny.policy(seed=3), reward=tiny.scalar(seed=4))
+REFERENCE = lambda: tiny.policy(seed=3)
 COLLECT = functools.partial(
     rollout.collect,
     policy=MODULE,
     policy_fn=POLICY,
     critic_fn=SCALAR,
-    reward_fn=SCALAR,
     max_new_tokens=N,
     temperature=0.8,
     eos_id=EOS,
@@ -30,7 +29,7 @@ def prompts(rows: int = 16) -> Prompts:
 
 
 def test_a_rollout_says_what_each_model_says():
-    sampled = jax.jit(COLLECT)(PARAMS(), FROZEN(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
+    sampled = jax.jit(COLLECT)(PARAMS(), REFERENCE(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
     score = jax.jit(lambda p: rollout.response_logprobs(POLICY, p, sampled.tokens, sampled.mask, N, 0.8))
     on = np.asarray(sampled.response_mask)
     assert 0 < on.sum() < on.size  # some responses end early
@@ -38,26 +37,24 @@ def test_a_rollout_says_what_each_model_says():
     np.testing.assert_allclose(sampled.logp_ref, np.where(on, score(tiny.policy(seed=3)), 0), atol=1e-5)
     values = jax.jit(SCALAR)(tiny.scalar(), sampled.tokens, sampled.mask)
     np.testing.assert_allclose(sampled.value, values[:, 3:-1], atol=1e-5)
-    rewards = jax.jit(SCALAR)(tiny.scalar(seed=4), sampled.tokens, sampled.mask)
+    assert sampled.score is None
     last = 4 + on.sum(1) - 1
-    np.testing.assert_allclose(sampled.score, rewards[np.arange(16), last], atol=1e-5)
     np.testing.assert_array_equal(sampled.ended, (np.asarray(sampled.tokens)[np.arange(16), last] == EOS))
 
 
 def test_responses_that_go_on_after_their_end():
-    args = (PARAMS(), FROZEN(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
+    args = (PARAMS(), REFERENCE(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
     stopped, whole = (jax.jit(functools.partial(COLLECT, stop_at_eos=stop))(*args) for stop in (True, False))
     assert np.all(whole.response_mask)
     assert 0 < np.sum(whole.ended) < 16
     np.testing.assert_array_equal(stopped.ended, whole.ended)
     on = np.asarray(stopped.response_mask)
     np.testing.assert_array_equal(whole.tokens[:, 4:][on], stopped.tokens[:, 4:][on])
-    np.testing.assert_allclose(whole.score, stopped.score, atol=1e-5)  # read through the first EOS
 
 
 def test_one_device_equals_eight():
-    one = jax.jit(COLLECT)(PARAMS(), FROZEN(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(7))
-    copies = parallel.replicate((PARAMS(), FROZEN(), jax.random.key(0), jnp.uint32(7)))
+    one = jax.jit(COLLECT)(PARAMS(), REFERENCE(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(7))
+    copies = parallel.replicate((PARAMS(), REFERENCE(), jax.random.key(0), jnp.uint32(7)))
     eight = parallel.pmap(COLLECT)(copies[0], copies[1], parallel.shard(prompts()), *copies[2:])
     tiny.assert_close(jax.tree.map(np.asarray, one), parallel.gather(eight), atol=1e-5)
 
@@ -65,7 +62,7 @@ def test_one_device_equals_eight():
 def test_two_rollouts_share_no_noise():
     same = tiny.arrays(Prompts(tokens=np.full((32, 3), 5), mask=np.ones((32, 3), bool), index=np.arange(32)))
     collect = jax.jit(functools.partial(COLLECT, temperature=3.0))
-    rows = [collect(PARAMS(), FROZEN(), same, jax.random.key(0), jnp.uint32(f)).tokens for f in (0, 32)]
+    rows = [collect(PARAMS(), REFERENCE(), same, jax.random.key(0), jnp.uint32(f)).tokens for f in (0, 32)]
     assert len({tuple(row) for row in np.concatenate(rows).tolist()}) > 60
 
 

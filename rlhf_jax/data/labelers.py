@@ -69,15 +69,44 @@ def agreement(rankings: Sequence[Sequence[Sequence[int]]], ties: bool = False) -
     pairs of labelers. A tie agrees with a tie only; without `ties`, combinations in which either ties are left out.
     """
     same = total = 0
-    for labels in rankings:
-        for i, j in itertools.combinations(range(len(labels[0]) if labels else 0), 2):
-            signs = [(ranks[i] > ranks[j]) - (ranks[i] < ranks[j]) for ranks in labels]
-            for ours, theirs in itertools.combinations(signs, 2):
-                if ties or (ours and theirs):
-                    same, total = same + (ours == theirs), total + 1
+    for signs in _signs(rankings):
+        for ours, theirs in itertools.combinations(signs, 2):
+            if ties or (ours and theirs):
+                same, total = same + (ours == theirs), total + 1
     if not total:
         raise InputError("agreement needs two labelers who both ranked the same pair of responses: add rankings")
     return same / total
+
+
+def kappa(rankings: Sequence[Sequence[Sequence[int]]]) -> float:
+    """Fleiss' kappa: `agreement` with ties, in excess of what chance gives, as a share of what it leaves."""
+    return fleiss_kappa([[signs.count(label) for label in (-1, 1, 0)] for signs in _signs(rankings)])
+
+
+def fleiss_kappa(counts: Sequence[Sequence[int]]) -> float:
+    """Fleiss' kappa from how many raters put each subject (row) into each category (column).
+
+    Raises InputError unless every subject has the same number of raters, at least two, and there is more than one
+    category that somebody chose.
+    """
+    raters = {sum(row) for row in counts}
+    if len(raters) != 1 or max(raters) < 2:
+        raise InputError(
+            "kappa needs every pair of responses to be labelled by the same number of people, at least two"
+        )
+    (n,) = raters
+    observed = sum(x * (x - 1) for row in counts for x in row) / (n * (n - 1) * len(counts))
+    chance = sum((sum(column) / (n * len(counts))) ** 2 for column in zip(*counts, strict=True))
+    if chance == 1:
+        raise InputError("kappa is undefined where all labels are the same")
+    return (observed - chance) / (1 - chance)
+
+
+def _signs(rankings: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[int]]:
+    """Each labeler's word on each pair of responses to a prompt: -1 for the first, 1 for the second, 0 for a tie."""
+    for labels in rankings:
+        for i, j in itertools.combinations(range(len(labels[0]) if labels else 0), 2):
+            yield [(ranks[i] > ranks[j]) - (ranks[i] < ranks[j]) for ranks in labels]
 
 
 def rankings(

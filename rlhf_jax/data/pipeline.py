@@ -154,12 +154,12 @@ def rankings(
         tokenizer, [row["prompt"] for row in usable], [row["responses"] for row in usable]
     )
     kept = [
-        ([np.append(start, end) for end in some], row["ranks"])
+        (len(start), [np.append(start, end) for end in some], row["ranks"])
         for start, some, row in zip(starts, ends, usable, strict=True)
         if len(start) + max(map(len, some)) <= length
     ]
     counts = Counts(len(kept), empty=len(rows) - len(usable), too_long=len(usable) - len(kept))
-    if kept and all(len(set(ranks)) == 1 for _, ranks in kept):
+    if kept and all(len(set(ranks)) == 1 for *_, ranks in kept):
         raise InputError(
             f"rankings: no row has two responses of different rank, so there is nothing to learn; {counts}"
         )
@@ -168,15 +168,15 @@ def rankings(
     def fill(index: np.ndarray) -> Rankings:
         shape = (len(index), k_max, length)
         tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
-        rank = np.full(shape[:2], -1, np.int32)
+        rank, first = np.full(shape[:2], -1, np.int32), np.zeros(len(index), np.int32)
         for b, n in enumerate(index):
             if n >= 0:
-                sequences, ranks = kept[n]
+                first[b], sequences, ranks = kept[n]
                 rank[b, : len(ranks)] = ranks
                 for k, ids in enumerate(sequences):
                     tokens[b, k, : len(ids)] = ids
                     mask[b, k, : len(ids)] = True
-        return Rankings(tokens=tokens, mask=mask, rank=rank)
+        return Rankings(tokens=tokens, mask=mask, start=first, rank=rank)
 
     return _stream("rankings", fill, len(kept), counts, batch, seed, epochs, process_index, process_count)
 

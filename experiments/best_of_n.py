@@ -1,0 +1,15 @@
+"""Best-of-n: the fine-tuned model answers n times, and the reward model picks. What PPO has to beat, without training.
+
+Run:     python -m experiments.best_of_n --model runs/sft/model --reward runs/reward/model --best-of 16
+Parent:  evaluate
+"""
+
+from pathlib import Path
+
+from experiments.evaluate import Config, main
+from rlhf_jax import cli
+
+CONFIG = Config(model=Path("runs/sft/model"), reward=Path("runs/reward/model"), best_of=16)
+
+if __name__ == "__main__":
+    cli.run(main, CONFIG)

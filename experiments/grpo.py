@@ -1,0 +1,148 @@
+"""GRPO: PPO's goal without a critic, from groups of answers to the same prompt.
+
+As DeepSeekMath (arXiv:2402.03300), with KL and pretraining mix as in `ppo`, so that the two compare at equal episodes.
+
+Run:     python -m experiments.grpo --init runs/sft/model --reward runs/reward/model
+Parent:  ppo
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.ppo import table
+from rlhf_jax import (
+    best_of_n,
+    checkpoint,
+    cli,
+    log,
+    models,
+    optim,
+    parallel,
+    plots,
+    rollout,
+    scores,
+    transformer,
+    updates,
+)
+from rlhf_jax import grpo as grpo_lib
+from rlhf_jax.data import builders, pipeline
+from rlhf_jax.types import InputError, TrainState, check_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Defaults are for the assistant world on two CPU cores."""
+
+    seed: int = 0  # of sampling and of the order of the data
+    out: Path = Path("runs/grpo")  # run directory; the model goes to its folder "model"
+    init: Path = Path("runs/sft/model")  # model directory of the policy, and of the reference that holds it
+    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models to average
+    data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
+    text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
+    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
+    prompt_length: int = 20  # tokens; longer prompts are refused
+    max_new_tokens: int = 16  # tokens of an answer
+    text_length: int = 64  # tokens in a row of pretraining text
+    batch: int = 64  # episodes a step, over all devices: a multiple of the group
+    text_batch: int = 8  # rows of pretraining text an update, over all devices
+    steps: int = 70  # rollouts
+    lr: float = 3e-4  # at its peak
+    schedule: optim.Schedule = "cosine"  # cosine to 10 %, linear to 0, or constant
+    warmup: int = 8  # updates of linear warm-up
+    adam: optim.Adam = optim.Adam()
+    algorithm: grpo_lib.Config = grpo_lib.Config(
+        minibatches=4, group=4, kl_coef=0.2, kl_in="reward", ptx_coef=3.0, unfinished_score=-1.0
+    )
+    compute: transformer.Compute = transformer.Compute()
+    samples_every: int = 20  # steps between tables of samples
+    save_every: int = 50  # steps between checkpoints
+    wandb: bool = False  # log to Weights & Biases too
+
+    def __post_init__(self) -> None:
+        positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
+        check_positive(self, *positive, "save_every")
+        if self.batch % self.algorithm.group:
+            raise InputError(f"batch={self.batch}: expected a multiple of the group of {self.algorithm.group} answers")
+
+
+def main(cfg: Config, train_step: Callable = grpo_lib.train_step) -> TrainState:
+    """Train, and write the run directory. `train_step` is that of `grpo`, or of `rloo` with its settings."""
+    policy = models.load(cfg.init, compute=cfg.compute)
+    rewards = [models.load_reward(path, compute=cfg.compute) for path in cfg.reward]
+    tokenizer = models.tokenizer_of(policy)
+    models.check_vocabularies({cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True)))
+    score = scores.reward_models(rewards, tokenizer.eos_token_id)
+    rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
+    prompts = pipeline.prompts(
+        rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch // cfg.algorithm.group, seed=cfg.seed
+    )
+    print(f"{cfg.data}: {prompts.counts}")
+    streams = {"prompts": iter(prompts)}
+    updates_a_step = cfg.algorithm.epochs * cfg.algorithm.minibatches
+    if cfg.text is not None:
+        text_rows = builders.source(cfg.text, "text", data_dir=cfg.data_dir)
+        sizes = {"length": cfg.text_length, "batch": updates_a_step * cfg.text_batch}
+        streams["text"] = iter(pipeline.text(text_rows, tokenizer, **sizes, seed=cfg.seed + 1))
+
+    tx = optim.adamw(optim.schedule(cfg.schedule, cfg.lr, cfg.steps * updates_a_step, cfg.warmup), cfg.adam)
+    sampling_key, training_key = jax.random.split(jax.random.key(cfg.seed))
+    state = parallel.replicate(updates.init({"policy": policy.params}, tx, cfg.algorithm, training_key))
+    reference, keys = parallel.replicate(policy.params), parallel.replicate(sampling_key)
+    collect = parallel.pmap(
+        functools.partial(
+            rollout.collect,
+            policy=policy,
+            policy_fn=policy.apply,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.algorithm.temperature,
+            eos_id=tokenizer.eos_token_id,
+            stop_at_eos=cfg.algorithm.stop_at_eos,
+        )
+    )
+    step_fn = parallel.pmap(
+        functools.partial(train_step, policy_fn=policy.apply, tx=tx, cfg=cfg.algorithm), donate=(0,)
+    )
+    shown = ("reward/score", "kl/reference")
+    # What was sampled is what is scored, or the first pass over a rollout finds ratios other than 1.
+    bounds = {"ratio/first_error": 1e-4 if cfg.compute.dtype == "float32" else 0.1}
+    with (
+        log.start(cfg.out, cfg, total=cfg.steps, show=shown, at_most=bounds, wandb=cfg.wandb) as run,
+        checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
+    ):
+        for step in range(1, cfg.steps + 1):
+            batch = best_of_n.repeat(next(streams["prompts"]), cfg.algorithm.group)
+            first = parallel.replicate(np.uint32(step * cfg.batch))  # so that no two rollouts share noise
+            episodes = score(collect(state.params, reference, parallel.shard(batch), keys, first))
+            mix = None
+            if cfg.text is not None:
+                split = jax.tree.map(lambda x: x.reshape(updates_a_step, -1, *x.shape[1:]), next(streams["text"]))
+                mix = parallel.shard(split, rows_axis=1)
+            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+                run.samples(step, table(rows, tokenizer, parallel.gather(episodes)))
+            state, metrics = step_fn(state, episodes, mix)
+            run.write(step, parallel.unreplicate(metrics))
+            if step % cfg.save_every == 0 or step == cfg.steps:
+                run.flush()
+                saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
+    state = parallel.unreplicate(state)
+    models.save(policy, state.opt_state.get("ema", state.params["policy"]), cfg.out / "model")
+    plots.curves(
+        cfg.out,
+        {
+            "reward model's score": ["reward/score"],
+            "KL to the reference (nats a response)": ["kl/reference"],
+            "entropy (nats a token)": ["policy/entropy"],
+            "length (tokens)": ["response/tokens"],
+            "pretraining loss (nats)": ["loss/ptx"],
+        },
+    )
+    return state
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())

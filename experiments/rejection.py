@@ -1,0 +1,89 @@
+"""Rejection sampling fine-tuning: the fine-tuned model learns from the best of its own answers.
+
+Of n answers to each prompt the one with the highest score becomes a demonstration (arXiv:2307.09288, section 3.2.3),
+and `sft` does the rest, pretraining text mixed in.
+
+Run:     python -m experiments.rejection --init runs/sft/model --reward runs/reward/model
+Parent:  sft, best_of_n
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+from experiments import sft
+from rlhf_jax import best_of_n, cli, log, models, rollout, scores, transformer
+from rlhf_jax.data import builders, pipeline
+from rlhf_jax.types import InputError, TrainState, check_positive
+
+
+# The type of the stage is quoted: by the time it was evaluated, the field would hide the module of its name.
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Defaults are for the assistant world on two CPU cores."""
+
+    seed: int = 0  # of sampling and of the order of the data
+    out: Path = Path("runs/rejection")  # run directory; the best answers go to best.jsonl, the model to "sft/model"
+    init: Path = Path("runs/sft/model")  # model directory to sample from and to start from
+    reward: Path = Path("runs/reward/model")  # model directory of the reward model that picks
+    data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
+    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
+    prompts: int = 2000  # prompts to answer
+    best_of: int = 4  # answers to each, of which the best is learnt
+    prompt_length: int = 20  # tokens; longer prompts are refused
+    max_new_tokens: int = 16  # tokens of an answer
+    temperature: float = 1.0  # of the answers
+    batch: int = 256  # answers at once, over all devices
+    compute: transformer.Compute = transformer.Compute()  # of sampling and of fine-tuning
+    sft: "sft.Config" = sft.Config(lr=3e-4, epochs=1)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "prompts", "prompt_length", "max_new_tokens", "batch")
+        if self.best_of < 2:
+            raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
+
+
+def main(cfg: Config) -> TrainState:
+    """Sample, pick, fine-tune, and write the run directory."""
+    best = cfg.out / "best.jsonl"
+    tune = cli.hand_down(
+        "sft",
+        cfg.sft,
+        seed=cfg.seed,
+        out=cfg.out / "sft",
+        init=cfg.init,
+        data=str(best),
+        data_dir=cfg.data_dir,
+        compute=cfg.compute,
+    )
+    log.write_config(cfg.out, cfg)
+    model = models.load(cfg.init, compute=cfg.compute)
+    judge = models.load_reward(cfg.reward, compute=cfg.compute)
+    models.check_vocabularies({cfg.init: model, cfg.reward: judge})
+    tokenizer = models.tokenizer_of(model)
+    rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir, split=f"train[:{cfg.prompts}]")
+    prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
+    print(f"{cfg.data}: {counts}")
+    sampled = rollout.episodes(
+        model,
+        model,
+        best_of_n.repeat(prompts, cfg.best_of),
+        jax.random.key(cfg.seed),
+        scores.reward_models([judge], tokenizer.eos_token_id),
+        batch=cfg.batch,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+    )
+    picked = best_of_n.select(sampled, cfg.best_of)
+    print(f"mean score: {sampled.score.mean():.2f} of all answers, {picked.score.mean():.2f} of the best of each")
+    said = rollout.texts(tokenizer, picked.tokens[:, -cfg.max_new_tokens :], picked.response_mask)
+    with best.open("w") as file:
+        for index, text in zip(picked.index, said, strict=True):
+            file.write(json.dumps({"prompt": rows[int(index)]["prompt"], "completion": text}) + "\n")
+    return sft.main(tune)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())

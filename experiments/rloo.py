@@ -1,0 +1,32 @@
+"""RLOO: REINFORCE with the other answers to the same prompt as the baseline (arXiv:2402.14740).
+
+Run:     python -m experiments.rloo --init runs/sft/model --reward runs/reward/model
+Parent:  grpo
+"""
+
+import dataclasses
+from pathlib import Path
+
+from experiments import grpo
+from rlhf_jax import cli
+from rlhf_jax import rloo as rloo_lib
+from rlhf_jax.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(grpo.Config):
+    """Defaults are for the assistant world on two CPU cores."""
+
+    out: Path = Path("runs/rloo")  # run directory; the model goes to its folder "model"
+    algorithm: rloo_lib.Config = rloo_lib.Config(  # type: ignore[assignment]  # other settings, the same experiment
+        minibatches=4, group=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0
+    )
+
+
+def main(cfg: Config) -> TrainState:
+    """Train, and write the run directory."""
+    return grpo.main(cfg, rloo_lib.train_step)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())

@@ -1,0 +1,38 @@
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import best_of_n
+from rlhf_jax.types import Prompts, Rollout
+from tests.oracles import Case
+
+
+def test_kl_oracle():
+    case = Case("best_of_n_kl")
+    case.check(kl=[best_of_n.kl(int(n)) for n in case["n"]])
+
+
+def test_the_best_of_each_group_is_kept_whole():
+    prompts = Prompts(tokens=np.array([[5, 6], [7, 8]]), mask=np.ones((2, 2), bool), index=np.array([3, 9]))
+    repeated = best_of_n.repeat(prompts, 3)
+    np.testing.assert_array_equal(repeated.index, [3, 3, 3, 9, 9, 9])
+    np.testing.assert_array_equal(repeated.tokens[2:4], [[5, 6], [7, 8]])
+    row = np.arange(6)
+    episodes = Rollout(
+        tokens=row[:, None],
+        mask=row[:, None],
+        response_mask=row[:, None],
+        logp=row[:, None],
+        logp_ref=row[:, None],
+        ended=row,
+        index=repeated.index,
+        score=np.array([0.5, 2.0, 2.0, -1.0, -3.0, -0.5]),
+    )
+    best = best_of_n.select(episodes, 3)
+    np.testing.assert_array_equal(best.tokens[:, 0], [1, 5])
+    np.testing.assert_array_equal(best.index, [3, 9])
+    assert best.value is None
+
+
+def test_one_of_one_is_itself():
+    assert best_of_n.kl(1) == 0
+    assert jnp.isclose(best_of_n.kl(4), np.log(4) - 0.75)

@@ -1,0 +1,163 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import grpo, optim, parallel, ppo, rloo, transformer, updates
+from rlhf_jax.types import InputError
+from tests import tiny
+from tests.test_ppo import EPISODES, LOGPROBS, N, episodes, text
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+POLICY = transformer.bind(transformer.Transformer(tiny.GPT))
+TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
+ALGORITHMS = {
+    "grpo": (grpo.train_step, grpo.Config(epochs=2, minibatches=2, group=4)),
+    "grpo-reward": (
+        grpo.train_step,
+        grpo.Config(minibatches=2, group=4, kl_in="reward", scale=False, mean="token", entropy_coef=0.1),
+    ),
+    "rloo": (rloo.train_step, rloo.Config(epochs=2, minibatches=2, group=4)),
+}
+BOTH = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+def init(cfg):
+    return updates.init({"policy": tiny.policy()}, TX, cfg, jax.random.key(0))
+
+
+def step(name):
+    train_step, cfg = ALGORITHMS[name]
+    return functools.partial(train_step, policy_fn=POLICY, tx=TX, cfg=cfg), cfg
+
+
+@BOTH
+def test_one_device_equals_eight(name):
+    train, cfg = step(name)
+    one, eight = jax.jit(train), parallel.pmap(train, donate=(0,))
+    state, spread = init(cfg), parallel.replicate(init(cfg))
+    count = cfg.epochs * cfg.minibatches
+    for seed in range(3):
+        state, metrics = one(state, episodes(seed), text(seed, count))
+        rows = parallel.shard(text(seed, count), rows_axis=1)
+        spread, other = eight(spread, parallel.shard(episodes(seed)), rows)
+        tiny.assert_close(metrics, parallel.unreplicate(other), atol=1e-5)
+    tiny.assert_close(state, parallel.unreplicate(spread), atol=1e-5)
+
+
+@BOTH
+def test_the_first_pass_has_ratio_one(name):
+    train, cfg = step(name)
+    logp = LOGPROBS(tiny.policy(), EPISODES.tokens, EPISODES.mask)
+    sampled = EPISODES.replace(logp=jnp.where(EPISODES.response_mask, logp, 0.0))
+    assert jax.jit(train)(init(cfg), sampled)[1]["ratio/first_error"] < 1e-4
+    off = sampled.replace(logp=sampled.logp.at[0, 0].add(0.1))
+    assert jax.jit(train)(init(cfg), off)[1]["ratio/first_error"] > 0.05
+
+
+def gradient(module, cfg, rollout):
+    """Of the loss of a whole rollout, at the policy that sampled it."""
+    batch, _ = module.experience(rollout, cfg)
+    return jax.jit(jax.grad(lambda p: module.loss({"policy": p}, batch, policy_fn=POLICY, cfg=cfg)[0]))(tiny.policy())
+
+
+def on_policy(seed: int = 0):
+    sampled = episodes(seed)
+    logp = LOGPROBS(tiny.policy(), sampled.tokens, sampled.mask)
+    return sampled.replace(logp=jnp.where(sampled.response_mask, logp, 0.0))
+
+
+def reinforce(weight):
+    """Gradient of -sum(weight * logp)."""
+    sampled = on_policy()
+
+    def objective(params):
+        return -jnp.sum(jnp.where(sampled.response_mask, weight * LOGPROBS(params, sampled.tokens, sampled.mask), 0.0))
+
+    return jax.jit(jax.grad(objective))(tiny.policy())
+
+
+def test_rloo_is_reinforce_with_the_others_as_baseline():
+    sampled, cfg = on_policy(), rloo.Config(group=4, kl_coef=0.5)
+    kl = np.sum((sampled.logp - sampled.logp_ref) * sampled.response_mask, axis=1)
+    reward = (np.asarray(sampled.score) - 0.5 * kl).reshape(-1, 4)
+    advantage = (reward - (reward.sum(1, keepdims=True) - reward) / 3).reshape(-1, 1)
+    tiny.assert_close(gradient(rloo, cfg, sampled), reinforce(advantage / 16), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("mean", ["sequence", "token"])
+def test_grpo_weighs_tokens_as_it_says(scale, mean):
+    sampled = on_policy()
+    cfg = grpo.Config(group=4, kl_coef=0.0, scale=scale, mean=mean)
+    score = np.asarray(sampled.score).reshape(-1, 4)
+    advantage = score - score.mean(1, keepdims=True)
+    if scale:
+        advantage = advantage / (score.std(1, keepdims=True) + 1e-4)
+    lengths = np.asarray(sampled.response_mask).sum(1)
+    per_token = 1 / (16 * lengths) if mean == "sequence" else np.full(16, 1 / lengths.sum())
+    expected = reinforce((advantage.reshape(-1) * per_token)[:, None])
+    tiny.assert_close(gradient(grpo, cfg, sampled), expected, atol=1e-5)
+
+
+def test_grpo_adds_k3_to_the_loss_or_k1_to_the_reward():
+    sampled = on_policy()
+    d = np.asarray((sampled.logp - sampled.logp_ref) * sampled.response_mask)
+    lengths = np.asarray(sampled.response_mask).sum(1)
+    for mean, weight in {"sequence": 1 / (16 * lengths[:, None]), "token": 1 / lengths.sum()}.items():
+        cfg = grpo.Config(group=4, kl_coef=0.3, mean=mean)
+        batch, _ = grpo.experience(sampled, cfg)
+        value, metrics = grpo.loss({"policy": tiny.policy()}, batch, policy_fn=POLICY, cfg=cfg)
+        k3 = np.sum((np.exp(-d) - 1 + d) * weight)
+        np.testing.assert_allclose(metrics["loss/kl"], k3, rtol=1e-4)
+        np.testing.assert_allclose(value, metrics["loss/policy"] + 0.3 * k3, rtol=1e-4)
+    batch, _ = grpo.experience(sampled, grpo.Config(group=4, kl_coef=0.3, kl_in="reward", scale=False))
+    reward = (np.asarray(sampled.score) - 0.3 * d.sum(1)).reshape(-1, 4)
+    np.testing.assert_allclose(batch.advantage, (reward - reward.mean(1, keepdims=True)).reshape(-1), atol=1e-5)
+
+
+def test_rloo_clips_the_ratio_of_whole_responses():
+    sampled = on_policy()
+    cfg = rloo.Config(group=2, kl_coef=0.0, clip=0.2)
+    # The policy that sampled is off by .1 a token: responses of two tokens or more are beyond the clip.
+    off = sampled.replace(logp=jnp.where(sampled.response_mask, sampled.logp - 0.1, 0.0))
+    batch, _ = rloo.experience(off, cfg)
+    _, metrics = rloo.loss({"policy": tiny.policy()}, batch, policy_fn=POLICY, cfg=cfg)
+    lengths = np.asarray(off.response_mask).sum(1)
+    beyond = (np.exp(0.1 * lengths) > 1.2) & (np.asarray(batch.advantage) > 0)
+    np.testing.assert_allclose(metrics["policy/clip_fraction"], beyond.mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("module", "group"), [(grpo, 1), (rloo, 1)])
+def test_a_group_of_one_is_refused(module, group):
+    with pytest.raises(InputError, match="group=1"):
+        module.Config(group=group)
+
+
+def test_episodes_that_do_not_divide_into_groups():
+    with pytest.raises(InputError, match="16 episodes do not divide into groups of 5"):
+        rloo.experience(EPISODES, rloo.Config(group=5))
+
+
+def test_unfinished_responses_are_scored_as_told():
+    cfg = grpo.Config(group=4, unfinished_score=-2.0, scale=False)
+    _, metrics = grpo.experience(EPISODES, cfg)
+    expected = np.where(EPISODES.ended, EPISODES.score, -2.0).mean()
+    np.testing.assert_allclose(metrics["reward/score"], expected, rtol=1e-5)
+
+
+def test_ppo_without_value_or_lambda_is_a_policy_gradient_too():
+    """With a critic that knows nothing, lambda 1 and no whitening, PPO's first gradient is REINFORCE's."""
+    sampled = on_policy().replace(value=jnp.zeros((16, N)))
+    cfg = ppo.Config(lam=1.0, whiten_advantages=None, kl_coef=0.0, value_coef=0.0)
+    batch, _ = ppo.experience(sampled, jnp.float32(0.0), cfg)
+    critic_fn = lambda params, tokens, mask: jnp.zeros(tokens.shape)
+    loss = functools.partial(ppo.loss, policy_fn=POLICY, critic_fn=critic_fn, cfg=cfg)
+    grad = jax.jit(jax.grad(lambda p: loss({"policy": p, "critic": ()}, batch, None)[0]))(tiny.policy())
+    count = np.asarray(sampled.response_mask).sum()
+    tiny.assert_close(grad, reinforce(np.asarray(sampled.score)[:, None] / count), atol=1e-5)
+    assert optax.tree.norm(grad) > 0
