@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments import best_of_n, dpo, grpo, ppo, ppo_gold, rejection, rloo, rounds
+from experiments import best_of_n, dpo, grpo, ppo, ppo_gold, rejection, rloo, rounds, sft
 from rlhf_jax import grpo as grpo_lib
 from rlhf_jax import log, models
 from rlhf_jax import rloo as rloo_lib
@@ -110,6 +110,7 @@ def test_several_reward_models_and_a_reference_of_its_own(done, tmp_path, capsys
     assert row["reward/disagreement"] == pytest.approx(0, abs=1e-5)  # a model agrees with itself
     assert abs(row["kl/reference"]) > 1e-4  # from the first step on
     assert abs(metrics_of(cfg.out / "ppo")[0]["kl/reference"]) < 1e-5
+    capsys.readouterr()  # the progress of the run
     said = refused(capsys, ppo.main, cfg.ppo, "--pessimism", 1)
     assert "pessimism needs the disagreement of several reward models" in said
 
