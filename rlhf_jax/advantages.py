@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.logprobs import masked_mean
+from rlhf_jax.logprobs import masked_mean, precise
 
 
 def last_index(mask: Bool[Array, "B T"]) -> Array:
@@ -34,8 +34,8 @@ def token_rewards(
     """
     score_mask = mask if score_mask is None else score_mask
     is_last = jnp.arange(mask.shape[1])[None] == last_index(score_mask)[:, None]
-    penalty = jnp.where(mask, -kl_coef * kl.astype(jnp.float32), 0.0)
-    return penalty + jnp.where(is_last, score.astype(jnp.float32)[:, None], 0.0)
+    penalty = jnp.where(mask, -kl_coef * precise(kl), 0.0)
+    return penalty + jnp.where(is_last, precise(score)[:, None], 0.0)
 
 
 def gae(
@@ -46,8 +46,8 @@ def gae(
     delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 past the end; A_t = delta_t + gamma lam A_{t+1}; target = A + V.
     Both are zero at padding, whatever `reward` and `value` hold there.
     """
-    reward = jnp.where(mask, reward, 0.0).astype(jnp.float32)
-    value = jnp.where(mask, value, 0.0).astype(jnp.float32)
+    reward = precise(jnp.where(mask, reward, 0.0))
+    value = precise(jnp.where(mask, value, 0.0))
     next_value = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
     delta = reward + gamma * next_value - value
 
@@ -68,7 +68,7 @@ def whiten(
     The variance is biased, or with `ddof=1` Bessel's. Zero outside the mask. Call it on the global batch: whitening a
     share of it would make the result depend on how many devices or micro-batches there are.
     """
-    x = x.astype(jnp.float32)
+    x = precise(x)
     mean = masked_mean(x, mask)
     variance = masked_mean(jnp.square(x - mean), mask, jnp.sum(mask) - ddof)
     whitened = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
@@ -77,14 +77,14 @@ def whiten(
 
 def group_normalize(reward: Float[Array, "B G"], ddof: int = 0) -> Float[Array, "B G"]:
     """GRPO's advantage (arXiv:2402.03300): (r - mean) / (std + 1e-4) within each prompt's group of responses."""
-    reward = reward.astype(jnp.float32)
+    reward = precise(reward)
     centred = reward - jnp.mean(reward, axis=1, keepdims=True)
     return centred / (jnp.std(reward, axis=1, keepdims=True, ddof=ddof) + 1e-4)
 
 
 def leave_one_out(reward: Float[Array, "B G"]) -> Float[Array, "B G"]:
     """RLOO's advantage (arXiv:2402.14740): each reward minus the mean of the other rewards of its group."""
-    reward = reward.astype(jnp.float32)
+    reward = precise(reward)
     size = reward.shape[1]
     if size < 2:
         raise ValueError("leave_one_out needs at least two responses a prompt")

@@ -9,18 +9,23 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 KLKind = Literal["k1", "k2", "k3"]
 
 
+def precise(x: Array) -> Array:
+    """`x` in float32, or in float64 if that is what it is: where log-probabilities, rewards and losses are computed."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def token_logprobs(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], temperature: float = 1.0
 ) -> Float[Array, "B T"]:
     """Log-probability of `tokens[b, t]` under `softmax(logits[b, t] / temperature)`: already aligned, no shift."""
-    logits = logits.astype(jnp.float32) / temperature
+    logits = precise(logits) / temperature
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def entropy(logits: Float[Array, "B T V"], temperature: float = 1.0) -> Float[Array, "B T"]:
     """Entropy of `softmax(logits / temperature)` at each position, `-sum_v p_v ln p_v`."""
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    logp = jax.nn.log_softmax(precise(logits) / temperature)
     return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
 
@@ -30,7 +35,7 @@ def kl_estimate(logp: Float[Array, "B T"], logp_ref: Float[Array, "B T"], kind: 
     k1 = d is unbiased; k2 = d^2 / 2 has low variance and some bias; k3 = exp(-d) - 1 + d is unbiased and never
     negative (Schulman 2020, "Approximating KL divergence").
     """
-    d = logp.astype(jnp.float32) - logp_ref.astype(jnp.float32)
+    d = precise(logp) - precise(logp_ref)
     match kind:
         case "k1":
             return d
@@ -44,8 +49,8 @@ def kl_estimate(logp: Float[Array, "B T"], logp_ref: Float[Array, "B T"], kind: 
 
 def kl_full(logits_p: Float[Array, "B T V"], logits_q: Float[Array, "B T V"]) -> Float[Array, "B T"]:
     """Exact KL(p || q) at each position, by summing over the vocabulary."""
-    logp = jax.nn.log_softmax(logits_p.astype(jnp.float32))
-    logq = jax.nn.log_softmax(logits_q.astype(jnp.float32))
+    logp = jax.nn.log_softmax(precise(logits_p))
+    logq = jax.nn.log_softmax(precise(logits_q))
     return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
 
 

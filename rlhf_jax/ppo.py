@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import parallel, updates
 from rlhf_jax.advantages import gae, through_first_pad, token_rewards, whiten
-from rlhf_jax.logprobs import KLKind, kl_estimate, masked_mean, token_logprobs
+from rlhf_jax.logprobs import KLKind, kl_estimate, masked_mean, precise, token_logprobs
 from rlhf_jax.rollout import response_logits
 from rlhf_jax.types import InputError, Leaf, Metrics, Params, Rollout, Tokens, TrainState, check_positive
 
@@ -83,7 +83,7 @@ def policy_loss(
     whose clipped term is strictly the larger; `approx_kl` the mean of (logp - logp_old)^2 / 2. `count` replaces the
     number of valid tokens, see `masked_mean`.
     """
-    log_ratio = jnp.where(mask, logp - logp_old, 0.0).astype(jnp.float32)
+    log_ratio = precise(jnp.where(mask, logp - logp_old, 0.0))
     ratio = jnp.exp(log_ratio)
     advantage = jnp.where(mask, advantage, 0.0)
     plain = -advantage * ratio
@@ -107,7 +107,7 @@ def penalty_policy_loss(
     count: Array | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The KL-penalty form (arXiv:1707.06347, eq. 8): mean of -A rho + beta (rho - 1 - ln rho), over valid tokens."""
-    log_ratio = jnp.where(mask, logp - logp_old, 0.0).astype(jnp.float32)
+    log_ratio = precise(jnp.where(mask, logp - logp_old, 0.0))
     ratio = jnp.exp(log_ratio)
     kl = ratio - 1 - log_ratio
     loss = masked_mean(-jnp.where(mask, advantage, 0.0) * ratio + beta * kl, mask, count)
@@ -123,7 +123,7 @@ def value_loss(
     count: Array | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Clipped squared error: mean over valid tokens of max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2."""
-    value = jnp.where(mask, value, 0.0).astype(jnp.float32)
+    value = precise(jnp.where(mask, value, 0.0))
     value_old, target = jnp.where(mask, value_old, 0.0), jnp.where(mask, target, 0.0)
     plain = jnp.square(value - target)
     clipped = jnp.square(jnp.clip(value, value_old - clip, value_old + clip) - target)

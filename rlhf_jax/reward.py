@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlhf_jax import optim, parallel
 from rlhf_jax.heads import at_last
-from rlhf_jax.logprobs import masked_mean
+from rlhf_jax.logprobs import masked_mean, precise
 from rlhf_jax.types import InputError, Metrics, Params, Rankings, TrainState
 
 
@@ -39,7 +39,7 @@ def better(rank: Int[Array, "B K"]) -> Bool[Array, "B K K"]:
 
 def margins(score: Float[Array, "B K"], pair: Bool[Array, "B K K"]) -> Float[Array, "B K K"]:
     """score_i - score_j where [i, j] is a pair, else 0: what absent responses hold reaches no value and no gradient."""
-    score = jnp.where(jnp.any(pair, axis=1) | jnp.any(pair, axis=2), score, 0.0).astype(jnp.float32)
+    score = precise(jnp.where(jnp.any(pair, axis=1) | jnp.any(pair, axis=2), score, 0.0))
     return score[:, :, None] - score[:, None, :]
 
 
@@ -77,13 +77,13 @@ def centring_loss(score: Float[Array, "B K"], rank: Int[Array, "B K"], count: Ar
     Comparisons leave the mean of a prompt's scores free; this term fixes it at 0.
     """
     pair = better(rank)
-    score = jnp.where(jnp.any(pair, axis=1) | jnp.any(pair, axis=2), score, 0.0).astype(jnp.float32)
+    score = precise(jnp.where(jnp.any(pair, axis=1) | jnp.any(pair, axis=2), score, 0.0))
     return pair_mean(jnp.square(score[:, :, None] + score[:, None, :]), pair, count)
 
 
 def choice_loss(score: Float[Array, "B K"], best: Int[Array, "B"], count: Array | None = None) -> Float[Array, ""]:
     """`-ln softmax(score)[best]`, mean over rows: a labeler picked one of K (Ziegler et al. 2019, eq. 1)."""
-    logp = jax.nn.log_softmax(score.astype(jnp.float32))
+    logp = jax.nn.log_softmax(precise(score))
     chosen = jnp.take_along_axis(logp, best[:, None], axis=1)[:, 0]
     return masked_mean(-chosen, jnp.ones_like(best, bool), count)
 
@@ -96,7 +96,7 @@ def ranked_choice_loss(
     Absent responses (-1) are no candidates; a prompt without a pair counts for nothing, as in `bradley_terry_loss`.
     """
     present = rank >= 0
-    logp = jax.nn.log_softmax(jnp.where(present, score, jnp.finfo(jnp.float32).min).astype(jnp.float32))
+    logp = jax.nn.log_softmax(precise(jnp.where(present, score, jnp.finfo(jnp.float32).min)))
     best = jnp.argmin(jnp.where(present, rank, jnp.iinfo(rank.dtype).max), axis=1)
     chosen = jnp.take_along_axis(logp, best[:, None], axis=1)[:, 0]
     return masked_mean(-chosen, jnp.any(better(rank), axis=(1, 2)), count)
