@@ -1,0 +1,299 @@
+"""Breaks each maths function in a handful of ways, and shows that the suite catches each one.
+
+    python scripts/mutate.py                 every mutant; exits with 1 if one survives
+    python scripts/mutate.py --only gae      those of one function
+
+A mutant is one change of one function's source in a copy of the repository, under which the tests of its module run
+until the first that fails. A survivor is printed with its change: a test is missing.
+"""
+
+import argparse
+import ast
+import concurrent.futures
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """Where and what: `old` stands once in the function, and becomes `new`."""
+
+    module: str  # below rlhf_jax/
+    function: str
+    old: str
+    new: str
+
+
+def mutants(module: str, function: str, *changes: tuple[str, str]) -> list[Mutant]:
+    return [Mutant(module, function, old, new) for old, new in changes]
+
+
+MUTANTS = [
+    *mutants(
+        "logprobs",
+        "token_logprobs",
+        ("/ temperature", "* temperature"),
+        ("chosen - jax.nn.logsumexp", "chosen + jax.nn.logsumexp"),
+        ("axis=-1)[..., 0]", "axis=-1)[..., 0].astype(jnp.int32)"),
+        ("jax.nn.logsumexp(logits, axis=-1)", "jax.nn.logsumexp(logits, axis=1)[..., 0][:, None]"),
+    ),
+    *mutants(
+        "logprobs",
+        "entropy",
+        ("return -jnp.sum", "return jnp.sum"),
+        ("/ temperature", ""),
+        ("jnp.exp(logp) * logp", "logp"),
+    ),
+    *mutants(
+        "logprobs",
+        "kl_estimate",
+        ("precise(logp) - precise(logp_ref)", "precise(logp_ref) - precise(logp)"),
+        ("0.5 * d**2", "d**2"),
+        ("jnp.expm1(-d) + d", "jnp.expm1(d) - d"),
+        ("jnp.expm1(-d) + d", "jnp.exp(-d) + d"),
+    ),
+    *mutants("logprobs", "kl_full", ("logp - logq", "logq - logp"), ("jnp.exp(logp)", "jnp.exp(logq)")),
+    *mutants("logprobs", "response_mask", ("- is_eos == 0", "== 0"), ("- is_eos == 0", "- is_eos <= 1")),
+    *mutants(
+        "logprobs",
+        "masked_mean",
+        ("jnp.sum(jnp.where(mask, x, 0.0))", "jnp.sum(x)"),
+        ("jnp.sum(mask) if count is None else count", "jnp.sum(mask)"),
+        ("jnp.maximum(count, 1)", "x.size"),
+    ),
+    *mutants(
+        "advantages",
+        "token_rewards",
+        ("-kl_coef", "kl_coef"),
+        ("jnp.where(mask, -kl_coef", "jnp.where(mask | True, -kl_coef"),
+        ("== last_index(score_mask)[:, None]", "== last_index(score_mask)[:, None] - 1"),
+        ("return penalty +", "return jnp.where(is_last, 0.0, penalty) +"),
+        ("mask if score_mask is None else score_mask", "mask"),
+    ),
+    *mutants(
+        "advantages",
+        "gae",
+        ("reward + gamma * next_value", "reward + next_value"),
+        ("gamma * lam * advantage", "lam * advantage"),
+        ("gamma * lam * advantage", "gamma * advantage"),
+        ("value = precise(jnp.where(mask, value, 0.0))", "value = precise(value)"),
+        ("delta_t + gamma * lam * advantage, 0.0)", "delta_t + gamma * lam * advantage, advantage)"),
+        ("value[:, 1:], ((0, 0), (0, 1))", "value[:, :-1], ((0, 0), (1, 0))"),
+        ("reverse=True", "reverse=False"),
+        ("advantage.T + value", "advantage.T"),
+    ),
+    *mutants(
+        "advantages",
+        "whiten",
+        ("masked_mean(x, mask)", "jnp.mean(x)"),
+        ("jnp.sum(mask) - ddof", "jnp.sum(mask)"),
+        ("if shift_mean else whitened + mean", "if shift_mean else whitened"),
+        ("variance + 1e-8", "variance + 1e-2"),
+        ("jnp.where(mask, whitened if", "jnp.where(mask | True, whitened if"),
+        ("jax.lax.rsqrt(variance + 1e-8)", "1 / (variance + 1e-8)"),
+    ),
+    *mutants(
+        "advantages",
+        "group_normalize",
+        ("jnp.mean(reward, axis=1, keepdims=True)", "jnp.mean(reward, axis=0, keepdims=True)"),
+        ("ddof=ddof", "ddof=1 - ddof"),
+        ("+ 1e-4", "+ 1e-1"),
+    ),
+    *mutants(
+        "advantages",
+        "leave_one_out",
+        ("(size / (size - 1))", "1"),
+        ("axis=1, keepdims=True", "axis=0, keepdims=True"),
+        ("(reward - jnp.mean", "(reward + jnp.mean"),
+    ),
+    *mutants(
+        "sft",
+        "next_token_loss",
+        ("-token_logprobs", "token_logprobs"),
+        ("mask, count)", "mask | True, count)"),
+        ("mask, count)", "mask)"),
+    ),
+    *mutants(
+        "sft",
+        "loss",
+        ("batch.tokens[:, 1:], batch.target[:, 1:]", "batch.tokens[:, 1:], batch.target[:, :-1]"),
+        ("batch.tokens[:, 1:], batch.target", "batch.tokens[:, :-1], batch.target"),
+        ("batch.segment, keys", "batch.segment > 0, keys"),
+    ),
+    *mutants(
+        "reward",
+        "better",
+        ("<", "<="),
+        ("present = rank >= 0", "present = rank >= -1"),
+        ("rank[:, :, None] < rank[:, None, :]", "rank[:, :, None] > rank[:, None, :]"),
+    ),
+    *mutants("reward", "pair_mean", ("/ jnp.maximum(pairs, 1)", ""), ("pairs > 0, count", "pairs >= 0, count")),
+    *mutants(
+        "reward",
+        "bradley_terry_loss",
+        ("margins(score, pair) - margin", "margins(score, pair) + margin"),
+        ("-(1 - label_smoothing)", "-1"),
+        ("jax.nn.log_sigmoid(-difference)", "jax.nn.log_sigmoid(difference)"),
+        ("pair_mean(loss, pair, count)", "pair_mean(loss, pair, None)"),
+    ),
+    *mutants("reward", "margins", ("score[:, :, None] - score[:, None, :]", "score[:, None, :] - score[:, :, None]")),
+    *mutants("reward", "centring_loss", ("score[:, :, None] + score", "score[:, :, None] - score")),
+    *mutants("reward", "choice_loss", ("-chosen", "chosen"), ("best[:, None]", "0 * best[:, None]")),
+    *mutants(
+        "reward",
+        "ranked_choice_loss",
+        ("jnp.argmin", "jnp.argmax"),
+        ("jnp.any(better(rank), axis=(1, 2))", "best >= 0"),
+    ),
+    *mutants(
+        "reward",
+        "correct_pairs",
+        ("0.5 * (1 + jnp.sign(margin))", "(margin >= 0)"),
+        ("0.5 * (1 + jnp.sign(margin))", "0.5 * (1 - jnp.sign(margin))"),
+    ),
+    *mutants(
+        "reward",
+        "normalize",
+        ('params["bias"] - mean', 'params["bias"] + mean'),
+        ('params["kernel"] / std', 'params["kernel"] * std'),
+    ),
+    *mutants(
+        "ppo",
+        "policy_loss",
+        ("plain = -advantage * ratio", "plain = advantage * ratio"),
+        ("jnp.clip(ratio, 1 - clip, 1 + clip)", "ratio"),
+        ("jnp.clip(ratio, 1 - clip, 1 + clip)", "jnp.clip(ratio, 1 - clip, None)"),
+        ("jnp.maximum(plain, clipped)", "jnp.minimum(plain, clipped)"),
+        ("clipped > plain", "clipped >= plain"),
+        ("0.5 * jnp.square(log_ratio)", "jnp.square(log_ratio)"),
+        ("precise(jnp.where(mask, logp - logp_old, 0.0))", "precise(logp - logp_old)"),
+        ("advantage < 0", "advantage > 0"),
+        ("masked_mean(surrogate, mask, count)", "masked_mean(surrogate, mask)"),
+    ),
+    *mutants(
+        "ppo",
+        "penalty_policy_loss",
+        ("ratio - 1 - log_ratio", "ratio - 1 + log_ratio"),
+        ("+ beta * kl", "- beta * kl"),
+        ("advantage, 0.0) * ratio", "advantage, 0.0) * log_ratio"),
+    ),
+    *mutants(
+        "ppo",
+        "value_loss",
+        ("0.5 * masked_mean", "masked_mean"),
+        ("jnp.maximum(plain, clipped)", "jnp.minimum(plain, clipped)"),
+        ("jnp.clip(value, value_old - clip, value_old + clip)", "value"),
+        ("jnp.clip(value, value_old - clip, value_old + clip)", "jnp.clip(value, target - clip, target + clip)"),
+    ),
+    *mutants(
+        "ppo",
+        "adapt_kl_coef",
+        ("kl / target - 1", "1 - kl / target"),
+        ("n / horizon", "1 / horizon"),
+        ("-0.2, 0.2", "-2.0, 2.0"),
+    ),
+    *mutants(
+        "dpo",
+        "sigmoid_terms",
+        ("-(1 - label_smoothing)", "(1 - label_smoothing)"),
+        ("(beta * h)", "(h)"),
+        ("(-beta * h)", "(beta * h)"),
+    ),
+    *mutants("dpo", "ipo_terms", ("0.5 / beta", "1 / beta")),
+    *mutants(
+        "dpo",
+        "loss",
+        ("(logp_rejected - ref_rejected)", "(logp_rejected + ref_rejected)"),
+        ("(logp_chosen - ref_chosen) - ", "(logp_chosen - ref_chosen) + "),
+    ),
+    *mutants("dpo", "sequence_logprobs", ("jnp.where(mask, logp, 0.0)", "logp"), ("jnp.sum(", "jnp.mean(")),
+    *mutants(
+        "grpo",
+        "loss",
+        ("value * count / total", "value"),
+        ('"k3"', '"k2"'),
+        ("value + cfg.kl_coef *", "value - cfg.kl_coef *"),
+        ("batch.advantage[:, None] * weight", "batch.advantage[:, None]"),
+    ),
+    *mutants(
+        "grpo", "weights", ("mask / jnp.maximum(length, 1)", "mask * 1.0"), ("jnp.sum(length > 0)", "jnp.sum(mask)")
+    ),
+    *mutants("rloo", "experience", ("score - cfg.kl_coef", "score + cfg.kl_coef")),
+    *mutants("rloo", "loss", ("jnp.where(mask, x, 0.0)", "x"), ("rollout.logp))", "logp))")),
+    *mutants("best_of_n", "kl", ("(n - 1) / n", "(n - 1)"), ("math.log(n) -", "math.log(n) +")),
+    *mutants("best_of_n", "select", ("np.argmax", "np.argmin"), ("n * np.arange", "np.arange")),
+    *mutants("overoptimization", "reinforcement", ("- beta * d", "+ beta * d"), ("np.log(", "np.log2(")),
+    *mutants("overoptimization", "best_of_n", ("alpha - beta * d", "alpha - beta")),
+    *mutants("optim", "cosine", ("final_fraction * peak", "final_fraction"), ("alpha=final_fraction", "alpha=0.0")),
+]
+
+EXTRA = {"logprobs": ["test_gradients"], "advantages": ["test_gradients"], "rloo": ["test_grpo"]}  # beside the module's
+
+
+def changed(mutant: Mutant) -> str:
+    """The module's source with the mutant in place."""
+    path = ROOT / "rlhf_jax" / f"{mutant.module}.py"
+    source = path.read_text()
+    tree = ast.parse(source)
+    (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == mutant.function)
+    body = ast.get_source_segment(source, node)
+    assert body and source.count(body) == 1, mutant
+    _, quote, after = body.partition('"""')
+    doc, end, code = after.partition('"""')
+    if code.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant}: the old text stands {code.count(mutant.old)} times in the code")
+    return source.replace(body, f"{body.partition(quote)[0]}{quote}{doc}{end}{code.replace(mutant.old, mutant.new)}")
+
+
+def caught(mutant: Mutant) -> bool:
+    """Whether a test fails under the mutant."""
+    source = changed(mutant)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "docs", "*.egg-info"))
+        if (shared := ROOT.parent / "shared").is_dir():
+            (Path(folder) / "shared").symlink_to(shared)
+        (copy / "rlhf_jax" / f"{mutant.module}.py").write_text(source)
+        names = [f"test_{mutant.module}", *EXTRA.get(mutant.module, [])]
+        tests = [f"tests/{name}.py" for name in names if (copy / "tests" / f"{name}.py").exists()]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        run = subprocess.run(
+            command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True
+        )
+        if run.returncode not in (0, 1):
+            raise SystemExit(f"{mutant}: pytest ended with {run.returncode}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+        return run.returncode == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="name of a function or of a module")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if args.only in (None, m.function, m.module)]
+    for mutant in chosen:
+        changed(mutant)  # so that one that no longer fits the source is reported at once
+    start, survivors = time.monotonic(), []
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for n, (mutant, found) in enumerate(zip(chosen, pool.map(caught, chosen), strict=True), 1):
+            if not found:
+                survivors.append(mutant)
+            verdict = "caught  " if found else "SURVIVED"
+            print(
+                f"{n}/{len(chosen)} {verdict} {mutant.module}.{mutant.function}: {mutant.old!r} -> {mutant.new!r}",
+                flush=True,
+            )
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants caught in {time.monotonic() - start:.0f} s")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
