@@ -9,14 +9,13 @@ Parent:  reward
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
-import jax
-
-from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, transformer
+from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, transformer
 from rlhf_jax import dpo as dpo_lib
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import TrainState, check_positive
+from rlhf_jax.types import TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ def main(cfg: Config) -> TrainState:
     steps, stream = batches.steps, iter(batches)
 
     tx = optim.adamw(optim.cosine(cfg.lr, steps, cfg.warmup))
-    state = parallel.replicate(optim.init(model.params, tx, jax.random.key(cfg.seed)))
+    state = parallel.replicate(optim.init(model.params, tx, named_key(cfg.seed, "dpo")))
     reference = parallel.replicate(model.params)
     apply_fn = transformer.bind(transformer.Transformer(dataclasses.replace(model.config, dropout=cfg.dropout)))
     step_fn = parallel.pmap(functools.partial(dpo_lib.train_step, apply_fn=apply_fn, tx=tx, cfg=cfg.dpo), donate=(0,))
@@ -68,8 +67,11 @@ def main(cfg: Config) -> TrainState:
             if step % cfg.save_every == 0 or step == steps:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {"data": stream.get_state()})
-    state = parallel.unreplicate(state)
-    models.save(model, state.params, cfg.out / "model")
+        state = parallel.unreplicate(state)
+        models.save(model, state.params, cfg.out / "model")
+        trained = dataclasses.replace(model, params=state.params)
+        asked = [row["prompt"] for row in itertools.islice(rows, 8)]
+        run.samples(steps, rollout.say(trained, asked, named_key(cfg.seed, "dpo/samples"), length=cfg.length))
     plots.curves(
         cfg.out,
         {

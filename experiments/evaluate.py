@@ -18,7 +18,7 @@ import numpy as np
 from rlhf_jax import best_of_n, cli, models, parallel, rollout, scores, sft, transformer
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data.world import World
-from rlhf_jax.types import InputError, Prompts, Rollout, check_positive
+from rlhf_jax.types import InputError, Prompts, Rollout, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Config:
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     prompts: int = 512  # held-out prompts
     texts: int = 1000  # held-out documents
-    best_of: int = 1  # answers to each prompt, of which the reward model picks one
+    best_of: int = 1  # answers to each prompt, of which the reward model picks one; the KL is then to the model itself
     temperature: float = 1.0  # of the answers; that of training
     prompt_length: int = 20  # tokens; longer prompts are refused
     max_new_tokens: int = 16  # tokens of an answer
@@ -43,7 +43,17 @@ class Config:
     compute: transformer.Compute = transformer.Compute()
 
     def __post_init__(self) -> None:
-        check_positive(self, "prompts", "texts", "best_of", "prompt_length", "max_new_tokens", "text_length", "batch")
+        positive = (
+            "prompts",
+            "texts",
+            "best_of",
+            "temperature",
+            "prompt_length",
+            "max_new_tokens",
+            "text_length",
+            "batch",
+        )
+        check_positive(self, *positive)
 
 
 def held_out_nll(cfg: Config, model: models.Model) -> float:
@@ -60,8 +70,9 @@ def held_out_nll(cfg: Config, model: models.Model) -> float:
 
 def episodes(cfg: Config, model: models.Model, prompts: Prompts) -> Rollout:
     """A response to each row of `prompts`, with what reference and reward model say of it; on the host."""
-    reference = models.load(cfg.reference, compute=cfg.compute)
-    loaded, score = {cfg.model: model, cfg.reference: reference}, None
+    # The KL of best-of-n is known, and is to the model itself.
+    reference = model if cfg.best_of > 1 else models.load(cfg.reference, compute=cfg.compute)
+    loaded, score = {cfg.model: model} | ({} if reference is model else {cfg.reference: reference}), None
     if cfg.reward:
         reward = loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute)
         score = scores.reward_models([reward], models.tokenizer_of(model).eos_token_id)
@@ -70,7 +81,7 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts) -> Rollout:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.model}: take the model that it came from")
     if cfg.best_of > 1 and not cfg.reward:
         raise InputError(f"best_of={cfg.best_of} needs a reward model to pick by: name one by --reward")
-    key = jax.random.fold_in(jax.random.key(cfg.seed), 2)  # experiments.rank folds in 0 and 1
+    key = named_key(cfg.seed, "evaluate")
     sizes = {"batch": cfg.batch, "max_new_tokens": cfg.max_new_tokens}
     return rollout.episodes(model, reference, prompts, key, score, **sizes, temperature=cfg.temperature)
 

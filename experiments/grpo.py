@@ -31,7 +31,7 @@ from rlhf_jax import (
 )
 from rlhf_jax import grpo as grpo_lib
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import InputError, TrainState, check_positive
+from rlhf_jax.types import InputError, TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Config:
     def __post_init__(self) -> None:
         positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
         check_positive(self, *positive, "save_every")
+        if not self.reward:
+            raise InputError("reward: expected at least one model directory")
         if self.batch % self.algorithm.group:
             raise InputError(f"batch={self.batch}: expected a multiple of the group of {self.algorithm.group} answers")
 
@@ -90,7 +92,7 @@ def main(cfg: Config, train_step: Callable = grpo_lib.train_step) -> TrainState:
         streams["text"] = iter(pipeline.text(text_rows, tokenizer, **sizes, seed=cfg.seed + 1))
 
     tx = optim.adamw(optim.schedule(cfg.schedule, cfg.lr, cfg.steps * updates_a_step, cfg.warmup), cfg.adam)
-    sampling_key, training_key = jax.random.split(jax.random.key(cfg.seed))
+    sampling_key, training_key = (named_key(cfg.seed, f"grpo/{use}") for use in ("sampling", "updates"))
     state = parallel.replicate(updates.init({"policy": policy.params}, tx, cfg.algorithm, training_key))
     reference, keys = parallel.replicate(policy.params), parallel.replicate(sampling_key)
     collect = parallel.pmap(

@@ -1,7 +1,7 @@
 """PPO: the fine-tuned model learns to please the reward model, held near where it started.
 
 As InstructGPT (arXiv:2203.02155): KL penalty to the fine-tuned model in the reward, a critic that starts from the
-reward model, one pass of eight minibatches over each batch of episodes, and the pretraining gradient mixed in (ptx).
+reward model, one pass of minibatches over each batch of episodes, and the pretraining gradient mixed in (ptx).
 
 Run:     python -m experiments.ppo --init runs/sft/model --reward runs/reward/model
 Parent:  none
@@ -20,7 +20,7 @@ from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots
 from rlhf_jax import ppo as ppo_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.types import InputError, TrainState, check_positive
+from rlhf_jax.types import InputError, TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,16 @@ class Config:
     def __post_init__(self) -> None:
         positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
         check_positive(self, *positive, "save_every")
+        if not self.reward:
+            raise InputError("reward: expected at least one model directory")
         if self.pessimism and len(self.reward) < 2:
             raise InputError("pessimism needs the disagreement of several reward models: name more by --reward")
 
 
 def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] | None = None) -> TrainState:
     """Train, and write the run directory. A `score_text(prompt, response)` replaces the reward models' scores."""
+    if score_text and cfg.pessimism:
+        raise InputError("pessimism has no effect on scores that are not reward models': leave it out")
     policy = models.load(cfg.init, compute=cfg.compute)
     rewards = [models.load_reward(path, compute=cfg.compute) for path in cfg.reward]
     tokenizer = models.tokenizer_of(policy)
@@ -91,7 +95,7 @@ def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] |
         return optim.adamw(optim.schedule(cfg.schedule, lr, cfg.steps * updates, cfg.warmup), cfg.adam)
 
     tx = ppo_lib.optimizer(adam(cfg.lr), adam(cfg.critic_lr))
-    sampling_key, training_key = jax.random.split(jax.random.key(cfg.seed))
+    sampling_key, training_key = (named_key(cfg.seed, f"ppo/{use}") for use in ("sampling", "updates"))
     params = {"policy": policy.params, "critic": rewards[0].params}
     state = parallel.replicate(ppo_lib.init(params, tx, cfg.ppo, training_key))
     reference = parallel.replicate(held.params)

@@ -4,24 +4,33 @@ Run:     python -m experiments.ppo_gold --init runs/sft/model --reward runs/rewa
 Parent:  ppo
 """
 
+import dataclasses
 from pathlib import Path
 
-from experiments.ppo import Config, main
+from experiments import ppo
 from rlhf_jax import cli
 from rlhf_jax.data.tokenizer import Prompt, prompt_text
 from rlhf_jax.data.world import World
 from rlhf_jax.types import TrainState
 
 
-def against_gold(cfg: Config) -> TrainState:
-    """PPO on gold scores, stretched from [0, 1] to [-1, 1]; the reward model serves as the critic's start alone."""
-    world = World.generate(0)
+@dataclasses.dataclass(frozen=True)
+class Config(ppo.Config):
+    """The reward model serves as the critic's start alone."""
+
+    out: Path = Path("runs/ppo_gold")  # run directory; the model goes to its folder "model"
+    world: int = 0  # seed of the world that the prompts are of
+
+
+def main(cfg: Config) -> TrainState:
+    """PPO on gold scores, stretched from [0, 1] to [-1, 1]."""
+    world = World.generate(cfg.world)
 
     def score(prompt: Prompt, response: str) -> float:
         return 2 * world.gold(prompt_text(prompt), response).score - 1
 
-    return main(cfg, score)
+    return ppo.main(cfg, score)
 
 
 if __name__ == "__main__":
-    cli.run(against_gold, Config(out=Path("runs/ppo_gold")))
+    cli.run(main, Config())

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, sft, transformer
 from rlhf_jax.data import builders, pipeline, tokenizer
-from rlhf_jax.types import TrainState, check_positive
+from rlhf_jax.types import TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def new_model(cfg: Config, rows: builders.Rows) -> models.Model:
     config = dataclasses.replace(transformer.preset(cfg.preset), vocab_size=len(tok), compute=cfg.compute)
     module = transformer.Transformer(config)
     ones = jnp.ones((1, 2), jnp.int32)
-    params = jax.jit(module.init)(jax.random.fold_in(jax.random.key(cfg.seed), 1), ones, ones)["params"]
+    params = jax.jit(module.init)(named_key(cfg.seed, "pretrain/init"), ones, ones)["params"]
     return models.Model(config, params, tok, transformer.bind(module))
 
 
@@ -62,7 +62,7 @@ def main(cfg: Config) -> TrainState:
     print(f"{sum(x.size for x in jax.tree.leaves(model.params)):,} parameters, {jax.device_count()} devices")
 
     tx = optim.adamw(optim.cosine(cfg.lr, cfg.steps, cfg.warmup), weight_decay=cfg.weight_decay)
-    state = parallel.replicate(optim.init(model.params, tx, jax.random.key(cfg.seed)))
+    state = parallel.replicate(optim.init(model.params, tx, named_key(cfg.seed, "pretrain")))
     step_fn = parallel.pmap(functools.partial(sft.train_step, apply_fn=model.apply, tx=tx), donate=(0,))
     stream = iter(batches)
     with (
@@ -76,11 +76,10 @@ def main(cfg: Config) -> TrainState:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {"data": stream.get_state()})
         state = parallel.unreplicate(state)
+        models.save(model, state.params, cfg.out / "model")
         trained = dataclasses.replace(model, params=state.params)
         begun = [" ".join(row["text"].split()[:8]) for row in itertools.islice(rows, 8)]
-        sizes = {"length": cfg.length // 2, "max_new_tokens": cfg.length // 2}
-        run.samples(cfg.steps, rollout.say(trained, begun, jax.random.key(cfg.seed), **sizes))
-    models.save(model, state.params, cfg.out / "model")
+        run.samples(cfg.steps, rollout.say(trained, begun, named_key(cfg.seed, "pretrain/samples"), length=cfg.length))
     plots.curves(cfg.out, {"next-token loss (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]})
     return state
 

@@ -18,7 +18,7 @@ import numpy as np
 from rlhf_jax import cli, log, models, rollout, transformer
 from rlhf_jax.data import builders, labelers, pipeline
 from rlhf_jax.data.world import World
-from rlhf_jax.types import InputError, check_positive
+from rlhf_jax.types import InputError, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +43,24 @@ class Config:
     compute: transformer.Compute = transformer.Compute()
 
     def __post_init__(self) -> None:
-        check_positive(self, "prompts", "held_out", "people", "prompt_length", "max_new_tokens", "batch")
+        check_positive(self, "prompts", "held_out", "temperature", "prompt_length", "max_new_tokens", "batch")
+        if self.skip < 0:
+            raise InputError(f"skip={self.skip}: expected 0 or more")
+        if self.people < 2:
+            raise InputError(f"people={self.people}: expected at least 2 labelers, who may agree")
         if not 2 <= self.least <= self.most:
             raise InputError(f"least={self.least}, most={self.most}: expected 2 <= least <= most answers to rank")
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Write the rankings; returns how far labelers agree, and how often they tie."""
+    """Write the rankings; returns how far labelers agree."""
     model = models.load(cfg.init, compute=cfg.compute)
     tokenizer = models.tokenizer_of(model)
     world = World.generate(cfg.world)
     people = labelers.labelers(cfg.seed, cfg.people)
-    key = jax.random.key(cfg.seed)
     log.write_config(cfg.out, cfg)
     sizes = {"train": (cfg.skip, cfg.prompts), "held_out": (0, cfg.held_out)}
-    for stream, (split, (skip, count)) in enumerate(sizes.items()):
+    for split, (skip, count) in sizes.items():
         rng = random.Random(f"{cfg.seed}/{split}")
         spec = f"world:seed={cfg.world},rows={skip + count}"
         rows = builders.source(spec, "prompts", data_dir=cfg.data_dir, split=f"{split}[{skip}:]")
@@ -68,7 +71,7 @@ def main(cfg: Config) -> dict[str, float]:
             model,
             model.params,
             repeated,
-            jax.random.fold_in(key, stream),
+            named_key(cfg.seed, f"rank/{split}/{cfg.skip}"),
             batch=cfg.batch,
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,

@@ -8,15 +8,16 @@ Parent:  sft, best_of_n
 """
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
-import jax
+import numpy as np
 
 from experiments import sft
 from rlhf_jax import best_of_n, cli, log, models, rollout, scores, transformer
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import InputError, TrainState, check_positive
+from rlhf_jax.types import InputError, TrainState, check_positive, named_key
 
 
 # The type of the stage is quoted: by the time it was evaluated, the field would hide the module of its name.
@@ -40,7 +41,7 @@ class Config:
     sft: "sft.Config" = sft.Config(lr=3e-4, epochs=1)
 
     def __post_init__(self) -> None:
-        check_positive(self, "prompts", "prompt_length", "max_new_tokens", "batch")
+        check_positive(self, "prompts", "prompt_length", "max_new_tokens", "temperature", "batch")
         if self.best_of < 2:
             raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
 
@@ -63,14 +64,15 @@ def main(cfg: Config) -> TrainState:
     judge = models.load_reward(cfg.reward, compute=cfg.compute)
     models.check_vocabularies({cfg.init: model, cfg.reward: judge})
     tokenizer = models.tokenizer_of(model)
-    rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir, split=f"train[:{cfg.prompts}]")
-    prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
+    rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
+    some = itertools.islice(rows, cfg.prompts)
+    prompts, counts = pipeline.every_prompt(some, tokenizer, length=cfg.prompt_length)
     print(f"{cfg.data}: {counts}")
     sampled = rollout.episodes(
         model,
         model,
         best_of_n.repeat(prompts, cfg.best_of),
-        jax.random.key(cfg.seed),
+        named_key(cfg.seed, "rejection"),
         scores.reward_models([judge], tokenizer.eos_token_id),
         batch=cfg.batch,
         max_new_tokens=cfg.max_new_tokens,
@@ -78,9 +80,12 @@ def main(cfg: Config) -> TrainState:
     )
     picked = best_of_n.select(sampled, cfg.best_of)
     print(f"mean score: {sampled.score.mean():.2f} of all answers, {picked.score.mean():.2f} of the best of each")
+    print(f"{np.sum(~picked.ended)} prompts have no answer that ends, and are left out")
+    if not picked.ended.any():
+        raise InputError(f"max_new_tokens={cfg.max_new_tokens}: no answer ends within it, so there is nothing to learn")
     said = rollout.texts(tokenizer, picked.tokens[:, -cfg.max_new_tokens :], picked.response_mask)
     with best.open("w") as file:
-        for index, text in zip(picked.index, said, strict=True):
+        for index, text in zip(picked.index[picked.ended], itertools.compress(said, picked.ended), strict=True):
             file.write(json.dumps({"prompt": rows[int(index)]["prompt"], "completion": text}) + "\n")
     return sft.main(tune)
 

@@ -21,7 +21,7 @@ from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots
 from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.types import Params, Rankings, check_positive
+from rlhf_jax.types import Params, Rankings, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def main(cfg: Config) -> dict[str, float]:
     print(f"{cfg.data}: {batches.counts}")
     steps = batches.steps
 
-    key, head_key = jax.random.split(jax.random.key(cfg.seed))
+    key, head_key = named_key(cfg.seed, "reward"), named_key(cfg.seed, "reward/head")
     noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(model.config, dropout=cfg.dropout)))
     apply_fn = transformer.bind(heads.ScalarModel(model.config))
     scores = jax.jit(functools.partial(reward_lib.scores, apply_fn=apply_fn))

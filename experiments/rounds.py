@@ -1,9 +1,8 @@
 """Do fresh labels help? Policy and labelers take turns (arXiv:1706.03741, arXiv:1909.08593, section 2.3).
 
-Each round the current policy answers new prompts, people rank the answers, a reward model is learnt from all labels so
-far, and PPO goes on from where it was, held near the fine-tuned model as ever. Beside it the same number of labels, all
-on answers of the fine-tuned model, one reward model from them, and as much PPO. What the labels teach differs, and
-nothing else.
+Each round people rank answers to new prompts, a reward model is learnt from all labels so far, and PPO goes on from
+where it was, held near the fine-tuned model as ever. Online, it is the current policy that answers; offline, the
+fine-tuned model. The two have as many labels and as much PPO after each round.
 
 Run:     python -m experiments.rounds --init runs/sft/model
 Parent:  rank, reward, ppo, evaluate
@@ -22,7 +21,7 @@ from rlhf_jax.types import check_positive
 # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes are of one round; the defaults add up to those of the quickstart."""
+    """Sizes are of one round; the defaults add up to about those of the quickstart."""
 
     seed: int = 0  # of every stage
     out: Path = Path("runs/rounds")  # run directory; each arm and round has a folder in it
@@ -39,10 +38,34 @@ class Config:
         check_positive(self, "rounds")
 
 
+def stages(cfg: Config, out: Path, n: int, policy: Path, answering: Path) -> dict[str, Any]:
+    """The configuration of each stage of round `n`."""
+    shared: dict[str, Any] = {"data_dir": cfg.data_dir, "compute": cfg.compute}
+    answers: dict[str, Any] = {"temperature": cfg.ppo.ppo.temperature} | {
+        name: getattr(cfg.ppo, name) for name in ("prompt_length", "max_new_tokens")
+    }
+    skip, labels, judge = (n - 1) * cfg.rank.prompts, str(out / "labels.jsonl"), out / f"round{n}" / "reward" / "model"
+    given = {
+        "rank": {"init": answering, "skip": skip, "seed": cfg.seed} | answers,
+        "reward": {"init": cfg.init, "data": labels, "held_out": None, "seed": cfg.seed},
+        "ppo": {"init": policy, "reference": cfg.init, "reward": (judge,), "seed": cfg.seed + 1000 * n},
+    }
+    configs = {
+        name: cli.hand_down(name, getattr(cfg, name), **values, **shared, out=out / f"round{n}" / name)
+        for name, values in given.items()
+    }
+    judged = {"model": configs["ppo"].out / "model", "reference": cfg.init, "reward": judge, "seed": cfg.seed}
+    result = out / f"round{n}" / "evaluate.json"
+    return configs | {"evaluate": cli.hand_down("evaluate", cfg.evaluate, **judged, **answers, **shared, out=result)}
+
+
 def main(cfg: Config) -> dict[str, list[dict]]:
     """Run both arms; returns gold, the reward model's score and KL after each round."""
+    stages(
+        cfg, cfg.out, 1, cfg.init, cfg.init
+    )  # before anything runs, so that a flag without effect is refused at once
     log.write_config(cfg.out, cfg)
-    results = {"online": arm(cfg, fresh=True), "offline": arm(cfg, fresh=False)}
+    results = {"online": arm(cfg, online=True), "offline": arm(cfg, online=False)}
     (cfg.out / "rounds.json").write_text(json.dumps(results, indent=2) + "\n")
     names = {"gold": "gold (0 to 1)", "reward": "reward model's score", "kl": "KL to the reference (nats)"}
     print("\n" + f"{'labels':<10}{'round':>6}" + "".join(f"{label:>28}" for label in names.values()))
@@ -57,37 +80,20 @@ def main(cfg: Config) -> dict[str, list[dict]]:
     return results
 
 
-def arm(cfg: Config, fresh: bool) -> list[dict]:
-    """The rounds with labels on answers of the current policy or, unless `fresh`, of the fine-tuned model."""
-    out, policy, results = cfg.out / ("online" if fresh else "offline"), cfg.init, []
-    shared: dict[str, Any] = {"data_dir": cfg.data_dir, "compute": cfg.compute}
-    labels = out / "labels.jsonl"
-    answers = {"prompt_length": cfg.ppo.prompt_length, "max_new_tokens": cfg.ppo.max_new_tokens}
+def arm(cfg: Config, online: bool) -> list[dict]:
+    """The rounds, with labels on answers of the current policy or, unless `online`, of the fine-tuned model."""
+    out, policy, results = cfg.out / ("online" if online else "offline"), cfg.init, []
     out.mkdir(parents=True, exist_ok=True)
-    labels.write_text("")
+    (out / "labels.jsonl").write_text("")
     for n in range(1, cfg.rounds + 1):
-        here, seed = out / f"round{n}", cfg.seed + 1000 * n
-        for number in (n,) if fresh else range(1, cfg.rounds + 1) if n == 1 else ():
-            asked = dataclasses.replace(
-                cfg.rank,
-                **(shared | answers),
-                seed=cfg.seed + 1000 * number,
-                skip=(number - 1) * cfg.rank.prompts,
-                init=policy,
-                out=out / f"round{number}" / "rank",
-            )
-            rank.main(asked)
-            with labels.open("a") as file:
-                file.write((asked.out / "train.jsonl").read_text())
-        judge = (here if fresh else out / "round1") / "reward"
-        if fresh or n == 1:
-            learn = {"seed": cfg.seed, "init": cfg.init, "data": str(labels), "held_out": None, "out": judge}
-            reward.main(dataclasses.replace(cfg.reward, **(shared | learn)))
-        given = {"init": policy, "reference": cfg.init, "reward": (judge / "model",), "out": here / "ppo", "seed": seed}
-        ppo.main(dataclasses.replace(cfg.ppo, **(shared | given)))
-        policy = here / "ppo" / "model"
-        judged = {"model": policy, "reference": cfg.init, "reward": judge / "model", "out": here / "evaluate.json"}
-        result = evaluate.main(dataclasses.replace(cfg.evaluate, seed=cfg.seed, **(shared | answers | judged)))
+        stage = stages(cfg, out, n, policy, policy if online else cfg.init)
+        rank.main(stage["rank"])
+        with (out / "labels.jsonl").open("a") as labels:
+            labels.write((stage["rank"].out / "train.jsonl").read_text())
+        reward.main(stage["reward"])
+        ppo.main(stage["ppo"])
+        policy = stage["ppo"].out / "model"
+        result = evaluate.main(stage["evaluate"])
         results.append({name: result[name] for name in ("gold", "reward", "kl", "nll")})
     return results
 

@@ -46,7 +46,7 @@ from rlhf_jax import ppo as ppo_lib
 from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.types import InputError, Prompts, Rollout
+from rlhf_jax.types import InputError, Prompts, Rollout, named_key
 
 
 # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
@@ -212,7 +212,7 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequenc
         model,
         model.params,
         jax.tree.map(lambda x: np.repeat(x, cfg.best_of, axis=0), batch),
-        jax.random.key(cfg.seed),
+        named_key(cfg.seed, "sentiment/choices"),
         batch=cfg.sample_batch,
         max_new_tokens=cfg.ppo.max_new_tokens,
         temperature=cfg.ppo.ppo.temperature,
@@ -231,7 +231,7 @@ def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Pro
     reference = models.load(paths[0], compute=cfg.compute)
     scalar = models.load_reward(learnt, compute=cfg.compute)
     score = scores.reward_models([scalar], models.tokenizer_of(reference).eos_token_id)
-    key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+    key = named_key(cfg.seed, "sentiment/continuations")
     for path in paths:
         yield rollout.episodes(
             models.load(path, compute=cfg.compute),

@@ -19,7 +19,7 @@ import numpy as np
 
 from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, sft, transformer
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import TrainState, check_positive
+from rlhf_jax.types import TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def main(cfg: Config) -> TrainState:
         )
 
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay)
-    state = parallel.replicate(optim.init(model.params, tx, jax.random.key(cfg.seed)))
+    state = parallel.replicate(optim.init(model.params, tx, named_key(cfg.seed, "sft")))
     apply_fn = transformer.bind(transformer.Transformer(dataclasses.replace(model.config, dropout=cfg.dropout)))
     step_fn = parallel.pmap(functools.partial(sft.train_step, apply_fn=apply_fn, tx=tx), donate=(0,))
     with (
@@ -80,11 +80,10 @@ def main(cfg: Config) -> TrainState:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
         state = parallel.unreplicate(state)
+        models.save(model, state.params, cfg.out / "model")
         trained = dataclasses.replace(model, params=state.params)
         asked = [row["prompt"] if "prompt" in row else row["messages"][:-1] for row in itertools.islice(rows, 8)]
-        sizes = {"length": cfg.length // 2, "max_new_tokens": cfg.length // 2}
-        run.samples(steps, rollout.say(trained, asked, jax.random.key(cfg.seed), **sizes))
-    models.save(model, state.params, cfg.out / "model")
+        run.samples(steps, rollout.say(trained, asked, named_key(cfg.seed, "sft/samples"), length=cfg.length))
     plots.curves(
         cfg.out, {"next-token loss on answers and text (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]}
     )

@@ -22,6 +22,10 @@ def repeat(prompts: Prompts, n: int) -> Prompts:
 
 
 def select(episodes: Rollout, n: int) -> Rollout:
-    """The episode with the highest score of each n consecutive ones, among equals the first; on the host."""
-    best = np.argmax(episodes.score.reshape(-1, n), axis=1) + n * np.arange(len(episodes.score) // n)
+    """The episode with the highest score of each n consecutive ones, among equals the first; on the host.
+
+    A response without EOS is picked only where none of the n has one: a reward model has never read such.
+    """
+    score = np.where(episodes.ended, episodes.score, episodes.score - 2 * np.ptp(episodes.score) - 1).reshape(-1, n)
+    best = np.argmax(score, axis=1) + n * np.arange(len(score))
     return jax.tree.map(lambda x: x[best], episodes)

@@ -30,6 +30,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise InputError(f"beta={self.beta}: expected more than 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise InputError(f"label_smoothing={self.label_smoothing}: expected a probability in [0, 0.5)")
         if self.loss == "ipo" and self.label_smoothing:
             raise InputError("label_smoothing has no effect with loss=ipo: leave it out")
 

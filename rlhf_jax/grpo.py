@@ -94,7 +94,7 @@ def loss(
     value = value * count / total
     metrics = {"loss/policy": value} | {f"policy/{name}": x for name, x in found.items()}
     if cfg.kl_in == "loss":
-        kl = kl_estimate(logp, rollout.logp_ref, "k3") * weight
+        kl = kl_estimate(jnp.where(mask, logp, rollout.logp_ref), rollout.logp_ref, "k3") * weight  # finite at padding
         metrics["loss/kl"] = masked_mean(kl, mask, total)
         value = value + cfg.kl_coef * metrics["loss/kl"]
     more, found = updates.extras(params["policy"], logits, mask, count, text, policy_fn=policy_fn, cfg=cfg, axis=axis)

@@ -153,6 +153,7 @@ class Run:
         It goes to `samples.jsonl` (a line a row, after those of earlier steps), `samples.md` (this table only) and
         TensorBoard.
         """
+        self.flush()  # Weights & Biases takes no step after a later one
         if not self._main or not rows:
             return
         table = [{k: v if isinstance(v, str | None) else _number(k, v) for k, v in row.items()} for row in rows]

@@ -187,7 +187,9 @@ def loss(
     metrics |= {"loss/value": critic} | {f"value/{name}": value for name, value in found.items()}
     total = policy + cfg.value_coef * critic
     if cfg.kl_in == "loss":
-        metrics["loss/kl"] = masked_mean(penalized(logp, rollout.logp_ref, cfg), mask, count)
+        metrics["loss/kl"] = masked_mean(
+            penalized(jnp.where(mask, logp, rollout.logp_ref), rollout.logp_ref, cfg), mask, count
+        )
         total = total + kl_coef * metrics["loss/kl"]
     more, found = updates.extras(params["policy"], logits, mask, count, text, policy_fn=policy_fn, cfg=cfg, axis=axis)
     return total + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}

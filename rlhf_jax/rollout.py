@@ -12,7 +12,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models import Model, tokenizer_of
-from rlhf_jax.types import Params, Prompts, Rollout
+from rlhf_jax.types import InputError, Params, Prompts, Rollout
 
 
 def response_logits(
@@ -151,16 +151,25 @@ def respond(
     return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
 
 
-def say(
-    model: Model, prompts: Sequence[tokenizer_lib.Prompt], key: jax.Array, *, length: int, max_new_tokens: int
-) -> list[dict[str, str]]:
-    """A response to each prompt of at most `length` tokens, as rows of a table of samples."""
+def say(model: Model, prompts: Sequence[tokenizer_lib.Prompt], key: jax.Array, *, length: int) -> list[dict[str, str]]:
+    """A response to each prompt that takes up at most half of `length` tokens, as rows of a table of samples."""
     tokenizer = tokenizer_of(model)
-    batch, _ = pipeline.every_prompt([{"prompt": prompt} for prompt in prompts], tokenizer, length=length)
-    if not len(batch.index):
+    half = min(length, model.config.max_length) // 2
+    try:
+        batch, _ = pipeline.every_prompt([{"prompt": prompt} for prompt in prompts], tokenizer, length=half)
+    except InputError:  # they are all too long: there is nothing to show
         return []
-    sizes = {"batch": jax.device_count() * -(-len(batch.index) // jax.device_count()), "max_new_tokens": max_new_tokens}
-    sample = respond(model, model.params, batch, key, temperature=1.0, eos_id=tokenizer.eos_token_id, **sizes)
+    rows = jax.device_count() * -(-len(batch.index) // jax.device_count())
+    sample = respond(
+        model,
+        model.params,
+        batch,
+        key,
+        batch=rows,
+        max_new_tokens=half,
+        temperature=1.0,
+        eos_id=tokenizer.eos_token_id,
+    )
     said = zip(batch.index, texts(tokenizer, sample.tokens, sample.mask), strict=True)
     return [{"prompt": tokenizer_lib.prompt_text(prompts[index]), "response": text} for index, text in said]
 

@@ -343,11 +343,16 @@ class Transformer(nn.Module):
         return self.unembed(self.hidden(tokens, segment, keys)[0][:, start:stop])
 
 
-def bind(module: nn.Module) -> Callable:
-    """`module.apply` on bare parameters: the `apply_fn(params, tokens, segment, ...)` that every step takes."""
+def bind(module: Any) -> Callable:
+    """`module.apply` on bare parameters: the `apply_fn(params, tokens, segment, ...)` that every step takes.
+
+    A float32 trunk is float32 on every device: some compute such matrix products in bfloat16 unless told otherwise.
+    """
+    precision = "highest" if module.config.compute.dtype == "float32" else None
 
     def apply_fn(params: Params, *args: Any, **kwargs: Any) -> Any:
-        return module.apply({"params": params}, *args, **kwargs)
+        with jax.default_matmul_precision(precision):
+            return module.apply({"params": params}, *args, **kwargs)
 
     return apply_fn
 

@@ -15,6 +15,7 @@ A *segment* array is a mask that can also tell packed documents apart: 0 is padd
 documents of one row ascend from 1. A bool mask is a segment array with one document a row.
 """
 
+import zlib
 from typing import Any
 
 import jax
@@ -35,6 +36,11 @@ def check_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise InputError(f"{name}={value}: expected more than 0")
+
+
+def named_key(seed: int, use: str) -> jax.Array:
+    """The key that `seed` gives for one use of it, such as "ppo/sampling": no two uses share noise."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode()))
 
 
 class TrainState(struct.PyTreeNode):

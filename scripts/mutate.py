@@ -1,4 +1,4 @@
-"""Breaks each maths function in a handful of ways, and shows that the suite catches each one.
+"""Breaks the functions of the maths in a handful of ways each, and shows that the suite catches each one.
 
     python scripts/mutate.py                 every mutant; exits with 1 if one survives
     python scripts/mutate.py --only gae      those of one function
@@ -255,22 +255,26 @@ def changed(mutant: Mutant) -> str:
 
 def caught(mutant: Mutant) -> bool:
     """Whether a test fails under the mutant."""
-    source = changed(mutant)
+    return not passes(mutant.module, changed(mutant))
+
+
+def passes(module: str, source: str) -> bool:
+    """Whether the tests of a module pass when this is its source."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "docs", "*.egg-info"))
         if (shared := ROOT.parent / "shared").is_dir():
             (Path(folder) / "shared").symlink_to(shared)
-        (copy / "rlhf_jax" / f"{mutant.module}.py").write_text(source)
-        names = [f"test_{mutant.module}", *EXTRA.get(mutant.module, [])]
+        (copy / "rlhf_jax" / f"{module}.py").write_text(source)
+        names = [f"test_{module}", *EXTRA.get(module, [])]
         tests = [f"tests/{name}.py" for name in names if (copy / "tests" / f"{name}.py").exists()]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         run = subprocess.run(
             command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True
         )
         if run.returncode not in (0, 1):
-            raise SystemExit(f"{mutant}: pytest ended with {run.returncode}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-        return run.returncode == 1
+            raise SystemExit(f"{module}: pytest ended with {run.returncode}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+        return run.returncode == 0
 
 
 def main() -> int:
@@ -281,7 +285,12 @@ def main() -> int:
     chosen = [m for m in MUTANTS if args.only in (None, m.function, m.module)]
     for mutant in chosen:
         changed(mutant)  # so that one that no longer fits the source is reported at once
+    if not chosen:
+        parser.error(f"--only {args.only}: no mutant of that function or module")
     start, survivors = time.monotonic(), []
+    for module in dict.fromkeys(mutant.module for mutant in chosen):
+        if not passes(module, (ROOT / "rlhf_jax" / f"{module}.py").read_text()):
+            raise SystemExit(f"{module}: its tests fail without any change, so they would catch everything")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for n, (mutant, found) in enumerate(zip(chosen, pool.map(caught, chosen), strict=True), 1):
             if not found:

@@ -1,8 +1,10 @@
 """What every test runs under: eight CPU devices, and numerical sloppiness as an error."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before jax is imported. A flag of the user's comes later, and so prevails.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
@@ -29,6 +31,26 @@ def quick_compiling() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict]:
+    """The configuration of a quickstart of two steps a stage, after it ran, and its summary."""
+    from experiments import assistant
+    from tests.quickstart import TINY
+
+    cfg = dataclasses.replace(TINY, out=tmp_path_factory.mktemp("runs") / "quickstart")
+    jax.config.update("jax_disable_most_optimizations", True)
+    summary = assistant.main(cfg)
+    jax.config.update("jax_disable_most_optimizations", False)
+    return cfg, summary
+
+
+@pytest.fixture
+def flags(done: tuple[Any, dict], tmp_path: Path) -> list:
+    """Flags with which an experiment finds what the quickstart left, and leaves it alone."""
+    cfg, _ = done
+    return ["--data-dir", cfg.out / "data", "--out", tmp_path / "run"]
 
 
 @pytest.fixture(scope="session")

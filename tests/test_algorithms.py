@@ -7,15 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from experiments import best_of_n, dpo, grpo, ppo, ppo_gold, rejection, rloo, rounds, sft
+from experiments import best_of_n, dpo, evaluate, grpo, ppo, ppo_gold, rank, rejection, reward, rloo, rounds, sft
 from rlhf_jax import grpo as grpo_lib
 from rlhf_jax import log, models
 from rlhf_jax import rloo as rloo_lib
 from rlhf_jax.types import InputError
-from tests.test_experiments import LENGTHS, done, flags, metrics_of, refused
+from tests.quickstart import LENGTHS, metrics_of, refused
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-__all__ = ["done", "flags"]  # fixtures
+pytestmark = [pytest.mark.usefixtures("quick_compiling"), pytest.mark.xdist_group("quickstart")]
 
 
 def given(cfg, out, *names) -> dict:
@@ -68,11 +67,14 @@ def test_dpo_learns_from_rankings(done, tmp_path):
 def test_rejection_sampling_learns_the_best_answers(done, tmp_path):
     cfg, _ = done
     tune = dataclasses.replace(cfg.sft, text=None, data=sft.Config().data)
-    settings = {"data": "world:rows=100", "prompts": 16, "best_of": 2, "batch": 16, **LENGTHS, "sft": tune}
-    state = rejection.main(rejection.Config(**settings, **given(cfg, tmp_path, "init", "reward", "out")))
+    settings = {"data": "world:rows=100", "prompts": 16, "best_of": 16, "batch": 64, "sft": tune}
+    config = rejection.Config(**settings, **given(cfg, tmp_path, "init", "reward", "out"), prompt_length=40)
+    state = rejection.main(dataclasses.replace(config, max_new_tokens=60))
     rows = log.read(tmp_path, "best.jsonl")
-    assert len(rows) == 16 and all(set(row) == {"prompt", "completion"} for row in rows)
+    assert 8 <= len(rows) <= 16 and all(set(row) == {"prompt", "completion"} for row in rows)
     assert int(state.step) == len(metrics_of(tmp_path / "sft")) > 0
+    with pytest.raises(InputError, match="max_new_tokens=1: no answer ends within it"):
+        rejection.main(dataclasses.replace(config, max_new_tokens=1, best_of=2))
     with pytest.raises(InputError, match="best_of=1: expected at least 2"):
         rejection.Config(best_of=1)
 
@@ -90,8 +92,8 @@ def test_best_of_n_is_an_evaluation(done, tmp_path):
 
 def test_ppo_against_a_function_of_the_text(done, tmp_path):
     cfg, _ = done
-    paths = given(cfg, tmp_path, "init", "rewards", "out")
-    ppo_gold.against_gold(dataclasses.replace(cfg.ppo, text=None, **paths))
+    settings = vars(cfg.ppo) | {"text": None} | given(cfg, tmp_path, "init", "rewards", "out")
+    ppo_gold.main(ppo_gold.Config(**settings))
     assert all(-1 <= row["score"] <= 1 for row in log.read(tmp_path, "samples.jsonl"))
 
 
@@ -115,23 +117,38 @@ def test_several_reward_models_and_a_reference_of_its_own(done, tmp_path, capsys
     assert "pessimism needs the disagreement of several reward models" in said
 
 
-@pytest.mark.slow
-def test_rounds_of_labels(done, tmp_path):
+def test_rounds_of_labels(done, tmp_path, monkeypatch, capsys):
+    """What each stage of each round is given, without running them."""
     cfg, _ = done
-    config = rounds.Config(
-        rounds=2,
-        rank=dataclasses.replace(cfg.rank, prompts=8),
-        reward=cfg.reward,
-        ppo=dataclasses.replace(cfg.ppo, steps=1, text=None),
-        evaluate=cfg.evaluate,
-        **given(cfg, tmp_path, "init", "out"),
-    )
+    ran = []
+
+    def stage(name):
+        def main(config):
+            ran.append((name, config))
+            if name == "rank":
+                config.out.mkdir(parents=True)
+                (config.out / "train.jsonl").write_text(f"{config.init} {config.skip}\n")
+            return {"gold": 0.5, "reward": 0.25, "kl": 1.0, "nll": 2.0}
+
+        return main
+
+    for name, module in {"rank": rank, "reward": reward, "ppo": ppo, "evaluate": evaluate}.items():
+        monkeypatch.setattr(module, "main", stage(name))
+    tuned = cfg.out / "sft" / "model"
+    config = rounds.Config(rounds=2, rank=rank.Config(prompts=8), **given(cfg, tmp_path, "init", "out"))
     result = rounds.main(config)
     assert json.loads((tmp_path / "rounds.json").read_text()) == result
-    assert [len(rows) for rows in result.values()] == [2, 2]
-    labels = {arm: log.read(tmp_path / arm, "labels.jsonl") for arm in result}
-    assert [len(rows) for rows in labels.values()] == [16, 16]
-    asked = {arm: {row["prompt"][0]["content"] for row in rows} for arm, rows in labels.items()}
-    assert asked["online"] == asked["offline"] and len(asked["online"]) > 8  # no prompt twice
-    assert labels["online"][:8] == labels["offline"][:8] and labels["online"][8:] != labels["offline"][8:]
-    assert (tmp_path / "rounds.png").is_file() and not (tmp_path / "offline" / "round2" / "reward").exists()
+    assert [len(rows) for rows in result.values()] == [2, 2] and (tmp_path / "rounds.png").is_file()
+    first = tmp_path / "online" / "round1" / "ppo" / "model"
+    for arm, answering in {"online": first, "offline": tuned}.items():
+        assert (tmp_path / arm / "labels.jsonl").read_text() == f"{tuned} 0\n{answering} 8\n"
+        here = [(name, config) for name, config in ran if config.out.is_relative_to(tmp_path / arm)]
+        assert [name for name, _ in here] == ["rank", "reward", "ppo", "evaluate"] * 2
+        learn, improve, judge = (config for _, config in here[5:])
+        assert learn.data == str(tmp_path / arm / "labels.jsonl") and learn.init == tuned
+        assert improve.init == tmp_path / arm / "round1" / "ppo" / "model" and improve.reference == tuned
+        assert improve.reward == (learn.out / "model",) == (judge.reward,)
+        assert judge.model == improve.out / "model" and judge.reference == tuned
+        assert improve.seed != here[2][1].seed  # no two rollouts share noise
+    said = refused(capsys, rounds.main, config, "--ppo.init", "elsewhere")
+    assert "--ppo.init has no effect here, where other flags decide it" in said

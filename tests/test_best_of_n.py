@@ -23,14 +23,17 @@ def test_the_best_of_each_group_is_kept_whole():
         response_mask=row[:, None],
         logp=row[:, None],
         logp_ref=row[:, None],
-        ended=row,
+        ended=np.array([1, 1, 1, 1, 1, 0], bool),
         index=repeated.index,
         score=np.array([0.5, 2.0, 2.0, -1.0, -3.0, -0.5]),
     )
     best = best_of_n.select(episodes, 3)
-    np.testing.assert_array_equal(best.tokens[:, 0], [1, 5])
+    # The last one has the highest score of its group, and no end.
+    np.testing.assert_array_equal(best.tokens[:, 0], [1, 3])
     np.testing.assert_array_equal(best.index, [3, 9])
     assert best.value is None
+    nobody = best_of_n.select(episodes.replace(ended=np.zeros(6, bool)), 3)
+    np.testing.assert_array_equal(nobody.tokens[:, 0], [1, 5])
 
 
 def test_one_of_one_is_itself():

@@ -8,45 +8,15 @@ import pytest
 
 from experiments import assistant, evaluate, ppo, ppo_instructgpt, presets, pretrain, rank, reward, sft
 from rlhf_jax import checkpoint, cli, log, models, optim, transformer
-from rlhf_jax import ppo as ppo_lib
 from rlhf_jax import sft as sft_lib
 from rlhf_jax.data import tokenizer
 from rlhf_jax.types import InputError
 from tests import tiny
+from tests.quickstart import TINY, metrics_of, refused
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
+pytestmark = [pytest.mark.usefixtures("quick_compiling"), pytest.mark.xdist_group("quickstart")]
 
 SPLITS = {"data": "train", "held_out": "held_out"}  # fields of reward.Config, and files of rank's run directory
-LENGTHS = {"prompt_length": 40, "max_new_tokens": 8}
-TINY = assistant.Config(
-    best_of=2,
-    pretrain=pretrain.Config(data="world:rows=200", preset="tiny", vocab_size=512, batch=8, steps=2, warmup=1),
-    sft=sft.Config(data="world:rows=24", text="world:rows=200", batch=8, text_batch=8, epochs=1),
-    rank=rank.Config(prompts=16, held_out=8, batch=16, **LENGTHS),
-    reward=reward.Config(length=64, batch=8, epochs=1, dropout=0.0),
-    ppo=ppo.Config(
-        data="world:rows=100",
-        text="world:rows=200",
-        batch=16,
-        steps=2,
-        warmup=1,
-        samples_every=1,
-        ppo=ppo_lib.Config(minibatches=2),
-        **LENGTHS,
-    ),
-    evaluate=evaluate.Config(prompts=16, texts=60, batch=16, **LENGTHS),
-)
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """The configuration of a quickstart of two steps a stage, after it ran, and its summary."""
-    cfg = dataclasses.replace(TINY, out=tmp_path_factory.mktemp("runs") / "quickstart")
-    return cfg, assistant.main(cfg)
-
-
-def metrics_of(directory):
-    return [{name: x for name, x in row.items() if name != "time"} for row in log.read(directory)]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +134,7 @@ def test_the_published_settings_run_and_save_the_averaged_policy(done, tmp_path)
         text="world:rows=200",
         text_batch=8,
         init=cfg.out / "sft" / "model",
-        reward=cfg.out / "reward" / "model",
+        reward=(cfg.out / "reward" / "model",),
         data_dir=cfg.out / "data",
         out=tmp_path / "fork",
         ppo=dataclasses.replace(presets.instructgpt.ppo, minibatches=2),
@@ -190,7 +160,7 @@ def test_how_a_model_is_computed_is_a_setting_of_each_stage(done, tmp_path, stag
     if stage == "reward":
         given |= {name: str(cfg.out / "rank" / f"{split}.jsonl") for name, split in SPLITS.items()}
     if stage == "ppo":
-        given |= {"reward": cfg.out / "reward" / "model"}
+        given |= {"reward": (cfg.out / "reward" / "model",)}
     main(dataclasses.replace(getattr(cfg, stage), **given))
     loss = "loss/value" if stage == "ppo" else "loss/bradley_terry" if stage == "reward" else "loss/next_token"
     half, full = metrics_of(tmp_path)[0][loss], metrics_of(cfg.out / stage)[0][loss]
@@ -214,24 +184,6 @@ def test_the_seed_reproduces_a_run_exactly(done, tmp_path):
 # What a user can get wrong --------------------------------------------------------------------------------------------
 
 
-def refused(capsys, main, default, *flags) -> str:
-    """What an experiment says on stderr, in one line, when it refuses these flags."""
-    with pytest.raises(SystemExit) as stop:
-        cli.run(main, default, [str(flag) for flag in flags])
-    assert stop.value.code == cli.USAGE
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if "step/s" not in line]
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    return lines[0]
-
-
-@pytest.fixture
-def flags(done, tmp_path):
-    """Flags with which an experiment finds what the quickstart left, and leaves it alone."""
-    cfg, _ = done
-    return ["--data-dir", cfg.out / "data", "--out", tmp_path / "run"]
-
-
 @pytest.mark.parametrize("main", [pretrain.main, sft.main])
 def test_a_batch_that_does_not_divide_over_the_devices(done, flags, capsys, main):
     cfg, _ = done
@@ -244,7 +196,7 @@ def test_a_batch_that_does_not_divide_over_the_devices(done, flags, capsys, main
 def test_a_minibatch_that_does_not_divide_over_the_devices(done, flags, capsys):
     cfg, _ = done
     default = dataclasses.replace(
-        cfg.ppo, init=cfg.out / "sft" / "model", reward=cfg.out / "reward" / "model", text=None
+        cfg.ppo, init=cfg.out / "sft" / "model", reward=(cfg.out / "reward" / "model",), text=None
     )
     said = refused(capsys, ppo.main, default, *flags, "--ppo.minibatches", 4)
     assert "a minibatch of 4 rows does not divide over 8 devices: use fewer minibatches" in said

@@ -198,8 +198,10 @@ def prompts(
 
 
 def every_prompt(source: Iterable[Row], tokenizer: Tokenizer, *, length: int) -> tuple[Prompts, Counts]:
-    """All usable prompts at once, in the order of the source: for evaluation."""
+    """All usable prompts at once, in the order of the source. Raises InputError when there are none."""
     fill, kept, counts = _prompts(source, tokenizer, length)
+    if not kept:
+        raise InputError(f"prompts: none can be used, with up to {length} tokens; {counts}")
     return fill(np.arange(kept)), counts
 
 
