@@ -32,7 +32,7 @@ from rlhf_jax import sft as sft_lib
 from rlhf_jax.data import tokenizer
 from rlhf_jax.types import InputError
 from tests import tiny
-from tests.quickstart import TINY, metrics_of, refused
+from tests.quickstart import LENGTHS, TINY, metrics_of, refused
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
