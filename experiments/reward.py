@@ -11,13 +11,14 @@ Parent:  sft
 import dataclasses
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, transformer
+from rlhf_jax import calibration, checkpoint, cli, heads, log, models, optim, parallel, plots, transformer
 from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
@@ -50,13 +51,21 @@ class Config:
         check_positive(self, "length", "batch", "epochs", "save_every")
 
 
-def accuracy(params: Params, apply_fn: Callable, batches: Iterable[Rankings]) -> float:
-    """Share of the pairs that the scores order as their labeler did."""
-    evaluate = parallel.pmap(functools.partial(reward_lib.evaluate, apply_fn=apply_fn))
-    spread = parallel.replicate(params)
-    totals = [parallel.unreplicate(evaluate(spread, parallel.shard(batch))) for batch in batches]
-    correct, pairs = np.sum(jax.device_get(totals), axis=0)
-    return float(correct / pairs)
+def record(out: Path, pairs: calibration.Pairs) -> float:
+    """Write how far scores that are not normalised can be believed: calibration.json and .png. Returns the accuracy."""
+    error, reliability = calibration.reliability(pairs.margin)
+    panels = {
+        f"accuracy by confidence (error {error:.3f})": reliability,
+        "accuracy by margin of scores": calibration.by(np.abs(pairs.margin), pairs.margin),
+        "accuracy by length, preferred less other (tokens)": calibration.by(pairs.longer, pairs.margin),
+    }
+    accuracy = float(calibration.correct(pairs.margin).mean())
+    result: dict = {"accuracy": accuracy, "expected_calibration_error": error, "pairs": len(pairs.margin)}
+    result |= {label: [one._asdict() for one in bins] for label, bins in panels.items()}
+    (out / "calibration.json").write_text(json.dumps(result, indent=2) + "\n")
+    lines = {label: {"held out": [(one.at, one.accuracy) for one in bins]} for label, bins in panels.items()}
+    plots.lines(out / "calibration.png", lines, x="")
+    return accuracy
 
 
 def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, score_fn: Callable, length: int) -> list:
@@ -88,13 +97,21 @@ def main(cfg: Config) -> dict[str, float]:
     key, head_key = named_key(cfg.seed, "reward"), named_key(cfg.seed, "reward/head")
     noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(model.config, dropout=cfg.dropout)))
     apply_fn = transformer.bind(heads.ScalarModel(model.config))
-    scores = jax.jit(functools.partial(reward_lib.scores, apply_fn=apply_fn))
+    scores = parallel.pmap(functools.partial(reward_lib.scores, apply_fn=apply_fn))
+
+    def scored(params: Params, batches: Iterable[Rankings]) -> tuple[np.ndarray, ...]:
+        """Score [B, K], rank and length of all of them, on the host."""
+        spread = parallel.replicate(params)
+        found = [
+            (parallel.gather(scores(spread, parallel.shard(batch))), batch.rank, batch.mask.sum(axis=2))
+            for batch in batches
+        ]
+        return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
     def normalized(params: Params) -> Params:
         """With mean 0 and standard deviation 1 on the training answers: samples of the reference, ranked or not."""
-        pairs = [(scores(params, batch), batch.rank >= 0) for batch in sample]
-        score = np.concatenate([np.asarray(score)[present] for score, present in pairs])
-        return reward_lib.normalize(params, float(score.mean()), float(score.std()))
+        score, rank, _ = scored(params, sample)
+        return reward_lib.normalize(params, float(score[rank >= 0].mean()), float(score[rank >= 0].std()))
 
     params = heads.from_policy(model.params, model.config, head_key)
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay)
@@ -119,10 +136,11 @@ def main(cfg: Config) -> dict[str, float]:
         run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, score_fn, cfg.length))
     models.save(model, params, cfg.out / "model")
     plots.curves(cfg.out, {"loss (nats)": [name], "training accuracy (share of pairs)": ["reward/accuracy"]})
-    result = {"accuracy": accuracy(params, apply_fn, measured)} if measured else {}
-    for name, value in result.items():
-        print(f"{name} on held-out comparisons: {100 * value:.1f} %")
-    return result
+    if measured is None:
+        return {}
+    accuracy = record(cfg.out, calibration.pairs(*scored(parallel.unreplicate(state).params, measured)))
+    print(f"accuracy on held-out comparisons: {100 * accuracy:.1f} %")
+    return {"accuracy": accuracy}
 
 
 if __name__ == "__main__":

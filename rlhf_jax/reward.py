@@ -127,7 +127,9 @@ def pairwise_accuracy(score: Float[Array, "B K"], rank: Int[Array, "B K"]) -> Fl
     return correct / jnp.maximum(pairs, 1)
 
 
-def scores(params: Params, batch: Rankings, apply_fn: Callable, keys: Array | None = None) -> Float[Array, "B K"]:
+def scores(
+    params: Params, batch: Rankings, apply_fn: Callable, keys: Array | None = None, axis: str | None = None
+) -> Float[Array, "B K"]:
     """One forward pass a response. `apply_fn(params, tokens, mask, keys)` returns a scalar a token."""
     rows, responses, length = batch.tokens.shape
     tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
@@ -161,11 +163,6 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
     }
     return optim.apply_gradients(state, grads, tx), metrics
-
-
-def evaluate(params: Params, batch: Rankings, *, apply_fn: Callable, axis: str | None = None) -> tuple[Array, Array]:
-    """Correct pairs and pairs of the global batch."""
-    return parallel.psum(correct_pairs(scores(params, batch, apply_fn), batch.rank), axis)
 
 
 def normalize(params: Params, mean: float, std: float) -> Params:

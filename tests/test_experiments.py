@@ -71,6 +71,10 @@ def test_the_reward_model_shows_how_it_orders(done):
     assert [row["response"] for row in rows] == [text for row in ranked for text in row["responses"]]
     assert [row["rank"] for row in rows] == [rank for row in ranked for rank in row["ranks"]]
     assert len({row["score"] for row in rows}) > 1
+    calibration = json.loads((cfg.out / "reward" / "calibration.json").read_text())
+    assert 0 <= calibration["expected_calibration_error"] <= 1 and calibration["pairs"] > 0
+    assert all(sum(one["pairs"] for one in bins) == calibration["pairs"] for bins in list(calibration.values())[3:])
+    assert (cfg.out / "reward" / "calibration.png").is_file()
 
 
 def test_ppo_shows_what_it_samples(done):
