@@ -52,6 +52,7 @@ def test_from_tokens_oracle():
 POLICY = transformer.bind(transformer.Transformer(tiny.GPT))
 TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
 STEP = functools.partial(dpo.train_step, apply_fn=POLICY, tx=TX)
+LOGPROBS = jax.jit(functools.partial(dpo.response_logprobs, apply_fn=POLICY))
 
 
 def batch(seed: int, rows: int = 8, responses: int = 4) -> Rankings:
@@ -70,7 +71,7 @@ def batch(seed: int, rows: int = 8, responses: int = 4) -> Rankings:
 
 def test_a_response_is_scored_without_its_prompt():
     rows = batch(0)
-    found = jax.jit(functools.partial(dpo.response_logprobs, apply_fn=POLICY))(tiny.policy(), rows)
+    found = LOGPROBS(tiny.policy(), rows)
     row, k = np.argwhere(rows.rank >= 0)[-1]
     tokens, start, length = rows.tokens[row, k], int(rows.start[row]), int(rows.mask[row, k].sum())
     logp = jax.nn.log_softmax(jax.jit(POLICY)(tiny.policy(), tokens[None, :length], jnp.ones((1, length), bool))[0])
@@ -82,7 +83,7 @@ def test_a_response_is_scored_without_its_prompt():
 def test_a_step_averages_pairs_then_prompts(cfg):
     rows, policy, reference = batch(1), tiny.policy(), tiny.policy(seed=3)
     _, metrics = jax.jit(functools.partial(STEP, cfg=cfg))(optim.init(policy, TX, jax.random.key(0)), rows, reference)
-    gain = np.subtract(*(dpo.response_logprobs(params, rows, POLICY) for params in (policy, reference)))
+    gain = np.subtract(*(LOGPROBS(params, rows) for params in (policy, reference)))
     losses, correct = [], []
     for score, rank in zip(gain, rows.rank, strict=True):
         pairs = [(i, j) for i in range(4) for j in range(4) if 0 <= rank[i] < rank[j]]

@@ -35,10 +35,15 @@ def step(name):
     return functools.partial(train_step, policy_fn=POLICY, tx=TX, cfg=cfg), cfg
 
 
-@BOTH
+@functools.cache
+def compiled(name):
+    return jax.jit(step(name)[0])
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_one_device_equals_eight(name):
     train, cfg = step(name)
-    one, eight = jax.jit(train), parallel.pmap(train, donate=(0,))
+    one, eight = compiled(name), parallel.pmap(train, donate=(0,))
     state, spread = init(cfg), parallel.replicate(init(cfg))
     count = cfg.epochs * cfg.minibatches
     for seed in range(3):
@@ -51,12 +56,12 @@ def test_one_device_equals_eight(name):
 
 @BOTH
 def test_the_first_pass_has_ratio_one(name):
-    train, cfg = step(name)
+    _, cfg = step(name)
     logp = LOGPROBS(tiny.policy(), EPISODES.tokens, EPISODES.mask)
     sampled = EPISODES.replace(logp=jnp.where(EPISODES.response_mask, logp, 0.0))
-    assert jax.jit(train)(init(cfg), sampled)[1]["ratio/first_error"] < 1e-4
+    assert compiled(name)(init(cfg), sampled)[1]["ratio/first_error"] < 1e-4
     off = sampled.replace(logp=sampled.logp.at[0, 0].add(0.1))
-    assert jax.jit(train)(init(cfg), off)[1]["ratio/first_error"] > 0.05
+    assert compiled(name)(init(cfg), off)[1]["ratio/first_error"] > 0.05
 
 
 def gradient(module, cfg, rollout):
@@ -111,7 +116,9 @@ def test_grpo_adds_k3_to_the_loss_or_k1_to_the_reward():
     for mean, weight in {"sequence": 1 / (16 * lengths[:, None]), "token": 1 / lengths.sum()}.items():
         cfg = grpo.Config(group=4, kl_coef=0.3, mean=mean)
         batch, _ = grpo.experience(sampled, cfg)
-        value, metrics = grpo.loss({"policy": tiny.policy()}, batch, policy_fn=POLICY, cfg=cfg)
+        value, metrics = jax.jit(functools.partial(grpo.loss, policy_fn=POLICY, cfg=cfg))(
+            {"policy": tiny.policy()}, batch
+        )
         k3 = np.sum((np.exp(-d) - 1 + d) * weight)
         np.testing.assert_allclose(metrics["loss/kl"], k3, rtol=1e-4)
         np.testing.assert_allclose(value, metrics["loss/policy"] + 0.3 * k3, rtol=1e-4)
@@ -126,7 +133,7 @@ def test_rloo_clips_the_ratio_of_whole_responses():
     # The policy that sampled is off by .1 a token: responses of two tokens or more are beyond the clip.
     off = sampled.replace(logp=jnp.where(sampled.response_mask, sampled.logp - 0.1, 0.0))
     batch, _ = rloo.experience(off, cfg)
-    _, metrics = rloo.loss({"policy": tiny.policy()}, batch, policy_fn=POLICY, cfg=cfg)
+    _, metrics = jax.jit(functools.partial(rloo.loss, policy_fn=POLICY, cfg=cfg))({"policy": tiny.policy()}, batch)
     lengths = np.asarray(off.response_mask).sum(1)
     beyond = (np.exp(0.1 * lengths) > 1.2) & (np.asarray(batch.advantage) > 0)
     np.testing.assert_allclose(metrics["policy/clip_fraction"], beyond.mean(), atol=1e-6)

@@ -28,6 +28,11 @@ def step(cfg=CFG, **kwargs):
     return functools.partial(ppo.train_step, policy_fn=POLICY, critic_fn=SCALAR, tx=optimizer(), cfg=cfg, **kwargs)
 
 
+@functools.cache
+def compiled(cfg=CFG):
+    return jax.jit(step(cfg))
+
+
 def state(cfg=CFG):
     return ppo.init({"policy": tiny.policy(), "critic": tiny.scalar()}, optimizer(), cfg, jax.random.key(0))
 
@@ -133,7 +138,7 @@ def test_adapt_kl_coef_oracle(name):
 
 @pytest.mark.parametrize("mix", [False, True], ids=["plain", "ptx"])
 def test_one_device_equals_eight(mix):
-    one, eight = jax.jit(step()), parallel.pmap(step(), donate=(0,))
+    one, eight = compiled(), parallel.pmap(step(), donate=(0,))
     single, spread = state(), parallel.replicate(state())
     for seed in range(3):
         rows = text(seed, 4) if mix else None
@@ -145,14 +150,14 @@ def test_one_device_equals_eight(mix):
 
 
 def test_first_pass_ratio_is_one():
-    assert jax.jit(step())(state(), episodes(0))[1]["ratio/first_error"] < 1e-5
+    assert compiled()(state(), episodes(0))[1]["ratio/first_error"] < 1e-5
     stale = episodes(0)
     stale = stale.replace(logp=stale.logp.at[:, 0].add(0.5))
-    assert jax.jit(step())(state(), stale)[1]["ratio/first_error"] > 0.3
+    assert compiled()(state(), stale)[1]["ratio/first_error"] > 0.3
 
 
 def run(cfg=CFG, mix=None, rollout_seed=0, steps=1):
-    current, train = state(cfg), jax.jit(step(cfg))
+    current, train = state(cfg), compiled(cfg)
     for _ in range(steps):
         current, metrics = train(current, episodes(rollout_seed), mix)
     return current, metrics
@@ -307,7 +312,7 @@ def test_the_step_follows_its_settings(change, same):
 def test_updates_end_before_the_one_that_strays():
     cfg = dataclasses.replace(CFG, stop_kl=0.01)
     stale = EPISODES.replace(logp=EPISODES.logp - 0.5)  # approx_kl is 1/8 from the first minibatch on
-    still, metrics = jax.jit(step(cfg))(state(cfg), stale)
+    still, metrics = compiled(cfg)(state(cfg), stale)
     assert difference(still.params, state().params) == 0
     assert difference(still.opt_state, state().opt_state) == 0
     assert metrics["policy/updated"] == 0
@@ -360,7 +365,7 @@ def test_ptx_adds_the_next_token_gradient_to_the_policy_alone():
     # With nothing else to learn, ptx alone lowers the pretraining loss.
     cfg = dataclasses.replace(CFG, ptx_coef=10.0, kl_coef=0.0)
     dull = episodes(0).replace(score=jnp.zeros(16), value=jnp.zeros((16, N)))
-    current, train, losses = state(cfg), jax.jit(step(cfg)), []
+    current, train, losses = state(cfg), compiled(cfg), []
     for _ in range(10):
         current, metrics = train(current, dull, mix)
         losses.append(float(metrics["loss/ptx"]))
@@ -391,7 +396,7 @@ def test_what_padding_holds_reaches_nothing():
     clean = episodes(0)
     junk = lambda x: jnp.where(clean.response_mask, x, 1e6)
     dirty = clean.replace(logp=junk(clean.logp), logp_ref=junk(clean.logp_ref), value=junk(clean.value))
-    train = jax.jit(step())
+    train = compiled()
     tiny.assert_close(train(state(), clean)[0].params, train(state(), dirty)[0].params, atol=0)
 
 
