@@ -55,7 +55,7 @@ set_up() {
     fi
     if [[ $kind == dev ]]; then extra='[dev]'; fi
     PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
-        "$venv/bin/python" -m pip install -qq --editable "$root$extra"
+        "$venv/bin/python" -m pip install -qq --no-compile --editable "$root$extra"
     works "$kind" || fail "${venv#"$root"/} does not work; delete it and run this again"
     echo "$stamp" >"$venv/.made-$kind"
 }
