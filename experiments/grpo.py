@@ -12,26 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from experiments.ppo import table
-from rlhf_jax import (
-    best_of_n,
-    checkpoint,
-    cli,
-    log,
-    models,
-    optim,
-    parallel,
-    plots,
-    rollout,
-    scores,
-    transformer,
-    updates,
-)
+from experiments.ppo import train
+from rlhf_jax import cli, models, optim, parallel, rollout, scores, transformer, updates
 from rlhf_jax import grpo as grpo_lib
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import InputError, TrainState, check_positive, named_key
+from rlhf_jax.types import InputError, Params, Prompts, Rollout, TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +70,7 @@ def main(cfg: Config, train_step: Callable = grpo_lib.train_step) -> TrainState:
         rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch // cfg.algorithm.group, seed=cfg.seed
     )
     print(f"{cfg.data}: {prompts.counts}")
-    streams = {"prompts": iter(prompts)}
     updates_a_step = cfg.algorithm.epochs * cfg.algorithm.minibatches
-    if cfg.text is not None:
-        text_rows = builders.source(cfg.text, "text", data_dir=cfg.data_dir)
-        sizes = {"length": cfg.text_length, "batch": updates_a_step * cfg.text_batch}
-        streams["text"] = iter(pipeline.text(text_rows, tokenizer, **sizes, seed=cfg.seed + 1))
 
     tx = optim.adamw(optim.schedule(cfg.schedule, cfg.lr, cfg.steps * updates_a_step, cfg.warmup), cfg.adam)
     sampling_key, training_key = (named_key(cfg.seed, f"grpo/{use}") for use in ("sampling", "updates"))
@@ -109,41 +90,11 @@ def main(cfg: Config, train_step: Callable = grpo_lib.train_step) -> TrainState:
     step_fn = parallel.pmap(
         functools.partial(train_step, policy_fn=policy.apply, tx=tx, cfg=cfg.algorithm), donate=(0,)
     )
-    shown = ("reward/score", "kl/reference")
-    # What was sampled is what is scored, or the first pass over a rollout finds ratios other than 1.
-    bounds = {"ratio/first_error": 1e-4 if cfg.compute.dtype == "float32" else 0.1}
-    with (
-        log.start(cfg.out, cfg, total=cfg.steps, show=shown, at_most=bounds, wandb=cfg.wandb) as run,
-        checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
-    ):
-        for step in range(1, cfg.steps + 1):
-            batch = best_of_n.repeat(next(streams["prompts"]), cfg.algorithm.group)
-            first = parallel.replicate(np.uint32(step * cfg.batch))  # so that no two rollouts share noise
-            episodes = score(collect(state.params, reference, parallel.shard(batch), keys, first))
-            mix = None
-            if cfg.text is not None:
-                split = jax.tree.map(lambda x: x.reshape(updates_a_step, -1, *x.shape[1:]), next(streams["text"]))
-                mix = parallel.shard(split, rows_axis=1)
-            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
-                run.samples(step, table(rows, tokenizer, parallel.gather(episodes)))
-            state, metrics = step_fn(state, episodes, mix)
-            run.write(step, parallel.unreplicate(metrics))
-            if step % cfg.save_every == 0 or step == cfg.steps:
-                run.flush()
-                saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
-    state = parallel.unreplicate(state)
-    models.save(policy, state.opt_state.get("ema", state.params["policy"]), cfg.out / "model")
-    plots.curves(
-        cfg.out,
-        {
-            "reward model's score": ["reward/score"],
-            "KL to the reference (nats a response)": ["kl/reference"],
-            "entropy (nats a token)": ["policy/entropy"],
-            "length (tokens)": ["response/tokens"],
-            "pretraining loss (nats)": ["loss/ptx"],
-        },
-    )
-    return state
+
+    def roll(params: dict[str, Params], batch: Prompts, first: jax.Array) -> Rollout:
+        return score(collect(params, reference, parallel.shard(batch), keys, first))
+
+    return train(cfg, cfg.algorithm, policy, state, roll, step_fn, rows, prompts, cfg.algorithm.group)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,32 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import checkpoint, cli, heads, log, models, optim, parallel, plots, rollout, scores, transformer
+from rlhf_jax import (
+    best_of_n,
+    checkpoint,
+    cli,
+    heads,
+    log,
+    models,
+    optim,
+    parallel,
+    plots,
+    rollout,
+    scores,
+    transformer,
+)
 from rlhf_jax import ppo as ppo_lib
+from rlhf_jax import updates as updates_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.types import InputError, TrainState, check_positive, named_key
+from rlhf_jax.types import InputError, Params, Prompts, Rollout, Tokens, TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +47,7 @@ class Config:
     out: Path = Path("runs/ppo")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory of the policy
     reference: Path | None = None  # model directory of the reference that holds it; None is where the policy starts
-    reward: tuple[Path, ...] = (
-        Path("runs/reward/model"),
-    )  # reward models to average; the critic starts from the first
+    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models to average; the first starts the critic
     pessimism: float = 0.0  # standard deviations of the reward models to take off their mean
     data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
@@ -74,7 +88,8 @@ def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] |
     held = policy if cfg.reference is None else models.load(cfg.reference, compute=cfg.compute)
     if held.config != policy.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.init}: take the model that it came from")
-    models.check_vocabularies({cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True)))
+    others = dict(zip(cfg.reward, rewards, strict=True)) | ({cfg.reference: held} if cfg.reference else {})
+    models.check_vocabularies({cfg.init: policy} | others)
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
     if score_text is None:
         score = scores.reward_models(rewards, tokenizer.eos_token_id, cfg.pessimism)
@@ -82,14 +97,7 @@ def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] |
         score = scores.text_function(score_text, rows, tokenizer)
     prompts = pipeline.prompts(rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch, seed=cfg.seed)
     print(f"{cfg.data}: {prompts.counts}")
-    streams = {"prompts": iter(prompts)}
     updates = cfg.ppo.epochs * cfg.ppo.minibatches
-    if cfg.text is not None:
-        text_rows = builders.source(cfg.text, "text", data_dir=cfg.data_dir)
-        text = pipeline.text(
-            text_rows, tokenizer, length=cfg.text_length, batch=updates * cfg.text_batch, seed=cfg.seed + 1
-        )
-        streams["text"] = iter(text)
 
     def adam(lr: float) -> optax.GradientTransformation:
         return optim.adamw(optim.schedule(cfg.schedule, lr, cfg.steps * updates, cfg.warmup), cfg.adam)
@@ -117,6 +125,35 @@ def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] |
         donate=(0,),
     )
     keys = parallel.replicate(sampling_key)
+
+    def roll(params: dict[str, Params], batch: Prompts, first: jax.Array) -> Rollout:
+        return score(collect(params, reference, parallel.shard(batch), keys, first))
+
+    return train(cfg, cfg.ppo, policy, state, roll, step_fn, rows, prompts)
+
+
+def train(
+    cfg: Any,
+    settings: updates_lib.Config,
+    policy: models.Model,
+    state: TrainState,
+    roll: Callable[[dict[str, Params], Prompts, jax.Array], Rollout],
+    step_fn: Callable[[TrainState, Rollout, Tokens | None], tuple[TrainState, dict]],
+    rows: builders.Rows,
+    prompts: pipeline.Batches[Prompts],
+    group: int = 1,
+) -> TrainState:
+    """The loop of every experiment that learns from rollouts, and its run directory.
+
+    `cfg` is that experiment's configuration, `settings` its algorithm's; `state` is replicated. `roll` returns scored
+    episodes, of which `group` answer each prompt; no two of its calls get the same number `first`.
+    """
+    tokenizer, updates = models.tokenizer_of(policy), settings.epochs * settings.minibatches
+    streams = {"prompts": iter(prompts)}
+    if cfg.text is not None:
+        text = builders.source(cfg.text, "text", data_dir=cfg.data_dir)
+        sizes = {"length": cfg.text_length, "batch": updates * cfg.text_batch}
+        streams["text"] = iter(pipeline.text(text, tokenizer, **sizes, seed=cfg.seed + 1))
     shown = ("reward/score", "kl/reference")
     # What was sampled is what is scored, or the first pass over a rollout finds ratios other than 1.
     bounds = {"ratio/first_error": 1e-4 if cfg.compute.dtype == "float32" else 0.1}
@@ -125,9 +162,8 @@ def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] |
         checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
     ):
         for step in range(1, cfg.steps + 1):
-            batch = next(streams["prompts"])
-            first = parallel.replicate(np.uint32(step * cfg.batch))  # so that no two rollouts share noise
-            episodes = score(collect(state.params, reference, parallel.shard(batch), keys, first))
+            batch = best_of_n.repeat(next(streams["prompts"]), group)
+            episodes = roll(state.params, batch, parallel.replicate(jnp.uint32(step * cfg.batch)))
             mix = None
             if cfg.text is not None:
                 split = jax.tree.map(lambda x: x.reshape(updates, -1, *x.shape[1:]), next(streams["text"]))

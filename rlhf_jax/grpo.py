@@ -18,9 +18,8 @@ from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import parallel, updates
 from rlhf_jax.advantages import group_normalize
-from rlhf_jax.logprobs import kl_estimate, masked_mean, token_logprobs
+from rlhf_jax.logprobs import kl_estimate, masked_mean
 from rlhf_jax.ppo import policy_loss
-from rlhf_jax.rollout import response_logits
 from rlhf_jax.types import InputError, Leaf, Metrics, Params, Rollout, Tokens, TrainState
 
 
@@ -83,9 +82,8 @@ def loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """This device's share of: the clipped surrogate, kl_coef * k3 (`kl_in="loss"`), and `updates.extras`."""
     rollout = batch.rollout
-    mask, new_tokens = rollout.response_mask, rollout.response_mask.shape[1]
-    logits = response_logits(policy_fn, params["policy"], rollout.tokens, rollout.mask, new_tokens)
-    logp = token_logprobs(logits, rollout.tokens[:, -new_tokens:], cfg.temperature)
+    mask = rollout.response_mask
+    logits, logp = updates.forward(params["policy"], rollout, policy_fn, cfg)
     weight, total = weights(mask, cfg.mean)
     count, total = parallel.psum((jnp.sum(mask), total), axis)
     advantage = batch.advantage[:, None] * weight

@@ -17,8 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import parallel, updates
 from rlhf_jax.advantages import gae, through_first_pad, token_rewards, whiten
-from rlhf_jax.logprobs import KLKind, kl_estimate, masked_mean, precise, token_logprobs
-from rlhf_jax.rollout import response_logits
+from rlhf_jax.logprobs import KLKind, kl_estimate, masked_mean, precise
 from rlhf_jax.types import InputError, Leaf, Metrics, Params, Rollout, Tokens, TrainState, check_positive
 
 
@@ -174,8 +173,7 @@ def loss(
     rollout = batch.rollout
     mask, new_tokens = rollout.response_mask, rollout.response_mask.shape[1]
     count, value_count = parallel.psum((jnp.sum(mask), jnp.sum(batch.value_mask)), axis)
-    logits = response_logits(policy_fn, params["policy"], rollout.tokens, rollout.mask, new_tokens)
-    logp = token_logprobs(logits, rollout.tokens[:, -new_tokens:], cfg.temperature)
+    logits, logp = updates.forward(params["policy"], rollout, policy_fn, cfg)
     if cfg.penalty is None:
         policy, found = policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.clip, cfg.dual_clip, count)
     else:

@@ -15,9 +15,7 @@ from jaxtyping import Array, Float
 from rlhf_jax import parallel, updates
 from rlhf_jax.advantages import leave_one_out
 from rlhf_jax.grpo import Experience, groups
-from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.ppo import policy_loss
-from rlhf_jax.rollout import response_logits
 from rlhf_jax.types import InputError, Metrics, Params, Rollout, Tokens, TrainState
 
 
@@ -54,9 +52,8 @@ def loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """This device's share of: the clipped surrogate of whole responses, mean over them, and `updates.extras`."""
     rollout = batch.rollout
-    mask, new_tokens = rollout.response_mask, rollout.response_mask.shape[1]
-    logits = response_logits(policy_fn, params["policy"], rollout.tokens, rollout.mask, new_tokens)
-    logp = token_logprobs(logits, rollout.tokens[:, -new_tokens:], cfg.temperature)
+    mask = rollout.response_mask
+    logits, logp = updates.forward(params["policy"], rollout, policy_fn, cfg)
     whole, whole_old = (jnp.sum(jnp.where(mask, x, 0.0), axis=1, keepdims=True) for x in (logp, rollout.logp))
     some = jnp.any(mask, axis=1, keepdims=True)
     tokens, responses = parallel.psum((jnp.sum(mask), jnp.sum(some)), axis)

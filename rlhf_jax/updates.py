@@ -15,7 +15,8 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import parallel, sft
-from rlhf_jax.logprobs import entropy, masked_mean
+from rlhf_jax.logprobs import entropy, masked_mean, token_logprobs
+from rlhf_jax.rollout import response_logits
 from rlhf_jax.types import InputError, Metrics, Params, Rollout, Tokens, TrainState, check_positive
 
 Batch = TypeVar("Batch")  # a pytree whose leaves count episodes on their first axis
@@ -82,6 +83,15 @@ def describe(rollout: Rollout, score: Float[Array, "B"]) -> Metrics:
         "response/tokens": jnp.mean(jnp.sum(mask, axis=1)),
         "response/ended": jnp.mean(rollout.ended),
     } | ({} if rollout.disagreement is None else {"reward/disagreement": jnp.mean(rollout.disagreement)})
+
+
+def forward(
+    policy: Params, rollout: Rollout, policy_fn: Callable, cfg: Config
+) -> tuple[Float[Array, "B N V"], Float[Array, "B N"]]:
+    """The policy's logits and log-probabilities of a rollout's responses."""
+    new_tokens = rollout.response_mask.shape[1]
+    logits = response_logits(policy_fn, policy, rollout.tokens, rollout.mask, new_tokens)
+    return logits, token_logprobs(logits, rollout.tokens[:, -new_tokens:], cfg.temperature)
 
 
 def ratio_error(logp: Float[Array, "B T"], logp_old: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:

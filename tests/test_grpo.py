@@ -168,3 +168,19 @@ def test_ppo_without_value_or_lambda_is_a_policy_gradient_too():
     count = np.asarray(sampled.response_mask).sum()
     tiny.assert_close(grad, reinforce(np.asarray(sampled.score)[:, None] / count), atol=1e-5)
     assert optax.tree.norm(grad) > 0
+
+
+def test_what_padding_holds_reaches_no_gradient():
+    """After the end of a response stands a token that the policy all but excludes: its k3 would overflow."""
+    sampled = on_policy()
+    cfg = grpo.Config(group=4, kl_coef=1.0)
+
+    def policy_fn(params, tokens, mask, keys=None, *, start=0, stop=None):
+        logits = POLICY(params, tokens, mask, keys, start=start, stop=stop)
+        after = ~sampled.response_mask[:, :, None]
+        said = jax.nn.one_hot(sampled.tokens[:, -N:], logits.shape[-1])
+        return logits - 200.0 * jnp.where(after, said, 0.0)
+
+    batch, _ = grpo.experience(sampled, cfg)
+    loss = lambda p: grpo.loss({"policy": p}, batch, policy_fn=policy_fn, cfg=cfg)[0]
+    assert jnp.isfinite(optax.tree.norm(jax.jit(jax.grad(loss))(tiny.policy())))

@@ -101,6 +101,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, name, value):
     ]
 
 
+def test_samples_come_after_the_metrics_of_earlier_steps(tmp_path):
+    with log.start(tmp_path, Config(), total=9) as run:
+        run.write(1, {"loss/a": 0.5})
+        run.samples(2, [{"prompt": "p", "response": "r"}])
+        assert len(log.read(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("value", [0.25, math.nan])
 def test_a_metric_above_its_bound_stops_the_run(tmp_path, value):
     with (

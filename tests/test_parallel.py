@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import parallel
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, named_key
 
 
 def test_shard_and_gather_are_inverse():
@@ -65,3 +65,11 @@ def test_sums_and_gathers_cross_devices():
     top = parallel.pmap(lambda x, axis: parallel.pmax(jnp.max(x), axis))(x)
     np.testing.assert_array_equal(top, np.full(8, 7.0))
     assert parallel.psum(3, None) == parallel.pmax(3, None) == parallel.all_gather(3, None) == 3
+
+
+def test_each_use_of_a_seed_has_a_key_of_its_own():
+    keys = [named_key(seed, use) for seed in (0, 1) for use in ("ppo/sampling", "ppo/updates", "rank/train/0")]
+    # Nor is one the key that steps or rows fold out of another.
+    keys += [jax.random.fold_in(keys[0], n) for n in range(100)]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
+    np.testing.assert_array_equal(*(jax.random.key_data(named_key(3, "x")) for _ in range(2)))

@@ -130,3 +130,11 @@ def test_impossible_shapes_are_refused():
         transformer.llama(1, 12, 4, 2, 24)
     with pytest.raises(InputError, match="exceed the model's context of 24"):
         logits(tiny.GPT, tiny.random_tokens(0, 1, 25), np.ones((1, 25), bool))
+
+
+@pytest.mark.parametrize(("dtype", "precise"), [("float32", True), ("bfloat16", False)])
+def test_a_float32_trunk_asks_for_float32_products(dtype, precise):
+    config = dataclasses.replace(tiny.GPT, compute=transformer.Compute(dtype))
+    apply_fn = transformer.bind(transformer.Transformer(config))
+    program = str(jax.make_jaxpr(apply_fn)(tiny.policy(), jnp.ones((1, 4), int), jnp.ones((1, 4), bool)))
+    assert ("Precision.HIGHEST" in program) == precise
