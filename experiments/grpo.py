@@ -46,12 +46,13 @@ class Config:
     )
     compute: transformer.Compute = transformer.Compute()
     samples_every: int = 20  # steps between tables of samples
+    samples: int = 8  # episodes in a table
     save_every: int = 50  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
         positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
-        check_positive(self, *positive, "save_every")
+        check_positive(self, *positive, "samples", "save_every")
         if not self.reward:
             raise InputError("reward: expected at least one model directory")
         if self.batch % self.algorithm.group:

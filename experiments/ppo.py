@@ -66,12 +66,13 @@ class Config:
     ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0)
     compute: transformer.Compute = transformer.Compute()
     samples_every: int = 20  # steps between tables of samples
+    samples: int = 8  # episodes in a table
     save_every: int = 50  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
         positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
-        check_positive(self, *positive, "save_every")
+        check_positive(self, *positive, "samples", "save_every")
         if not self.reward:
             raise InputError("reward: expected at least one model directory")
         if self.pessimism and len(self.reward) < 2:
@@ -169,7 +170,7 @@ def train(
                 split = jax.tree.map(lambda x: x.reshape(updates, -1, *x.shape[1:]), next(streams["text"]))
                 mix = parallel.shard(split, rows_axis=1)
             if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
-                run.samples(step, table(rows, tokenizer, parallel.gather(episodes)))
+                run.samples(step, table(rows, tokenizer, parallel.gather(episodes), cfg.samples))
             state, metrics = step_fn(state, episodes, mix)
             run.write(step, parallel.unreplicate(metrics))
             if step % cfg.save_every == 0 or step == cfg.steps:
@@ -191,7 +192,7 @@ def train(
     return state
 
 
-def table(rows: builders.Rows, tokenizer, episodes, count: int = 8) -> list[dict]:
+def table(rows: builders.Rows, tokenizer: tokenizer_lib.Tokenizer, episodes: Rollout, count: int) -> list[dict]:
     """The first episodes of a rollout, to read."""
     texts = rollout.texts(tokenizer, episodes.tokens[:, -episodes.logp.shape[1] :], episodes.response_mask)
     kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)

@@ -79,7 +79,7 @@ class Config:
         critic_lr=1e-3,
         samples_every=20,
         ppo=ppo_lib.Config(
-            minibatches=4, kl_coef=0.25, kl_target=6.0, kl_horizon=3000.0, unfinished_score=-1.0, temperature=0.7
+            minibatches=4, kl_coef=0.15, kl_target=10.0, kl_horizon=3000.0, unfinished_score=-1.0, temperature=0.7
         ),
     )
 

@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from rlhf_jax.types import Prompts, Rollout
 
@@ -21,11 +22,24 @@ def repeat(prompts: Prompts, n: int) -> Prompts:
     return jax.tree.map(lambda x: np.repeat(x, n, axis=0), prompts)
 
 
-def select(episodes: Rollout, n: int) -> Rollout:
-    """The episode with the highest score of each n consecutive ones, among equals the first; on the host.
+def picking(episodes: Rollout) -> Float[np.ndarray, "B"]:
+    """Scores to pick by: those of responses without EOS, which no reward model has read, are below all others."""
+    return np.where(episodes.ended, episodes.score, episodes.score - 2 * np.ptp(episodes.score) - 1)
 
-    A response without EOS is picked only where none of the n has one: a reward model has never read such.
+
+def expected(score: Float[np.ndarray, "P N"], value: Float[np.ndarray, "P N"], n: int) -> float:
+    """Mean value of the response with the highest score of n, from N responses to each of P prompts; n <= N.
+
+    Without bias: an average over all ways to draw n of the N (arXiv:2112.09332), and so smoother than one draw.
     """
-    score = np.where(episodes.ended, episodes.score, episodes.score - 2 * np.ptp(episodes.score) - 1).reshape(-1, n)
+    total = score.shape[1]
+    chance = np.array([math.comb(below, n - 1) / math.comb(total, n) for below in range(total)])  # to be the best of n
+    ordered = np.take_along_axis(value, np.argsort(score, axis=1, kind="stable"), axis=1)
+    return float(np.mean(ordered @ chance))
+
+
+def select(episodes: Rollout, n: int) -> Rollout:
+    """The episode with the highest score of each n consecutive ones, among equals the first; on the host."""
+    score = picking(episodes).reshape(-1, n)
     best = np.argmax(score, axis=1) + n * np.arange(len(score))
     return jax.tree.map(lambda x: x[best], episodes)

@@ -14,6 +14,8 @@ COLORS = ("#2f6f9f", "#d9822b", "#4c9a62", "#a5527a", "#6b6b6b")
 BAR = "#8fa9bd"
 INK = "#333333"
 
+Panels = Mapping[str, Mapping[str, float]]
+
 
 def curves(directory: Path, panels: Mapping[str, Sequence[str]] | None = None) -> Path:
     """Draws the metrics of the run in `directory` over its steps, into `curves.png` there.
@@ -51,16 +53,18 @@ def curves(directory: Path, panels: Mapping[str, Sequence[str]] | None = None) -
     return _save(figure, directory / "curves.png")
 
 
-def stages(path: Path, panels: Mapping[str, Mapping[str, float]]) -> Path:
+def stages(path: Path, panels: Panels, spread: Panels | None = None) -> Path:
     """Draws a bar a stage in a panel a measure, and writes the figure to `path`.
 
     `panels` maps the label of a measure, with its unit, to its value at each stage:
     `{"gold score (0 to 1)": {"base": 0.21, "SFT": 0.48, "PPO": 0.71}}`. The last stage is set off by its colour.
+    `spread`, of the same form, is drawn as a whisker of as much above the bar's end and below it.
     """
     figure, axes = _grid(len(panels))
     for axis, (label, values) in zip(axes, panels.items(), strict=True):
         colors = [BAR] * (len(values) - 1) + [COLORS[0]]
-        bars = axis.bar(list(values), list(values.values()), color=colors, width=0.62)
+        whiskers = [spread[label][name] for name in values] if spread else None
+        bars = axis.bar(list(values), list(values.values()), yerr=whiskers, ecolor=INK, color=colors, width=0.62)
         axis.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=9, color=INK)
         axis.set_title(label, loc="left", fontsize=10, color=INK)
         axis.axhline(0, color=INK, linewidth=0.8)
@@ -71,17 +75,20 @@ def stages(path: Path, panels: Mapping[str, Mapping[str, float]]) -> Path:
     return _save(figure, path)
 
 
-def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str) -> Path:
-    """Draws series of points (x, y) in a panel a measure, and writes the figure to `path`.
+def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, ...]]]], x: str) -> Path:
+    """Draws series of points (x, y), or (x, y, spread), in a panel a measure, and writes the figure to `path`.
 
     `panels` maps the label of a measure, with its unit, to the points of each series by its name; `x` is the label of
-    what they share: `{"gold (0 to 1)": {"PPO": [(0.1, 0.5), (0.4, 0.8)]}}` over "KL (nats)".
+    what they share: `{"gold (0 to 1)": {"PPO": [(0.1, 0.5), (0.4, 0.8)]}}` over "KL (nats)". A spread is drawn as a
+    band of as much above the line and below it.
     """
     figure, axes = _grid(len(panels))
     for axis, (label, series) in zip(axes, panels.items(), strict=True):
         for (name, points), color in zip(series.items(), _cycle(len(series)), strict=True):
-            across, up = np.array(sorted(points), float).reshape(-1, 2).T
+            across, up, *spread = np.array(sorted(points), float).reshape(len(points), -1).T
             axis.plot(across, up, color=color, marker="o", markersize=3.5, linewidth=1.4, label=name)
+            for one in spread:
+                axis.fill_between(across, up - one, up + one, color=color, alpha=0.15, linewidth=0)
         axis.set_title(label, loc="left", fontsize=10, color=INK)
         axis.set_xlabel(x, fontsize=9, color=INK)
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models import Model, tokenizer_of
 from rlhf_jax.types import InputError, Params, Prompts, Rollout
+
+Rows = TypeVar("Rows", Prompts, Rollout)
 
 
 def response_logits(
@@ -77,12 +80,12 @@ def collect(
     )
 
 
-def chunks(prompts: Prompts, batch: int) -> Iterator[tuple[np.uint32, Prompts]]:
-    """The rows of `prompts` in batches of `batch`, each with the number of its first row; the last wraps round."""
-    rows = len(prompts.index)
-    for first in range(0, rows, batch):
-        index = np.arange(first, first + batch) % rows
-        yield np.uint32(first), jax.tree.map(lambda x, index=index: np.asarray(x)[index], prompts)
+def chunks(rows: Rows, batch: int) -> Iterator[tuple[np.uint32, Rows]]:
+    """`rows` in batches of `batch`, each with the number of its first one; the last batch wraps round."""
+    count = len(jax.tree.leaves(rows)[0])
+    for first in range(0, count, batch):
+        index = np.arange(first, first + batch) % count
+        yield np.uint32(first), jax.tree.map(functools.partial(np.take, indices=index, axis=0), rows)
 
 
 def episodes(

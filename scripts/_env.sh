@@ -54,8 +54,9 @@ set_up() {
         "$python" -m venv --clear "$venv"
     fi
     if [[ $kind == dev ]]; then extra='[dev]'; fi
-    PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
-        "$venv/bin/python" -m pip install -qq --no-compile --editable "$root$extra"
+    # uv is many times faster than pip, which fetches it.
+    PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "$venv/bin/python" -m pip install -qq uv
+    VIRTUAL_ENV=$venv "$venv/bin/python" -m uv pip install -q --editable "$root$extra"
     works "$kind" || fail "${venv#"$root"/} does not work; delete it and run this again"
     echo "$stamp" >"$venv/.made-$kind"
 }
@@ -71,6 +72,12 @@ for requirement in importlib.metadata.requires("rlhf_jax"):
         files = importlib.metadata.files(re.match(r"[\w.-]+", name)[0])
         assert files and all(file.locate().exists() for file in files[:9])
 PYTHON
+}
+
+# On a CPU, XLA allocates and frees each step's buffers: let the allocator keep them, in huge pages (a fifth faster).
+keep_memory() {
+    export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
+    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 }
 
 fail() {

@@ -6,8 +6,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 set_up run
+keep_memory
 cd "$root"
-# On a CPU, XLA allocates and frees each step's buffers: let the allocator keep them, in huge pages (a fifth faster).
-export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 exec "$venv/bin/python" -m experiments.assistant "$@"

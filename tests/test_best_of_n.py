@@ -1,3 +1,5 @@
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,3 +41,12 @@ def test_the_best_of_each_group_is_kept_whole():
 def test_one_of_one_is_itself():
     assert best_of_n.kl(1) == 0
     assert jnp.isclose(best_of_n.kl(4), np.log(4) - 0.75)
+
+
+def test_the_expected_best_is_that_of_all_draws():
+    rng = np.random.default_rng(0)
+    score, value = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
+    for n in range(1, 7):
+        draws = [list(draw) for draw in itertools.combinations(range(6), n)]
+        best = [[value[p, draw][np.argmax(score[p, draw])] for draw in draws] for p in range(3)]
+        np.testing.assert_allclose(best_of_n.expected(score, value, n), np.mean(best))

@@ -173,27 +173,32 @@ def test_comparisons_reveal_strengths_at_the_statistical_rate():
     strength = rng.normal(0, 1, items)
     strength -= strength.mean()
 
-    def estimate(prompts: int) -> np.ndarray:
-        """Maximum likelihood of pairwise comparisons, by the loss itself."""
+    def compare(prompts: int) -> tuple[np.ndarray, np.ndarray]:
+        """Two of k items are compared, the better one by a coin of the Bradley-Terry model; the others are absent."""
         shown = np.array([rng.choice(items, k, replace=False) for _ in range(prompts)])
-        # Two of the k are compared, the better one by a coin of the Bradley-Terry model; the others are absent.
         probability = 1 / (1 + np.exp(strength[shown[:, 1]] - strength[shown[:, 0]]))
         first_wins = rng.random(prompts) < probability
         rank = np.full((prompts, k), -1)
         rank[:, 0], rank[:, 1] = ~first_wins, first_wins
-        loss = lambda s: reward.bradley_terry_loss(s[jnp.array(shown)], jnp.array(rank))
+        return shown, rank
+
+    @jax.jit
+    @jax.vmap
+    def estimate(shown: jax.Array, rank: jax.Array) -> jax.Array:
+        """Maximum likelihood of pairwise comparisons, by the loss itself."""
         tx = optax.adam(optax.cosine_decay_schedule(0.05, 400))
 
         def step(carry, _):
             s, opt = carry
-            updates, opt = tx.update(jax.grad(loss)(s), opt)
+            updates, opt = tx.update(jax.grad(lambda s: reward.bradley_terry_loss(s[shown], rank))(s), opt)
             return (s + updates, opt), None
 
-        s = jax.jit(lambda s: jax.lax.scan(step, (s, tx.init(s)), length=400)[0][0])(jnp.zeros(items))
-        return np.asarray(s - jnp.mean(s), np.float64)
+        s, _ = jax.lax.scan(step, (jnp.zeros(items), tx.init(jnp.zeros(items))), length=400)[0]
+        return s - jnp.mean(s)
 
     def error(prompts: int) -> float:
-        return float(np.sqrt(np.mean([(estimate(prompts) - strength) ** 2 for _ in range(8)])))
+        shown, rank = (np.stack(x) for x in zip(*(compare(prompts) for _ in range(8)), strict=True))
+        return float(np.sqrt(np.mean((np.asarray(estimate(shown, rank)) - strength) ** 2)))
 
     # Fisher information of one comparison of a random pair, p (1 - p) on the difference; errors go by its inverse root.
     pairs = [(i, j) for i in range(items) for j in range(items) if i != j]

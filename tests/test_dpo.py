@@ -10,8 +10,6 @@ from rlhf_jax.types import InputError, Rankings
 from tests import tiny
 from tests.oracles import Case
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 
 def test_by_hand():
     terms = [jnp.array([x]) for x in (-3.5, -4.0, -4.5, -3.0)]  # margin = .5 * ((-3.5 + 4.5) - (-4 + 3)) = 1

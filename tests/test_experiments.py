@@ -13,6 +13,7 @@ from experiments import (
     dpo,
     evaluate,
     grpo,
+    overoptimization,
     ppo,
     ppo_gold,
     ppo_instructgpt,
@@ -24,6 +25,7 @@ from experiments import (
     rloo,
     rounds,
     sft,
+    study,
 )
 from rlhf_jax import checkpoint, cli, log, models, optim, transformer
 from rlhf_jax import grpo as grpo_lib
@@ -33,8 +35,6 @@ from rlhf_jax.data import tokenizer
 from rlhf_jax.types import InputError
 from tests import tiny
 from tests.quickstart import LENGTHS, TINY, metrics_of, refused
-
-pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 
 @pytest.mark.parametrize(
@@ -517,3 +517,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(done, flags, monkeypatch, capsy
     assert last == f"error: step 3: loss/next_token is nan; the last good checkpoint is {good}"
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2]
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_study_makes_what_is_missing_and_renews_its_page(done, tmp_path, monkeypatch, capsys):
+    quick, summary = done
+    monkeypatch.setattr(study, "tuned", lambda *_: quick.out / "sft" / "model")
+    judge = {"model": quick.out / "reward" / "model", "accuracy": summary["reward"]["accuracy"]}
+    monkeypatch.setattr(study, "judge", lambda *_, **__: judge)
+    docs = tmp_path / "overoptimization.md"
+    docs.write_text(f"# Mine\n\n{study.BEGIN}\nearlier\n{study.END}\n\nFindings.\n")
+    cfg = overoptimization.Config(
+        out=tmp_path / "studies",
+        docs=tmp_path,
+        seeds=1,
+        prompts=16,
+        ppo=dataclasses.replace(TINY.ppo, samples=16),
+        labels=(),
+        epochs=(),
+        sizes=(),
+        answers=2,
+        answered=8,
+    )
+    results = overoptimization.main(cfg)
+    assert [point["n"] for point in results["best_of_n"][0]["16 prompts"]] == [1, 2]
+    assert len(results["ppo"][0]["16 prompts"]) == cfg.ppo.steps
+    config = json.loads((cfg.out / "seed0" / "ppo-reward" / "config.json").read_text())
+    assert config["ppo"]["kl_coef"] == 0 and config["text"] is None
+    assert "\n| 16 prompts |" in docs.read_text() and "earlier" not in docs.read_text()
+    assert (tmp_path / "overoptimization.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert overoptimization.main(cfg) == results
+    assert "step/s" not in capsys.readouterr().err  # everything was found

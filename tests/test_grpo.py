@@ -11,8 +11,6 @@ from rlhf_jax.types import InputError
 from tests import tiny
 from tests.test_ppo import EPISODES, LOGPROBS, N, episodes, text
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 POLICY = transformer.bind(transformer.Transformer(tiny.GPT))
 TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
 ALGORITHMS = {

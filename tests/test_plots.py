@@ -90,3 +90,20 @@ def test_lines_are_drawn_in_the_order_of_x(tmp_path, figures):
     (axis,) = figures[0].axes
     assert line(axis, "PPO") == [[0.0, 0.5], [1.0, 2.0], [2.0, 1.0]]
     assert axis.get_xlabel() == "KL (nats)" and axis.get_title(loc="left") == "gold"
+
+
+def test_spreads_are_drawn_around_the_values(tmp_path, figures):
+    plots.lines(tmp_path / "a.png", {"gold": {"PPO": [(0.0, 1.0, 0.5), (2.0, 3.0, 0.25)], "DPO": [(1.0, 1.0)]}}, x="d")
+    (axis,) = figures[0].axes
+    (area,) = axis.collections
+    edge = {tuple(point) for point in area.get_paths()[0].vertices.tolist()}
+    assert edge == {
+        (0, 0.5),
+        (0, 1.5),
+        (2, 2.75),
+        (2, 3.25),
+    }
+    plots.stages(tmp_path / "b.png", {"gold": {"SFT": 0.5, "PPO": 0.75}}, {"gold": {"SFT": 0.125, "PPO": 0.25}})
+    (axis,) = figures[1].axes
+    ends = [segment[:, 1].tolist() for segment in axis.containers[0].lines[2][0].get_segments()]
+    assert ends == [[0.375, 0.625], [0.5, 1.0]]

@@ -11,8 +11,6 @@ from rlhf_jax.types import InputError, Rollout, Tokens
 from tests import tiny
 from tests.oracles import Case
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 POLICY = transformer.bind(transformer.Transformer(tiny.GPT))
 SCALAR = transformer.bind(heads.ScalarModel(tiny.GPT))
 CFG = ppo.Config(epochs=2, minibatches=2, kl_coef=0.1, ptx_coef=0.7)

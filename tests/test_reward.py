@@ -10,8 +10,6 @@ from rlhf_jax.types import InputError, Rankings
 from tests import tiny
 from tests.oracles import Case
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 APPLY = transformer.bind(heads.ScalarModel(tiny.GPT))
 SCORES = jax.jit(functools.partial(reward.scores, apply_fn=APPLY))
 TX = optim.adamw(

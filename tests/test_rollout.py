@@ -3,13 +3,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from rlhf_jax import heads, parallel, rollout, transformer
 from rlhf_jax.types import Prompts
 from tests import tiny
-
-pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 MODULE = transformer.Transformer(tiny.GPT)
 POLICY, SCALAR = transformer.bind(MODULE), transformer.bind(heads.ScalarModel(tiny.GPT))

@@ -7,8 +7,6 @@ from rlhf_jax import logprobs, sampling, transformer
 from rlhf_jax.types import InputError
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
 EOS = 2
 

@@ -12,8 +12,6 @@ from rlhf_jax import ppo as ppo_lib
 from rlhf_jax.data import builders
 from rlhf_jax.types import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 GOOD, BAD = ("a joy", "so warm", "very funny", "a delight"), ("a bore", "so cold", "very dull", "a mess")
 
 

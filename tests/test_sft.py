@@ -4,14 +4,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from rlhf_jax import optim, parallel, sft, transformer
 from rlhf_jax.types import Tokens
 from tests import tiny
 from tests.oracles import Case
-
-pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 CONFIG = dataclasses.replace(tiny.GPT, dropout=0.1)
 APPLY = transformer.bind(transformer.Transformer(CONFIG))

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jinja2
 import numpy as np
@@ -24,7 +24,7 @@ from rlhf_jax.types import InputError
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found", which is as we want it
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-Tokenizer = PreTrainedTokenizerFast
+Tokenizer: TypeAlias = PreTrainedTokenizerFast
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Prompt = str | list[Message]
 Ids = np.ndarray  # [n] int32

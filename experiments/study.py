@@ -1,0 +1,211 @@
+"""What the studies share: one fine-tuned model, the labels of each seed, and going on where they were stopped.
+
+A study is several experiments at several seeds. A seed is that of the labels, of the reward model and of the policy;
+the fine-tuned model is the same for all. Studies with the same `out` share what they have in common, and a command that
+is run again makes only what is missing.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import ppo, pretrain, rank, reward, sft
+from rlhf_jax import best_of_n, cli, log, models, rollout, transformer
+from rlhf_jax.data import builders, pipeline
+from rlhf_jax.data.tokenizer import prompt_text
+from rlhf_jax.data.world import World
+from rlhf_jax.types import InputError, Rollout, check_positive, named_key
+
+BATCH = 256  # answers sampled or scored at once, over all devices
+BEGIN, END = "<!-- made by the study: begin -->", "<!-- end -->"
+WORLD = World.generate(0)
+
+Point = dict[str, float]  # kl (nats a response), gold (0 to 1), and proxy, the reward model's score, if there is one
+
+
+# The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes with which four seeds of every study take two CPU cores less than an hour."""
+
+    out: Path = Path("runs/studies")  # run directory, shared by the studies
+    docs: Path | None = Path("docs")  # folder of the pages whose tables and plots are renewed; None for none
+    seeds: int = 4  # of labels, reward model and policy
+    prompts: int = 2400  # prompts whose answers are ranked, a seed
+    compute: transformer.Compute = transformer.Compute()  # of every stage
+    pretrain: "pretrain.Config" = pretrain.Config()
+    sft: "sft.Config" = sft.Config()
+    rank: "rank.Config" = rank.Config(held_out=96)
+    reward: "reward.Config" = reward.Config()
+    ppo: "ppo.Config" = ppo.Config(samples_every=2, samples=64)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "seeds", "prompts")
+
+
+def once(main: Callable[[Any], Any], cfg: Any, out: Path | None = None) -> Any:
+    """What `main(cfg)` returns if that is a dict, else None; from `out`, by default `cfg.out`, if it has been run.
+
+    Raises InputError where that was done with other settings.
+    """
+    out = out or cfg.out
+    done = out / "done.json"
+    settings = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+    if done.is_file():
+        found = json.loads(done.read_text())
+        if differing := [name for name, value in settings.items() if found["settings"].get(name) != value]:
+            raise InputError(f"{out} was made with other settings ({', '.join(differing)}): name another --out")
+        return found["result"]
+    print(f"\n== {out}", flush=True)
+    result = main(cfg)
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"settings": settings, "result": result if isinstance(result, dict) else None}
+    partial = done.with_suffix(".partial")
+    partial.write_text(json.dumps(record) + "\n")
+    partial.rename(done)
+    return record["result"]
+
+
+def shared(cfg: Config) -> dict[str, Any]:
+    """The settings that every stage takes from the study."""
+    return {"data_dir": cfg.out / "data", "compute": cfg.compute}
+
+
+def asking(run: ppo.Config) -> dict[str, Any]:
+    """The settings of PPO by which every answer is sampled."""
+    return {
+        "temperature": run.ppo.temperature,
+        "prompt_length": run.prompt_length,
+        "max_new_tokens": run.max_new_tokens,
+    }
+
+
+def tuned(cfg: Config, preset: str | None = None) -> Path:
+    """Model directory of a fine-tuned model of this size, by default the policy's."""
+    preset = preset or cfg.pretrain.preset
+    out = cfg.out / preset
+    once(pretrain.main, dataclasses.replace(cfg.pretrain, preset=preset, out=out / "pretrain", **shared(cfg)))
+    fine = cli.hand_down("sft", cfg.sft, init=out / "pretrain" / "model", out=out / "sft", **shared(cfg))
+    once(sft.main, fine)
+    return fine.out / "model"
+
+
+def judge(cfg: Config, seed: int, prompts: int | None = None, epochs: int = 1, preset: str | None = None) -> dict:
+    """The reward model that starts from `tuned(cfg, preset)`: its `model` directory, and held-out `accuracy`.
+
+    It learns from the labels on the first `prompts` prompts, by default all.
+    """
+    prompts = prompts or cfg.prompts
+    home = cfg.out / f"seed{seed}"
+    given: dict[str, Any] = {"init": tuned(cfg), "prompts": cfg.prompts, "seed": seed}
+    ranked = cli.hand_down("rank", cfg.rank, out=home / "rank", **given, **asking(cfg.ppo), **shared(cfg))
+    once(rank.main, ranked)
+    labels = ranked.out / f"first{prompts}.jsonl"
+    with (ranked.out / "train.jsonl").open() as rows:
+        labels.write_text("".join(itertools.islice(rows, prompts)))
+    out = home / f"reward-{preset or cfg.pretrain.preset}-{prompts}"
+    given = {"data": str(labels), "held_out": str(ranked.out / "held_out.jsonl"), "init": tuned(cfg, preset)}
+    learnt = cli.hand_down("reward", cfg.reward, out=out, epochs=epochs, seed=seed, **given, **shared(cfg))
+    return {"model": learnt.out / "model", **once(reward.main, learnt)}
+
+
+def unheld(cfg: Config, seed: int, judge: Path) -> dict[str, Any]:
+    """Settings of `ppo` and its kin against a reward model that leads alone: no pretraining text holds the policy."""
+    names = "data", "prompt_length", "max_new_tokens", "batch", "steps", "samples_every", "samples"
+    same = {name: getattr(cfg.ppo, name) for name in names}
+    return same | {"init": tuned(cfg), "reward": (judge,), "seed": seed, "text": None, **shared(cfg)}
+
+
+def gold(prompt: str, response: str) -> float:
+    return WORLD.gold(prompt, response).score
+
+
+def course(run: Path, points: int = 12) -> list[Point]:
+    """Means over the samples of a run, in order, in as many windows of steps."""
+    tables: dict[int, list[dict]] = {}
+    for row in log.read(run, "samples.jsonl"):
+        tables.setdefault(row["step"], []).append(row)
+    windows = np.array_split(np.array(sorted(tables)), min(points, len(tables)))
+    rows = [[row for step in window for row in tables[step]] for window in windows]
+    return [
+        {
+            "kl": float(np.mean([row["kl"] for row in window])),
+            "gold": float(np.mean([gold(row["prompt"], row["response"]) for row in window])),
+            "proxy": float(np.mean([row["score"] for row in window])),
+        }
+        for window in rows
+    ]
+
+
+def answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) -> tuple[models.Model, Rollout, np.ndarray]:
+    """A model, its answers to the last prompts of `run.data`, each asked so many times in turn, and gold of each [B].
+
+    `run` says how they are sampled, and by `init` what the KL is measured from.
+    """
+    policy, reference = (models.load(path, compute=run.compute) for path in (model, run.init))
+    rows = builders.source(run.data, "prompts", data_dir=run.data_dir)
+    asked = [rows[index] for index in range(max(len(rows) - prompts, 0), len(rows))]
+    tokenizer = models.tokenizer_of(policy)
+    repeated = best_of_n.repeat(pipeline.every_prompt(asked, tokenizer, length=run.prompt_length)[0], times)
+    sampled = rollout.episodes(
+        policy,
+        reference,
+        repeated,
+        named_key(run.seed, "study/answers"),
+        batch=BATCH,
+        max_new_tokens=run.max_new_tokens,
+        temperature=run.ppo.temperature,
+    )
+    said = rollout.texts(tokenizer, sampled.tokens[:, -run.max_new_tokens :], sampled.response_mask)
+    worth = [gold(prompt_text(asked[int(i)]["prompt"]), text) for i, text in zip(sampled.index, said, strict=True)]
+    return policy, sampled, np.array(worth)
+
+
+def at(points: Sequence[Point], measure: str, where: np.ndarray, of: Callable[[float], float] = float) -> np.ndarray:
+    """`measure` at KLs, or at another function `of` them, between the points; nan beyond the last one."""
+    across = np.maximum.accumulate([of(max(point["kl"], 0.0)) for point in points])
+    return np.interp(where, across, [point[measure] for point in points], right=np.nan)
+
+
+def band(values: Sequence[np.ndarray], where: np.ndarray) -> list[tuple[float, float, float]]:
+    """Mean and standard deviation over seeds at each place that every seed has reached."""
+    mean, spread = np.mean(values, axis=0), np.std(values, axis=0)
+    return [(float(x), float(y), float(s)) for x, y, s in zip(where, mean, spread, strict=True) if not np.isnan(y)]
+
+
+def mean_sd(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds, for a table; a dash where some seed has no value."""
+    if np.any(np.isnan(values)):
+        return "-"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def renew(page: Path, text: str) -> None:
+    """Put `text` between the marks of a page, which the study owns; what people wrote around them stays."""
+    try:
+        before, rest = page.read_text().split(BEGIN)
+        _, after = rest.split(END)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{page}: expected a page with the marks {BEGIN} and {END}, once each") from error
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+
+
+def publish(cfg: Config, name: str, text: str, draw: Callable[[Path], Any]) -> None:
+    """Print and keep the table and plot of a study; renew its page in `docs`."""
+    print(f"\n{text}", flush=True)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    (cfg.out / f"{name}.md").write_text(text)
+    draw(cfg.out / f"{name}.png")
+    if cfg.docs is not None:
+        renew(cfg.docs / f"{name}.md", text)
+        draw(cfg.docs / f"{name}.png")

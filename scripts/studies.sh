@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs every study, four seeds each, and renews the tables and plots in docs/. Sets up its own environment.
+#
+#   scripts/studies.sh                    results in runs/studies; run it again to go on where it was stopped
+#   scripts/studies.sh --seeds 1          any flag that all studies have
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+set_up run
+keep_memory
+cd "$root"
+for study in overoptimization frontier ptx; do
+    "$venv/bin/python" -m experiments.$study "$@"
+done
