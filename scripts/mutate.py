@@ -11,6 +11,7 @@ import argparse
 import ast
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
@@ -230,6 +231,13 @@ MUTANTS = [
     *mutants("rloo", "loss", ("jnp.where(mask, x, 0.0)", "x"), ("rollout.logp))", "logp))")),
     *mutants("best_of_n", "kl", ("(n - 1) / n", "(n - 1)"), ("math.log(n) -", "math.log(n) +")),
     *mutants("best_of_n", "select", ("np.argmax", "np.argmin"), ("n * np.arange", "np.arange")),
+    *mutants("best_of_n", "picking", ("- 2 * np.ptp", "+ 2 * np.ptp"), ("episodes.ended, ", "~episodes.ended, ")),
+    *mutants(
+        "best_of_n",
+        "expected",
+        ("math.comb(below, n - 1)", "math.comb(below, n)"),
+        ("np.argsort(score", "np.argsort(-score"),
+    ),
     *mutants("overoptimization", "reinforcement", ("- beta * d", "+ beta * d"), ("np.log(", "np.log2(")),
     *mutants("overoptimization", "best_of_n", ("alpha - beta * d", "alpha - beta")),
     *mutants("optim", "cosine", ("final_fraction * peak", "final_fraction"), ("alpha=final_fraction", "alpha=0.0")),
@@ -253,13 +261,13 @@ def changed(mutant: Mutant) -> str:
     return source.replace(body, f"{body.partition(quote)[0]}{quote}{doc}{end}{code.replace(mutant.old, mutant.new)}")
 
 
-def caught(mutant: Mutant) -> bool:
+def caught(mutant: Mutant, cache: Path) -> bool:
     """Whether a test fails under the mutant."""
-    return not passes(mutant.module, changed(mutant))
+    return not passes(mutant.module, changed(mutant), cache)
 
 
-def passes(module: str, source: str) -> bool:
-    """Whether the tests of a module pass when this is its source."""
+def passes(module: str, source: str, cache: Path) -> bool:
+    """Whether the tests of a module pass when this is its source; `cache` keeps compiled programs."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "docs", "*.egg-info"))
@@ -269,9 +277,10 @@ def passes(module: str, source: str) -> bool:
         names = [f"test_{module}", *EXTRA.get(module, [])]
         tests = [f"tests/{name}.py" for name in names if (copy / "tests" / f"{name}.py").exists()]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-        run = subprocess.run(
-            command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True
-        )
+        # What a mutant leaves alone is compiled once for all of them.
+        found = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+        env = os.environ | found | {"PYTHONPATH": str(copy)}
+        run = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
         if run.returncode not in (0, 1):
             raise SystemExit(f"{module}: pytest ended with {run.returncode}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
         return run.returncode == 0
@@ -288,11 +297,12 @@ def main() -> int:
     if not chosen:
         parser.error(f"--only {args.only}: no mutant of that function or module")
     start, survivors = time.monotonic(), []
-    for module in dict.fromkeys(mutant.module for mutant in chosen):
-        if not passes(module, (ROOT / "rlhf_jax" / f"{module}.py").read_text()):
-            raise SystemExit(f"{module}: its tests fail without any change, so they would catch everything")
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for n, (mutant, found) in enumerate(zip(chosen, pool.map(caught, chosen), strict=True), 1):
+    with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for module in dict.fromkeys(mutant.module for mutant in chosen):
+            if not passes(module, (ROOT / "rlhf_jax" / f"{module}.py").read_text(), Path(cache)):
+                raise SystemExit(f"{module}: its tests fail without any change, so they would catch everything")
+        verdicts = pool.map(functools.partial(caught, cache=Path(cache)), chosen)
+        for n, (mutant, found) in enumerate(zip(chosen, verdicts, strict=True), 1):
             if not found:
                 survivors.append(mutant)
             verdict = "caught  " if found else "SURVIVED"
