@@ -10,12 +10,17 @@ Result:  docs/frontier.md
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from experiments import dpo, grpo, overoptimization, ppo, rloo, study
 from rlhf_jax import cli, plots
+from rlhf_jax import grpo as grpo_lib
+from rlhf_jax import rloo as rloo_lib
+
+NAME = "frontier"
 
 
 # The types of the experiments are quoted: by the time they were evaluated, the field would hide the module of its name.
@@ -23,88 +28,90 @@ from rlhf_jax import cli, plots
 class Config(overoptimization.Config):
     """Sizes with which four seeds of every study take two CPU cores less than an hour."""
 
-    budgets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # nats, at which the table compares
+    budgets: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # nats, at which the table compares
     betas: tuple[float, ...] = (0.5, 0.1, 0.02)  # of DPO, one run each
-    grpo: "grpo.Config" = grpo.Config()
-    rloo: "rloo.Config" = rloo.Config()
+    # Without a KL penalty, as `ppo` here; what they share with it they take from there.
+    grpo: "grpo.Config" = grpo.Config(
+        algorithm=grpo_lib.Config(minibatches=4, group=4, kl_coef=0.0, kl_in="reward", unfinished_score=-1.0)
+    )
+    rloo: "rloo.Config" = rloo.Config(
+        algorithm=rloo_lib.Config(minibatches=4, group=4, kl_coef=0.0, unfinished_score=-1.0)
+    )
     dpo: "dpo.Config" = dpo.Config()
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """The answers of a model to prompts that nobody has labelled."""
+class Trained:
+    """A model that came from where `run` starts."""
 
     out: Path
-    run: ppo.Config  # how they are sampled
+    run: ppo.Config
     model: Path
     prompts: int
 
 
 def main(cfg: Config) -> dict[str, list]:
     """Run what has not been run, then write table and plot; returns the points of each algorithm and seed."""
+    study.page(cfg, NAME)
     results: dict[str, list[list[study.Point]]] = {}
     for seed in range(cfg.seeds):
-        everyone = {
-            name: study.judge(cfg, seed, **given)["model"] for name, given in overoptimization.judges(cfg).items()
-        }
         judge = study.judge(cfg, seed)["model"]
-        picked = overoptimization.picked(cfg, seed, everyone)[f"{cfg.prompts} prompts"]
-        runs = {
-            "PPO": overoptimization.policy(cfg, seed, judge),
-            "RLOO": grouped(cfg, "rloo", seed, judge),
-            "GRPO": grouped(cfg, "grpo", seed, judge),
-            "DPO": [preferred(cfg, seed, beta) for beta in cfg.betas],
+        courses = {
+            "best-of-n": overoptimization.best_of_n_course(cfg, seed, judge),
+            "PPO": overoptimization.ppo_course(cfg, seed, judge),
         }
-        for name, points in ({"best-of-n": picked} | {name: [picked[0], *run] for name, run in runs.items()}).items():
+        start = courses["PPO"][0]
+        courses |= {
+            "RLOO": [start, *grouped_course(cfg, seed, judge, "rloo", rloo.main)],
+            "GRPO": [start, *grouped_course(cfg, seed, judge, "grpo", grpo.main)],
+            "DPO": [start, *(preferred(cfg, seed, judge, beta) for beta in cfg.betas)],
+        }
+        for name, points in courses.items():
             results.setdefault(name, []).append(points)
     report(cfg, results)
     return results
 
 
-def grouped(cfg: Config, name: str, seed: int, judge: Path) -> list[study.Point]:
-    """GRPO or RLOO against the reward model, without a KL penalty."""
-    experiment, own = {"rloo": (rloo.main, cfg.rloo), "grpo": (grpo.main, cfg.grpo)}[name]
-    free = dataclasses.replace(own.algorithm, kl_coef=0.0)
-    out = cfg.out / f"seed{seed}" / name
-    run = dataclasses.replace(own, algorithm=free, out=out, **study.unheld(cfg, seed, judge))
+def grouped_course(cfg: Config, seed: int, judge: Path, name: str, experiment: Callable) -> list[study.Point]:
+    """Where GRPO or RLOO goes."""
+    shared = "data", "text", "prompt_length", "max_new_tokens", "batch", "steps", "samples_every", "samples"
+    same = {field: getattr(cfg.ppo, field) for field in shared} | study.policy(cfg, seed, judge)
+    run = cli.hand_down(name, getattr(cfg, name), out=cfg.out / f"seed{seed}" / name, **same)
     study.once(experiment, run)
     return study.course(run.out)
 
 
-def preferred(cfg: Config, seed: int, beta: float) -> study.Point:
-    """DPO from the same labels, and where it ends."""
-    home = cfg.out / f"seed{seed}"
-    data = home / "rank" / f"first{cfg.prompts}.jsonl"
-    given = {"init": study.tuned(cfg), "data": str(data), "seed": seed, **study.shared(cfg)}
-    run = dataclasses.replace(
-        cfg.dpo, dpo=dataclasses.replace(cfg.dpo.dpo, beta=beta), out=home / f"dpo-{beta:g}", **given
-    )
+def preferred(cfg: Config, seed: int, judge: Path, beta: float) -> study.Point:
+    """Where DPO ends that learns from the labels of the reward model."""
+    given = {"init": study.tuned(cfg), "data": str(study.labels(cfg, seed, cfg.prompts)), "seed": seed}
+    held = dataclasses.replace(cfg.dpo, dpo=dataclasses.replace(cfg.dpo.dpo, beta=beta))
+    out = cfg.out / f"seed{seed}" / f"dpo-{beta:g}"
+    run = cli.hand_down("dpo", held, out=out, **given, **study.shared(cfg))
     study.once(dpo.main, run)
-    sampling = dataclasses.replace(cfg.ppo, init=run.init, seed=seed, **study.shared(cfg))
-    return study.once(answered, Answers(run.out / "answers", sampling, run.out / "model", 4 * cfg.answered))
+    sampled = cli.hand_down("ppo", cfg.ppo, **study.policy(cfg, seed, judge))
+    return study.once(place, Trained(out / "answers", sampled, out / "model", 8 * cfg.answered))
 
 
-def answered(asked: Answers) -> study.Point:
-    """KL and gold of sampled answers."""
-    _, said, gold = study.answers(asked.run, asked.model, asked.prompts)
+def place(trained: Trained) -> study.Point:
+    """By samples."""
+    said, gold = study.answers(trained.run, trained.model, trained.prompts)
     kl = np.sum(np.where(said.response_mask, said.logp - said.logp_ref, 0.0), axis=1)
-    return {"kl": float(kl.mean()), "gold": float(gold.mean())}
+    return {"kl": float(kl.mean()), "gold": float(gold.mean()), "proxy": float(said.score.mean())}
 
 
 def report(cfg: Config, results: dict[str, list[list[study.Point]]]) -> None:
-    """Gold at each budget, a row an algorithm."""
-    header = ["algorithm", *(f"gold at {budget:g} nats" for budget in cfg.budgets), "most gold", "at nats"]
+    """A row an algorithm: gold at each budget, and where it ends. One panel."""
+    header = ["algorithm", *(f"gold at {budget:g} nats" for budget in cfg.budgets), "last gold", "at nats"]
     rows, drawn = [], {}
     for name, runs in results.items():
-        peaks = [max(points, key=lambda point: point["gold"]) for points in runs]
-        found = [study.at(points, "gold", np.array(cfg.budgets)) for points in runs]
-        columns = [*np.transpose(found), [peak["gold"] for peak in peaks], [peak["kl"] for peak in peaks]]
-        rows.append([name, *(study.mean_sd(column) for column in columns)])
+        found = [study.interpolated(points, "gold", np.array(cfg.budgets)) for points in runs]
+        lasts = ([points[-1][measure] for points in runs] for measure in ("gold", "kl"))
+        rows.append([name, *map(study.mean_sd, [*np.transpose(found), *lasts])])
         where = np.linspace(0.0, max(point["kl"] for points in runs for point in points), 25)
-        drawn[name] = study.band([study.at(points, "gold", where) for points in runs], where)
+        drawn[name] = study.band([study.interpolated(points, "gold", where) for points in runs], where)
     panels = {"gold (0 to 1)": drawn}
     draw = functools.partial(plots.lines, panels=panels, x="KL to the fine-tuned model (nats a response)")
-    study.publish(cfg, "frontier", study.table(header, rows), draw)
+    study.publish(cfg, NAME, study.table(header, rows), draw)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Result:  docs/overoptimization.md
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,46 +20,67 @@ from typing import Any
 import numpy as np
 
 from experiments import ppo, study
-from rlhf_jax import best_of_n, cli, models, overoptimization, parallel, plots, rollout, scores
+from rlhf_jax import best_of_n, cli, overoptimization, plots
+from rlhf_jax import ppo as ppo_lib
 from rlhf_jax.types import InputError, check_positive
 
+NAME = "overoptimization"
+MEASURES = {"gold": "gold (0 to 1)", "proxy": "proxy (sd of answers)"}
+EVERY_ANSWER: dict[str, Any] = {"samples_every": 1, "samples": 64}  # of a run, so that gold is known along it
 
+
+# The type of the stage is quoted: by the time it was evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
 class Config(study.Config):
     """Sizes with which four seeds of every study take two CPU cores less than an hour."""
 
-    labels: tuple[int, ...] = (150, 600)  # prompts to learn from, beside all
-    epochs: tuple[int, ...] = (4, 2)  # passes over each of them, so that few labels do not mean few steps
+    labels: tuple[int, ...] = (100, 400)  # prompts to learn from, beside all
+    epochs: tuple[int, ...] = (4, 2)  # passes over each of them: few labels shall not mean few steps alone
     sizes: tuple[str, ...] = ("llama-micro", "llama-tiny")  # presets of smaller reward models, with all labels
-    answers: int = 64  # to each prompt, of which best-of-n takes n at most
-    answered: int = 128  # prompts of best-of-n
+    answers: int = 32  # to each prompt, of which best-of-n takes n at most
+    answered: int = 192  # prompts of best-of-n
+    # No KL penalty and no pretraining text: the reward model leads alone.
+    ppo: "ppo.Config" = ppo.Config(
+        steps=60, text=None, ppo=ppo_lib.Config(minibatches=4, kl_coef=0.0, unfinished_score=-1.0), **EVERY_ANSWER
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "answers", "answered")
         if len(self.epochs) != len(self.labels):
             raise InputError(f"epochs={self.epochs}: expected a number for each of labels={self.labels}")
+        if self.labels and max(self.labels) >= self.prompts:
+            raise InputError(f"labels={self.labels}: expected fewer than the {self.prompts} of --prompts")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pool:
-    """Answers of the fine-tuned model, and the reward models that pick among them."""
+class Pick:
+    """Best-of-n of the model that `run` starts from, by its reward model."""
 
     out: Path
-    run: ppo.Config  # how they are sampled
-    judges: dict[str, Path]
-    answers: int
-    answered: int
+    run: ppo.Config
+    prompts: int
+    answers: int  # to each, so n at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The model that `run` starts from."""
+
+    out: Path
+    run: ppo.Config
+    prompts: int
 
 
 def main(cfg: Config) -> dict[str, Any]:
     """Run what has not been run, then write table and plot; returns the points of each seed and reward model."""
+    study.page(cfg, NAME)
     results: dict[str, list] = {"accuracy": [], "best_of_n": [], "ppo": []}
     for seed in range(cfg.seeds):
-        judged = {name: study.judge(cfg, seed, **settings) for name, settings in judges(cfg).items()}
-        results["accuracy"].append({name: found["accuracy"] for name, found in judged.items()})
-        results["best_of_n"].append(picked(cfg, seed, {name: found["model"] for name, found in judged.items()}))
-        results["ppo"].append({name: policy(cfg, seed, found["model"]) for name, found in judged.items()})
+        found = {name: study.judge(cfg, seed, **settings) for name, settings in judges(cfg).items()}
+        results["accuracy"].append({name: one["accuracy"] for name, one in found.items()})
+        results["best_of_n"].append({name: best_of_n_course(cfg, seed, one["model"]) for name, one in found.items()})
+        results["ppo"].append({name: ppo_course(cfg, seed, one["model"]) for name, one in found.items()})
     report(cfg, results)
     return results
 
@@ -70,93 +92,75 @@ def judges(cfg: Config) -> dict[str, dict[str, Any]]:
     return fewer | {f"{cfg.prompts} prompts": {}} | smaller
 
 
-def policy(cfg: study.Config, seed: int, judge: Path) -> list[study.Point]:
-    """PPO against the reward model, without a KL penalty."""
-    out = cfg.out / f"seed{seed}" / f"ppo-{judge.parent.name}"
-    free = dataclasses.replace(cfg.ppo.ppo, kl_coef=0.0)
-    study.once(ppo.main, dataclasses.replace(cfg.ppo, ppo=free, out=out, **study.unheld(cfg, seed, judge)))
-    return study.course(out)
+def ppo_course(cfg: Config, seed: int, judge: Path) -> list[study.Point]:
+    """Where PPO goes, from the model that it starts from."""
+    home = cfg.out / f"seed{seed}"
+    out = home / f"ppo-{judge.parent.name}"
+    run = cli.hand_down("ppo", cfg.ppo, out=out, **study.policy(cfg, seed, judge))
+    study.once(ppo.main, run)
+    start = study.once(started, Start(out / "start", run, 8 * cfg.answered))
+    return [start, *study.course(out)]
 
 
-def picked(cfg: Config, seed: int, judges: dict[str, Path]) -> dict[str, list[study.Point]]:
-    """The best of 1, 2, 4, .. `cfg.answers` answers, by each reward model."""
-    run = dataclasses.replace(cfg.ppo, init=study.tuned(cfg), seed=seed, **study.shared(cfg))
-    out = cfg.out / f"seed{seed}" / "best_of_n"
-    return study.once(best_of, Pool(out, run, judges, cfg.answers, cfg.answered))
+def started(start: Start) -> study.Point:
+    """Its place, by many samples: every gain is counted from here."""
+    scored, gold = study.answers(start.run, start.run.init, start.prompts)
+    return {"kl": 0.0, "gold": float(gold.mean()), "proxy": float(scored.score.mean())}
 
 
-def best_of(pool: Pool) -> dict[str, list[study.Point]]:
-    """See `picked`."""
-    model, sampled, worth = study.answers(pool.run, pool.run.init, pool.answered, pool.answers)
-    curves = {}
-    for name, path in pool.judges.items():
-        reward = models.load_reward(path, compute=pool.run.compute)
-        source = scores.reward_models([reward], models.tokenizer_of(model).eos_token_id)
-        parts = [
-            parallel.gather(source(parallel.shard(part))).score for _, part in rollout.chunks(sampled, study.BATCH)
-        ]
-        scored = sampled.replace(score=np.concatenate(parts)[: len(sampled.index)])
-        by, proxy, gold = (x.reshape(-1, pool.answers) for x in (best_of_n.picking(scored), scored.score, worth))
-        curves[name] = [
-            {
-                "n": n,
-                "kl": best_of_n.kl(n),
-                "gold": best_of_n.expected(by, gold, n),
-                "proxy": best_of_n.expected(by, proxy, n),
-            }
-            for n in (2**k for k in range(pool.answers.bit_length()))
-        ]
-    return curves
+def best_of_n_course(cfg: Config, seed: int, judge: Path) -> list[study.Point]:
+    """The best of 1, 2, 4, .. `cfg.answers` answers. Their KL is a bound where answers are alike."""
+    out = cfg.out / f"seed{seed}" / f"best-of-n-{judge.parent.name}"
+    run = cli.hand_down("ppo", cfg.ppo, out=out, **study.policy(cfg, seed, judge))
+    return study.once(picked, Pick(out, run, cfg.answered, cfg.answers))["points"]
 
 
-def fitted(curve: overoptimization.Curve, points: Sequence[study.Point], start: float) -> tuple[float, float]:
-    """alpha and beta of the gain in gold over `start`; nan where the policy has not left."""
-    d = np.sqrt([max(point["kl"], 0.0) for point in points])
+def picked(pick: Pick) -> dict[str, list[study.Point]]:
+    """See `best_of_n_course`."""
+    scored, gold = study.answers(pick.run, pick.run.init, pick.prompts, pick.answers)
+    by, proxy, worth = (x.reshape(-1, pick.answers) for x in (best_of_n.picking(scored), scored.score, gold))
+    points = [
+        {
+            "kl": best_of_n.kl(n),
+            "gold": best_of_n.expected(by, worth, n),
+            "proxy": best_of_n.expected(by, proxy, n),
+        }
+        for n in (2**k for k in range(pick.answers.bit_length()))
+    ]
+    return {"points": points}
+
+
+def fitted(curve: overoptimization.Curve, points: Sequence[study.Point]) -> tuple[float, float]:
+    """alpha and beta of the gain in gold over the first point; nan where the policy has not left it."""
+    d, gold = np.array([(math.sqrt(max(point["kl"], 0.0)), point["gold"]) for point in points]).T
     if len(set(d[d > 0])) < 2:
         return math.nan, math.nan
-    return overoptimization.fit(curve, d, np.array([point["gold"] for point in points]) - start)
+    return overoptimization.fit(curve, d, gold - gold[0])
 
 
 def report(cfg: Config, results: dict[str, list]) -> None:
-    """A row a reward model; a line each in the panels."""
-    header = ["reward model from", "held-out accuracy", f"gold of the best of {cfg.answers}", "alpha", "beta"]
-    header += ["PPO: best gold", "at d", "last gold", "at d", "alpha", "beta"]
+    """A row a reward model and way to follow it; a line each in the panels."""
+    header = ["reward model from", "held-out accuracy", "by", "last d", "last proxy", "last gold", "alpha", "beta"]
+    curves = {"best_of_n": overoptimization.best_of_n, "ppo": overoptimization.reinforcement}
+    labels = {"best_of_n": f"best of {cfg.answers}", "ppo": "PPO"}
     rows = []
-    kinds = [f"{kind}: {measure}" for kind in ("best-of-n", "PPO") for measure in ("gold (0 to 1)", "proxy")]
-    panels: dict[str, dict] = {kind: {} for kind in kinds}
-    for name in judges(cfg):
-        picked = [seed[name] for seed in results["best_of_n"]]
-        starts = [points[0] for points in picked]  # n = 1: the fine-tuned model
-        learnt = [[start, *seed[name]] for start, seed in zip(starts, results["ppo"], strict=True)]
-        fits = [
-            fitted(curve, points, start["gold"])
-            for curve, runs in ((overoptimization.best_of_n, picked), (overoptimization.reinforcement, learnt))
-            for points, start in zip(runs, starts, strict=True)
-        ]
-        (alpha, beta), (alpha_rl, beta_rl) = (np.transpose(part) for part in (fits[: cfg.seeds], fits[cfg.seeds :]))
-        peaks = [max(points, key=lambda point: point["gold"]) for points in learnt]
-        far = [[math.sqrt(max(point["kl"], 0.0)) for point in found] for found in (peaks, [r[-1] for r in learnt])]
+    panels: dict[str, dict] = {f"{way}: {what}": {} for way in labels.values() for what in MEASURES.values()}
+    for name, (way, label) in itertools.product(judges(cfg), labels.items()):
+        runs = [seed[name] for seed in results[way]]
+        lasts = [points[-1] for points in runs]
         columns = [
-            [accuracy[name] for accuracy in results["accuracy"]],
-            [points[-1]["gold"] for points in picked],
-            alpha,
-            beta,
-            [peak["gold"] for peak in peaks],
-            far[0],
-            [points[-1]["gold"] for points in learnt],
-            far[1],
-            alpha_rl,
-            beta_rl,
+            [math.sqrt(max(last["kl"], 0.0)) for last in lasts],
+            *([last[measure] for last in lasts] for measure in ("proxy", "gold")),
+            *np.transpose([fitted(curves[way], points) for points in runs]),
         ]
-        rows.append([name, *(study.mean_sd(column) for column in columns)])
-        for kind, runs in (("best-of-n", picked), ("PPO", learnt)):
-            reached = max(math.sqrt(max(point["kl"], 0.0)) for points in runs for point in points)
-            where = np.linspace(0.0, reached, 13)
-            for measure, label in (("gold", "gold (0 to 1)"), ("proxy", "proxy")):
-                values = [study.at(points, measure, where, of=math.sqrt) for points in runs]
-                panels[f"{kind}: {label}"][name] = study.band(values, where)
+        accuracy = study.mean_sd([seed[name] for seed in results["accuracy"]])
+        rows.append([name, accuracy, label, *map(study.mean_sd, columns)])
+        where = np.linspace(0.0, math.sqrt(max(point["kl"] for points in runs for point in points)), 13)
+        for measure, what in MEASURES.items():
+            values = [study.interpolated(points, measure, where, of=math.sqrt) for points in runs]
+            panels[f"{label}: {what}"][name] = study.band(values, where)
     draw = functools.partial(plots.lines, panels=panels, x="d, square root of the KL (nats)")
-    study.publish(cfg, "overoptimization", study.table(header, rows), draw)
+    study.publish(cfg, NAME, study.table(header, rows), draw)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,14 @@ Result:  docs/ptx.md
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import numpy as np
 
 from experiments import evaluate, ppo, ppo_instructgpt, study
 from rlhf_jax import cli, plots
 
-
-@dataclasses.dataclass(frozen=True)
-class Config(study.Config):
-    """Sizes with which four seeds of every study take two CPU cores less than an hour."""
-
-    evaluate: "evaluate.Config" = evaluate.Config()
-
-
+NAME = "ptx"
 MEASURES = {
     "gold": "gold on held-out prompts (0 to 1)",
     "nll": "loss on held-out text (nats a token)",
@@ -30,35 +24,41 @@ MEASURES = {
 }
 
 
+# The type of the stage is quoted: by the time it was evaluated, the field would hide the module of its name.
+@dataclasses.dataclass(frozen=True)
+class Config(study.Config):
+    """Sizes with which four seeds of every study take two CPU cores less than an hour."""
+
+    evaluate: "evaluate.Config" = evaluate.Config()
+
+
 def main(cfg: Config) -> dict[str, list[dict]]:
     """Run what has not been run, then write table and plot; returns what each policy of each seed is worth."""
-    mixed = dataclasses.replace(cfg.ppo, samples_every=ppo.Config.samples_every, samples=ppo.Config.samples)
-    names = "data", "text", "prompt_length", "max_new_tokens", "text_length", "batch", "steps"
-    letter = dataclasses.replace(ppo_instructgpt.CONFIG, **{name: getattr(mixed, name) for name in names})
+    study.page(cfg, NAME)
+    sizes = "data", "text", "prompt_length", "max_new_tokens", "text_length", "batch", "steps"
+    same = {name: getattr(cfg.ppo, name) for name in sizes}
     arms = {
-        "PPO": dataclasses.replace(mixed, text=None),
-        "PPO-ptx": mixed,
-        "PPO-ptx, InstructGPT's settings": letter,
+        "PPO": dataclasses.replace(cfg.ppo, text=None),
+        "PPO-ptx": cfg.ppo,
+        "InstructGPT": dataclasses.replace(ppo_instructgpt.CONFIG, **same),
     }
-    init = study.tuned(cfg)
     results: dict[str, list[dict]] = {}
     for seed in range(cfg.seeds):
+        given = study.policy(cfg, seed, study.judge(cfg, seed)["model"])
         home = cfg.out / f"seed{seed}"
-        judge = study.judge(cfg, seed)["model"]
-
-        def worth(model, out, seed=seed, judge=judge):
-            given = {"model": model, "reference": init, "reward": judge, "seed": seed, "out": None}
-            asked = cli.hand_down("evaluate", cfg.evaluate, **given, **study.asking(cfg.ppo), **study.shared(cfg))
-            return study.once(evaluate.main, asked, out)
-
-        results.setdefault("SFT", []).append(worth(init, home / "sft-evaluate"))
+        results.setdefault("SFT", []).append(worth(cfg, seed, given["init"], home / "sft-evaluated"))
         for name, arm in arms.items():
-            out = home / name.lower().replace(" ", "-").replace(",", "").replace("'", "")
-            run = dataclasses.replace(arm, init=init, reward=(judge,), seed=seed, out=out, **study.shared(cfg))
-            study.once(ppo.main, run)
-            results.setdefault(name, []).append(worth(out / "model", out / "evaluate"))
+            out = home / f"mix-{name.lower()}"
+            study.once(ppo.main, dataclasses.replace(arm, out=out, **given))
+            results.setdefault(name, []).append(worth(cfg, seed, out / "model", out / "evaluated"))
     report(cfg, results)
     return results
+
+
+def worth(cfg: Config, seed: int, model: Path, out: Path) -> dict:
+    """What `evaluate` says of a model."""
+    given = {"model": model, "reference": study.tuned(cfg), "seed": seed, **study.shared(cfg)}
+    return study.once(evaluate.main, cli.hand_down("evaluate", cfg.evaluate, **given, **study.sampling(cfg.ppo)), out)
 
 
 def report(cfg: Config, results: dict[str, list[dict]]) -> None:
@@ -72,10 +72,10 @@ def report(cfg: Config, results: dict[str, list[dict]]) -> None:
             label: {name: float(of(found[measure])) for name, found in columns.items()}
             for measure, label in MEASURES.items()
         }
-        for of in (np.mean, np.std)
+        for of in (np.mean, study.spread)
     )
     draw = functools.partial(plots.stages, panels=panels, spread=spread)
-    study.publish(cfg, "ptx", study.table(["policy", *MEASURES.values()], rows), draw)
+    study.publish(cfg, NAME, study.table(["policy", *MEASURES.values()], rows), draw)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from experiments import ppo, pretrain, rank, reward, sft
-from rlhf_jax import best_of_n, cli, log, models, rollout, transformer
+from rlhf_jax import best_of_n, cli, log, models, rollout, scores, transformer
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data.tokenizer import prompt_text
 from rlhf_jax.data.world import World
@@ -36,13 +36,13 @@ class Config:
     out: Path = Path("runs/studies")  # run directory, shared by the studies
     docs: Path | None = Path("docs")  # folder of the pages whose tables and plots are renewed; None for none
     seeds: int = 4  # of labels, reward model and policy
-    prompts: int = 2400  # prompts whose answers are ranked, a seed
+    prompts: int = 1600  # prompts whose answers are ranked, a seed
     compute: transformer.Compute = transformer.Compute()  # of every stage
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config(held_out=96)
     reward: "reward.Config" = reward.Config()
-    ppo: "ppo.Config" = ppo.Config(samples_every=2, samples=64)
+    ppo: "ppo.Config" = ppo.Config()
 
     def __post_init__(self) -> None:
         check_positive(self, "seeds", "prompts")
@@ -58,7 +58,9 @@ def once(main: Callable[[Any], Any], cfg: Any, out: Path | None = None) -> Any:
     settings = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
     if done.is_file():
         found = json.loads(done.read_text())
-        if differing := [name for name, value in settings.items() if found["settings"].get(name) != value]:
+        if found["settings"] != settings:
+            names = settings.keys() | found["settings"].keys()
+            differing = sorted(name for name in names if found["settings"].get(name) != settings.get(name))
             raise InputError(f"{out} was made with other settings ({', '.join(differing)}): name another --out")
         return found["result"]
     print(f"\n== {out}", flush=True)
@@ -76,20 +78,12 @@ def shared(cfg: Config) -> dict[str, Any]:
     return {"data_dir": cfg.out / "data", "compute": cfg.compute}
 
 
-def asking(run: ppo.Config) -> dict[str, Any]:
-    """The settings of PPO by which every answer is sampled."""
-    return {
-        "temperature": run.ppo.temperature,
-        "prompt_length": run.prompt_length,
-        "max_new_tokens": run.max_new_tokens,
-    }
-
-
 def tuned(cfg: Config, preset: str | None = None) -> Path:
     """Model directory of a fine-tuned model of this size, by default the policy's."""
     preset = preset or cfg.pretrain.preset
     out = cfg.out / preset
-    once(pretrain.main, dataclasses.replace(cfg.pretrain, preset=preset, out=out / "pretrain", **shared(cfg)))
+    sized = dataclasses.replace(cfg.pretrain, preset=preset)
+    once(pretrain.main, cli.hand_down("pretrain", sized, out=out / "pretrain", **shared(cfg)))
     fine = cli.hand_down("sft", cfg.sft, init=out / "pretrain" / "model", out=out / "sft", **shared(cfg))
     once(sft.main, fine)
     return fine.out / "model"
@@ -100,32 +94,43 @@ def judge(cfg: Config, seed: int, prompts: int | None = None, epochs: int = 1, p
 
     It learns from the labels on the first `prompts` prompts, by default all.
     """
-    prompts = prompts or cfg.prompts
-    home = cfg.out / f"seed{seed}"
-    given: dict[str, Any] = {"init": tuned(cfg), "prompts": cfg.prompts, "seed": seed}
-    ranked = cli.hand_down("rank", cfg.rank, out=home / "rank", **given, **asking(cfg.ppo), **shared(cfg))
+    prompts, home = prompts or cfg.prompts, cfg.out / f"seed{seed}"
+    given: dict[str, Any] = {"init": tuned(cfg), "prompts": cfg.prompts, "seed": seed, **shared(cfg)}
+    ranked = cli.hand_down("rank", cfg.rank, out=home / "rank", **given, **sampling(cfg.ppo))
     once(rank.main, ranked)
-    labels = ranked.out / f"first{prompts}.jsonl"
     with (ranked.out / "train.jsonl").open() as rows:
-        labels.write_text("".join(itertools.islice(rows, prompts)))
+        labels(cfg, seed, prompts).write_text("".join(itertools.islice(rows, prompts)))
+    data = {"data": str(labels(cfg, seed, prompts)), "held_out": str(ranked.out / "held_out.jsonl")}
     out = home / f"reward-{preset or cfg.pretrain.preset}-{prompts}"
-    given = {"data": str(labels), "held_out": str(ranked.out / "held_out.jsonl"), "init": tuned(cfg, preset)}
-    learnt = cli.hand_down("reward", cfg.reward, out=out, epochs=epochs, seed=seed, **given, **shared(cfg))
+    given = {"init": tuned(cfg, preset), "epochs": epochs, "seed": seed, **shared(cfg)}
+    learnt = cli.hand_down("reward", cfg.reward, out=out, **given, **data)
     return {"model": learnt.out / "model", **once(reward.main, learnt)}
 
 
-def unheld(cfg: Config, seed: int, judge: Path) -> dict[str, Any]:
-    """Settings of `ppo` and its kin against a reward model that leads alone: no pretraining text holds the policy."""
-    names = "data", "prompt_length", "max_new_tokens", "batch", "steps", "samples_every", "samples"
-    same = {name: getattr(cfg.ppo, name) for name in names}
-    return same | {"init": tuned(cfg), "reward": (judge,), "seed": seed, "text": None, **shared(cfg)}
+def labels(cfg: Config, seed: int, prompts: int) -> Path:
+    """File of the rankings of the first prompts, which `judge` writes."""
+    return cfg.out / f"seed{seed}" / "rank" / f"first{prompts}.jsonl"
+
+
+def policy(cfg: Config, seed: int, judge: Path) -> dict[str, Any]:
+    """The settings that the study decides for a policy that learns from a reward model."""
+    return {"init": tuned(cfg), "reward": (judge,), "seed": seed, **shared(cfg)}
+
+
+def sampling(run: ppo.Config) -> dict[str, Any]:
+    """The settings of PPO by which every answer is sampled."""
+    return {
+        "temperature": run.ppo.temperature,
+        "prompt_length": run.prompt_length,
+        "max_new_tokens": run.max_new_tokens,
+    }
 
 
 def gold(prompt: str, response: str) -> float:
     return WORLD.gold(prompt, response).score
 
 
-def course(run: Path, points: int = 12) -> list[Point]:
+def course(run: Path, points: int = 10) -> list[Point]:
     """Means over the samples of a run, in order, in as many windows of steps."""
     tables: dict[int, list[dict]] = {}
     for row in log.read(run, "samples.jsonl"):
@@ -142,47 +147,58 @@ def course(run: Path, points: int = 12) -> list[Point]:
     ]
 
 
-def answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) -> tuple[models.Model, Rollout, np.ndarray]:
-    """A model, its answers to the last prompts of `run.data`, each asked so many times in turn, and gold of each [B].
+def answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) -> tuple[Rollout, np.ndarray]:
+    """Answers of a model to prompts of `run.data`, each asked so many times in turn, and gold of each answer [B].
 
-    `run` says how they are sampled, and by `init` what the KL is measured from.
+    The prompts lie evenly in those that policies train on. `run` says how answers are sampled, what reward models score
+    them, and by `init` what the KL is measured from.
     """
     policy, reference = (models.load(path, compute=run.compute) for path in (model, run.init))
-    rows = builders.source(run.data, "prompts", data_dir=run.data_dir)
-    asked = [rows[index] for index in range(max(len(rows) - prompts, 0), len(rows))]
     tokenizer = models.tokenizer_of(policy)
-    repeated = best_of_n.repeat(pipeline.every_prompt(asked, tokenizer, length=run.prompt_length)[0], times)
-    sampled = rollout.episodes(
+    rewards = [models.load_reward(path, compute=run.compute) for path in run.reward]
+    rows = builders.source(run.data, "prompts", data_dir=run.data_dir)
+    asked = [rows[int(index)] for index in np.linspace(0, len(rows) - 1, prompts)]
+    said = rollout.episodes(
         policy,
         reference,
-        repeated,
+        best_of_n.repeat(pipeline.every_prompt(asked, tokenizer, length=run.prompt_length)[0], times),
         named_key(run.seed, "study/answers"),
+        scores.reward_models(rewards, tokenizer.eos_token_id),
         batch=BATCH,
         max_new_tokens=run.max_new_tokens,
         temperature=run.ppo.temperature,
     )
-    said = rollout.texts(tokenizer, sampled.tokens[:, -run.max_new_tokens :], sampled.response_mask)
-    worth = [gold(prompt_text(asked[int(i)]["prompt"]), text) for i, text in zip(sampled.index, said, strict=True)]
-    return policy, sampled, np.array(worth)
+    texts = rollout.texts(tokenizer, said.tokens[:, -run.max_new_tokens :], said.response_mask)
+    asked_of = [prompt_text(asked[int(index)]["prompt"]) for index in said.index]
+    return said, np.array([gold(prompt, text) for prompt, text in zip(asked_of, texts, strict=True)])
 
 
-def at(points: Sequence[Point], measure: str, where: np.ndarray, of: Callable[[float], float] = float) -> np.ndarray:
-    """`measure` at KLs, or at another function `of` them, between the points; nan beyond the last one."""
-    across = np.maximum.accumulate([of(max(point["kl"], 0.0)) for point in points])
-    return np.interp(where, across, [point[measure] for point in points], right=np.nan)
+def interpolated(
+    points: Sequence[Point], measure: str, where: np.ndarray, of: Callable[[float], float] = float
+) -> np.ndarray:
+    """`measure` at these KLs, or values of a function `of` them, between the points; nan beyond the last one."""
+    ordered = sorted((of(max(point["kl"], 0.0)), point[measure]) for point in points)
+    across, up = np.array(ordered).T
+    return np.interp(where, across, up, right=np.nan)
+
+
+def spread(values: Sequence[float] | np.ndarray) -> float:
+    """Standard deviation over seeds (with Bessel's correction); 0 for one seed."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def band(values: Sequence[np.ndarray], where: np.ndarray) -> list[tuple[float, float, float]]:
     """Mean and standard deviation over seeds at each place that every seed has reached."""
-    mean, spread = np.mean(values, axis=0), np.std(values, axis=0)
-    return [(float(x), float(y), float(s)) for x, y, s in zip(where, mean, spread, strict=True) if not np.isnan(y)]
+    reached = [(float(x), column) for x, column in zip(where, np.transpose(values), strict=True)]
+    return [(x, float(column.mean()), spread(column)) for x, column in reached if not np.any(np.isnan(column))]
 
 
-def mean_sd(values: Sequence[float], digits: int = 3) -> str:
+def mean_sd(values: Sequence[float] | np.ndarray, digits: int = 3) -> str:
     """Mean and standard deviation over seeds, for a table; a dash where some seed has no value."""
     if np.any(np.isnan(values)):
         return "-"
-    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {spread(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -190,14 +206,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def renew(page: Path, text: str) -> None:
-    """Put `text` between the marks of a page, which the study owns; what people wrote around them stays."""
+def page(cfg: Config, name: str) -> tuple[Path, str, str] | None:
+    """A page to renew, if there is one, and what people wrote before and after the part that the study owns."""
+    if cfg.docs is None:
+        return None
+    path = cfg.docs / f"{name}.md"
     try:
-        before, rest = page.read_text().split(BEGIN)
+        before, rest = path.read_text().split(BEGIN)
         _, after = rest.split(END)
     except (OSError, ValueError) as error:
-        raise InputError(f"{page}: expected a page with the marks {BEGIN} and {END}, once each") from error
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        raise InputError(
+            f"{path}: expected a page with the marks {BEGIN} and {END}, once each; --docs None writes none"
+        ) from error
+    return path, before, after
 
 
 def publish(cfg: Config, name: str, text: str, draw: Callable[[Path], Any]) -> None:
@@ -206,6 +227,7 @@ def publish(cfg: Config, name: str, text: str, draw: Callable[[Path], Any]) -> N
     cfg.out.mkdir(parents=True, exist_ok=True)
     (cfg.out / f"{name}.md").write_text(text)
     draw(cfg.out / f"{name}.png")
-    if cfg.docs is not None:
-        renew(cfg.docs / f"{name}.md", text)
-        draw(cfg.docs / f"{name}.png")
+    if around := page(cfg, name):
+        path, before, after = around
+        path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        draw(path.with_suffix(".png"))

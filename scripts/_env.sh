@@ -54,9 +54,11 @@ set_up() {
         "$python" -m venv --clear "$venv"
     fi
     if [[ $kind == dev ]]; then extra='[dev]'; fi
-    # uv is many times faster than pip, which fetches it.
-    PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "$venv/bin/python" -m pip install -qq uv
-    VIRTUAL_ENV=$venv "$venv/bin/python" -m uv pip install -q --editable "$root$extra"
+    # uv is many times faster; pip knows more ways to configure where packages come from.
+    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+    "$venv/bin/python" -m pip install -qq uv
+    VIRTUAL_ENV=$venv "$venv/bin/python" -m uv pip install -q --editable "$root$extra" ||
+        "$venv/bin/python" -m pip install -qq --editable "$root$extra"
     works "$kind" || fail "${venv#"$root"/} does not work; delete it and run this again"
     echo "$stamp" >"$venv/.made-$kind"
 }

@@ -279,6 +279,7 @@ def passes(module: str, source: str, cache: Path) -> bool:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         # What a mutant leaves alone is compiled once for all of them.
         found = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+        found["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # bytes; with a limit, jobs take turns in it
         env = os.environ | found | {"PYTHONPATH": str(copy)}
         run = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
         if run.returncode not in (0, 1):

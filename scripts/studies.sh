@@ -2,7 +2,7 @@
 # Runs every study, four seeds each, and renews the tables and plots in docs/. Sets up its own environment.
 #
 #   scripts/studies.sh                    results in runs/studies; run it again to go on where it was stopped
-#   scripts/studies.sh --seeds 1          any flag that all studies have
+#   scripts/studies.sh --docs None        any flag that all studies have; this one leaves docs/ alone
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 set_up run
