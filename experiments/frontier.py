@@ -25,7 +25,7 @@ NAME = "frontier"
 
 # The types of the experiments are quoted: by the time they were evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
-class Config(overoptimization.Config):
+class Config(overoptimization.Following):
     """Sizes with which four seeds of every study take two CPU cores less than an hour."""
 
     budgets: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # nats, at which the table compares

@@ -26,27 +26,38 @@ from rlhf_jax.types import InputError, check_positive
 
 NAME = "overoptimization"
 MEASURES = {"gold": "gold (0 to 1)", "proxy": "proxy (sd of answers)"}
-EVERY_ANSWER: dict[str, Any] = {"samples_every": 1, "samples": 64}  # of a run, so that gold is known along it
 
 
 # The type of the stage is quoted: by the time it was evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
-class Config(study.Config):
-    """Sizes with which four seeds of every study take two CPU cores less than an hour."""
+class Following(study.Config):
+    """Settings of reward models that are followed without restraint: no KL penalty, no pretraining text."""
 
-    labels: tuple[int, ...] = (100, 400)  # prompts to learn from, beside all
-    epochs: tuple[int, ...] = (4, 2)  # passes over each of them: few labels shall not mean few steps alone
-    sizes: tuple[str, ...] = ("llama-micro", "llama-tiny")  # presets of smaller reward models, with all labels
     answers: int = 32  # to each prompt, of which best-of-n takes n at most
     answered: int = 192  # prompts of best-of-n
-    # No KL penalty and no pretraining text: the reward model leads alone.
     ppo: "ppo.Config" = ppo.Config(
-        steps=60, text=None, ppo=ppo_lib.Config(minibatches=4, kl_coef=0.0, unfinished_score=-1.0), **EVERY_ANSWER
+        steps=60,
+        text=None,
+        ppo=ppo_lib.Config(minibatches=4, kl_coef=0.0, unfinished_score=-1.0),
+        samples_every=1,  # and as many as there are, so that gold is known along the run
+        samples=64,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "answers", "answered")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Following):
+    """Sizes with which four seeds of every study take two CPU cores less than an hour."""
+
+    labels: tuple[int, ...] = (100, 400)  # prompts to learn from, beside all
+    epochs: tuple[int, ...] = (4, 2)  # passes over each of them: few labels shall not mean few steps alone
+    sizes: tuple[str, ...] = ("llama-micro", "llama-tiny")  # presets of smaller reward models, with all labels
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.epochs) != len(self.labels):
             raise InputError(f"epochs={self.epochs}: expected a number for each of labels={self.labels}")
         if self.labels and max(self.labels) >= self.prompts:
@@ -92,7 +103,7 @@ def judges(cfg: Config) -> dict[str, dict[str, Any]]:
     return fewer | {f"{cfg.prompts} prompts": {}} | smaller
 
 
-def ppo_course(cfg: Config, seed: int, judge: Path) -> list[study.Point]:
+def ppo_course(cfg: Following, seed: int, judge: Path) -> list[study.Point]:
     """Where PPO goes, from the model that it starts from."""
     home = cfg.out / f"seed{seed}"
     out = home / f"ppo-{judge.parent.name}"
@@ -108,7 +119,7 @@ def started(start: Start) -> study.Point:
     return {"kl": 0.0, "gold": float(gold.mean()), "proxy": float(scored.score.mean())}
 
 
-def best_of_n_course(cfg: Config, seed: int, judge: Path) -> list[study.Point]:
+def best_of_n_course(cfg: Following, seed: int, judge: Path) -> list[study.Point]:
     """The best of 1, 2, 4, .. `cfg.answers` answers. Their KL is a bound where answers are alike."""
     out = cfg.out / f"seed{seed}" / f"best-of-n-{judge.parent.name}"
     run = cli.hand_down("ppo", cfg.ppo, out=out, **study.policy(cfg, seed, judge))
