@@ -36,7 +36,7 @@ class Following(study.Config):
     answers: int = 32  # to each prompt, of which best-of-n takes n at most
     answered: int = 192  # prompts of best-of-n
     ppo: "ppo.Config" = ppo.Config(
-        steps=60,
+        steps=40,
         text=None,
         ppo=ppo_lib.Config(minibatches=4, kl_coef=0.0, unfinished_score=-1.0),
         samples_every=1,  # and as many as there are, so that gold is known along the run
