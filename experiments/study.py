@@ -223,6 +223,7 @@ def page(cfg: Config, name: str) -> tuple[Path, str, str] | None:
 
 def publish(cfg: Config, name: str, text: str, draw: Callable[[Path], Any]) -> None:
     """Print and keep the table and plot of a study; renew its page in `docs`."""
+    text += f"\nSeeds: {', '.join(map(str, range(cfg.seeds)))}.\n"
     print(f"\n{text}", flush=True)
     cfg.out.mkdir(parents=True, exist_ok=True)
     (cfg.out / f"{name}.md").write_text(text)

@@ -78,11 +78,12 @@ def test_measures_at_a_distance():
 
 
 def test_a_page_keeps_what_people_wrote(tmp_path):
-    cfg = study.Config(out=tmp_path / "out", docs=page(tmp_path / "docs"))
+    cfg = study.Config(out=tmp_path / "out", docs=page(tmp_path / "docs"), seeds=2)
     path = tmp_path / "docs" / "ptx.md"
     study.publish(cfg, "ptx", "| a |\n", lambda figure: figure.touch())
-    assert path.read_text() == f"# Mine\n\n{study.BEGIN}\n\n| a |\n\n{study.END}\n\nFindings.\n"
-    assert path.with_suffix(".png").exists() and (tmp_path / "out" / "ptx.md").read_text() == "| a |\n"
+    text = "| a |\n\nSeeds: 0, 1.\n"
+    assert path.read_text() == f"# Mine\n\n{study.BEGIN}\n\n{text}\n{study.END}\n\nFindings.\n"
+    assert path.with_suffix(".png").exists() and (tmp_path / "out" / "ptx.md").read_text() == text
     path.write_text("# Mine\n")
     for experiment in (ptx, overoptimization, frontier):
         (path.parent / f"{experiment.NAME}.md").write_text("# Mine\n")
