@@ -9,7 +9,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from rlhf_jax import log
 
-COLUMNS = 3  # panels in a row
+COLUMNS = 3  # panels in a row, at most
 COLORS = ("#2f6f9f", "#d9822b", "#4c9a62", "#a5527a", "#6b6b6b")
 BAR = "#8fa9bd"
 INK = "#333333"
@@ -48,7 +48,7 @@ def curves(directory: Path, panels: Mapping[str, Sequence[str]] | None = None) -
         axis.margins(x=0.02)
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=8, labelcolor=INK)
-    for axis in axes[-COLUMNS:]:
+    for axis in axes[-_columns(len(axes)) :]:
         axis.set_xlabel("step", fontsize=9, color=INK)
     return _save(figure, directory / "curves.png")
 
@@ -80,7 +80,7 @@ def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, ..
 
     `panels` maps the label of a measure, with its unit, to the points of each series by its name; `x` is the label of
     what they share: `{"gold (0 to 1)": {"PPO": [(0.1, 0.5), (0.4, 0.8)]}}` over "KL (nats)". A spread is drawn as a
-    band of as much above the line and below it.
+    band of as much above the line and below it. Panels with the series of the first have no legend of their own.
     """
     figure, axes = _grid(len(panels))
     for axis, (label, series) in zip(axes, panels.items(), strict=True):
@@ -92,14 +92,14 @@ def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, ..
         axis.set_title(label, loc="left", fontsize=10, color=INK)
         axis.set_xlabel(x, fontsize=9, color=INK)
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        if len(series) > 1:
+        if len(series) > 1 and (axis is axes[0] or list(series) != list(next(iter(panels.values())))):
             axis.legend(frameon=False, fontsize=8, labelcolor=INK)
     return _save(figure, path)
 
 
 def _grid(count: int):
     """A figure and its `count` axes, row by row."""
-    columns = max(1, min(COLUMNS, count))
+    columns = _columns(count)
     rows = max(1, -(-count // columns))
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
@@ -108,6 +108,10 @@ def _grid(count: int):
         axis.spines[["left", "bottom"]].set_color("#999999")
         axis.tick_params(labelsize=8, colors=INK, length=3, color="#999999")
     return figure, axes
+
+
+def _columns(count: int) -> int:
+    return 2 if count == 4 else max(1, min(COLUMNS, count))
 
 
 def _cycle(count: int) -> list[str]:

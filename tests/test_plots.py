@@ -107,3 +107,10 @@ def test_spreads_are_drawn_around_the_values(tmp_path, figures):
     (axis,) = figures[1].axes
     ends = [segment[:, 1].tolist() for segment in axis.containers[0].lines[2][0].get_segments()]
     assert ends == [[0.375, 0.625], [0.5, 1.0]]
+
+
+def test_series_are_named_once(tmp_path, figures):
+    points = [(0.0, 1.0), (1.0, 2.0)]
+    same, other = {"PPO": points, "DPO": points}, {"PPO": points, "SFT": points}
+    plots.lines(tmp_path / "a.png", {"gold": same, "proxy": same, "loss": other}, x="d")
+    assert [axis.get_legend() is not None for axis in figures[0].axes] == [True, False, True]
