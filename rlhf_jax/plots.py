@@ -64,8 +64,9 @@ def stages(path: Path, panels: Panels, spread: Panels | None = None) -> Path:
     for axis, (label, values) in zip(axes, panels.items(), strict=True):
         colors = [BAR] * (len(values) - 1) + [COLORS[0]]
         whiskers = [spread[label][name] for name in values] if spread else None
-        bars = axis.bar(list(values), list(values.values()), yerr=whiskers, ecolor=INK, color=colors, width=0.62)
-        axis.bar_label(bars, fmt=lambda value: f"{round(value, 4):.3g}", padding=2, fontsize=9, color=INK)
+        heights = [value if abs(value) >= 5e-5 else 0.0 for value in values.values()]  # a KL to itself is only rounding
+        bars = axis.bar(list(values), heights, yerr=whiskers, ecolor=INK, color=colors, width=0.62)
+        axis.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=9, color=INK)
         axis.set_title(label, loc="left", fontsize=10, color=INK)
         axis.axhline(0, color=INK, linewidth=0.8)
         axis.margins(y=0.15)
