@@ -29,6 +29,7 @@ MEASURES = {
 class Config(study.Config):
     """Sizes with which four seeds of every study take two CPU cores less than an hour."""
 
+    ppo: "ppo.Config" = ppo.Config(steps=40)
     evaluate: "evaluate.Config" = evaluate.Config()
 
 
