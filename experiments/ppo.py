@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ class Config:
     out: Path = Path("runs/ppo")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory of the policy
     reference: Path | None = None  # model directory of the reference that holds it; None is where the policy starts
-    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models to average; the first starts the critic
+    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models to average; the first may start the critic
+    critic: Literal["reward", "policy"] = "reward"  # a network that starts as the reward model, or a head on the policy
     pessimism: float = 0.0  # standard deviations of the reward models to take off their mean
     data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
@@ -105,16 +106,19 @@ def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] |
 
     tx = ppo_lib.optimizer(adam(cfg.lr), adam(cfg.critic_lr))
     sampling_key, training_key = (named_key(cfg.seed, f"ppo/{use}") for use in ("sampling", "updates"))
-    params = {"policy": policy.params, "critic": rewards[0].params}
+    if cfg.critic == "reward":
+        critic, critic_fn = rewards[0].params, heads.critic(rewards[0].config)
+    else:
+        critic, critic_fn = heads.fresh(policy.config), heads.shared_critic(policy.config)
+    params = {"policy": policy.params, "critic": critic}
     state = parallel.replicate(ppo_lib.init(params, tx, cfg.ppo, training_key))
     reference = parallel.replicate(held.params)
-    scalar_fn = transformer.bind(heads.ScalarModel(rewards[0].config))
     collect = parallel.pmap(
         functools.partial(
             rollout.collect,
             policy=policy,
             policy_fn=policy.apply,
-            critic_fn=scalar_fn,
+            critic_fn=critic_fn,
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.ppo.temperature,
             eos_id=tokenizer.eos_token_id,
@@ -122,7 +126,7 @@ def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] |
         )
     )
     step_fn = parallel.pmap(
-        functools.partial(ppo_lib.train_step, policy_fn=policy.apply, critic_fn=scalar_fn, tx=tx, cfg=cfg.ppo),
+        functools.partial(ppo_lib.train_step, policy_fn=policy.apply, critic_fn=critic_fn, tx=tx, cfg=cfg.ppo),
         donate=(0,),
     )
     keys = parallel.replicate(sampling_key)

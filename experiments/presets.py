@@ -21,6 +21,7 @@ ziegler2019 = Config(
     schedule="linear",  # code: linear to 0
     warmup=0,
     adam=optim.Adam(b2=0.999, eps=1e-5, tensorflow=True, clip_norm=None),  # code: Adam in TensorFlow's form
+    critic="policy",  # code: a value head on the policy's trunk, at first 0
     ppo=ppo.Config(
         epochs=4,  # code: noptepochs
         minibatches=1,  # code: nminibatches

@@ -4,6 +4,7 @@ Both are the same module with the same parameters, so that a critic can start fr
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.advantages import last_index
-from rlhf_jax.transformer import Config, Transformer
+from rlhf_jax.transformer import Config, Transformer, bind
 from rlhf_jax.types import Params
 
 
@@ -38,9 +39,30 @@ def at_last(per_token: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[A
     return jnp.take_along_axis(per_token, column[:, None], axis=1)[:, 0]
 
 
+def trunk(policy: Params) -> Params:
+    """What a language model has in common with a scalar model."""
+    return {name: value for name, value in policy.items() if name != "unembedding"}
+
+
 def from_policy(policy: Params, config: Config, key: Array) -> Params:
     """Scalar-model parameters with the trunk of a language model and a fresh head."""
     std = (config.d_model + 1) ** -0.5
     kernel = std * jax.random.normal(key, (config.d_model,))
-    trunk = {name: value for name, value in policy.items() if name != "unembedding"}
-    return {"trunk": trunk, "kernel": kernel, "bias": jnp.zeros(())}
+    return {"trunk": trunk(policy), "kernel": kernel, "bias": jnp.zeros(())}
+
+
+def critic(config: Config) -> Callable:
+    """(params, tokens, mask) -> value [B, T] of a critic params["critic"] that is a network of its own."""
+    per_token = bind(ScalarModel(config))
+    return lambda params, tokens, mask: per_token(params["critic"], tokens, mask)
+
+
+def shared_critic(config: Config) -> Callable:
+    """(params, tokens, mask) -> value [B, T] of a critic that is a head on the trunk of params["policy"]."""
+    per_token = bind(ScalarModel(config))
+    return lambda params, tokens, mask: per_token(params["critic"] | {"trunk": trunk(params["policy"])}, tokens, mask)
+
+
+def fresh(config: Config) -> Params:
+    """The head of a `shared_critic`, which values everything at 0 (Ziegler et al. 2019)."""
+    return {"kernel": jnp.zeros(config.d_model), "bias": jnp.zeros(())}

@@ -1,7 +1,8 @@
 """Proximal policy optimisation for language models, with the pretraining mix of InstructGPT (PPO-ptx).
 
 The reward of a token is `-kl_coef` times its KL to the reference policy, plus the reward model's score at the last one
-(arXiv:1909.08593, arXiv:2203.02155). The critic is a network of its own, with an optimiser of its own.
+(arXiv:1909.08593, arXiv:2203.02155). The critic is a network of its own or a head on the
+policy's trunk, with an optimiser of its own.
 """
 
 import dataclasses
@@ -142,7 +143,7 @@ def adapt_kl_coef(
 
 
 def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Config, rng: jax.Array) -> TrainState:
-    """The state before the first rollout; `params` holds "policy" and "critic"."""
+    """The state before the first rollout; `params` holds "policy" and what `critic_fn` adds to it, "critic"."""
     state = updates.init(params, tx, cfg, rng)
     return state.replace(opt_state=state.opt_state | {"kl_coef": jnp.float32(cfg.kl_coef)})
 
@@ -180,7 +181,7 @@ def loss(
         policy, found = penalty_policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.penalty, count)
         found["approx_kl"] = found.pop("kl")
     metrics = {"loss/policy": policy} | {f"policy/{name}": value for name, value in found.items()}
-    value = critic_fn(params["critic"], rollout.tokens, rollout.mask)[:, -new_tokens - 1 : -1]
+    value = critic_fn(params, rollout.tokens, rollout.mask)[:, -new_tokens - 1 : -1]
     critic, found = value_loss(value, rollout.value, batch.target, batch.value_mask, cfg.value_clip, value_count)
     metrics |= {"loss/value": critic} | {f"value/{name}": value for name, value in found.items()}
     total = policy + cfg.value_coef * critic

@@ -54,8 +54,8 @@ def collect(
     Row b of the global batch samples with `fold_in(key, first + b)`. Without `stop_at_eos` every response has all its
     columns and each counts, as in Ziegler et al. 2019.
 
-    `policy_fn` maps (params, tokens, mask, keys, start=, stop=) to logits; `critic_fn` maps (params, tokens, mask) to a
-    scalar a token. The behaviour log-probabilities are the sampler's own.
+    `policy_fn` maps (params, tokens, mask, keys, start=, stop=) to logits; `critic_fn` maps (all of `params`, tokens,
+    mask) to a scalar a token, as `heads.critic` does. The behaviour log-probabilities are the sampler's own.
     """
     rows = prompts.tokens.shape[0]
     prompt_tokens, prompt_mask = sampling.left_pad(prompts.tokens, prompts.mask)
@@ -67,7 +67,7 @@ def collect(
     tokens = jnp.concatenate([prompt_tokens, sample.tokens], axis=1)
     mask = jnp.concatenate([prompt_mask, sample.mask], axis=1)
     logp_ref = response_logprobs(policy_fn, reference, tokens, mask, max_new_tokens, temperature)
-    value = critic_fn(params["critic"], tokens, mask)[:, -max_new_tokens - 1 : -1] if critic_fn else None
+    value = critic_fn(params, tokens, mask)[:, -max_new_tokens - 1 : -1] if critic_fn else None
     return Rollout(
         tokens=tokens,
         mask=mask,

@@ -55,7 +55,7 @@ class Tree:
         return params[self.node(tokens)[:, start:stop]]
 
     def critic(self, params, tokens, mask):
-        return params[self.node(tokens)]
+        return params["critic"][self.node(tokens)]
 
     def sample(self, params, reference, score: jax.Array, key: jax.Array) -> Rollout:
         """`score` is a table [nodes, vocab]: what a response is worth that ends by this token at this node."""

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.oracles import Case
 
 POLICY = transformer.bind(transformer.Transformer(tiny.GPT))
-SCALAR = transformer.bind(heads.ScalarModel(tiny.GPT))
+CRITIC = heads.critic(tiny.GPT)
 CFG = ppo.Config(epochs=2, minibatches=2, kl_coef=0.1, ptx_coef=0.7)
 N = 5
 
@@ -23,7 +23,7 @@ def optimizer():
 
 
 def step(cfg=CFG, **kwargs):
-    return functools.partial(ppo.train_step, policy_fn=POLICY, critic_fn=SCALAR, tx=optimizer(), cfg=cfg, **kwargs)
+    return functools.partial(ppo.train_step, policy_fn=POLICY, critic_fn=CRITIC, tx=optimizer(), cfg=cfg, **kwargs)
 
 
 @functools.cache
@@ -253,7 +253,7 @@ def losses(**changes):
 
 
 LOSS = jax.jit(
-    lambda params, batch, cfg: ppo.loss(params, batch, None, 0.1, policy_fn=POLICY, critic_fn=SCALAR, cfg=cfg),
+    lambda params, batch, cfg: ppo.loss(params, batch, None, 0.1, policy_fn=POLICY, critic_fn=CRITIC, cfg=cfg),
     static_argnums=2,
 )
 
@@ -373,14 +373,14 @@ def test_ptx_adds_the_next_token_gradient_to_the_policy_alone():
 def test_gradient_equals_the_sum_of_its_parts():
     # The loss of a whole minibatch is the sum of its shares, whose counts are those of the whole.
     batch, _ = ppo.experience(episodes(0), jnp.float32(0.1), CFG)
-    grad = jax.jit(jax.grad(functools.partial(ppo.loss, policy_fn=POLICY, critic_fn=SCALAR, cfg=CFG), has_aux=True))
+    grad = jax.jit(jax.grad(functools.partial(ppo.loss, policy_fn=POLICY, critic_fn=CRITIC, cfg=CFG), has_aux=True))
     params = state().params
     whole, _ = grad(params, batch, None)
     halves = parallel.shard(batch, jax.devices()[:2])
     shared = jax.pmap(
         lambda p, b: jax.lax.psum(
             jax.grad(ppo.loss, has_aux=True)(
-                p, b, None, policy_fn=POLICY, critic_fn=SCALAR, cfg=CFG, axis=parallel.AXIS
+                p, b, None, policy_fn=POLICY, critic_fn=CRITIC, cfg=CFG, axis=parallel.AXIS
             )[0],
             parallel.AXIS,
         ),
@@ -388,6 +388,21 @@ def test_gradient_equals_the_sum_of_its_parts():
         devices=jax.devices()[:2],
     )(parallel.replicate(params, jax.devices()[:2]), halves)
     tiny.assert_close(whole, parallel.unreplicate(shared), atol=1e-5)
+
+
+def test_a_critic_on_the_policys_trunk():
+    # Where a critic of its own has the policy's trunk, the values are the same, and its gradient is the policy's too.
+    batch, _ = ppo.experience(episodes(0), jnp.float32(0.1), CFG)
+    policy, head = tiny.policy(), {name: tiny.scalar()[name] for name in ("kernel", "bias")}
+    grad = lambda critic_fn, critic: jax.jit(
+        jax.grad(functools.partial(ppo.loss, policy_fn=POLICY, critic_fn=critic_fn, cfg=CFG), has_aux=True)
+    )({"policy": policy, "critic": critic}, batch, None)
+    apart, metrics = grad(CRITIC, head | {"trunk": policy})
+    shared, found = grad(heads.shared_critic(tiny.GPT), head)
+    assert difference(apart["policy"], shared["policy"]) > 1e-4
+    np.testing.assert_allclose(found["loss/value"], metrics["loss/value"], rtol=1e-5)
+    both = jax.tree.map(jnp.add, apart["policy"], apart["critic"].pop("trunk"))
+    tiny.assert_close({"policy": both, "critic": apart["critic"]}, shared, atol=1e-5)
 
 
 def test_what_padding_holds_reaches_nothing():
@@ -425,14 +440,14 @@ def test_it_raises_the_score():
             first,
             policy=module,
             policy_fn=POLICY,
-            critic_fn=SCALAR,
+            critic_fn=CRITIC,
             max_new_tokens=4,
             temperature=1.0,
             eos_id=2,
         )
         return sampled.replace(score=jnp.mean(sampled.tokens[:, 2:] == 7, axis=1))
 
-    train = jax.jit(functools.partial(ppo.train_step, policy_fn=POLICY, critic_fn=SCALAR, tx=tx, cfg=cfg))
+    train = jax.jit(functools.partial(ppo.train_step, policy_fn=POLICY, critic_fn=CRITIC, tx=tx, cfg=cfg))
     scores = []
     for iteration in range(40):
         sampled = collect(current.params, jax.random.key(1), jnp.uint32(64 * iteration))

@@ -10,6 +10,7 @@ from tests import tiny
 
 MODULE = transformer.Transformer(tiny.GPT)
 POLICY, SCALAR = transformer.bind(MODULE), transformer.bind(heads.ScalarModel(tiny.GPT))
+CRITIC = heads.critic(tiny.GPT)
 N, EOS = 5, 2
 PARAMS = lambda: {"policy": tiny.policy(), "critic": tiny.scalar()}
 REFERENCE = lambda: tiny.policy(seed=3)
@@ -17,7 +18,7 @@ COLLECT = functools.partial(
     rollout.collect,
     policy=MODULE,
     policy_fn=POLICY,
-    critic_fn=SCALAR,
+    critic_fn=CRITIC,
     max_new_tokens=N,
     temperature=0.8,
     eos_id=EOS,

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from experiments import dpo, grpo, ppo, pretrain, reward, sft
-from rlhf_jax import log, models, optim, parallel, transformer, types
+from rlhf_jax import heads, log, models, optim, parallel, transformer, types
 from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
 
@@ -22,6 +22,7 @@ ASKED = {
     builders: ["source"],
     pipeline: ["text", "demonstrations", "rankings", "prompts"],
     models: ["load", "load_reward"],
+    heads: ["critic", "shared_critic"],
     optim: ["adamw", "schedule", "cosine"],
     parallel: ["pmap"],
     transformer: ["bind", "preset"],
@@ -117,6 +118,7 @@ def settings(name, quick):
         "init": base,
         "reference": base,
         "reward": (judge,),
+        "critic": "policy",
         "text": None,
         "schedule": "constant",
     }
