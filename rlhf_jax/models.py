@@ -1,15 +1,19 @@
 """A model directory in the Hugging Face layout (config.json, *.safetensors, tokenizer), in and out.
 
-Weights stream from disk tensor by tensor into the stacked parameters of `transformer.Transformer`. Only safetensors are
-read: nothing is unpickled, and no code that comes with a checkpoint runs.
+Weights stream from disk tensor by tensor into the stacked parameters of `transformer.Transformer`, straight to where
+those shall lie: the host never holds a second copy of the model. Only safetensors are read: nothing is unpickled, and
+no code that comes with a checkpoint runs.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-import transformers
 
-from rlhf_jax import heads, transformer
+from rlhf_jax import families, heads, transformer
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.types import InputError, Params
 
-SUPPORTED = ("gpt2", "llama")  # values of `model_type`
+SHARD = 5 * 2**30  # bytes of a file of weights at most, unless one tensor is larger
+
+# Where a parameter shall lie, from its path ("blocks/mlp/up/kernel") and shape; None is the default device. Layers, the
+# first axis of a block's parameters, are not to be spread.
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +66,32 @@ def check_vocabularies(loaded: Mapping[Path, Model]) -> None:
         raise InputError(f"{what}: train the reward model from the policy's own directory")
 
 
-def load(path: str | Path, dtype: Any = jnp.float32, compute: transformer.Compute = transformer.Compute()) -> Model:
-    """A language model from a directory. Parameters have the type `dtype`.
+def load(
+    path: str | Path,
+    dtype: Any = jnp.float32,
+    compute: transformer.Compute = transformer.Compute(),
+    place: Placement = lambda path, shape: None,
+) -> Model:
+    """A language model from a directory. Parameters have the type `dtype`, whatever the type of the file.
 
     Raises InputError when the directory, its architecture or a tensor is not what it should be.
     """
     path = Path(path)
-    config = dataclasses.replace(_config(path), compute=compute)
-    params = _read(path, config, scalar=False, dtype=dtype)
+    config = dataclasses.replace(families.load_config(path), compute=compute)
+    params = _read(path, config, scalar=False, dtype=dtype, place=place)
     return Model(config, params, _tokenizer(path, config), transformer.bind(transformer.Transformer(config)))
 
 
 def load_reward(
-    path: str | Path, dtype: Any = jnp.float32, compute: transformer.Compute = transformer.Compute()
+    path: str | Path,
+    dtype: Any = jnp.float32,
+    compute: transformer.Compute = transformer.Compute(),
+    place: Placement = lambda path, shape: None,
 ) -> Model:
     """A reward model from a directory: a trunk and a score head of one output, read at the last real token."""
     path = Path(path)
-    config = dataclasses.replace(_config(path), compute=compute)
-    params = _read(path, config, scalar=True, dtype=dtype)
+    config = dataclasses.replace(families.load_config(path), compute=compute)
+    params = _read(path, config, scalar=True, dtype=dtype, place=place)
     per_token = transformer.bind(heads.ScalarModel(config))
 
     def apply(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -93,18 +108,13 @@ def save(model: Model, params: Params, path: str | Path) -> None:
     all.
     """
     path = Path(path)
-    scalar = "trunk" in params
-    tensors = dict(_tensors(_entries(model.config, scalar), model.config, params["trunk"] if scalar else params))
-    if scalar:
-        tensors["score.weight"] = np.asarray(params["kernel"])[None]
-        if float(params["bias"]) != 0.0:
-            tensors["score.bias"] = np.asarray(params["bias"])[None]
-    config = _hf_config(model.config, scalar, model.tokenizer)
+    trunk = params.get("trunk", params)
+    config = families.hf_config(model.config, "trunk" in params, str(trunk["embedding"].dtype), model.tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         config.save_pretrained(partial)
-        safetensors.numpy.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        _write(partial, model.config, params)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
         os.chmod(partial, 0o755)
@@ -116,113 +126,20 @@ def save(model: Model, params: Params, path: str | Path) -> None:
         raise
 
 
-# How a checkpoint's tensors lie in the parameters ---------------------------------------------------------------------
+def _layout(
+    config: transformer.Config, scalar: bool
+) -> Iterator[tuple[families.Entry, int | None, dict[str, tuple[int, ...]]]]:
+    """The parts that parameters are made of, a layer at a time: entry, layer, and the tensors' shapes by name.
 
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One leaf of the parameters, and the tensors of a checkpoint that it is made of."""
-
-    leaf: str  # path in the parameters
-    names: tuple[str, ...]  # of the tensors; {} stands for the layer, in a leaf with an axis of layers
-    into: Callable[..., np.ndarray] = lambda tensor: tensor  # tensors (of one layer) -> leaf
-    out: Callable[[np.ndarray], tuple[np.ndarray, ...]] = lambda leaf: (leaf,)  # its inverse
-
-
-def _gpt2(c: transformer.Config) -> list[Entry]:
-    """GPT-2 keeps matrices as [in, out], and query, key and value side by side."""
-    qkv = (3, c.n_heads, c.head_dim)
-    layer = "transformer.h.{}."
-    entries = [
-        Entry("embedding", ("transformer.wte.weight",)),
-        Entry("positions", ("transformer.wpe.weight",)),
-        Entry("final_norm/scale", ("transformer.ln_f.weight",)),
-        Entry("final_norm/bias", ("transformer.ln_f.bias",)),
-        Entry(
-            "blocks/attention/qkv/kernel",
-            (layer + "attn.c_attn.weight",),
-            lambda t: t.reshape(c.d_model, *qkv).swapaxes(1, 2),
-            lambda x: (x.swapaxes(1, 2).reshape(c.d_model, -1),),
-        ),
-        Entry(
-            "blocks/attention/qkv/bias",
-            (layer + "attn.c_attn.bias",),
-            lambda t: t.reshape(qkv).swapaxes(0, 1),
-            lambda x: (x.swapaxes(0, 1).reshape(-1),),
-        ),
-        Entry(
-            "blocks/attention/out/kernel",
-            (layer + "attn.c_proj.weight",),
-            lambda t: t.reshape(c.n_heads, 1, c.head_dim, c.d_model),
-            lambda x: (x.reshape(-1, c.d_model),),
-        ),
-        Entry("blocks/attention/out/bias", (layer + "attn.c_proj.bias",)),
-    ]
-    for ours, theirs in {"mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}.items():
-        entries += [Entry(f"blocks/{ours}/{k}", (f"{layer}{theirs}.{t}",)) for k, t in _KERNEL.items()]
-    for ours, theirs in {"norm_1": "ln_1", "norm_2": "ln_2"}.items():
-        entries += [Entry(f"blocks/{ours}/{k}", (f"{layer}{theirs}.{t}",)) for k, t in _SCALE.items()]
-    return entries
-
-
-_KERNEL = {"kernel": "weight", "bias": "bias"}
-_SCALE = {"scale": "weight", "bias": "bias"}
-
-
-def _llama(c: transformer.Config) -> list[Entry]:
-    """Llama keeps matrices as [out, in]. Query head h reads key/value head h // R."""
-    shared = c.n_heads // c.n_kv_heads
-    attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
-
-    def heads_first(count: int) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda t: t.T.reshape(c.d_model, c.n_kv_heads, count, c.head_dim)
-
-    def split(x: np.ndarray) -> tuple[np.ndarray, ...]:
-        parts = np.split(x, [shared, shared + 1], axis=2)
-        return tuple(part.reshape(c.d_model, -1).T for part in parts)
-
-    return [
-        Entry("embedding", ("model.embed_tokens.weight",)),
-        Entry("final_norm/scale", ("model.norm.weight",)),
-        Entry(
-            "blocks/attention/qkv/kernel",
-            tuple(f"{attention}{x}_proj.weight" for x in "qkv"),
-            lambda q, k, v: np.concatenate([heads_first(shared)(q), heads_first(1)(k), heads_first(1)(v)], axis=2),
-            split,
-        ),
-        Entry(
-            "blocks/attention/out/kernel",
-            (attention + "o_proj.weight",),
-            lambda t: t.T.reshape(c.n_kv_heads, shared, c.head_dim, c.d_model),
-            lambda x: (x.reshape(-1, c.d_model).T,),
-        ),
-        Entry(
-            "blocks/mlp/up/kernel",
-            (mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-            lambda gate, up: np.stack([gate.T, up.T], axis=1),
-            lambda x: (x[:, 0].T, x[:, 1].T),
-        ),
-        Entry("blocks/mlp/down/kernel", (mlp + "down_proj.weight",), lambda t: t.T, lambda x: (x.T,)),
-        Entry("blocks/norm_1/scale", ("model.layers.{}.input_layernorm.weight",)),
-        Entry("blocks/norm_2/scale", ("model.layers.{}.post_attention_layernorm.weight",)),
-    ]
-
-
-def _entries(config: transformer.Config, scalar: bool) -> list[Entry]:
-    """The entries of a language model or, without its unembedding, of a `heads.ScalarModel`'s trunk."""
-    family = _gpt2 if _family(config) == "gpt2" else _llama
-    untied = [] if config.tie_embeddings or scalar else [Entry("unembedding", ("lm_head.weight",))]
-    return family(config) + untied
-
-
-def _tensors(entries: Sequence[Entry], config: transformer.Config, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor that the entries stand for, by name."""
-    for entry in entries:
-        leaf = np.asarray(_get(params, entry.leaf))
-        layered = "{}" in entry.names[0]
-        for layer in range(config.n_layers) if layered else (0,):
-            for name, tensor in zip(entry.names, entry.out(leaf[layer] if layered else leaf), strict=True):
-                yield name.format(layer), np.ascontiguousarray(tensor)
+    The layer is None where a leaf has none.
+    """
+    shapes = transformer.parameter_shapes(config)
+    for entry in families.entries(config, scalar):
+        leaf, layered = _get(shapes, entry.leaf), "{}" in entry.names[0]
+        part = jax.ShapeDtypeStruct(leaf.shape[1:] if layered else leaf.shape, leaf.dtype)
+        tensors = [tensor.shape for tensor in jax.eval_shape(entry.out, part)]
+        for layer in range(config.n_layers) if layered else (None,):
+            yield entry, layer, dict(zip((name.format(layer) for name in entry.names), tensors, strict=True))
 
 
 def _get(tree: Params, path: str) -> Any:
@@ -231,78 +148,155 @@ def _get(tree: Params, path: str) -> Any:
     return tree
 
 
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _write(directory: Path, config: transformer.Config, params: Params) -> None:
+    """The weights, in files of at most SHARD bytes, one in memory at a time."""
+    trunk = params.get("trunk", params)
+    width = trunk["embedding"].dtype.itemsize
+    parts = [
+        (width * sum(map(math.prod, shapes.values())), part) for *part, shapes in _layout(config, "trunk" in params)
+    ]
+    files: list[list] = [[]]
+    filled = 0
+    for size, part in parts:
+        if files[-1] and filled + size > SHARD:
+            files.append([])
+            filled = 0
+        files[-1].append(part)
+        filled += size
+    where: dict[str, str] = {}
+    for n, held in enumerate(files, start=1):
+        tensors = dict(tensor for entry, layer in held for tensor in _tensors(entry, layer, trunk))
+        if n == 1 and "trunk" in params:
+            tensors["score.weight"] = np.asarray(params["kernel"])[None]
+            if float(params["bias"]) != 0.0:
+                tensors["score.bias"] = np.asarray(params["bias"])[None]
+        name = f"model-{n:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        safetensors.numpy.save_file(tensors, directory / name, metadata={"format": "pt"})
+        where |= dict.fromkeys(tensors, name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(size for size, _ in parts)}, "weight_map": where}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensors(entry: families.Entry, layer: int | None, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of one part of the parameters, by name."""
+    leaf = _get(params, entry.leaf)
+    for name, tensor in zip(entry.names, entry.out(np.asarray(leaf if layer is None else leaf[layer])), strict=True):
+        yield name.format(layer), np.ascontiguousarray(tensor)
+
+
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
 class _Files:
-    """The tensors of a directory by name, whether in one file or in shards."""
+    """The tensors of a directory by name, whether in one file or in shards.
+
+    A file is open for one tensor at a time: what is mapped stays in memory until it is closed.
+    """
 
     def __init__(self, path: Path):
-        self._path = path
-        self._open: dict[str, Any] = {}
-        index = path / "model.safetensors.index.json"
+        self.path = path
+        index, single = path / "model.safetensors.index.json", "model.safetensors"
         if index.exists():
             try:
-                self._where = dict(json.loads(index.read_text())["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                where = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{index} cannot be read: it needs an object weight_map of tensor to file") from error
-        elif (path / "model.safetensors").exists():
-            self._where = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
+            if strange := [file for file in where.values() if Path(file).name != file]:
+                raise InputError(f"{index}: {strange[0]!r} is not the name of a file beside it")
+        elif (path / single).exists():
+            with self._open(single) as file:
+                where = dict.fromkeys(file.keys(), single)
         else:
             raise InputError(f"{path} holds no model.safetensors: other weight formats are not read")
+        self.where = where
 
-    def _file(self, name: str) -> Any:
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
         try:
-            if name not in self._open:
-                self._open[name] = safetensors.safe_open(self._path / name, framework="np")
-            return self._open[name]
+            with safetensors.safe_open(self.path / name, framework="np") as file:
+                yield file
         except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"{self._path / name} cannot be read: {error}") from error
+            raise InputError(f"{self.path / name} cannot be read: {error}") from error
 
     def get(self, name: str) -> np.ndarray:
-        if name not in self._where:
-            raise InputError(f"{self._path} has no tensor {name!r}, which its config.json asks for")
-        return self._file(self._where[name]).get_tensor(name)
+        with self._open(self.where[name]) as file:
+            return file.get_tensor(name)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raises InputError unless there are these tensors, of these shapes, and no others."""
+        for name in expected:
+            if name not in self.where:
+                raise InputError(f"{self.path} has no tensor {name!r}, which its config.json asks for")
+        if unexpected := sorted(self.where.keys() - expected.keys()):
+            more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
+            what = ", ".join(unexpected[:3]) + more
+            hint = ": it is a reward model" if "score.weight" in unexpected else ""
+            raise InputError(f"{self.path} has tensors that its config.json does not ask for ({what}){hint}")
+        for file in sorted({*self.where.values()}):
+            with self._open(file) as held:
+                for name in expected:
+                    if self.where[name] == file:
+                        about = held.get_slice(name)
+                        found, kind = tuple(about.get_shape()), about.get_dtype()
+                        if found != expected[name]:
+                            asked = f"config.json, which asks for {list(expected[name])}"
+                            raise InputError(f"{self.path}: {name} {list(found)} does not fit {asked}")
+                        if kind not in _FLOATS:
+                            raise InputError(f"{self.path}: {name} is {kind}: expected {', '.join(_FLOATS)}")
 
 
-def _read(path: Path, config: transformer.Config, scalar: bool, dtype: Any) -> Params:
+_FLOATS = ("F32", "F16", "BF16")
+_BUFFERS = re.compile(r"attn\.(masked_)?bias|.*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")  # of older checkpoints
+
+
+def _read(path: Path, config: transformer.Config, scalar: bool, dtype: Any, place: Placement) -> Params:
     files = _Files(path)
-    entries = _entries(config, scalar)
-    probe = entries[0].names[0]
-    prefix = "" if probe in files else probe.split(".")[0] + "."  # GPT-2's own files lack it
+    parts = list(_layout(config, scalar))
+    probe = next(iter(parts[0][2]))
+    prefix = "" if probe in files.where else probe.split(".")[0] + "."  # GPT-2's own files lack it
+    files.where = {name: file for name, file in files.where.items() if not _BUFFERS.fullmatch(name)}
+    if config.tie_embeddings and not scalar and "lm_head.weight" in files.where:
+        _check_tied(files, probe.removeprefix(prefix))
+    head: dict[str, tuple[int, ...]] = {"score.weight": (1, config.d_model)} if scalar else {}
+    if scalar and "score.weight" not in files.where:
+        raise InputError(f"{path} has no score head (score.weight): it is not a reward model")
+    if scalar and "score.bias" in files.where:
+        head["score.bias"] = (1,)
+    expected = {name.removeprefix(prefix): shape for *_, shapes in parts for name, shape in shapes.items()}
+    files.check(expected | head)
     shapes = transformer.parameter_shapes(config)
     params: dict[str, Any] = {}
-    for entry in entries:
+    # The largest tensors, those without layers, come first: what a tensor takes on its way adds to what is there.
+    for entry, layer, names in sorted(parts, key=lambda part: part[1] is not None):
+        value = entry.into(*(files.get(name.removeprefix(prefix)) for name in names)).astype(dtype, copy=False)
         shape = _get(shapes, entry.leaf).shape
-        layered = "{}" in entry.names[0]
-        leaf = np.empty(shape, dtype)
-        for layer in range(config.n_layers) if layered else (0,):
-            names = [name.format(layer).removeprefix(prefix) for name in entry.names]
-            tensors = [files.get(name) for name in names]
-            part = leaf[layer] if layered else leaf
-            try:
-                value = entry.into(*tensors)
-            except ValueError:  # a reshape that cannot be
-                value = None
-            if value is None or value.shape != part.shape:
-                found = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(names, tensors, strict=True))
-                raise InputError(
-                    f"{path}: {found} does not fit config.json, which asks for {entry.leaf} {list(part.shape)}"
-                )
-            part[...] = value
-        _set(params, entry.leaf, jnp.asarray(leaf))
+        sharding = place(entry.leaf, shape)
+        if layer is None:
+            _set(params, entry.leaf, jax.device_put(value, sharding))
+            continue
+        leaf = _get(params, entry.leaf) if layer else jnp.zeros(shape, dtype, device=sharding)
+        leaf = _put(leaf, jax.device_put(value[None], sharding), layer, 0)
+        _set(params, entry.leaf, jax.block_until_ready(leaf))  # or what waits its turn would fill the memory
     if not scalar:
         return params
-    if "score.weight" not in files:
-        raise InputError(f"{path} has no score head (score.weight): it is not a reward model")
-    weight = files.get("score.weight")
-    if weight.shape != (1, config.d_model):
-        raise InputError(f"{path}: score.weight {list(weight.shape)} should be [1, {config.d_model}]: one label")
-    bias = files.get("score.bias")[0] if "score.bias" in files else 0.0
-    return {"trunk": params, "kernel": jnp.asarray(weight[0], jnp.float32), "bias": jnp.float32(bias)}
+    weight = files.get("score.weight")[0].astype(np.float32)
+    bias = np.float32(files.get("score.bias")[0] if "score.bias" in files.where else 0.0)
+    return {"trunk": params, "kernel": jnp.asarray(weight), "bias": jnp.asarray(bias)}
+
+
+# Writes one layer [1, ...] of a leaf in place.
+_put = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0)
+
+
+def _check_tied(files: _Files, embedding: str) -> None:
+    """An unembedding that is tied may be there too, but not otherwise than the embedding."""
+    if not np.array_equal(files.get("lm_head.weight"), files.get(embedding)):
+        raise InputError(f"{files.path}: lm_head.weight differs from the embedding, to which config.json ties it")
+    del files.where["lm_head.weight"]
 
 
 def _set(tree: dict, path: str, leaf: Any) -> None:
@@ -321,98 +315,3 @@ def _tokenizer(path: Path, config: transformer.Config) -> tokenizers.Tokenizer |
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return tokenizer
-
-
-# Configs --------------------------------------------------------------------------------------------------------------
-
-
-def _family(config: transformer.Config) -> str:
-    """The `model_type` that expresses a config; raises InputError where none does."""
-    shape = (config.position, config.norm, config.mlp, config.bias)
-    square = config.n_kv_heads == config.n_heads and config.n_heads * config.head_dim == config.d_model
-    if shape == ("learned", "layernorm", "gelu", True) and square and config.tie_embeddings:
-        return "gpt2"
-    if shape == ("rope", "rmsnorm", "swiglu", False):
-        return "llama"
-    raise InputError(f"no Hugging Face architecture among {', '.join(SUPPORTED)} expresses {config}")
-
-
-def _config(path: Path) -> transformer.Config:
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} is not a model directory: it has no config.json; run the experiment that writes it")
-    try:
-        raw = json.loads((path / "config.json").read_text())
-        if not isinstance(raw, dict):
-            raise InputError(f"{path}/config.json holds no object: expected the model's settings by name")
-        kind = raw.get("model_type")
-        if kind not in SUPPORTED:
-            raise InputError(f"{path}: model_type {kind!r} is not supported: expected one of {', '.join(SUPPORTED)}")
-        hf = transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}/config.json cannot be read: {str(error).splitlines()[0]}") from error
-    if kind == "gpt2":
-        _expect(path, hf, activation_function="gelu_new", scale_attn_weights=True, tie_word_embeddings=True)
-        _expect(path, hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-        _expect(path, hf, n_inner=(None, 4 * hf.n_embd))
-        size = {"vocab_size": hf.vocab_size, "max_length": hf.n_positions, "norm_eps": hf.layer_norm_epsilon}
-        return transformer.gpt(hf.n_layer, hf.n_embd, hf.n_head, **size)
-    _expect(path, hf, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    rope = hf.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported: expected 'default'")
-    return transformer.llama(
-        hf.num_hidden_layers,
-        hf.hidden_size,
-        hf.num_attention_heads,
-        hf.num_key_value_heads,
-        hf.intermediate_size,
-        head_dim=hf.head_dim,
-        vocab_size=hf.vocab_size,
-        max_length=hf.max_position_embeddings,
-        norm_eps=hf.rms_norm_eps,
-        rope_theta=float(rope["rope_theta"]),
-        tie_embeddings=bool(hf.tie_word_embeddings),
-    )
-
-
-def _expect(path: Path, config: Any, **settings: Any) -> None:
-    for name, expected in settings.items():
-        found = getattr(config, name)
-        if found not in (expected if isinstance(expected, tuple) else (expected,)):
-            raise InputError(f"{path}: {name}={found!r} is not supported: expected {expected!r}")
-
-
-def _hf_config(
-    config: transformer.Config, scalar: bool, tokenizer: tokenizers.Tokenizer | None
-) -> transformers.PretrainedConfig:
-    shared: dict[str, Any] = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
-    if tokenizer is not None:
-        shared |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        shared |= {"bos_token_id": tokenizer.bos_token_id}
-    if scalar:
-        shared |= {"num_labels": 1}
-    if _family(config) == "gpt2":
-        return transformers.GPT2Config(
-            **shared,
-            architectures=["GPT2ForSequenceClassification" if scalar else "GPT2LMHeadModel"],
-            n_positions=config.max_length,
-            n_embd=config.d_model,
-            n_layer=config.n_layers,
-            n_head=config.n_heads,
-            layer_norm_epsilon=config.norm_eps,
-        )
-    return transformers.LlamaConfig(
-        **shared,
-        architectures=["LlamaForSequenceClassification" if scalar else "LlamaForCausalLM"],
-        hidden_size=config.d_model,
-        intermediate_size=config.d_ff,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_length,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-    )

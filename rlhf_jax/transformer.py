@@ -1,4 +1,4 @@
-"""The decoder-only Transformer. GPT-2 and the Llama family are settings of one block.
+"""The decoder-only Transformer. GPT-2, Llama, Mistral, Qwen and Gemma 2 are settings of one block.
 
 The layers are one scanned block whose parameters are stacked on a leading axis [L]. Query heads lie beside the key and
 value head that they share: one fused projection yields [G groups, R query heads + key + value, head_dim].
@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.types import InputError, Leaf, Params
+from rlhf_jax.types import InputError, Leaf, Params, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,16 @@ class Compute:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk; parameters, norms, softmax and logits are float32
     remat: bool = False  # recompute activations in the backward pass, a layer at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's: wavelengths beyond the context that RoPE was trained for grow, those well inside stay."""
+
+    factor: float  # by which the longest are
+    low: float  # from original_length / low on, wavelengths are the longest,
+    high: float  # up to original_length / high they are as they were, and between the two they go from one to the other
+    original_length: int  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +53,27 @@ class Config:
     d_ff: int = 3072
     position: Literal["learned", "rope"] = "learned"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    bias: bool = True  # of every linear map
+    mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"  # gelu is the tanh form
+    bias: Literal["all", "qkv", "none"] = "all"  # which linear maps have one
     tie_embeddings: bool = True  # the unembedding is the embedding
+    scale_embedding: bool = False  # embeddings times sqrt(d_model)
     norm_eps: float = 1e-5
+    unit_offset: bool = False  # norms scale by 1 + their weight
+    post_norm: bool = False  # what attention and MLP add has a norm too
+    qk_norm: bool = False  # each head's query and key has a norm, before RoPE
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    query_size: float | None = None  # attention scores are divided by its square root; None is head_dim
+    window: int | None = None  # tokens that a token attends to, itself included; None is all before it
+    full_layers: tuple[int, ...] = ()  # layers without the window
+    attention_cap: float | None = None  # attention scores s become cap tanh(s / cap)
+    logit_cap: float | None = None  # and so do logits
     dropout: float = 0.0  # residual dropout: on the embedding and on what each sublayer adds
     compute: Compute = Compute()
 
     def __post_init__(self) -> None:
+        sizes = "vocab_size", "max_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"
+        check_positive(self, *sizes, "query_size", "window", "attention_cap", "logit_cap")
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.position == "rope" and self.head_dim % 2:
@@ -67,7 +90,7 @@ def gpt(n_layers: int, d_model: int, n_heads: int, head_dim: int | None = None, 
 def llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int, **settings) -> Config:
     """A Llama shaped config: RoPE, RMSNorm, SwiGLU, grouped-query attention, no biases, untied by default."""
     shape = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_ff": d_ff}
-    family = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tie_embeddings": False}
+    family = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "tie_embeddings": False}
     every: dict[str, Any] = {"head_dim": d_model // n_heads} | shape | family | settings
     return Config(**every)
 
@@ -124,6 +147,7 @@ class View(struct.PyTreeNode):
 
     position: Leaf  # [B, T] int32, tokens before this one in its document
     attend: Leaf  # [B, T, S] bool
+    near: Leaf  # [B, T, S] bool, the same within the window; None without one
     keys: Leaf  # [B] dropout keys, one a row, or None to evaluate
 
 
@@ -144,10 +168,19 @@ def causal(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Bool[Array, "B T 
     return same & (columns[:, None] >= columns[None, :])[None]
 
 
-def rope(x: Float[Array, "B T G R H"], position: Int[Array, "B T"], theta: float) -> Float[Array, "B T G R H"]:
+def frequencies(config: Config) -> np.ndarray:
+    """Radians a token by which RoPE turns each pair of features, [head_dim / 2], float32."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-np.arange(half) / half)
+    if scaling := config.rope_scaling:
+        turns = scaling.original_length * frequency / (2 * np.pi)
+        kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+        frequency = frequency * (kept + (1 - kept) / scaling.factor)
+    return frequency.astype(np.float32)
+
+
+def rope(x: Float[Array, "B T G R H"], position: Int[Array, "B T"], frequency: Array) -> Float[Array, "B T G R H"]:
     """Rotary positions (arXiv:2104.09864), feature i paired with feature i + head_dim / 2. Float32 inside."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position[..., None, None, None].astype(jnp.float32) * frequency[None, None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -163,24 +196,23 @@ def dropout(x: Float[Array, "B T D"], keys: Array | None, site: int | Array, rat
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm of [B, T, D] over the last axis, in float32."""
+    """LayerNorm or RMSNorm of [B, T, ..., D] over the last axis, in float32."""
 
     config: Config
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        c = self.config
+        along = (1,) * (x.ndim - 1) + x.shape[-1:]
+        scale = self.param("scale", nn.initializers.zeros if c.unit_offset else nn.initializers.ones, x.shape[-1:])
         x = x.astype(jnp.float32)
-        if self.config.norm == "layernorm":
+        if c.norm == "layernorm":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = (
-            x
-            * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.norm_eps)
-            * scale[None, None]
-        )
-        if self.config.norm == "layernorm":
-            x = x + self.param("bias", nn.initializers.zeros, x.shape[-1:])[None, None]
-        return x.astype(self.config.compute.dtype)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
+        x = x * (scale + 1.0 if c.unit_offset else scale).reshape(along)
+        if c.norm == "layernorm":
+            x = x + self.param("bias", nn.initializers.zeros, along[-1:]).reshape(along)
+        return x.astype(c.compute.dtype)
 
 
 class Linear(nn.Module):
@@ -190,6 +222,7 @@ class Linear(nn.Module):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     std: float
+    bias: bool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -197,26 +230,37 @@ class Linear(nn.Module):
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         # One plain matrix product: XLA for CPU takes three times as long over the gradient of anything else.
         y = x.reshape(-1, fan_in) @ kernel.astype(x.dtype).reshape(fan_in, fan_out)
-        if self.config.bias:
+        if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype).reshape(1, fan_out)
         return y.reshape(*x.shape[:2], *self.outputs)
 
 
 def attend(
-    query: Float[Array, "B T G R H"], key: Float[Array, "B S G H"], value: Float[Array, "B S G H"], mask: Array
+    query: Float[Array, "B T G R H"],
+    key: Float[Array, "B S G H"],
+    value: Float[Array, "B S G H"],
+    mask: Array,
+    config: Config,
 ) -> Float[Array, "B T G R H"]:
     """Each query's mean of the values under `softmax(query . key / sqrt(H))`, over the keys that mask [B, T, S] allows.
 
-    Heads go first, so that both products are plain batched matrix products. Softmax in float32.
+    `config` may give another size than H, and a cap. Heads go first, so that both products are plain batched matrix
+    products. Softmax in float32.
     """
     rows, columns, groups, shared, size = query.shape
     query = query.transpose(0, 2, 3, 1, 4).reshape(rows * groups, shared * columns, size)
     key, value = (x.transpose(0, 2, 1, 3).reshape(rows * groups, -1, size) for x in (key, value))
     scores = jnp.einsum("xqh,xsh->xqs", query, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(rows, groups, shared, columns, -1) * size**-0.5
+    scores = scores.reshape(rows, groups, shared, columns, -1) * (config.query_size or size) ** -0.5
+    scores = capped(scores, config.attention_cap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
     mixed = weights.astype(value.dtype).reshape(rows * groups, shared * columns, -1) @ value
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
+
+
+def capped(x: Array, cap: float | None) -> Array:
+    """`cap tanh(x / cap)`: x where it is small, and never beyond the cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Attention(nn.Module):
@@ -228,11 +272,14 @@ class Attention(nn.Module):
     def __call__(self, x: Array, layer: Array, view: View, cache: Cache | None) -> tuple[Array, Cache | None]:
         c = self.config
         groups, shared = c.n_kv_heads, c.n_heads // c.n_kv_heads
-        qkv = Linear(c, (c.d_model,), (groups, shared + 2, c.head_dim), 0.02, name="qkv")(x)
+        qkv = Linear(c, (c.d_model,), (groups, shared + 2, c.head_dim), 0.02, c.bias != "none", name="qkv")(x)
         query, key, value = qkv[..., :shared, :], qkv[..., shared, :], qkv[..., shared + 1, :]
+        if c.qk_norm:
+            query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
         if c.position == "rope":
-            query = rope(query, view.position, c.rope_theta)
-            key = rope(key[..., None, :], view.position, c.rope_theta)[..., 0, :]
+            frequency = jnp.asarray(frequencies(c))
+            query = rope(query, view.position, frequency)
+            key = rope(key[..., None, :], view.position, frequency)[..., 0, :]
         if cache is not None:
             at = (layer, 0, cache.column, 0, 0)
             cache = cache.replace(
@@ -242,25 +289,29 @@ class Attention(nn.Module):
             if view.attend.shape[2] != key.shape[1]:  # not a prefill: look back at the cache
                 key = jax.lax.dynamic_index_in_dim(cache.key, layer, keepdims=False)
                 value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
-        mixed = attend(query, key, value, view.attend)
-        out = Linear(c, (groups, shared, c.head_dim), (c.d_model,), 0.02 / (2 * c.n_layers) ** 0.5, name="out")
+        mask = view.attend
+        if c.window is not None:
+            far = jnp.isin(layer, jnp.array(c.full_layers, jnp.int32))
+            mask = jnp.where(far, view.attend, view.near) if c.full_layers else view.near
+        mixed = attend(query, key, value, mask, c)
+        std = 0.02 / (2 * c.n_layers) ** 0.5
+        out = Linear(c, (groups, shared, c.head_dim), (c.d_model,), std, c.bias == "all", name="out")
         return out(mixed), cache
 
 
 class MLP(nn.Module):
-    """GELU (tanh form, as GPT-2) or SwiGLU, whose gate and input projections are one."""
+    """GELU, or SwiGLU or GeGLU, whose gate and input projections are one. GELU is the tanh form, as GPT-2's."""
 
     config: Config
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        if c.mlp == "swiglu":
-            both = Linear(c, (c.d_model,), (2, c.d_ff), 0.02, name="up")(x)
-            hidden = jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
-        else:
-            hidden = jax.nn.gelu(Linear(c, (c.d_model,), (c.d_ff,), 0.02, name="up")(x), approximate=True)
-        return Linear(c, (c.d_ff,), (c.d_model,), 0.02 / (2 * c.n_layers) ** 0.5, name="down")(hidden)
+        gated, biased = c.mlp != "gelu", c.bias == "all"
+        hidden = Linear(c, (c.d_model,), (2, c.d_ff) if gated else (c.d_ff,), 0.02, biased, name="up")(x)
+        activation = jax.nn.silu if c.mlp == "swiglu" else jax.nn.gelu  # its default is the tanh form
+        hidden = activation(hidden[..., 0, :]) * hidden[..., 1, :] if gated else activation(hidden)
+        return Linear(c, (c.d_ff,), (c.d_model,), 0.02 / (2 * c.n_layers) ** 0.5, biased, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -270,14 +321,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Cache | None], layer: Array, view: View) -> tuple[tuple, None]:
+        c = self.config
         x, cache = carry
-        rate = self.config.dropout
-        mixed, cache = Attention(self.config, name="attention")(Norm(self.config, name="norm_1")(x), layer, view, cache)
-        x = x + dropout(mixed, view.keys, 2 * layer + 1, rate)
-        x = x + dropout(
-            MLP(self.config, name="mlp")(Norm(self.config, name="norm_2")(x)), view.keys, 2 * layer + 2, rate
-        )
-        return (x, cache), None
+        mixed, cache = Attention(c, name="attention")(Norm(c, name="norm_1")(x), layer, view, cache)
+        if c.post_norm:
+            mixed = Norm(c, name="post_norm_1")(mixed)
+        x = x + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
+        added = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
+        if c.post_norm:
+            added = Norm(c, name="post_norm_2")(added)
+        return (x + dropout(added, view.keys, 2 * layer + 2, c.dropout), cache), None
 
 
 class Transformer(nn.Module):
@@ -314,17 +367,24 @@ class Transformer(nn.Module):
         if self.config.position == "learned" and tokens.shape[1] > self.config.max_length:
             raise InputError(f"{tokens.shape[1]} columns exceed the model's context of {self.config.max_length}")
         position, attend = positions(segment), causal(segment)
+        key_position = position
         if cache is not None:
             start = (0, cache.column)
             cache = cache.replace(mask=jax.lax.dynamic_update_slice(cache.mask, segment.astype(bool), start))
             if tokens.shape[1] == 1:
-                position = (jnp.sum(cache.mask, axis=1) - 1)[:, None]
+                key_position = jnp.cumsum(cache.mask, axis=1) - 1
+                position = key_position[:, -1:]
                 attend = cache.mask[:, None, :]
+        near = None
+        if self.config.window is not None:
+            near = attend & (position[:, :, None] - key_position[:, None, :] < self.config.window)
         x = self.embedding[tokens]
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(self.config.d_model**0.5, self.config.compute.dtype)
         if self.config.position == "learned":
             x = x + self.position_table[position]
         x = dropout(x.astype(self.config.compute.dtype), keys, 0, self.config.dropout)
-        view = View(position=position, attend=attend, keys=keys)
+        view = View(position=position, attend=attend, near=near, keys=keys)
         (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)
         if cache is not None:
             cache = cache.replace(column=cache.column + tokens.shape[1])
@@ -335,7 +395,7 @@ class Transformer(nn.Module):
         table = self.embedding if self.config.tie_embeddings else self.unembedding
         flat = hidden.reshape(-1, hidden.shape[-1])
         logits = jnp.matmul(flat, table.astype(hidden.dtype).T, preferred_element_type=jnp.float32)
-        return logits.reshape(*hidden.shape[:2], -1)
+        return capped(logits, self.config.logit_cap).reshape(*hidden.shape[:2], -1)
 
     def __call__(
         self, tokens: Array, segment: Array, keys: Array | None = None, start: int = 0, stop: int | None = None

@@ -1,5 +1,9 @@
 import dataclasses
+import itertools
 import json
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +15,14 @@ from rlhf_jax import heads, models, sampling, transformer
 from rlhf_jax.types import InputError
 from tests import tiny
 
-BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
+EVERY = pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 
 
 def model(config):
     return models.Model(config, tiny.policy(config), None, transformer.bind(transformer.Transformer(config)))
 
 
-@BOTH
+@EVERY
 def test_round_trip_is_exact(config, tmp_path):
     models.save(model(config), tiny.policy(config), tmp_path / "model")
     loaded = models.load(tmp_path / "model")
@@ -38,7 +42,7 @@ def test_a_reward_model_has_no_unembedding():
     assert "unembedding" not in params["trunk"]
 
 
-@BOTH
+@EVERY
 def test_reward_round_trip(config, tmp_path):
     params = tiny.scalar(config) | {"bias": jnp.float32(-0.75)}
     models.save(model(config), params, tmp_path / "reward")
@@ -55,10 +59,24 @@ def test_saving_over_a_directory_replaces_it(tmp_path):
     tiny.assert_close(models.load(tmp_path / "model").params, tiny.policy(tiny.GPT, 1), atol=0)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "sharded"])
-def test_published_layouts_oracle(name, shared):
-    path = shared / "oracles" / "hf" / name
-    expected = np.load(path / "expected.npz")
+ORACLES = ["llama_gqa", "llama_rope3_tied", "mistral_window", "qwen2", "qwen3", "gemma2", "sharded", "bfloat16"]
+
+
+def published(shared, name, config, directory):
+    """A copy of an oracle with either of its configs."""
+    source = shared / "oracles" / "hf" / name
+    for file in source.glob("*.safetensors*"):
+        shutil.copy(file, directory)
+    shutil.copy(source / config, directory / "config.json")
+    return directory, np.load(source / "expected.npz")
+
+
+LAYOUTS = [("gpt2", "config.json"), *itertools.product(ORACLES, ["config.json", "config_v4.json"])]
+
+
+@pytest.mark.parametrize(("name", "config"), LAYOUTS)
+def test_published_layouts_oracle(name, config, shared, tmp_path):
+    path, expected = published(shared, name, config, tmp_path)
     loaded = models.load(path)
     tokens, mask = jnp.array(expected["input_ids"], jnp.int32), jnp.array(expected["attention_mask"], bool)
     logits = np.asarray(jax.jit(loaded.apply)(loaded.params, tokens, mask))
@@ -69,42 +87,211 @@ def test_published_layouts_oracle(name, shared):
     np.testing.assert_array_equal(sample.tokens, expected["greedy_tokens"])
 
 
-def test_reward_model_oracle(shared):
-    path = shared / "oracles" / "hf" / "llama_reward"
-    expected = np.load(path / "expected.npz")
+@pytest.mark.parametrize("config", ["config.json", "config_v4.json"])
+def test_reward_model_oracle(config, shared, tmp_path):
+    path, expected = published(shared, "llama_reward", config, tmp_path)
     loaded = models.load_reward(path)
     tokens, mask = jnp.array(expected["input_ids"], jnp.int32), jnp.array(expected["attention_mask"], bool)
     score = jax.jit(loaded.apply)(loaded.params, tokens, mask)
     np.testing.assert_allclose(score, expected["scores"], rtol=0, atol=3e-4)
 
 
+def test_parameters_go_where_they_shall_lie(tmp_path):
+    # On their way no device but those of the mesh sees them, and each keeps its share alone.
+    mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[4:])
+    params = tiny.policy(tiny.LLAMA)
+    models.save(model(tiny.LLAMA), params, tmp_path / "model")
+    asked = []
+
+    def place(path, shape):
+        asked.append((path, shape))
+        axes = [None] * len(shape)
+        if shape[-1] % 4 == 0:
+            axes[-1] = "fsdp"
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    loaded = models.load(tmp_path / "model", place=place)
+    tiny.assert_close(loaded.params, params, atol=0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.params):
+        name = "/".join(key.key for key in path)
+        assert (name, leaf.shape) in asked
+        assert leaf.sharding == place(name, leaf.shape)
+    assert loaded.params["blocks"]["mlp"]["down"]["kernel"].addressable_shards[0].data.shape == (2, 24, 4)
+
+
+def test_loading_holds_no_second_copy(tmp_path):
+    command = [sys.executable, "-m", "tests.loading", str(tmp_path), "2e9"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.99 < float(said.stdout.split()[-1]) < 1.2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_types_of_weights(dtype, tmp_path):
+    params = jax.tree.map(lambda x: x.astype(dtype), tiny.policy(tiny.LLAMA))
+    models.save(model(tiny.LLAMA), params, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    same = models.load(tmp_path / "model", dtype=dtype)
+    assert {x.dtype for x in jax.tree.leaves(same.params)} == {jnp.dtype(dtype)}
+    wide = models.load(tmp_path / "model")
+    assert {x.dtype for x in jax.tree.leaves(wide.params)} == {jnp.dtype("float32")}
+    for loaded in (same, wide):
+        tiny.assert_close(jax.tree.map(lambda x: x.astype(jnp.float32), loaded.params), wide.params, atol=0)
+    tiny.assert_close(wide.params, jax.tree.map(lambda x: x.astype(jnp.float32), params), atol=0)
+
+
+@pytest.mark.parametrize("limit", [1, 4000])
+def test_large_models_are_written_in_shards(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHARD", limit)
+    params = tiny.scalar(tiny.LLAMA)
+    models.save(model(tiny.LLAMA), params, tmp_path / "model")
+    files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    held = {name: safetensors.numpy.load_file(tmp_path / "model" / name) for name in files}
+    assert index["weight_map"] == {name: file for file, tensors in held.items() for name in tensors}
+    tiny.assert_close(models.load_reward(tmp_path / "model").params, params, atol=0)
+
+
+def saved(path, config=tiny.LLAMA, params=None):
+    """A model directory, and the config and tensors in it, to break."""
+    models.save(model(config), tiny.policy(config) if params is None else params, path)
+    return json.loads((path / "config.json").read_text()), safetensors.numpy.load_file(path / "model.safetensors")
+
+
+def refused(path, message, load=models.load):
+    with pytest.raises(InputError, match=message) as error:
+        load(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+CONFIG_ERRORS = {
+    "gpt": [
+        ({"activation_function": "relu"}, "activation_function='relu' is not supported: expected 'gelu_new'"),
+        ({"n_inner": 17}, "n_inner=17 is not supported"),
+        ({"n_head": 3}, "n_embd=16 is not a multiple of n_head=3"),
+        ({"n_layer": 3}, r"has no tensor 'transformer\.h\.2\."),
+    ],
+    "llama": [
+        ({"model_type": "mamba"}, "'mamba' is not supported: expected one of gpt2, llama, mistral, qwen2"),
+        ({"model_type": ["llama"]}, "is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act='relu' is not supported: expected 'silu'"),
+        ({"attention_bias": True}, "attention_bias=True is not supported: expected False"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported: expected False"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn' is not supp"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_ro"),
+        ({"intermediate_size": 20}, r"_proj.weight \[.*24.*\] does not fit config.json, which asks for \[.*20.*\]"),
+        ({"vocab_size": 10**9}, r"\[31, 16\] does not fit config.json"),
+        ({"num_hidden_layers": 3}, r"has no tensor 'model\.layers\.2\."),
+        ({"num_hidden_layers": 1}, r"does not ask for \(model\.layers\.1\..* and 6 more\)"),
+        ({"num_hidden_layers": 0}, "n_layers=0: expected more than 0"),
+        ({"num_hidden_layers": "many"}, "cannot be read"),
+        ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
+        ({"num_attention_heads": 0}, "cannot be read|expected more than 0"),
+        ({"hidden_size": -16}, "cannot be read|expected more than 0"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from the embedding"),
+    ],
+    "qwen2-window": [
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "cannot be read|layer_types=.* is not supported"),
+    ],
+    "gemma2": [
+        ({"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported: expected 'gelu_pytorch_tanh'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_ERRORS)
+def test_configs_that_do_not_fit_are_refused_by_name(name, tmp_path):
+    path = tmp_path / "model"
+    config, _ = saved(path, tiny.CONFIGS[name])
+    for changes, message in CONFIG_ERRORS[name]:
+        (path / "config.json").write_text(json.dumps(config | changes))
+        refused(path, message)
+
+
 def test_unusable_directories_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere is not a model directory: it has no config\.json"):
-        models.load(tmp_path / "nowhere")
+    refused(tmp_path / "nowhere", r"nowhere is not a model directory: it has no config\.json")
+    path = tmp_path / "model"
+    saved(path)
+    refused(path, "no score head", models.load_reward)
+    whole = (path / "model.safetensors").read_bytes()
+    for cut in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        (path / "model.safetensors").write_bytes(whole[:cut])
+        refused(path, "cannot be read")
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(b"")  # may run code when read
+    refused(path, r"holds no model\.safetensors")
+    for text in ("{", "[]", '"llama"', "\xff"):
+        (path / "config.json").write_text(text, encoding="latin-1")
+        refused(path, "cannot be read|holds no object")
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "model"
+    _, tensors = saved(path)
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def check(changes, message):
+        kept = {key: x for key, x in (tensors | changes).items() if x is not None}
+        safetensors.numpy.save_file(kept, path / "model.safetensors")
+        refused(path, message)
+
+    check({name: None}, f"has no tensor '{name}'")
+    check({name: np.zeros((16, 8), np.float32)}, r"k_proj.weight \[16, 8\] does not fit .* asks for \[8, 16\]")
+    check({name: np.zeros((8, 16), np.int8)}, "k_proj.weight is I8: expected F32, F16, BF16")
+    check({"model.layers.0.self_attn.q_proj.bias": np.zeros(16, np.float32)}, r"not ask for \(.*q_proj\.bias\)")
+    check({"score.weight": np.zeros((1, 16), np.float32)}, "score.weight.*: it is a reward model")
+    # What older checkpoints hold beside the weights is no error.
+    safetensors.numpy.save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}, path / "model.safetensors"
+    )
+    models.load(path)
+    _, scored = saved(path, params=tiny.scalar(tiny.LLAMA))
+    safetensors.numpy.save_file(scored | {"score.weight": np.zeros((3, 16), np.float32)}, path / "model.safetensors")
+    refused(path, r"score.weight \[3, 16\] does not fit .* asks for \[1, 16\]", models.load_reward)
+
+
+def test_a_tied_unembedding_may_be_there_too(tmp_path):
+    config = tiny.CONFIGS["qwen3"]
+    _, tensors = saved(tmp_path / "model", config)
+    both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+    safetensors.numpy.save_file(both, tmp_path / "model" / "model.safetensors")
+    tiny.assert_close(models.load(tmp_path / "model").params, tiny.policy(config), atol=0)
+
+
+def test_shards_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHARD", 4000)
     path = tmp_path / "model"
     models.save(model(tiny.LLAMA), tiny.policy(tiny.LLAMA), path)
-    with pytest.raises(InputError, match="no score head"):
-        models.load_reward(path)
-    config = json.loads((path / "config.json").read_text())
+    index = path / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
 
-    def check(changes: dict, message: str) -> None:
-        (path / "config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(InputError, match=message) as error:
-            models.load(path)
-        assert "\n" not in str(error.value)
+    def check(text, message):
+        index.write_text(text)
+        refused(path, message)
 
-    check({"model_type": "mamba"}, "'mamba' is not supported: expected one of gpt2, llama")
-    check({"hidden_act": "relu"}, "hidden_act='relu' is not supported: expected 'silu'")
-    check({"intermediate_size": 20}, r"gate_proj.weight \[24, 16\].* does not fit config.json")
-    check({"num_hidden_layers": 3}, r"has no tensor 'model\.layers\.2\.")
-    (path / "config.json").write_text(json.dumps(config))
-    whole = (path / "model.safetensors").read_bytes()
-    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="cannot be read"):
-        models.load(path)
-    (path / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"holds no model\.safetensors"):
-        models.load(path)
+    check("{", "it needs an object weight_map")
+    check('{"weight_map": ["a"]}', "it needs an object weight_map")
+    name = "model.norm.weight"
+    check(json.dumps({"weight_map": whole["weight_map"] | {name: "../model.safetensors"}}), "is not the name of a file")
+    check(json.dumps({"weight_map": whole["weight_map"] | {name: "absent.safetensors"}}), "absent.* cannot be read")
+    other = next(file for file in whole["weight_map"].values() if file != whole["weight_map"][name])
+    check(json.dumps({"weight_map": whole["weight_map"] | {name: other}}), "cannot be read")
+    index.write_text(json.dumps(whole))
+    models.load(path)
+
+
+def test_code_that_comes_with_a_checkpoint_does_not_run(tmp_path):
+    path = tmp_path / "model"
+    config, _ = saved(path)
+    (path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    theirs = {"auto_map": {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}}
+    (path / "config.json").write_text(json.dumps(config | theirs))
+    models.load(path)
+    (path / "config.json").write_text(json.dumps(config | theirs | {"model_type": "theirs"}))
+    refused(path, "'theirs' is not supported")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
@@ -123,7 +310,7 @@ def test_a_shape_that_no_family_has_is_refused(tmp_path):
         models.save(model(odd), tiny.policy(tiny.GPT), tmp_path / "model")
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("kind", ["language", "reward"])
 def test_transformers_loads_what_we_save(config, kind, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra 'parity'")

@@ -8,6 +8,7 @@ from rlhf_jax.types import InputError
 from tests import tiny
 
 BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
+EVERY = pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 EOS = 2
 
 
@@ -27,7 +28,7 @@ def scored(config, tokens, mask, sample, temperature=1.0):
     return logits[:, start - 1 : -1], logprobs.token_logprobs(logits[:, start - 1 : -1], sample.tokens, temperature)
 
 
-@BOTH
+@EVERY
 def test_greedy_is_the_argmax_without_a_cache(config):
     tokens, mask = tiny.random_tokens(0, 4, 6), tiny.ragged(1, 4, 6)
     sample = generate(config, tokens, mask, temperature=0.0)
@@ -45,7 +46,7 @@ def test_behaviour_logprobs_are_the_scorers(config, temperature):
     np.testing.assert_allclose(sample.logp, np.where(sample.mask, logp, 0), atol=1e-5)
 
 
-@BOTH
+@EVERY
 def test_a_rows_sample_depends_on_neither_batch_nor_padding(config):
     keys = jax.random.split(jax.random.key(1), 5)
     tokens, mask = tiny.random_tokens(0, 5, 6), tiny.ragged(1, 5, 6)

@@ -11,6 +11,7 @@ from rlhf_jax.types import InputError
 from tests import tiny
 
 BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
+EVERY = pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -22,7 +23,7 @@ def logits(config, tokens, segment, keys=None):
     return run(config, tiny.policy(config), tokens, segment, keys)
 
 
-@BOTH
+@EVERY
 def test_padding_anywhere_gives_the_same_logits(config):
     tokens = tiny.random_tokens(0, 1, 6)
     alone = logits(config, tokens, np.ones((1, 6), bool))[0]
@@ -33,7 +34,7 @@ def test_padding_anywhere_gives_the_same_logits(config):
         np.testing.assert_allclose(logits(config, padded, mask)[0, columns], alone, atol=1e-5)
 
 
-@BOTH
+@EVERY
 def test_packed_documents_do_not_see_each_other(config):
     first, second = tiny.random_tokens(0, 1, 5), tiny.random_tokens(1, 1, 4)
     packed = np.concatenate([first, second, np.zeros((1, 2), np.int32)], axis=1)
@@ -94,6 +95,58 @@ def test_query_heads_share_their_groups_keys():
     blocks = params["blocks"] | {"attention": {"qkv": {"kernel": split}, "out": {"kernel": out}}}
     separate = run(dataclasses.replace(shared, n_kv_heads=4), params | {"blocks": blocks}, tokens, mask)
     np.testing.assert_allclose(separate, logits(shared, tokens, mask), atol=1e-5)
+
+
+SETTINGS = {
+    "window": 2,
+    "full_layers": (0,),
+    "query_size": 5.0,
+    "attention_cap": 0.1,
+    "logit_cap": 0.1,
+    "qk_norm": True,
+    "post_norm": True,
+    "unit_offset": True,
+    "scale_embedding": True,
+    "mlp": "geglu",
+    "bias": "qkv",
+    "rope_scaling": transformer.RopeScaling(factor=2.0, low=0.5, high=1.0, original_length=24),
+    "rope_theta": 50.0,
+    "norm_eps": 0.1,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_matter(name):
+    base = dataclasses.replace(tiny.LLAMA, window=4) if name == "full_layers" else tiny.LLAMA
+    tokens, mask = tiny.random_tokens(0, 2, 7), np.ones((2, 7), bool)
+    changed = dataclasses.replace(base, **{name: SETTINGS[name]})
+    assert np.abs(logits(base, tokens, mask) - logits(changed, tokens, mask)).max() > 1e-3
+
+
+def test_a_window_is_as_wide_as_it_says():
+    # One layer with a window of 3: the token at column 5 depends on columns 3, 4 and 5.
+    config = dataclasses.replace(tiny.LLAMA, n_layers=1, window=3)
+    tokens, mask = tiny.random_tokens(0, 1, 6), np.ones((1, 6), bool)
+    before = logits(config, tokens, mask)[0, 5]
+    for column in range(6):
+        changed = tokens.copy()
+        changed[0, column] = 3 + (tokens[0, column] - 2) % 28
+        assert np.allclose(logits(config, changed, mask)[0, 5], before, atol=1e-6) == (column < 3), column
+
+
+def test_llama_3_scales_the_long_wavelengths():
+    # Turns over the original 16 tokens: 16 f / (2 pi). From 4 on f stays, up to 1 it is f / 8, between it slides.
+    scaling = transformer.RopeScaling(factor=8.0, low=1.0, high=4.0, original_length=16)
+    config = dataclasses.replace(tiny.LLAMA, head_dim=8, rope_theta=16.0)
+    plain = transformer.frequencies(config)
+    np.testing.assert_allclose(plain, [1.0, 0.5, 0.25, 0.125])
+    kept = (16 / (2 * np.pi) - 1) / 3
+    expected = [kept + (1 - kept) / 8, None, 0.25 / 8, 0.125 / 8]
+    half = (8 / (2 * np.pi) - 1) / 3
+    expected[1] = 0.5 * (half + (1 - half) / 8)
+    np.testing.assert_allclose(
+        transformer.frequencies(dataclasses.replace(config, rope_scaling=scaling)), expected, rtol=1e-6
+    )
 
 
 def test_dropout_depends_on_the_rows_key_alone():

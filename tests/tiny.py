@@ -11,6 +11,22 @@ from rlhf_jax import transformer
 
 GPT = transformer.gpt(2, 16, 2, vocab_size=31, max_length=24)
 LLAMA = transformer.llama(2, 16, 4, 2, 24, vocab_size=31, max_length=24)
+_SCALING = transformer.RopeScaling(factor=4.0, low=1.0, high=4.0, original_length=12)
+CONFIGS = {  # every family that there is, with each of its settings
+    "gpt": GPT,
+    "llama": LLAMA,
+    "llama3": dataclasses.replace(LLAMA, rope_scaling=_SCALING, rope_theta=100.0, tie_embeddings=True),
+    "mistral": dataclasses.replace(LLAMA, window=3),
+    "qwen2": dataclasses.replace(LLAMA, bias="qkv"),
+    "qwen2-window": dataclasses.replace(LLAMA, bias="qkv", window=3, full_layers=(0,)),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=6, tie_embeddings=True),
+    "gemma2": dataclasses.replace(
+        LLAMA,
+        **{"mlp": "geglu", "unit_offset": True, "post_norm": True, "scale_embedding": True, "tie_embeddings": True},
+        **{"window": 3, "full_layers": (1,), "query_size": 7.0, "attention_cap": 2.0, "logit_cap": 3.0},
+        head_dim=6,
+    ),
+}
 
 
 def policy(config: transformer.Config = GPT, seed: int = 0):
