@@ -126,6 +126,14 @@ def demonstrations(
     return _stream("demonstrations", *fill, counts, batch, seed, epochs, process_index, process_count)
 
 
+def listing(batch: Tokens, tokenizer: Tokenizer) -> str:
+    """The tokens of a batch, one a line: a star if it counts in the loss, its id, its spelling in the vocabulary."""
+    real = batch.segment > 0
+    ids = batch.tokens[real].tolist()
+    rows = zip(batch.target[real], ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+    return "\n".join(f"{'*' if counts else ' '} {i:>6}  {token}" for counts, i, token in rows)
+
+
 def rankings(
     source: Iterable[Row],
     tokenizer: Tokenizer,

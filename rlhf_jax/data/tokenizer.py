@@ -4,12 +4,16 @@ A prompt or response that is a string is verbatim text. A prompt that is a list 
 tokenizer's chat template up to the point where the assistant starts to write, and a response to it is the content of
 the assistant's next message. A prompt and its response are tokenised apart, because that is how a policy meets them.
 
-Each response ends with the EOS token, and so does each document. In our own tokenizer EOS is the one special token and
-the padding as well, which is safe because masks are explicit everywhere: nothing infers a mask from a token id.
+Each response ends with the EOS token, and so does each document. EOS is what the chat template ends the assistant's
+turns with, where that is another token than the tokenizer names: one token at which training and generation end. BOS is
+what the template writes or, before verbatim text, what the tokenizer adds. In our own tokenizer EOS is the one special
+token and the padding as well, which is safe because masks are explicit everywhere: nothing infers a mask from a token
+id.
 """
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -73,7 +77,10 @@ def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer in a directory of the Hugging Face layout. One without a chat template is given ours."""
+    """The tokenizer in a directory of the Hugging Face layout. Its EOS is what ends the assistant's turns.
+
+    One without a chat template is given ours, with a BOS in front where the tokenizer adds one to a text.
+    """
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such tokenizer directory")
     try:
@@ -82,11 +89,27 @@ def load(path: str | Path) -> Tokenizer:
         raise InputError(f"{path}: holds no usable tokenizer ({_line(error)})") from error
     if not tokenizer.is_fast:
         raise InputError(f"{path}: holds a slow tokenizer; convert it to a tokenizer.json")
+    if tokenizer.chat_template not in (None, CHAT_TEMPLATE):
+        tokenizer.eos_token = _turn_end(tokenizer) or tokenizer.eos_token
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHAT_TEMPLATE
+        adds_bos = tokenizer.bos_token_id in encode(tokenizer, ["a"], special=True)[0].tolist()
+        tokenizer.chat_template = "{{- bos_token -}}" * adds_bos + CHAT_TEMPLATE
     return tokenizer
+
+
+def stop_ids(path: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """EOS, and what else config.json and generation_config.json of the same directory name as such."""
+    ids = [tokenizer.eos_token_id]
+    for file in (Path(path) / "config.json", Path(path) / "generation_config.json"):
+        if file.is_file():
+            try:
+                named = json.loads(file.read_text()).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise InputError(f"{file} cannot be read: expected an object with eos_token_id") from error
+            ids += named if isinstance(named, list) else [] if named is None else [named]
+    return tuple(dict.fromkeys(ids))
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
@@ -139,7 +162,8 @@ def render(
     """The ids of many prompts, and of the responses to each, which end with EOS."""
     starts, ends = _texts(tokenizer, prompts, responses)
     prompt_ids = encode(tokenizer, starts, [isinstance(prompt, str) for prompt in prompts])
-    flat = iter(encode(tokenizer, [text for texts in ends for text in texts], special=False))
+    before = [start for start, texts in zip(starts, ends, strict=True) for _ in texts]
+    flat = iter(_follow(tokenizer, before, [text for texts in ends for text in texts]))
     return prompt_ids, [[_ended(tokenizer, next(flat)) for _ in texts] for texts in ends]
 
 
@@ -165,7 +189,7 @@ def render_conversations(tokenizer: Tokenizer, conversations: Sequence[list[Mess
         [messages[:n] for messages, ns in zip(conversations, turns, strict=True) for n in ns],
         [[messages[n]["content"]] for messages, ns in zip(conversations, turns, strict=True) for n in ns],
     )
-    asked, answered = [], []  # what stands before each of the assistant's turns, and the turn
+    past, asked, answered = [], [], []  # all up to a turn of the assistant's, what then led to the next, the next
     turn = zip(starts, ends, strict=True)
     for ns in turns:
         so_far = ""
@@ -175,29 +199,59 @@ def render_conversations(tokenizer: Tokenizer, conversations: Sequence[list[Mess
                 raise InputError(
                     "the chat template rewrites earlier turns: split conversations into prompt, completion"
                 )
+            past.append(so_far)
             asked.append(start[len(so_far) :])
             answered.append(end)
             so_far = start + end
-    asked_ids, answered_ids = (iter(encode(tokenizer, texts, special=False)) for texts in (asked, answered))
+    asked_ids = iter(_follow(tokenizer, past, asked))
+    answered_ids = iter(_follow(tokenizer, starts, answered))
     rendered = []
     for ns in turns:
         ids: list[Ids] = []
         learn: list[np.ndarray] = []
         for n in ns:
-            before, after = next(asked_ids), next(answered_ids)
-            turn_ids, rest = _ended(tokenizer, after), after[:0]
-            if n != ns[-1]:  # the template alone says what ends an inner turn, and what follows
-                turn_ids, rest = after[: len(turn_ids)], after[len(turn_ids) :]
-            ids += [before, turn_ids, rest]
-            learn += [np.zeros(len(before), bool), np.ones(len(turn_ids), bool), np.zeros(len(rest), bool)]
+            before, turn_ids = next(asked_ids), next(answered_ids)
+            if n == ns[-1]:  # the template alone says what ends an inner turn
+                turn_ids = _ended(tokenizer, turn_ids)
+            ids += [before, turn_ids]
+            learn += [np.zeros(len(before), bool), np.ones(len(turn_ids), bool)]
         rendered.append((np.concatenate(ids), np.concatenate(learn)))
     return rendered
+
+
+def _follow(tokenizer: Tokenizer, before: Sequence[str], texts: Sequence[str]) -> list[Ids]:
+    """The ids of texts that each follow another, which is tokenised apart.
+
+    Tokenizers after SentencePiece set a space before a text of its own, which is not there when it follows another:
+    with them the ids are what the text adds to the ids of the other one, unless a token reaches across the boundary.
+    """
+    apart = encode(tokenizer, texts, special=False)
+    if tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens == ["a"]:
+        return apart
+    starts = encode(tokenizer, before, special=False)
+    wholes = encode(tokenizer, [start + text for start, text in zip(before, texts, strict=True)], special=False)
+    return [
+        whole[len(start) :] if np.array_equal(whole[: len(start)], start) else ids
+        for start, whole, ids in zip(starts, wholes, apart, strict=True)
+    ]
+
+
+def _turn_end(tokenizer: Tokenizer) -> str | None:
+    """The first added token that the chat template writes after what the assistant says."""
+    probe = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
+    try:
+        (text,) = _template(tokenizer, [probe], add_generation_prompt=False)
+    except InputError:  # the template can say so when it is used
+        return None
+    added = tokenizer.added_tokens_decoder
+    (ids,) = encode(tokenizer, [text.rpartition("answer")[2]], special=False)
+    return next((str(added[i]) for i in ids.tolist() if i in added), None)
 
 
 def _texts(
     tokenizer: Tokenizer, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """The prompts as text, and what each of their responses adds to that text."""
+    """The prompts as text, and what each of their responses adds to that text, up to EOS where that is in it."""
     chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
     chat_starts = iter(_template(tokenizer, chats, add_generation_prompt=True))
     starts = [prompt if isinstance(prompt, str) else next(chat_starts) for prompt in prompts]
@@ -213,17 +267,19 @@ def _texts(
             add_generation_prompt=False,
         )
     )
+    special = "|".join(re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values())
+    eos_tail = re.compile(rf"({re.escape(tokenizer.eos_token)})(?:\s|{special})+$")  # a template may end with a newline
     ends = []
     for prompt, start, texts in zip(prompts, starts, responses, strict=True):
         if isinstance(prompt, str):
-            ends.append(list(texts))
+            ends.append([eos_tail.sub(r"\1", text) for text in texts])
             continue
         ends.append([])
         for _ in texts:
             whole = next(wholes)
             if not whole.startswith(start):
                 raise InputError("the chat template's generation prompt does not begin the turn that it renders")
-            ends[-1].append(whole[len(start) :])
+            ends[-1].append(eos_tail.sub(r"\1", whole[len(start) :]))
     return starts, ends
 
 
@@ -245,14 +301,9 @@ def _template(tokenizer: Tokenizer, conversations: list[list[Message]], add_gene
 
 
 def _ended(tokenizer: Tokenizer, ids: Ids) -> Ids:
-    """The ids up to their final EOS, which is added if there is none; a template may put a newline after it."""
+    """The ids with an EOS at the end, which is added if there is none."""
     eos = tokenizer.eos_token_id
-    if len(ids) and ids[-1] == eos:
-        return ids
-    last = np.flatnonzero(ids == eos)[-1:]
-    if last.size and not decode(tokenizer, ids[last[0] + 1 :]).strip():
-        return ids[: last[0] + 1]
-    return np.append(ids, np.int32(eos))
+    return ids if len(ids) and ids[-1] == eos else np.append(ids, np.int32(eos))
 
 
 def _line(error: Exception) -> str:
