@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,28 @@ def test_any_of_several_ends():
     np.testing.assert_array_equal(everything.mask.sum(1), np.ones(8))
 
 
+@BOTH
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 9}, {"temperature": 1.5, "top_p": 0.9}])
+def test_a_stream_is_a_sample(config, settings):
+    module, keys, ends = transformer.Transformer(config), jax.random.split(jax.random.key(3), 6), (0, EOS, 5, 7)
+    tokens, mask = tiny.random_tokens(0, 6, 8), tiny.ragged(1, 6, 8)
+    rows = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+    sample = generate(config, tokens, mask, rows, eos_id=ends, **settings)
+    for b in range(6):
+        prompt = tokens[b, mask[b]].tolist()
+        stream = sampling.stream(module, tiny.policy(config), prompt, keys[b], 8, eos_id=ends, **settings)
+        assert list(stream) == sample.tokens[b, sample.mask[b]].tolist()
+    assert not sample.mask.all()  # some end early
+
+
+def test_streams_after_prompts_of_all_lengths_share_programs():
+    module = transformer.Transformer(dataclasses.replace(tiny.LLAMA, max_length=80))
+    before = sampling._step._cache_size()
+    for n in (1, 32, 33, 64):
+        assert len(list(sampling.stream(module, tiny.policy(tiny.LLAMA), [3] * n, jax.random.key(0), 5))) == 5
+    assert sampling._step._cache_size() - before == 4  # for up to 32 columns and up to 64: the prompt, the next token
+
+
 def test_samples_follow_the_distribution():
     rows = 20_000
     tokens, mask = np.broadcast_to(tiny.random_tokens(0, 1, 3), (rows, 3)), np.ones((rows, 3), bool)
@@ -121,3 +145,5 @@ def test_bad_settings_are_refused():
         generate(tiny.GPT, tokens, mask, top_p=0.0)
     with pytest.raises(InputError, match="max_new_tokens=0"):
         generate(tiny.GPT, tokens, mask, n=0)
+    with pytest.raises(InputError, match="6 prompt columns and 19 new tokens exceed the model's context of 24"):
+        next(sampling.stream(transformer.Transformer(tiny.GPT), tiny.policy(), [3] * 6, jax.random.key(0), 19))

@@ -29,9 +29,8 @@ LLAMA_3 = (
 )
 LLAMA_2 = (
     "{% set system = '' %}{% if messages[0].role == 'system' %}"
-    "{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}{% endif %}"
-    + HEAD
-    + "{% if m.role == 'user' %}"
+    "{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}"
+    "{% endif %}" + HEAD + "{% if m.role == 'user' %}"
     "{{ bos_token + '[INST] ' + (system if loop.first else '') + m.content | trim + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )

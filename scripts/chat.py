@@ -1,0 +1,130 @@
+"""Talks with a model in a terminal, in the words of its chat template.
+
+    python scripts/chat.py --model runs/quickstart/ppo/model
+
+Answers appear as they are sampled. /reset forgets the conversation, /quit and control-D leave, control-C stops an
+answer. Once the conversation outgrows the model's context, its oldest turns are left out, and a note says so. Standard
+input may also be a file or a pipe with a message a line; answers go to standard output, notes to standard error.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+
+from rlhf_jax import cli, models, sampling
+from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.types import check_positive, named_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: Path = Path("runs/quickstart/ppo/model")  # model directory
+    system: str | None = None  # system message that precedes every conversation
+    temperature: float = 0.7  # 0 is greedy
+    top_k: int = 0  # sample among the k likeliest tokens; 0: among all
+    top_p: float = 1.0  # sample among the likeliest tokens that have this probability together
+    max_new_tokens: int = 256  # of an answer; at most half of the model's context is used for it
+    seed: int = 0  # of sampling
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_new_tokens")
+
+
+def main(cfg: Config) -> None:
+    model = models.load(cfg.model)
+    tokenizer = models.tokenizer_of(model)
+    stops = tokenizer_lib.stop_ids(cfg.model, tokenizer)
+    context = model.config.max_length
+    room = min(cfg.max_new_tokens, context // 2)
+    key = named_key(cfg.seed, "chat")
+    system = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
+    turns: list[tokenizer_lib.Message] = []  # of user and assistant alternately
+    for number, line in enumerate(lines()):
+        if line == "/reset":
+            turns = []
+            continue
+        asked = [*turns, {"role": "user", "content": line}]
+        first, prompt = fit(tokenizer, system, asked, context - room)
+        if first == len(asked):
+            note(f"too long: the prompt has {len(prompt)} tokens, and {context - room} leave room for an answer")
+            continue
+        if first:
+            note(f"the context of {context} tokens is full: oldest turns dropped: {first // 2}")
+        tokens = sampling.stream(
+            model,
+            model.params,
+            prompt,
+            jax.random.fold_in(key, number),
+            room,
+            cfg.temperature,
+            cfg.top_k,
+            cfg.top_p,
+            stops,
+        )
+        said = say(tokenizer, (i for i in tokens if i not in stops))
+        turns = [*asked[first:], {"role": "assistant", "content": said}]
+
+
+def lines() -> Iterator[str]:
+    """What the user enters, up to /quit or the end."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # lets `input` edit and recall lines
+        note("/reset forgets the conversation, /quit leaves, control-C stops an answer")
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+def fit(
+    tokenizer: tokenizer_lib.Tokenizer,
+    system: list[tokenizer_lib.Message],
+    turns: list[tokenizer_lib.Message],
+    length: int,
+) -> tuple[int, list[int]]:
+    """The first turn from which on the prompt has at most `length` tokens, and that prompt.
+
+    Where even the last turn alone is too long, the number of turns, and the prompt of that one.
+    """
+    prompt: list[int] = []
+    for first in range(0, len(turns), 2):
+        prompt = tokenizer_lib.render_prompt(tokenizer, [*system, *turns[first:]])
+        if len(prompt) <= length:
+            return first, prompt
+    return len(turns), prompt
+
+
+def say(tokenizer: tokenizer_lib.Tokenizer, tokens: Iterable[int]) -> str:
+    """Prints the text of tokens as they come, up to control-C, and returns it.
+
+    White space at the end waits for what follows it, and so do the first bytes of a character for its last.
+    """
+    ids: list[int] = []
+    said = ""
+    with contextlib.suppress(KeyboardInterrupt):
+        for i in tokens:
+            ids.append(i)
+            text = tokenizer_lib.decode(tokenizer, ids).rstrip("\N{REPLACEMENT CHARACTER}").strip()
+            print(text[len(said) :], end="", flush=True)
+            said = text
+    print()
+    return said
+
+
+def note(text: str) -> None:
+    print(f"({text})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())
