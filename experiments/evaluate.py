@@ -35,7 +35,7 @@ class Config:
     texts: int = 1000  # held-out documents
     best_of: int = 1  # answers to each prompt, of which the reward model picks one; the KL is then to the model itself
     temperature: float = 1.0  # of the answers; that of training
-    prompt_length: int = 20  # tokens; longer prompts are refused
+    prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
     max_new_tokens: int = 16  # tokens of an answer
     text_length: int = 64  # tokens in a row of text
     batch: int = 256  # answers, or rows of text, at once, over all devices

@@ -31,7 +31,7 @@ class Config:
     data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
-    prompt_length: int = 20  # tokens; longer prompts are refused
+    prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
     max_new_tokens: int = 16  # tokens of an answer
     text_length: int = 64  # tokens in a row of pretraining text
     batch: int = 64  # episodes a step, over all devices: a multiple of the group

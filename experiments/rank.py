@@ -35,7 +35,7 @@ class Config:
     least: int = 4  # answers to a prompt, drawn uniformly from least..most
     most: int = 9  # see `least`
     people: int = 5  # simulated labelers
-    prompt_length: int = 20  # tokens; longer prompts are refused
+    prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
     max_new_tokens: int = 16  # tokens of an answer
     temperature: float = 1.0  # of the answers
     batch: int = 256  # answers sampled at once, over all devices

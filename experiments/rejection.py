@@ -33,7 +33,7 @@ class Config:
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     prompts: int = 2000  # prompts to answer
     best_of: int = 4  # answers to each, of which the best is learnt
-    prompt_length: int = 20  # tokens; longer prompts are refused
+    prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
     max_new_tokens: int = 16  # tokens of an answer
     temperature: float = 1.0  # of the answers
     batch: int = 256  # answers at once, over all devices

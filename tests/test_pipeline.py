@@ -180,6 +180,88 @@ def test_prompts(tokenizer):
         assert mask.tolist() == [False] * (length - len(ids)) + [True] * len(ids)
 
 
+def turns(roles, words=2):
+    """Messages by the first letters of their roles, each of as many words."""
+    role = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": role[letter], "content": says(n, words)} for n, letter in enumerate(roles)]
+
+
+def prompt_length(tokenizer, messages):
+    return len(tokenizer_lib.render_prompt(tokenizer, messages))
+
+
+@pytest.mark.parametrize(
+    ("roles", "left"),
+    [
+        ("uau", "u"),
+        ("uauau", "uau"),
+        ("suauau", "suau"),
+        ("suau", "su"),
+        ("uuau", "uau"),
+        ("auau", "uau"),
+        ("uauu", "uu"),
+    ],
+)
+def test_dialogues_lose_their_oldest_turns(tokenizer, roles, left):
+    whole = turns(roles)
+    lead = whole[:1] if left[0] == "s" else []
+    kept = lead + whole[len(lead) - len(left) :]
+    length = prompt_length(tokenizer, whole) - 1
+    batch, counts = pipeline.every_prompt([{"prompt": whole}, {"prompt": kept}], tokenizer, length=length)
+    assert counts == pipeline.Counts(kept=2, truncated=1)
+    assert np.array_equal(batch.tokens[0], batch.tokens[1]) and batch.index.tolist() == [0, 1]
+    ids = tokenizer_lib.render_prompt(tokenizer, kept)
+    assert batch.tokens[0, length - len(ids) :].tolist() == ids
+
+
+def test_dialogues_are_shortened_by_no_more_than_needed(tokenizer):
+    whole = turns("suauauau")
+    for n in (1, 3, 5, 7):  # where a user's turn may come first
+        kept = [*whole[:1], *whole[n:]]
+        batch, counts = pipeline.every_prompt([{"prompt": whole}], tokenizer, length=prompt_length(tokenizer, kept))
+        assert batch.mask.all() and batch.tokens[0].tolist() == tokenizer_lib.render_prompt(tokenizer, kept)
+        assert counts.truncated == (n > 1)
+    with pytest.raises(InputError, match=r"0 rows kept \(0 of them truncated\), 1 refused \(0 empty, 1 too long\)"):
+        pipeline.every_prompt([{"prompt": whole}], tokenizer, length=prompt_length(tokenizer, kept) - 1)
+
+
+def test_a_prompt_of_text_is_never_shortened(tokenizer):
+    rows = [{"prompt": says(0, 9)}, {"prompt": "a"}]
+    _, counts = pipeline.every_prompt(rows, tokenizer, length=prompt_length(tokenizer, rows[0]["prompt"]) - 1)
+    assert counts == pipeline.Counts(kept=1, too_long=1)
+
+
+def test_ranked_dialogues_are_shortened_until_the_longest_response_fits(tokenizer):
+    whole, responses = turns("uauau"), [says(50, 1), says(51, 4)]
+    row = {"prompt": whole, "responses": responses, "ranks": [1, 0]}
+    kept = whole[2:]
+    start = tokenizer_lib.render_prompt(tokenizer, kept)
+    ends = [tokenizer_lib.render_completion(tokenizer, kept, text) for text in responses]
+    length = len(start) + len(ends[1])
+    data = pipeline.rankings([row], tokenizer, length=length, batch=1, seed=0, epochs=1)
+    assert data.counts == pipeline.Counts(kept=1, truncated=1)
+    (batch,) = data
+    assert batch.tokens[0, 1].tolist() == start + ends[1] and batch.start.tolist() == [len(start)]
+    assert batch.tokens[0, 0][batch.mask[0, 0]].tolist() == start + ends[0]
+    least = prompt_length(tokenizer, whole[-1:]) + len(ends[1]) - 1
+    with pytest.raises(InputError, match="1 too long"):
+        pipeline.rankings([row], tokenizer, length=least, batch=1, seed=0)
+
+
+def test_demonstrated_dialogues_are_shortened_then_cut_on_the_right(tokenizer):
+    whole = turns("uaua")
+    rows = [{"messages": whole}, {"prompt": whole[:-1], "completion": whole[-1]["content"]}]
+    start = tokenizer_lib.render_prompt(tokenizer, whole[2:3])
+    end = tokenizer_lib.render_completion(tokenizer, whole[2:3], whole[3]["content"])
+    ids, learn = start + end, [False] * len(start) + [True] * len(end)
+    for length in (len(ids), len(ids) - 2):
+        data = pipeline.demonstrations(rows, tokenizer, length=length, batch=1, seed=0, epochs=1)
+        assert data.counts == pipeline.Counts(kept=2, truncated=2)
+        assert list(segments(data)) == [(ids[:length], learn[:length])] * 2
+    with pytest.raises(InputError, match="2 too long"):
+        pipeline.demonstrations(rows, tokenizer, length=len(start), batch=1, seed=0)
+
+
 def test_last_batch_is_filled_up(tokenizer):
     batches = list(MAKE["prompts"](tokenizer, epochs=1))
     assert [batch.index.shape for batch in batches] == [(4,)] * 4

@@ -6,6 +6,9 @@ and the epochs follow one another as one stream that is cut into batches: each r
 batch may hold the end of one epoch and the start of the next. If the number of epochs is given, the last batch is
 filled up with empty rows (in `prompts`: with repeated ones, index -1), so that shapes never change.
 
+A dialogue, messages and what follows them, that exceeds `length` loses its oldest turns. It then begins with a user's
+turn, after a leading system message if it has one, and counts as truncated. Text is never cut on the left.
+
 `batch` counts the rows of the global batch, over all processes. Process p of n holds the p-th of n equal parts of it,
 so that the batches of one process are those of many, laid side by side.
 """
@@ -108,17 +111,20 @@ def demonstrations(
     """Prompts with what should follow, packed into rows of `length` without leaking, or one a row.
 
     The targets are the tokens of the completion or, of `messages`, of each of the assistant's turns, EOS included;
-    without `completion_only`, all tokens but the first. What is too long is cut on the right, and refused if nothing
-    to learn is left. A row without a prompt or a completion is refused as empty.
+    without `completion_only`, all tokens but the first. What is too long, of a dialogue its last turns, is cut on the
+    right, and refused if nothing to learn is left. A row without a prompt or a completion is refused as empty.
     """
     rows = list(source)
     usable = [row for row in rows if not _lacks_text(row)]
     sequences, targets, truncated = [], [], 0
-    for ids, learn in _demonstrations(usable, tokenizer):
+    rendered, shortened = _shortened(
+        usable, lambda some: list(_demonstrations(some, tokenizer)), lambda one: len(one[0]), length
+    )
+    for n, (ids, learn) in enumerate(rendered):
         if learn[:length].any():
             sequences.append(ids[:length])
             targets.append(learn[:length] if completion_only else np.ones(len(ids[:length]), bool))
-            truncated += len(ids) > length
+            truncated += n in shortened or len(ids) > length
     lengths = [len(ids) for ids in sequences]
     plan = _pack(lengths, length) if pack else [[n] for n in range(len(sequences))]
     fill = _packed(sequences, targets, plan, length, tokenizer)
@@ -149,24 +155,16 @@ def rankings(
     """Prompts with their ranked responses, each a sequence padded on the right to `length`.
 
     `responses` is K, the most that a row may have; by default what the source has at most. Absent ones have rank -1
-    and an empty mask. A row is refused if its prompt is empty or one of its sequences longer than `length`. Raises
-    InputError when no row that is left orders any two responses.
+    and an empty mask. A row is refused if its prompt is empty or one of its sequences longer than `length`, of a
+    dialogue with its last turns alone. Raises InputError when no row that is left orders any two responses.
     """
     rows = list(source)
-    usable = [row for row in rows if not _lacks_text(row)]
-    most = max((len(row["responses"]) for row in usable), default=2)
+    most = max((len(row["responses"]) for row in rows), default=2)
     k_max = most if responses is None else responses
     if most > k_max:
         raise InputError(f"rankings: a row has {most} responses, more than the {k_max} asked for")
-    starts, ends = tokenizer_lib.render(
-        tokenizer, [row["prompt"] for row in usable], [row["responses"] for row in usable]
-    )
-    kept = [
-        (len(start), [np.append(start, end) for end in some], row["ranks"])
-        for start, some, row in zip(starts, ends, usable, strict=True)
-        if len(start) + max(map(len, some)) <= length
-    ]
-    counts = Counts(len(kept), empty=len(rows) - len(usable), too_long=len(usable) - len(kept))
+    fitting, counts = _answered(rows, tokenizer, length)
+    kept = [(len(start), [np.append(start, end) for end in ends], rows[n]["ranks"]) for n, start, ends in fitting]
     if kept and all(len(set(ranks)) == 1 for *_, ranks in kept):
         raise InputError(
             f"rankings: no row has two responses of different rank, so there is nothing to learn; {counts}"
@@ -200,7 +198,10 @@ def prompts(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Batches[Prompts]:
-    """Prompts padded on the left to `length`; empty and longer ones are refused. `index` is the row of the source."""
+    """Prompts padded on the left to `length`; empty and longer ones are refused. `index` is the row of the source.
+
+    Of a dialogue that is too long the last turns are the prompt; it is refused if the user's last does not fit.
+    """
     fill, kept, counts = _prompts(source, tokenizer, length)
     return _stream("prompts", fill, kept, counts, batch, seed, epochs, process_index, process_count)
 
@@ -217,10 +218,7 @@ def _prompts(
     source: Iterable[Row], tokenizer: Tokenizer, length: int
 ) -> tuple[Callable[[np.ndarray], Prompts], int, Counts]:
     """How to fill a batch of prompts, and how many those are."""
-    rows = list(source)
-    usable = [n for n, row in enumerate(rows) if not _lacks_text(row)]
-    ids, _ = tokenizer_lib.render(tokenizer, [rows[n]["prompt"] for n in usable], [[]] * len(usable))
-    kept = [(n, x) for n, x in zip(usable, ids, strict=True) if len(x) <= length]
+    kept, counts = _answered([{"prompt": row["prompt"]} for row in source], tokenizer, length)
     pad = tokenizer_lib.pad_id(tokenizer)
 
     def fill(index: np.ndarray) -> Prompts:
@@ -229,13 +227,13 @@ def _prompts(
         row = np.full(len(index), -1, np.int32)
         for b, n in enumerate(index):
             # A row to fill up with is a real prompt: a policy has nothing to say after none at all.
-            source_row, x = kept[max(n, 0)]
+            source_row, x, _ = kept[max(n, 0)]
             tokens[b, length - len(x) :] = x
             mask[b, length - len(x) :] = True
             row[b] = source_row if n >= 0 else -1
         return Prompts(tokens=tokens, mask=mask, index=row)
 
-    return fill, len(kept), Counts(len(kept), empty=len(rows) - len(usable), too_long=len(usable) - len(kept))
+    return fill, len(kept), counts
 
 
 def _lacks_text(row: Row) -> bool:
@@ -244,6 +242,55 @@ def _lacks_text(row: Row) -> bool:
         return not any(m["content"].strip() for m in row["messages"] if m["role"] == "assistant")
     prompt = row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])
     return not prompt.strip() or not row.get("completion", "some").strip()
+
+
+def _answered(
+    rows: Sequence[Row], tokenizer: Tokenizer, length: int
+) -> tuple[list[tuple[int, np.ndarray, list[np.ndarray]]], Counts]:
+    """The usable rows by number, each with the ids of its prompt and of its responses, if it has any."""
+
+    def render(some: Sequence[Row]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+        prompts, responses = [row["prompt"] for row in some], [row.get("responses", []) for row in some]
+        return list(zip(*tokenizer_lib.render(tokenizer, prompts, responses), strict=True))
+
+    def size(rendered: tuple[np.ndarray, list[np.ndarray]]) -> int:
+        start, ends = rendered
+        return len(start) + max(map(len, ends), default=0)
+
+    usable = [n for n, row in enumerate(rows) if not _lacks_text(row)]
+    rendered, shortened = _shortened([rows[n] for n in usable], render, size, length)
+    fits = [size(one) <= length for one in rendered]
+    kept = [(n, *one) for n, one, fit in zip(usable, rendered, fits, strict=True) if fit]
+    truncated = sum(fits[n] for n in shortened)
+    return kept, Counts(len(kept), truncated, len(rows) - len(usable), len(usable) - len(kept))
+
+
+def _shortened(
+    rows: Sequence[Row], render: Callable[[Sequence[Row]], list[T]], size: Callable[[T], int], length: int
+) -> tuple[list[T], set[int]]:
+    """The rendered rows, of dialogues beyond `length` as many of the last turns as fit; and which rows those are."""
+    rows, rendered, shortened = list(rows), render(rows), set[int]()
+    longer = list(range(len(rows)))
+    while longer:
+        shorter = {n: row for n in longer if size(rendered[n]) > length and (row := _without_oldest(rows[n]))}
+        for n, one in zip(shorter, render(list(shorter.values())), strict=True):
+            rows[n], rendered[n] = shorter[n], one
+        longer = list(shorter)
+        shortened.update(longer)
+    return rendered, shortened
+
+
+def _without_oldest(row: Row) -> Row | None:
+    """The dialogue from its next turn of the user, behind a leading system message; None if there is no next."""
+    name = "messages" if "messages" in row else "prompt"
+    messages = row[name]
+    if isinstance(messages, str):
+        return None
+    lead = int(messages[0]["role"] == "system")
+    for n in range(lead + 1, len(messages)):
+        if messages[n]["role"] == "user":
+            return row | {name: [*messages[:lead], *messages[n:]]}
+    return None
 
 
 def _demonstrations(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
