@@ -141,6 +141,14 @@ def test_bad_row_is_named_in_one_line_and_nothing_is_prepared(tmp_path, kind, ro
     assert not list((tmp_path / "store").rglob("*.array_record*"))
 
 
+def test_rows_nested_as_deeply_as_can_be_read(tmp_path):
+    path = tmp_path / "data.jsonl"
+    for depth in range(800, 1000, 2):
+        write(path, f'{{"text": {"[" * depth}{"]" * depth}}}')
+        with pytest.raises(InputError, match=r"line 1.*: expected (text|a JSON object), got"):
+            [builders.check("text", row, where) for where, row in builders.json_values(path)]
+
+
 def test_unreadable_files(tmp_path):
     path = tmp_path / "data.jsonl"
     with pytest.raises(InputError, match=r"data\.jsonl: no such file"):

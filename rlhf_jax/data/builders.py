@@ -44,10 +44,13 @@ _ROLES = ("system", "user", "assistant")
 
 
 class Rows:
-    """The rows of one split: `len`, indexing and iteration (many times faster than one index after another)."""
+    """The rows of one split: `len`, indexing and iteration (many times faster than one index after another).
 
-    def __init__(self, records: Any, to_row: Callable[[dict[str, Any], int], Row]):
-        self._records, self._to_row = records, to_row
+    `counts` is what their builder counted, of the whole source, as {what: how many}.
+    """
+
+    def __init__(self, records: Any, to_row: Callable[[dict[str, Any], int], Row], counts: dict[str, int]):
+        self._records, self._to_row, self.counts = records, to_row, counts
 
     def __len__(self) -> int:
         return len(self._records)
@@ -71,13 +74,19 @@ def source(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train")
     - "world" or, for instance, "world:seed=3,rows=1000": the embedded world, with splits "train" and "held_out";
     - the path of a .jsonl file of rows, or of a .txt file of documents that lines `<|endoftext|>` (or, where there is
       none, empty lines) separate; the first may be gzipped (.jsonl.gz). It has the one split "train";
+    - a published format and the path of a file in it, such as "hh:train.jsonl.gz": `formats` lists them;
     - the name of a TFDS data set, such as "imdb_reviews" or "glue/sst2", with the field to read where it has several
       of text and none named "text": "glue/mrpc:sentence1".
 
     `split` may be a slice as in TFDS: "train[:90%]". Raises InputError, and leaves nothing prepared, on a bad row.
     """
-    if spec.partition(":")[0] == "world":
+    from rlhf_jax.data import formats
+
+    name, _, rest = spec.partition(":")
+    if name == "world":
         return _world(spec, kind, Path(data_dir), split)
+    if name in formats.NAMES and rest.endswith(formats.FILES):
+        return formats.source(spec, kind, Path(data_dir), split)
     if spec.endswith(_FILES):
         return _file(Path(spec), kind, Path(data_dir), split)
     return _published(spec, kind, Path(data_dir), split)
@@ -88,10 +97,9 @@ def source(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train")
 
 def check(kind: Kind, row: Any, where: str) -> Row:
     """The row in its canonical shape. InputError that begins with `where` and names the field if it has none."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object, got {_short(row)}")
+    row = json_object(row, where)
     if kind == "text":
-        text = _text(row, "text", where)
+        text = text_field(row, "text", where)
         if not text:
             raise InputError(f"{where}, field text: expected some text, got an empty string")
         return {"text": text}
@@ -106,37 +114,46 @@ def check(kind: Kind, row: Any, where: str) -> Row:
     if kind == "demonstrations":
         return {
             "prompt": prompt,
-            "completion": _response(_field(row, "completion", where), prompt, where, "completion"),
+            "completion": _response(field(row, "completion", where), prompt, where, "completion"),
         }
     if "responses" not in row and "chosen" in row:
-        pair = [_response(_field(row, name, where), prompt, where, name) for name in ("chosen", "rejected")]
+        pair = [_response(field(row, name, where), prompt, where, name) for name in ("chosen", "rejected")]
         return {"prompt": prompt, "responses": pair, "ranks": [0, 1]}
-    responses = _field(row, "responses", where)
+    responses = field(row, "responses", where)
     if not isinstance(responses, list) or len(responses) < 2:
-        raise InputError(f"{where}, field responses: expected a list of at least 2, got {_short(responses)}")
+        raise InputError(f"{where}, field responses: expected a list of at least 2, got {short(responses)}")
     texts = [_response(response, prompt, where, f"responses[{k}]") for k, response in enumerate(responses)]
-    ranks = _field(row, "ranks", where)
+    ranks = field(row, "ranks", where)
     if (
         not isinstance(ranks, list)
         or len(ranks) != len(texts)
         or not all(type(rank) is int and 0 <= rank < 2**31 for rank in ranks)
     ):
         raise InputError(
-            f"{where}, field ranks: expected {len(texts)} integers from 0 up, one per response, got {_short(ranks)}"
+            f"{where}, field ranks: expected {len(texts)} integers from 0 up, one per response, got {short(ranks)}"
         )
     return {"prompt": prompt, "responses": texts, "ranks": ranks}
 
 
-def _field(row: Row, name: str, where: str) -> Any:
-    if name not in row:
-        raise InputError(f"{where}, field {name}: missing; the row has {_short(sorted(row))}")
+def json_object(value: Any, where: str) -> Row:
+    """The value, if it is an object: this and the next two raise InputError that begins with `where`."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, got {short(value)}")
+    return value
+
+
+def field(row: Any, name: str, where: str) -> Any:
+    """What the row has by that name."""
+    if name not in json_object(row, where):
+        raise InputError(f"{where}, field {name}: missing; the row has {short(sorted(row))}")
     return row[name]
 
 
-def _text(row: Row, name: str, where: str) -> str:
-    text = _field(row, name, where)
+def text_field(row: Any, name: str, where: str) -> str:
+    """The text that the row has by that name."""
+    text = field(row, name, where)
     if not isinstance(text, str):
-        raise InputError(f"{where}, field {name}: expected text, got {_short(text)}")
+        raise InputError(f"{where}, field {name}: expected text, got {short(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -146,24 +163,24 @@ def _text(row: Row, name: str, where: str) -> str:
 
 def _messages(value: Any, where: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: expected a list of messages, got {_short(value)}")
+        raise InputError(f"{where}: expected a list of messages, got {short(value)}")
     messages = []
     for n, message in enumerate(value):
         if not isinstance(message, dict):
-            raise InputError(f'{where}[{n}]: expected {{"role", "content"}}, got {_short(message)}')
-        role = _text(message, "role", f"{where}[{n}]")
+            raise InputError(f'{where}[{n}]: expected {{"role", "content"}}, got {short(message)}')
+        role = text_field(message, "role", f"{where}[{n}]")
         if role not in _ROLES:
-            raise InputError(f"{where}[{n}], field role: expected one of {', '.join(_ROLES)}, got {_short(role)}")
-        messages.append({"role": role, "content": _text(message, "content", f"{where}[{n}]")})
+            raise InputError(f"{where}[{n}], field role: expected one of {', '.join(_ROLES)}, got {short(role)}")
+        messages.append({"role": role, "content": text_field(message, "content", f"{where}[{n}]")})
     return messages
 
 
 def _prompt(row: Row, where: str) -> Prompt:
-    prompt = _field(row, "prompt", where)
+    prompt = field(row, "prompt", where)
     if isinstance(prompt, str):
-        return _text(row, "prompt", where)
+        return text_field(row, "prompt", where)
     if not isinstance(prompt, list):
-        raise InputError(f"{where}, field prompt: expected text or a list of messages, got {_short(prompt)}")
+        raise InputError(f"{where}, field prompt: expected text or a list of messages, got {short(prompt)}")
     messages = _messages(prompt, f"{where}, field prompt")
     if messages[-1]["role"] == "assistant":
         raise InputError(f"{where}, field prompt: expected its last message to come from the user, got assistant")
@@ -174,13 +191,17 @@ def _response(value: Any, prompt: Prompt, where: str, name: str) -> str:
     if isinstance(value, list) and not isinstance(prompt, str):
         messages = _messages(value, f"{where}, field {name}")
         if len(messages) != 1 or messages[0]["role"] != "assistant":
-            raise InputError(f"{where}, field {name}: expected one assistant message, got {_short(value)}")
+            raise InputError(f"{where}, field {name}: expected one assistant message, got {short(value)}")
         return messages[0]["content"]
-    return _text({name: value}, name, where)
+    return text_field({name: value}, name, where)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def short(value: Any) -> str:
+    """The value as an error message shows it."""
+    try:
+        text = repr(value)
+    except RecursionError:  # JSON that is nested just not too deeply to be read
+        text = f"a {type(value).__name__} of many levels"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -188,7 +209,10 @@ def _short(value: Any) -> str:
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Stores the rows that `rows` yields, in their order. A further reader is a subclass with `rows` and a config."""
+    """Stores the rows that `rows` yields, in their order. A further reader is a subclass with `rows` and a config.
+
+    What `rows` puts into `self.info.metadata`, as {what: how many}, is stored too, and printed whenever they are read.
+    """
 
     VERSION = tfds.core.Version("1.0.0")  # raise it when the rows change though the config does not
 
@@ -198,7 +222,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict({"row": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        counts = tfds.core.MetadataDict()
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True, metadata=counts)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {self.builder_config.split: self._generate_examples()}
@@ -230,7 +255,8 @@ class LocalFile(Builder):
         """Each line's row, or each document."""
         path, kind = self.builder_config.path, self.builder_config.kind
         empty = True
-        for row in _documents(path) if path.suffix == ".txt" else _json_rows(path, kind):
+        checked = (check(kind, row, where) for where, row in json_values(path))
+        for row in _documents(path) if path.suffix == ".txt" else checked:
             empty = False
             yield row
         if empty:
@@ -255,15 +281,28 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise InputError(f"{path}, line {number}: expected UTF-8, got byte {line[error.start]:#x}") from error
 
 
-def _json_rows(path: Path, kind: Kind) -> Iterator[Row]:
-    for number, line in _lines(path):
+def json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line's value, or each element of the list that a .json file may hold, with where it stands."""
+    lines = _lines(path)
+    if path.name.removesuffix(".gz").endswith(".json"):
+        text = "".join(line for _, line in lines)
+        if text.lstrip().startswith("["):
+            try:
+                values = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                line = getattr(error, "lineno", 1)
+                raise InputError(f"{path}, line {line}: expected a list in JSON ({short(str(error))})") from error
+            yield from ((f"{path}, row {n}", value) for n, value in enumerate(values, start=1))
+            return
+        lines = enumerate(text.split("\n"), start=1)
+    for number, line in lines:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: expected a JSON object, got {_short(line.strip())}") from error
-        yield check(kind, row, f"{path}, line {number}")
+            raise InputError(f"{path}, line {number}: expected a JSON object, got {short(line.strip())}") from error
+        yield f"{path}, line {number}", value
 
 
 def _documents(path: Path) -> Iterator[Row]:
@@ -274,15 +313,20 @@ def _documents(path: Path) -> Iterator[Row]:
             yield {"text": document}
 
 
-def _file(path: Path, kind: Kind, data_dir: Path, split: str) -> Rows:
+def file_digest(path: Path) -> str:
+    """What names the file's content."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; name one that there is, or first run the experiment that writes it")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:24]
+
+
+def _file(path: Path, kind: Kind, data_dir: Path, split: str) -> Rows:
+    digest = file_digest(path)
     if path.suffix == ".txt" and kind != "text":
         raise InputError(f"{path}: {kind} are read from a .jsonl file, a .txt file holds documents alone")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    config = FileConfig(name=f"{kind}{path.suffix}-{digest[:24]}", path=path, kind=kind)
-    return _stored(lambda: LocalFile(config=config, data_dir=data_dir), str(path), split)
+    config = FileConfig(name=f"{kind}{path.suffix}-{digest}", path=path, kind=kind)
+    return stored(lambda: LocalFile(config=config, data_dir=data_dir), str(path), split)
 
 
 @dataclasses.dataclass(eq=False)
@@ -338,11 +382,16 @@ def _world(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
         n_rows=options["rows"],
         split=base,
     )
-    return _stored(lambda: AssistantWorld(config=config, data_dir=data_dir), f"data {spec!r}", split)
+    return stored(lambda: AssistantWorld(config=config, data_dir=data_dir), f"data {spec!r}", split)
 
 
-def _stored(make: Callable[[], Builder], where: str, split: str) -> Rows:
-    return Rows(_records(make, where, split), lambda record, _: json.loads(record["row"]))
+def stored(make: Callable[[], Builder], where: str, split: str) -> Rows:
+    """The rows of a builder, prepared first if need be."""
+    builder, records = _records(make, where, split)
+    counts = dict(builder.info.metadata or {})
+    if counts:
+        print(f"{where}: {'; '.join(f'{n} {what}' for what, n in counts.items())}")
+    return Rows(records, lambda record, _: json.loads(record["row"]), counts)
 
 
 # -- TFDS --------------------------------------------------------------------------------------------------------------
@@ -361,8 +410,13 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _records(make: Callable[[], tfds.core.DatasetBuilder], where: str, split: str) -> Any:
-    """The stored records of a split, prepared first if need be. TFDS puts them in their place only when complete."""
+def _records(
+    make: Callable[[], tfds.core.DatasetBuilder], where: str, split: str
+) -> tuple[tfds.core.DatasetBuilder, Any]:
+    """A builder and the records of a split, prepared first if need be.
+
+    TFDS puts them in their place only when complete.
+    """
     with _quiet():
         builder = make()
         if not builder.is_prepared():
@@ -388,7 +442,7 @@ def _records(make: Callable[[], tfds.core.DatasetBuilder], where: str, split: st
             raise InputError(
                 f"{where}: no rows in split {split!r}; there are {', '.join(builder.info.splits)}"
             ) from error
-    return records
+    return builder, records
 
 
 def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
@@ -416,7 +470,7 @@ def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
         # An empty text is no mistake of the user's here: the pipelines refuse and count it.
         return row if row == {"text": ""} else check(kind, row, where)
 
-    return Rows(_records(make, f"data {spec!r}", split), to_row)
+    return Rows(_records(make, f"data {spec!r}", split)[1], to_row, {})
 
 
 def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.DatasetBuilder]:
@@ -424,7 +478,10 @@ def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.Datase
         return tfds.builder(name, data_dir=data_dir)
 
     if not re.fullmatch(r"\w+(/[\w.\-]+)?(:[\d.]+)?", name):
-        raise InputError(f"data {spec!r}: expected world, a TFDS name, or a path that ends in {', '.join(_FILES)}")
+        raise InputError(
+            f"data {spec!r}: expected world, a TFDS name, or a path that ends in {', '.join(_FILES)};"
+            " or a published format and a path, as in hh:PATH"
+        )
     try:
         with _quiet():
             try:
