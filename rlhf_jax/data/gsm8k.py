@@ -1,6 +1,6 @@
 """Grade-school maths (GSM8K, arXiv:2110.14168): worked answers that end in "#### number", and a reward that checks it.
 
-`score_text(rows)` scores the responses of PPO or GRPO by the answers that the rows of prompts carry:
+`score_text(rows)` scores the responses of PPO by the answers that the rows of prompts carry:
 
     rows = builders.source("gsm8k:train.jsonl", "prompts", data_dir=cfg.data_dir)
     ppo.main(cfg, gsm8k.score_text(rows))
