@@ -32,11 +32,22 @@ from rlhf_jax import (
     scores,
     transformer,
 )
+from rlhf_jax import lora as lora_lib
 from rlhf_jax import ppo as ppo_lib
 from rlhf_jax import updates as updates_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.types import InputError, Params, Prompts, Rollout, Tokens, TrainState, check_positive, named_key
+from rlhf_jax.types import (
+    InputError,
+    Metrics,
+    Params,
+    Prompts,
+    Rollout,
+    Tokens,
+    TrainState,
+    check_positive,
+    named_key,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +76,7 @@ class Config:
     warmup: int = 8  # updates of linear warm-up
     adam: optim.Adam = optim.Adam()
     ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0)
+    lora: lora_lib.Config = lora_lib.Config()  # of policy and critic
     compute: transformer.Compute = transformer.Compute()
     samples_every: int = 20  # steps between tables of samples
     samples: int = 8  # episodes in a table
@@ -78,6 +90,23 @@ class Config:
             raise InputError("reward: expected at least one model directory")
         if self.pessimism and len(self.reward) < 2:
             raise InputError("pessimism needs the disagreement of several reward models: name more by --reward")
+
+
+def train_step(
+    state: TrainState,
+    base: Params,
+    episodes: Rollout,
+    text: Tokens | None,
+    *,
+    policy_fn: Callable,
+    critic_fn: Callable,
+    lora: lora_lib.Config,
+    **settings: Any,
+) -> tuple[TrainState, Metrics]:
+    """`ppo.train_step` of what is trained, on the frozen base."""
+    policy_fn = lora_lib.over(policy_fn, base["policy"], lora)
+    critic_fn = lora_lib.over(critic_fn, base, lora)
+    return ppo_lib.train_step(state, episodes, text, policy_fn=policy_fn, critic_fn=critic_fn, **settings)
 
 
 def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] | None = None) -> TrainState:
@@ -110,9 +139,11 @@ def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] |
         critic, critic_fn = rewards[0].params, heads.critic(rewards[0].config)
     else:
         critic, critic_fn = heads.fresh(policy.config), heads.shared_critic(policy.config)
-    params = {"policy": policy.params, "critic": critic}
-    state = parallel.replicate(ppo_lib.init(params, tx, cfg.ppo, training_key))
-    reference = parallel.replicate(held.params)
+    trained, frozen = {}, {}
+    for name, params in {"policy": policy.params, "critic": critic}.items():
+        trained[name], frozen[name] = lora_lib.split(params, cfg.lora, named_key(cfg.seed, f"ppo/lora/{name}"))
+    state, base = parallel.replicate((ppo_lib.init(trained, tx, cfg.ppo, training_key), frozen))
+    reference = base["policy"] if cfg.lora.rank and held is policy else parallel.replicate(held.params)
     collect = parallel.pmap(
         functools.partial(
             rollout.collect,
@@ -126,15 +157,20 @@ def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] |
         )
     )
     step_fn = parallel.pmap(
-        functools.partial(ppo_lib.train_step, policy_fn=policy.apply, critic_fn=critic_fn, tx=tx, cfg=cfg.ppo),
+        functools.partial(train_step, policy_fn=policy.apply, critic_fn=critic_fn, lora=cfg.lora, tx=tx, cfg=cfg.ppo),
         donate=(0,),
     )
     keys = parallel.replicate(sampling_key)
 
-    def roll(params: dict[str, Params], batch: Prompts, first: jax.Array) -> Rollout:
+    def roll(trained: dict[str, Params], batch: Prompts, first: jax.Array) -> Rollout:
+        params = lora_lib.attach(base, trained, cfg.lora)
         return score(collect(params, reference, parallel.shard(batch), keys, first))
 
-    return train(cfg, cfg.ppo, policy, state, roll, step_fn, rows, prompts)
+    def step(state: TrainState, episodes: Rollout, text: Tokens | None) -> tuple[TrainState, Metrics]:
+        return step_fn(state, base, episodes, text)
+
+    export = functools.partial(lora_lib.merge, frozen["policy"], cfg=cfg.lora)
+    return train(cfg, cfg.ppo, policy, state, roll, step, rows, prompts, export=export)
 
 
 def train(
@@ -147,11 +183,13 @@ def train(
     rows: builders.Rows,
     prompts: pipeline.Batches[Prompts],
     group: int = 1,
+    export: Callable[[Params], Params] = lambda policy: policy,
 ) -> TrainState:
     """The loop of every experiment that learns from rollouts, and its run directory.
 
     `cfg` is that experiment's configuration, `settings` its algorithm's; `state` is replicated. `roll` returns scored
-    episodes, of which `group` answer each prompt; no two of its calls get the same number `first`.
+    episodes, of which `group` answer each prompt; no two of its calls get the same number `first`. `export` makes of
+    the trained policy the parameters to save.
     """
     tokenizer, updates = models.tokenizer_of(policy), settings.epochs * settings.minibatches
     streams = {"prompts": iter(prompts)}
@@ -181,7 +219,7 @@ def train(
                 run.flush()
                 saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
     state = parallel.unreplicate(state)
-    models.save(policy, state.opt_state.get("ema", state.params["policy"]), cfg.out / "model")
+    models.save(policy, export(state.opt_state.get("ema", state.params["policy"])), cfg.out / "model")
     plots.curves(
         cfg.out,
         {

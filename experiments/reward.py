@@ -14,15 +14,17 @@ import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from rlhf_jax import calibration, checkpoint, cli, heads, log, models, optim, parallel, plots, transformer
+from rlhf_jax import lora as lora_lib
 from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.types import Params, Rankings, check_positive, named_key
+from rlhf_jax.types import Metrics, Params, Rankings, TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Config:
     dropout: float = 0.0  # residual dropout
     weight_decay: float = 0.0  # of matrices
     reward: reward_lib.Config = reward_lib.Config()
+    lora: lora_lib.Config = lora_lib.Config()
     normalize_first: bool = False  # gain and bias before training too, as Ziegler et al. 2019
     compute: transformer.Compute = transformer.Compute()
     save_every: int = 50  # steps between checkpoints
@@ -82,6 +85,13 @@ def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, scor
     ]
 
 
+def train_step(
+    state: TrainState, base: Params, batch: Rankings, *, apply_fn: Callable, lora: lora_lib.Config, **settings: Any
+) -> tuple[TrainState, Metrics]:
+    """`reward.train_step` of what is trained, on the frozen base."""
+    return reward_lib.train_step(state, batch, apply_fn=lora_lib.over(apply_fn, base, lora), **settings)
+
+
 def main(cfg: Config) -> dict[str, float]:
     """Train, and write the run directory; returns the accuracies."""
     model = models.load(cfg.init, compute=cfg.compute)
@@ -98,26 +108,28 @@ def main(cfg: Config) -> dict[str, float]:
     noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(model.config, dropout=cfg.dropout)))
     apply_fn = transformer.bind(heads.ScalarModel(model.config))
     scores = parallel.pmap(functools.partial(reward_lib.scores, apply_fn=apply_fn))
+    params = heads.from_policy(model.params, model.config, head_key)
+    trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
+    base = parallel.replicate(frozen)
 
-    def scored(params: Params, batches: Iterable[Rankings]) -> tuple[np.ndarray, ...]:
+    def scored(trained: Params, batches: Iterable[Rankings]) -> tuple[np.ndarray, ...]:
         """Score [B, K], rank and length of all of them, on the host."""
-        spread = parallel.replicate(params)
+        spread = lora_lib.attach(base, parallel.replicate(trained), cfg.lora)
         found = [
             (parallel.gather(scores(spread, parallel.shard(batch))), batch.rank, batch.mask.sum(axis=2))
             for batch in batches
         ]
         return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
-    def normalized(params: Params) -> Params:
+    def normalized(trained: Params) -> Params:
         """With mean 0 and standard deviation 1 on the training answers: samples of the reference, ranked or not."""
-        score, rank, _ = scored(params, sample)
-        return reward_lib.normalize(params, float(score[rank >= 0].mean()), float(score[rank >= 0].std()))
+        score, rank, _ = scored(trained, sample)
+        return reward_lib.normalize(trained, float(score[rank >= 0].mean()), float(score[rank >= 0].std()))
 
-    params = heads.from_policy(model.params, model.config, head_key)
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay)
-    state = parallel.replicate(optim.init(normalized(params) if cfg.normalize_first else params, tx, key))
+    state = parallel.replicate(optim.init(normalized(trained) if cfg.normalize_first else trained, tx, key))
     step_fn = parallel.pmap(
-        functools.partial(reward_lib.train_step, apply_fn=noisy, tx=tx, cfg=cfg.reward), donate=(0,)
+        functools.partial(train_step, apply_fn=noisy, lora=cfg.lora, tx=tx, cfg=cfg.reward), donate=(0,)
     )
     stream = iter(batches)
     name = f"loss/{cfg.reward.loss}"
@@ -126,12 +138,12 @@ def main(cfg: Config) -> dict[str, float]:
         checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
     ):
         for step in range(1, steps + 1):
-            state, metrics = step_fn(state, parallel.shard(next(stream)))
+            state, metrics = step_fn(state, base, parallel.shard(next(stream)))
             run.write(step, parallel.unreplicate(metrics))
             if step % cfg.save_every == 0 or step == steps:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {"data": stream.get_state()})
-        params = normalized(parallel.unreplicate(state).params)
+        params = lora_lib.merge(frozen, normalized(parallel.unreplicate(state).params), cfg.lora)
         score_fn = jax.jit(lambda tokens, mask: heads.at_last(apply_fn(params, tokens, mask), mask))
         run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, score_fn, cfg.length))
     models.save(model, params, cfg.out / "model")

@@ -12,14 +12,17 @@ Parent:  pretrain
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, sft, transformer
+from rlhf_jax import lora as lora_lib
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import TrainState, check_positive, named_key
+from rlhf_jax.types import Metrics, Params, Tokens, TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +42,20 @@ class Config:
     lr: float = 1e-3  # peak learning rate, cosine to 10 % of it
     dropout: float = 0.1  # residual dropout
     weight_decay: float = 0.0  # of matrices
+    lora: lora_lib.Config = lora_lib.Config()
     compute: transformer.Compute = transformer.Compute()
     save_every: int = 50  # steps between checkpoints
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
         check_positive(self, "text_batch", "length", "batch", "epochs", "save_every")
+
+
+def train_step(
+    state: TrainState, base: Params, batch: Tokens, *, apply_fn: Callable, lora: lora_lib.Config, **settings: Any
+) -> tuple[TrainState, Metrics]:
+    """`sft.train_step` of what is trained, on the frozen base."""
+    return sft.train_step(state, batch, apply_fn=lora_lib.over(apply_fn, base, lora), **settings)
 
 
 def main(cfg: Config) -> TrainState:
@@ -65,25 +76,26 @@ def main(cfg: Config) -> TrainState:
         )
 
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay)
-    state = parallel.replicate(optim.init(model.params, tx, named_key(cfg.seed, "sft")))
+    trained, frozen = lora_lib.split(model.params, cfg.lora, named_key(cfg.seed, "sft/lora"))
+    state, base = parallel.replicate((optim.init(trained, tx, named_key(cfg.seed, "sft")), frozen))
     apply_fn = transformer.bind(transformer.Transformer(dataclasses.replace(model.config, dropout=cfg.dropout)))
-    step_fn = parallel.pmap(functools.partial(sft.train_step, apply_fn=apply_fn, tx=tx), donate=(0,))
+    step_fn = parallel.pmap(functools.partial(train_step, apply_fn=apply_fn, lora=cfg.lora, tx=tx), donate=(0,))
     with (
         log.start(cfg.out, cfg, total=steps, show=("loss/next_token",), wandb=cfg.wandb) as run,
         checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
     ):
         for step in range(1, steps + 1):
             batch = jax.tree.map(lambda *rows: np.concatenate(rows), *(next(stream) for stream in streams.values()))
-            state, metrics = step_fn(state, parallel.shard(batch))
+            state, metrics = step_fn(state, base, parallel.shard(batch))
             run.write(step, parallel.unreplicate(metrics))
             if step % cfg.save_every == 0 or step == steps:
                 run.flush()
                 saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
         state = parallel.unreplicate(state)
-        models.save(model, state.params, cfg.out / "model")
-        trained = dataclasses.replace(model, params=state.params)
+        model = dataclasses.replace(model, params=lora_lib.merge(frozen, state.params, cfg.lora))
+        models.save(model, model.params, cfg.out / "model")
         asked = [row["prompt"] if "prompt" in row else row["messages"][:-1] for row in itertools.islice(rows, 8)]
-        run.samples(steps, rollout.say(trained, asked, named_key(cfg.seed, "sft/samples"), length=cfg.length))
+        run.samples(steps, rollout.say(model, asked, named_key(cfg.seed, "sft/samples"), length=cfg.length))
     plots.curves(
         cfg.out, {"next-token loss on answers and text (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]}
     )

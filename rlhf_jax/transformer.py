@@ -229,7 +229,13 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.std), (*self.inputs, *self.outputs))
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         # One plain matrix product: XLA for CPU takes three times as long over the gradient of anything else.
-        y = x.reshape(-1, fan_in) @ kernel.astype(x.dtype).reshape(fan_in, fan_out)
+        product = lambda x, kernel: x.reshape(-1, fan_in) @ kernel.astype(x.dtype).reshape(fan_in, fan_out)
+        if self.has_variable("params", "kernel_a"):  # of lora.py
+            a, b = (self.variables["params"][f"kernel_{factor}"].astype(x.dtype) for factor in "ab")
+            # The backward pass keeps the kernel itself, not a cast and reshaped copy for each layer.
+            y = jax.checkpoint(product, prevent_cse=False)(x, kernel) + x.reshape(-1, fan_in) @ a @ b
+        else:
+            y = product(x, kernel)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype).reshape(1, fan_out)
         return y.reshape(*x.shape[:2], *self.outputs)

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from experiments import dpo, grpo, ppo, pretrain, reward, sft
-from rlhf_jax import heads, log, models, optim, parallel, transformer, types
+from rlhf_jax import heads, log, lora, models, optim, parallel, transformer, types
 from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
 
@@ -102,11 +102,12 @@ def settings(name, quick):
         return quick.pretrain, {"data": "world:rows=201", "init": tuned, "preset": "llama-tiny", "vocab_size": 300}
     if name == "sft":
         tuning = dataclasses.replace(quick.sft, init=base, data="world:rows=100")
-        return tuning, {"data": "world:rows=101", "text": None, "init": tuned}
+        return tuning, {"data": "world:rows=101", "text": None, "init": tuned, "lora": lora.Config(rank=2)}
     if name == "reward":
         margin = reward_lib.Config(margin=0.5)
         learnt = dataclasses.replace(quick.reward, init=tuned, data=ranked, held_out=None)
-        return learnt, {"data": other, "held_out": other, "init": base, "reward": margin}
+        special = {"data": other, "held_out": other, "init": base, "reward": margin, "lora": lora.Config(rank=2)}
+        return learnt, special
     if name == "dpo":
         preferred = dpo.Config(init=tuned, data=ranked, length=64, batch=8)
         beta = dataclasses.replace(preferred.dpo, beta=0.7)
@@ -121,6 +122,7 @@ def settings(name, quick):
         "critic": "policy",
         "text": None,
         "schedule": "constant",
+        "lora": lora.Config(rank=2),
     }
 
 

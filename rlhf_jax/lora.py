@@ -1,0 +1,82 @@
+"""Low-rank adaptation (arXiv:2106.09685): y = x W + (alpha / rank) x A B, of which A and B alone are trained.
+
+What is trained and the frozen base are two trees. Adapters have the paths of the kernels that they adapt, so `attach`
+lays one tree over the other: the result serves wherever parameters do, and `transformer.Linear` adds x A B where it
+finds adapters beside its kernel. A scalar model's head is trained whole. Without a rank everything is trained and the
+base is empty, so that an experiment is written once for both.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rlhf_jax.types import InputError, Params, check_positive
+
+Kernel = Literal["qkv", "out", "up", "down"]
+INPUTS: dict[Kernel, int] = {"qkv": 1, "out": 3, "up": 1, "down": 1}  # axes of a kernel that are inputs, after [L]
+HEAD = ("kernel",), ("bias",)  # paths of a scalar model's head
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the adapters."""
+
+    rank: int | None = None  # of A B; None trains all weights instead
+    alpha: float = 16.0  # alpha / rank multiplies A B
+    kernels: tuple[Kernel, ...] = ("qkv", "out", "up", "down")  # what is adapted, in attention and in the MLP
+
+    def __post_init__(self) -> None:
+        check_positive(self, "rank", "alpha")
+        if self.rank is None and any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
+            raise InputError("lora: alpha and kernels have no effect without a rank")
+        if not self.kernels:
+            raise InputError(f"lora: no kernels: expected some of {', '.join(INPUTS)}")
+
+
+def split(params: Params, cfg: Config, key: jax.Array) -> tuple[Params, Params]:
+    """(trained, base) of a network; `attach` of the two computes what `params` does.
+
+    Trained are the adapters, `kernel_a` [L, inputs, rank] from N(0, 1 / inputs) and `kernel_b` [L, rank, outputs], at
+    first 0, and a scalar model's head. Without a rank all of `params` is.
+    """
+    if cfg.rank is None:
+        return params, {}
+    base = flatten_dict(params)
+    trained = {path: base.pop(path) for path in HEAD if path in base}
+    adapted = [path[:-1] for path in sorted(base) if path[-1] == "kernel" and path[-2] in cfg.kernels]
+    for n, path in enumerate(adapted):
+        layers, *axes = base[*path, "kernel"].shape
+        inputs, outputs = math.prod(axes[: INPUTS[path[-1]]]), math.prod(axes[INPUTS[path[-1]] :])
+        noise = jax.random.normal(jax.random.fold_in(key, n), (layers, inputs, cfg.rank))
+        trained[*path, "kernel_a"] = inputs**-0.5 * noise
+        trained[*path, "kernel_b"] = jnp.zeros((layers, cfg.rank, outputs))
+    return unflatten_dict(trained), unflatten_dict(base)
+
+
+def attach(base: Params, trained: Params, cfg: Config) -> Params:
+    """Parameters for an apply function: `trained` laid over `base`, with alpha / rank multiplied into `kernel_b`."""
+    scaled = {
+        path: x * (cfg.alpha / cfg.rank) if path[-1] == "kernel_b" and cfg.rank else x
+        for path, x in flatten_dict(trained).items()
+    }
+    return unflatten_dict(flatten_dict(base) | scaled)
+
+
+def merge(base: Params, trained: Params, cfg: Config) -> Params:
+    """Parameters without adapters that compute what `attach` of the two does, to save: W + (alpha / rank) A B."""
+    params = flatten_dict(attach(base, trained, cfg))
+    for path in [path[:-1] for path in params if path[-1] == "kernel_a"]:
+        change = jnp.matmul(params.pop((*path, "kernel_a")), params.pop((*path, "kernel_b")), precision="highest")
+        kernel = params[*path, "kernel"]
+        params[*path, "kernel"] = kernel + change.reshape(kernel.shape).astype(kernel.dtype)
+    return unflatten_dict(params)
+
+
+def over(apply_fn: Callable, base: Params, cfg: Config) -> Callable:
+    """`apply_fn(params, ...)` as a function of what is trained, for a step that takes `base` as an argument."""
+    return lambda trained, *args, **kwargs: apply_fn(attach(base, trained, cfg), *args, **kwargs)
