@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from experiments import (
     assistant,
@@ -27,7 +28,7 @@ from experiments import (
     sft,
     study,
 )
-from rlhf_jax import checkpoint, cli, log, models, optim, transformer
+from rlhf_jax import checkpoint, cli, log, lora, models, optim, transformer
 from rlhf_jax import grpo as grpo_lib
 from rlhf_jax import rloo as rloo_lib
 from rlhf_jax import sft as sft_lib
@@ -305,6 +306,49 @@ def test_several_reward_models_and_a_reference_of_its_own(done, tmp_path, capsys
     capsys.readouterr()  # the progress of the run
     said = refused(capsys, ppo.main, cfg.ppo, "--pessimism", 1)
     assert "pessimism needs the disagreement of several reward models" in said
+
+
+ADAPTERS = lora.Config(rank=2)
+
+
+def check_adapted(cfg, trunk, trained):
+    """That a saved trunk is the fine-tuned model with other kernels, and that adapters alone were trained for it."""
+    before, after = flatten_dict(models.load(cfg.out / "sft" / "model").params), flatten_dict(trunk)
+    kernels = {path for path in before if path[-1] == "kernel"}
+    assert {path for path in before if not np.array_equal(before[path], after[path])} == kernels
+    assert set(flatten_dict(trained)) == {(*path[:-1], f"kernel_{x}") for path in kernels for x in "ab"}
+
+
+def test_fine_tuning_by_adapters(done, tmp_path):
+    cfg, _ = done
+    state = sft.main(dataclasses.replace(cfg.sft, **given(cfg, tmp_path, "init", "out"), lora=ADAPTERS))
+    check_adapted(cfg, models.load(tmp_path / "model").params, state.params)
+    checkpoint.restore(tmp_path / "checkpoints", state)  # raises if it holds anything else
+
+
+def test_a_reward_model_by_adapters(done, tmp_path):
+    cfg, _ = done
+    ranked = {"data": str(cfg.out / "rank" / "train.jsonl"), "held_out": str(cfg.out / "rank" / "held_out.jsonl")}
+    result = reward.main(
+        dataclasses.replace(cfg.reward, **given(cfg, tmp_path, "init", "out"), **ranked, lora=ADAPTERS)
+    )
+    params = models.load_reward(tmp_path / "model").params
+    trained, _ = lora.split(params, ADAPTERS, jax.random.key(0))
+    like = jax.eval_shape(lambda: optim.init(trained, optim.adamw(optim.cosine(1.0, 2)), jax.random.key(0)))
+    state, _ = checkpoint.restore(tmp_path / "checkpoints", like)
+    check_adapted(cfg, params["trunk"], state.params["trunk"])
+    assert not np.allclose(state.params["kernel"], params["kernel"]) and 0 <= result["accuracy"] <= 1
+
+
+def test_ppo_by_adapters(done, tmp_path):
+    cfg, _ = done
+    settings = given(cfg, tmp_path, "init", "rewards", "out") | {"text": None, "lora": ADAPTERS}
+    state = ppo.main(dataclasses.replace(cfg.ppo, **settings))
+    check_adapted(cfg, models.load(tmp_path / "model").params, state.params["policy"])
+    assert set(state.params["critic"]) == {"trunk", "kernel", "bias"}
+    first, last = metrics_of(tmp_path)
+    assert max(first["ratio/first_error"], last["ratio/first_error"]) < 1e-4
+    assert abs(first["kl/reference"]) < 1e-5 < abs(last["kl/reference"])  # the reference is the base
 
 
 def test_rounds_of_labels(done, tmp_path, monkeypatch, capsys):
