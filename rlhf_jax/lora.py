@@ -33,9 +33,9 @@ class Config:
     def __post_init__(self) -> None:
         check_positive(self, "rank", "alpha")
         if self.rank is None and any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
-            raise InputError("lora: alpha and kernels have no effect without a rank")
+            raise InputError("alpha and kernels have no effect without a rank")
         if not self.kernels:
-            raise InputError(f"lora: no kernels: expected some of {', '.join(INPUTS)}")
+            raise InputError(f"no kernels: expected some of {', '.join(INPUTS)}")
 
 
 def split(params: Params, cfg: Config, key: jax.Array) -> tuple[Params, Params]:

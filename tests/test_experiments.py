@@ -525,6 +525,7 @@ def test_an_unknown_flag_of_a_stage(capsys):
         (ppo.main, ["--samples-every", 0], "samples_every=0: expected more than 0"),
         (assistant.main, ["--reward.save-every", 0], "save_every=0: expected more than 0"),
         (ppo.main, ["--ppo.kl-in", "loss"], "kl_in=loss with kl_kind=k1 has no effect"),
+        (ppo.main, ["--lora.alpha", 4], "lora: alpha and kernels have no effect without a rank"),
     ],
 )
 def test_flags_that_cannot_be(capsys, main, flags, message):

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from experiments import ppo as ppo_experiment
 from experiments import reward as reward_experiment
 from experiments import sft as sft_experiment
-from rlhf_jax import heads, lora, models, optim, parallel, ppo, rollout, sampling, transformer
+from rlhf_jax import cli, heads, lora, models, optim, parallel, ppo, rollout, sampling, transformer
 from rlhf_jax.types import InputError, Prompts, Rankings, Tokens
 from tests import tiny
 from tests.test_sft import batch
@@ -144,6 +144,12 @@ def test_settings_that_cannot_be():
         lora.Config(rank=0)
     with pytest.raises(InputError, match="no kernels: expected some of qkv, out, up, down"):
         lora.Config(rank=2, kernels=())
+
+
+def test_settings_are_flags():
+    flags = ["--lora.rank", "4", "--lora.alpha", "2.5", "--lora.kernels", "qkv", "down", "--seed", "3"]
+    assert cli.parse(sft_experiment.Config(), flags).lora == lora.Config(4, 2.5, ("qkv", "down"))
+    assert sft_experiment.Config().lora.rank is None
 
 
 def test_one_device_equals_eight_and_the_base_stays():
