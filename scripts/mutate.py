@@ -240,6 +240,20 @@ MUTANTS = [
     ),
     *mutants("overoptimization", "reinforcement", ("- beta * d", "+ beta * d"), ("np.log(", "np.log2(")),
     *mutants("overoptimization", "best_of_n", ("alpha - beta * d", "alpha - beta")),
+    *mutants(
+        "lora",
+        "split",
+        ("inputs**-0.5", "inputs"),
+        ("fold_in(key, n)", "fold_in(key, 0)"),
+        ("path[-2] in cfg.kernels", "True"),
+    ),
+    *mutants(
+        "lora",
+        "attach",
+        ("cfg.alpha / cfg.rank", "cfg.alpha * cfg.rank"),
+        ('"kernel_b" and cfg.rank', '"kernel_b" and 0'),
+    ),
+    *mutants("lora", "merge", ("kernel + change", "kernel - change")),
     *mutants("optim", "cosine", ("final_fraction * peak", "final_fraction"), ("alpha=final_fraction", "alpha=0.0")),
 ]
 
