@@ -87,6 +87,23 @@ def test_published_layouts_oracle(name, config, shared, tmp_path):
     np.testing.assert_array_equal(sample.tokens, expected["greedy_tokens"])
 
 
+@pytest.mark.parametrize("name", ["gpt2", *ORACLES, "llama_reward"])
+def test_published_weights_come_out_as_they_went_in(name, shared, tmp_path):
+    path = shared / "oracles" / "hf" / name
+    load = models.load_reward if name == "llama_reward" else models.load
+    loaded = load(path, dtype=jnp.bfloat16 if name == "bfloat16" else jnp.float32)
+    models.save(loaded, loaded.params, tmp_path / "model")
+    theirs = {k: x for file in path.glob("*.safetensors") for k, x in safetensors.numpy.load_file(file).items()}
+    ours = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for tensor, value in theirs.items():
+        assert ours[tensor].dtype == value.dtype and ours[tensor].tobytes() == value.tobytes(), tensor
+    assert load(tmp_path / "model").config == loaded.config
+    kept = ("architectures", "model_type", "dtype", "tie_word_embeddings")
+    before, after = (json.loads((at / "config.json").read_text()) for at in (path, tmp_path / "model"))
+    assert [before.get(key) for key in kept] == [after.get(key) for key in kept]
+
+
 @pytest.mark.parametrize("config", ["config.json", "config_v4.json"])
 def test_reward_model_oracle(config, shared, tmp_path):
     path, expected = published(shared, "llama_reward", config, tmp_path)
