@@ -120,7 +120,8 @@ def test_settings_matter(name):
     base = dataclasses.replace(tiny.LLAMA, window=4) if name == "full_layers" else tiny.LLAMA
     tokens, mask = tiny.random_tokens(0, 2, 7), np.ones((2, 7), bool)
     changed = dataclasses.replace(base, **{name: SETTINGS[name]})
-    assert np.abs(logits(base, tokens, mask) - logits(changed, tokens, mask)).max() > 1e-3
+    loud = lambda config: run(config, jax.tree.map(lambda x: 4 * x, tiny.policy(config)), tokens, mask)
+    assert np.abs(loud(base) - loud(changed)).max() > 1e-3
 
 
 def test_a_window_is_as_wide_as_it_says():
