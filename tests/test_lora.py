@@ -49,7 +49,7 @@ def test_a_linear_map_by_hand():
     base = {"kernel": jnp.array([[0.5, 1.0], [2.0, -1.0]])}
     trained = {"kernel_a": jnp.array([[1.5, 0.0], [0.25, 1.0]]), "kernel_b": jnp.array([[3.0, -2.0], [0.5, 1.0]])}
     cfg = lora.Config(rank=2, alpha=1.0)
-    linear = transformer.Linear(tiny.LLAMA, (2,), (2,), 0.02)
+    linear = transformer.Linear(tiny.LLAMA, (2,), (2,), 0.02, bias=False)
     apply = lambda params: linear.apply({"params": params}, jnp.array([[[1.0, -2.0]]]))
     # x W = (-3.5, 3); x A = (1, -2); x A B = (2, -4), of which half.
     np.testing.assert_allclose(apply(lora.attach(base, trained, cfg)), [[[-2.5, 1.0]]], rtol=1e-6)
