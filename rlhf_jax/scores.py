@@ -82,11 +82,16 @@ def token_model(model: Model, eos_id: int) -> Source:
 
 
 def text_function(function: Callable[[Prompt, str], float], rows: Rows | Sequence[Row], tokenizer: Tokenizer) -> Source:
-    """`function(prompt, response)` on the host, where `rows` are what the episodes' `index` counts."""
+    """`function(prompt, response)` on the host, where `rows` are what the episodes' `index` counts.
+
+    The response ends before its first EOS, even where it went on.
+    """
 
     def source(episodes: Rollout) -> Rollout:
         host = parallel.gather({"tokens": episodes.tokens, "mask": episodes.response_mask, "index": episodes.index})
-        said = rollout.texts(tokenizer, host["tokens"][:, -host["mask"].shape[1] :], host["mask"])
+        tokens = host["tokens"][:, -host["mask"].shape[1] :]
+        read = host["mask"] & np.asarray(response_mask(jnp.asarray(tokens), tokenizer.eos_token_id))
+        said = rollout.texts(tokenizer, tokens, read)
         score = [function(rows[int(index)]["prompt"], text) for index, text in zip(host["index"], said, strict=True)]
         return episodes.replace(score=parallel.shard(np.array(score, np.float32)))
 

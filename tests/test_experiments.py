@@ -28,11 +28,12 @@ from experiments import (
     sft,
     study,
 )
-from rlhf_jax import checkpoint, cli, log, lora, models, optim, transformer
+from rlhf_jax import calibration, checkpoint, cli, heads, log, lora, models, optim, transformer
 from rlhf_jax import grpo as grpo_lib
+from rlhf_jax import reward as reward_lib
 from rlhf_jax import rloo as rloo_lib
 from rlhf_jax import sft as sft_lib
-from rlhf_jax.data import tokenizer
+from rlhf_jax.data import builders, pipeline, tokenizer
 from rlhf_jax.types import InputError
 from tests import tiny
 from tests.quickstart import LENGTHS, TINY, metrics_of, refused
@@ -74,6 +75,30 @@ def test_the_reward_model_shows_how_it_orders(done):
     assert 0 <= calibration["expected_calibration_error"] <= 1 and calibration["pairs"] > 0
     assert all(sum(one["pairs"] for one in bins) == calibration["pairs"] for bins in list(calibration.values())[3:])
     assert (cfg.out / "reward" / "calibration.png").is_file()
+
+
+def test_the_record_tells_accuracy_by_margin_and_by_length(tmp_path):
+    pairs = calibration.Pairs(margin=np.array([2.0, -1.0]), longer=np.array([-3, 4]))
+    assert reward.record(tmp_path, pairs) == 0.5
+    by = list(json.loads((tmp_path / "calibration.json").read_text()).items())[-2:]
+    assert by == [
+        ("accuracy by margin of scores", [{"at": 1, "accuracy": 0, "pairs": 1}, {"at": 2, "accuracy": 1, "pairs": 1}]),
+        (
+            "accuracy by length, preferred less other (tokens)",
+            [{"at": -3, "accuracy": 1, "pairs": 1}, {"at": 4, "accuracy": 0, "pairs": 1}],
+        ),
+    ]
+
+
+def test_scores_of_the_training_answers_are_normalized(done):
+    cfg, _ = done
+    judge = models.load_reward(cfg.out / "reward" / "model")
+    rows = builders.source(str(cfg.out / "rank" / "train.jsonl"), "rankings", data_dir=cfg.out / "data")
+    batches = pipeline.rankings(rows, tokenizer=judge.tokenizer, length=64, batch=16, seed=0, epochs=1)
+    (batch,) = batches
+    score = reward_lib.scores(judge.params, batch, transformer.bind(heads.ScalarModel(judge.config)))
+    said = np.asarray(score)[batch.rank >= 0]
+    np.testing.assert_allclose((said.mean(), said.std()), (0, 1), atol=1e-3)
 
 
 def test_ppo_shows_what_it_samples(done):
@@ -131,7 +156,8 @@ def test_the_checkpoint_holds_the_model_that_was_saved(done, stage):
 
 def test_a_fork_runs_and_ppo_runs_without_pretraining_text(done, tmp_path):
     cfg, _ = done
-    fork = dataclasses.replace(cfg.ppo, text=None, lr=1e-3)  # what a fork is: the main of another, a new default
+    # What a fork is: the main of another, new defaults.
+    fork = dataclasses.replace(cfg.ppo, text=None, lr=1e-3, steps=4, samples_every=2, samples=3, save_every=2)
     data = [
         "--init",
         cfg.out / "sft" / "model",
@@ -142,9 +168,11 @@ def test_a_fork_runs_and_ppo_runs_without_pretraining_text(done, tmp_path):
     ]
     state = cli.run(ppo.main, fork, [*map(str, data), "--out", str(tmp_path / "fork")])
     rows = metrics_of(tmp_path / "fork")
-    assert int(state.step) == len(rows) == 2
+    assert int(state.step) == len(rows) == 4
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert "loss/ptx" not in rows[0]
+    assert [row["step"] for row in log.read(tmp_path / "fork", "samples.jsonl")] == [1] * 3 + [3] * 3 + [4] * 3
+    assert checkpoint.steps(tmp_path / "fork" / "checkpoints") == [2, 4]
     tiny.assert_close(state.params["policy"], models.load(tmp_path / "fork" / "model").params, atol=0)
 
 
@@ -248,7 +276,8 @@ def test_a_batch_of_groups_that_are_not_whole(capsys):
 def test_dpo_learns_from_rankings(done, tmp_path):
     cfg, _ = done
     data = str(cfg.out / "rank" / "train.jsonl")
-    dpo.main(dpo.Config(data=data, length=64, batch=8, **given(cfg, tmp_path, "init", "out")))
+    dpo.main(dpo.Config(data=data, length=64, batch=8, save_every=1, **given(cfg, tmp_path, "init", "out")))
+    assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2]
     rows = metrics_of(tmp_path)
     assert len(rows) == 2 and rows[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference agree
     assert rows[0]["reward/margin"] == pytest.approx(0, abs=1e-4)
@@ -321,7 +350,9 @@ def check_adapted(cfg, trunk, trained):
 
 def test_fine_tuning_by_adapters(done, tmp_path):
     cfg, _ = done
-    state = sft.main(dataclasses.replace(cfg.sft, **given(cfg, tmp_path, "init", "out"), lora=ADAPTERS))
+    state = sft.main(dataclasses.replace(cfg.sft, **given(cfg, tmp_path, "init", "out"), lora=ADAPTERS, save_every=1))
+    last = int(state.step)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [last - 1, last]
     check_adapted(cfg, models.load(tmp_path / "model").params, state.params)
     checkpoint.restore(tmp_path / "checkpoints", state)  # raises if it holds anything else
 
@@ -330,8 +361,9 @@ def test_a_reward_model_by_adapters(done, tmp_path):
     cfg, _ = done
     ranked = {"data": str(cfg.out / "rank" / "train.jsonl"), "held_out": str(cfg.out / "rank" / "held_out.jsonl")}
     result = reward.main(
-        dataclasses.replace(cfg.reward, **given(cfg, tmp_path, "init", "out"), **ranked, lora=ADAPTERS)
+        dataclasses.replace(cfg.reward, **given(cfg, tmp_path, "init", "out"), **ranked, lora=ADAPTERS, save_every=1)
     )
+    assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2]
     params = models.load_reward(tmp_path / "model").params
     trained, _ = lora.split(params, ADAPTERS, jax.random.key(0))
     like = jax.eval_shape(lambda: optim.init(trained, optim.adamw(optim.cosine(1.0, 2)), jax.random.key(0)))

@@ -137,6 +137,22 @@ def test_rloo_clips_the_ratio_of_whole_responses():
     np.testing.assert_allclose(metrics["policy/clip_fraction"], beyond.mean(), atol=1e-6)
 
 
+@pytest.mark.parametrize("clip", [0.2, 0.5])
+@pytest.mark.parametrize("module", [grpo, rloo])
+def test_the_clip_bounds_the_ratio(module, clip):
+    """The policy that sampled is off by .3 a token, up or down: GRPO clips each token's ratio, RLOO the response's."""
+    sampled = on_policy()
+    shift = np.where(np.arange(16) % 2, 0.3, -0.3)
+    sampled = sampled.replace(logp=sampled.logp - jnp.array(shift[:, None], jnp.float32) * sampled.response_mask)
+    cfg = module.Config(group=4, kl_coef=0.0, clip=clip)
+    batch, _ = module.experience(sampled, cfg)
+    value, _ = jax.jit(functools.partial(module.loss, policy_fn=POLICY, cfg=cfg))({"policy": tiny.policy()}, batch)
+    ratio = np.exp(shift if module is grpo else shift * np.asarray(sampled.response_mask).sum(axis=1))
+    advantage = np.asarray(batch.advantage)
+    expected = np.maximum(-advantage * ratio, -advantage * np.clip(ratio, 1 - clip, 1 + clip)).mean()
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("module", "group"), [(grpo, 1), (rloo, 1)])
 def test_a_group_of_one_is_refused(module, group):
     with pytest.raises(InputError, match="group=1"):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import heads, optim, parallel, ppo, rollout, transformer
+from rlhf_jax import heads, optim, parallel, ppo, rollout, transformer, updates
 from rlhf_jax.types import InputError, Rollout, Tokens
 from tests import tiny
 from tests.oracles import Case
@@ -269,6 +269,17 @@ def test_what_the_loss_is_made_of():
     held = losses(kl_in="loss", kl_kind="k2")
     np.testing.assert_allclose(held["total"], plain["total"] + 0.1 * held["loss/kl"], rtol=1e-4)
     assert held["loss/kl"] > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_entropy_is_that_of_the_distribution_sampled_from(temperature):
+    p = np.array([0.5, 0.3, 0.2])
+    logits = jnp.log(jnp.array([[p, [0.9, 0.05, 0.05]]], jnp.float32))
+    cfg = updates.Config(entropy_coef=0.3, temperature=temperature)
+    mask = jnp.array([[True, False]])
+    total, _ = updates.extras({}, logits, mask, jnp.int32(1), None, policy_fn=POLICY, cfg=cfg, axis=None)
+    p = p ** (1 / temperature) / np.sum(p ** (1 / temperature))
+    np.testing.assert_allclose(total, 0.3 * np.sum(p * np.log(p)), rtol=1e-5)
 
 
 def test_clips_and_penalty_reach_the_loss():

@@ -104,3 +104,7 @@ def test_a_function_sees_prompt_and_response(tmp_path):
     found = parallel.gather(scores.text_function(function, rows, tok)(parallel.shard(sampled)))
     assert seen == {f"p{15 - n}": text for n, text in enumerate(answers)}
     np.testing.assert_array_equal(found.score, [len(text) for text in answers])
+    on = sampled.replace(response_mask=np.ones_like(mask), mask=np.ones_like(sampled.mask))  # not stopped at its EOS
+    junk = np.where(on.mask & ~sampled.mask, tok("fish").input_ids[0], sampled.tokens)
+    found = parallel.gather(scores.text_function(function, rows, tok)(parallel.shard(on.replace(tokens=junk))))
+    np.testing.assert_array_equal(found.score, [len(text) for text in answers])

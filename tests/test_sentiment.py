@@ -27,18 +27,21 @@ def sentences(seed: int, count: int) -> list[tuple[str, int]]:
     return list(rows.items())
 
 
-@pytest.fixture
-def data(tmp_path):
-    """A folder such as `--data` names."""
-    folder = tmp_path / "reviews"
+def write_reviews(folder, count: int = 60):
+    """A folder such as `--data` names, with so many labelled sentences to train on."""
     folder.mkdir()
-    for name, rows in {"sst_train": sentences(1, 60), "sst_dev": sentences(2, 20)}.items():
+    for name, rows in {"sst_train": sentences(1, count), "sst_dev": sentences(2, 20)}.items():
         lines = ["label,sentence", *(f'{label},"{text}"' for text, label in rows)]
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
     held_out = sentences(2, 20)[0][0].lower().replace(".", " .")
     (folder / "rt_polarity.pos").write_text(f"naïve but a joy , it 's said .\nas i said , {held_out}\n", "latin-1")
     (folder / "rt_polarity.neg").write_text("a bore .\na bore .\n", "latin-1")
     return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_reviews(tmp_path / "reviews")
 
 
 def config(tmp_path, data) -> sentiment.Config:

@@ -2,25 +2,43 @@
 
 A stage runs up to where its records would begin, once as it is and once for each setting with another value. What it
 asked of the library on the way, with which arguments, has to differ. Settings of the loop itself, which comes later,
-are left to test_experiments.py.
+are left to test_experiments.py. An experiment that has no such loop runs to its end on made-up answers, and what it
+writes may differ instead; stages of another experiment do not run, but are asked of it as well.
 """
 
+import contextlib
 import dataclasses
 import functools
 
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
 
-from experiments import dpo, grpo, ppo, pretrain, reward, sft
-from rlhf_jax import heads, log, lora, models, optim, parallel, transformer, types
+from experiments import (
+    dpo,
+    evaluate,
+    grpo,
+    ppo,
+    pretrain,
+    rank,
+    rejection,
+    reward,
+    rounds,
+    sentiment,
+    sft,
+)
+from rlhf_jax import heads, log, lora, models, optim, parallel, plots, rollout, sampling, transformer, types
 from rlhf_jax import reward as reward_lib
+from rlhf_jax import sft as sft_lib
 from rlhf_jax.data import builders, pipeline
+from tests import test_sentiment
+from tests.quickstart import LENGTHS
 
 LATER = {"out", "save_every", "samples_every", "samples"}
 ASKED = {
     builders: ["source"],
-    pipeline: ["text", "demonstrations", "rankings", "prompts"],
+    pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
     models: ["load", "load_reward"],
     heads: ["critic", "shared_critic"],
     optim: ["adamw", "schedule", "cosine"],
@@ -29,6 +47,7 @@ ASKED = {
     reward_lib: ["normalize"],
 }
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "grpo": grpo, "dpo": dpo}
+OTHERS = {"rank": rank, "evaluate": evaluate, "rejection": rejection, "rounds": rounds, "sentiment": sentiment}
 
 
 class Begun(Exception):
@@ -71,8 +90,9 @@ def asked(monkeypatch):
     for module, names in ASKED.items():
         for name in names:
             monkeypatch.setattr(module, name, record(name, getattr(module, name)))
-    for stage in (pretrain, sft, reward, ppo, grpo, dpo):
-        monkeypatch.setattr(stage, "named_key", record("named_key", types.named_key))
+    for stage in (STAGES | OTHERS).values():
+        if hasattr(stage, "named_key"):
+            monkeypatch.setattr(stage, "named_key", record("named_key", types.named_key))
     monkeypatch.setattr(log, "start", start)
     return asked
 
@@ -126,6 +146,17 @@ def settings(name, quick):
     }
 
 
+def check_each_setting(base, special, trace):
+    """That each setting of `base` changes its trace: by its value in `special`, or by any other."""
+    before = trace(base)
+    assert before == trace(base)
+    for field in dataclasses.fields(base):
+        if field.name not in LATER:
+            value = special[field.name] if field.name in special else another(getattr(base, field.name))
+            assert value != getattr(base, field.name)
+            assert trace(dataclasses.replace(base, **{field.name: value})) != before, field.name
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_no_setting_is_dead(name, done, tmp_path, asked):
     quick, _ = done
@@ -139,10 +170,127 @@ def test_no_setting_is_dead(name, done, tmp_path, asked):
             STAGES[name].main(cfg)
         return list(asked)
 
-    before = trace(base)
-    assert before == trace(base)
-    for field in dataclasses.fields(base):
-        if field.name not in LATER:
-            value = special[field.name] if field.name in special else another(getattr(base, field.name))
-            assert value != getattr(base, field.name)
-            assert trace(dataclasses.replace(base, **{field.name: value})) != before, field.name
+    check_each_setting(base, special, trace)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_answers_are_sampled_as_the_algorithm_scores_them(name, done, tmp_path, asked):
+    quick, _ = done
+    base, _ = settings(name, quick)
+    field = "ppo" if name == "ppo" else "algorithm"
+    algorithm = dataclasses.replace(getattr(base, field), temperature=0.5, stop_at_eos=False)
+    paths = {"out": tmp_path, "data_dir": quick.out / "data"}
+    with pytest.raises(Begun):
+        STAGES[name].main(dataclasses.replace(base, **paths, **{field: algorithm}))
+    (collect,) = (args[0][1] for kind, args, *_ in asked if kind == "pmap" and args[0][0] == "collect")
+    assert (collect["temperature"], collect["stop_at_eos"]) == ("0.5", "False")
+
+
+# Experiments without a loop of their own ------------------------------------------------------------------------------
+
+
+def other_settings(name, quick, tmp_path):
+    """As `settings`, of an experiment that asks other things of the library."""
+    base, tuned, judge = (quick.out / part / "model" for part in ("pretrain", "sft", "reward"))
+    compute = transformer.Compute(dtype="bfloat16")
+    link = tmp_path / "judge"
+    link.symlink_to(judge)
+    if name == "rank":
+        return dataclasses.replace(quick.rank, init=tuned, prompts=8), {"init": base}
+    if name == "evaluate":
+        judged = dataclasses.replace(quick.evaluate, model=tuned, reference=tuned, reward=judge)
+        return judged, {"model": base, "reference": base, "reward": None}
+    if name == "rejection":
+        sizes = {"data": "world:rows=100", "prompts": 8, "best_of": 2, **LENGTHS}
+        special = {"data": "world:rows=101", "init": base, "reward": link, "sft": sft.Config(lr=0.5)}
+        return rejection.Config(init=tuned, reward=judge, **sizes), special
+    if name == "rounds":
+        return rounds.Config(init=tuned, rounds=2, rank=rank.Config(prompts=8)), {
+            "init": base,
+            "compute": compute,
+            "rank": rank.Config(prompts=9),
+            "reward": reward.Config(lr=0.5),
+            "ppo": ppo.Config(lr=0.5),
+            "evaluate": evaluate.Config(texts=9),
+        }
+    felt = test_sentiment.config(tmp_path, test_sentiment.write_reviews(tmp_path / "reviews"))
+    return felt, {
+        "data": str(test_sentiment.write_reviews(tmp_path / "more", 61)),
+        "pretrain": dataclasses.replace(felt.pretrain, lr=0.5),
+        "reward": dataclasses.replace(felt.reward, lr=0.5),
+        "ppo": dataclasses.replace(felt.ppo, lr=0.5),
+    }
+
+
+@pytest.fixture
+def made_up(monkeypatch, done, asked):
+    """Answers without a model, and stages that are asked for and leave what the quickstart's left."""
+    quick, _ = done
+
+    def answers(kind, prompts, max_new_tokens, kwargs):
+        asked.append((kind, np.shape(prompts.tokens), max_new_tokens, described(kwargs)))
+        rng, shape = np.random.default_rng(0), (len(prompts.index), max_new_tokens)
+        return rng.integers(3, 512, shape).astype(np.int32), np.ones(shape, bool), rng.normal(size=shape)
+
+    def respond(policy, params, prompts, key, *, max_new_tokens, **kwargs):
+        tokens, mask, logp = answers("respond", prompts, max_new_tokens, kwargs)
+        return sampling.Sample(tokens=tokens, mask=mask, logp=logp)
+
+    def episodes(model, reference, prompts, key, score, *, max_new_tokens, **kwargs):
+        tokens, mask, logp = answers("episodes", prompts, max_new_tokens, kwargs)
+        return types.Rollout(
+            tokens=np.concatenate([prompts.tokens, tokens], axis=1),
+            mask=np.concatenate([prompts.mask, mask], axis=1),
+            response_mask=mask,
+            logp=logp,
+            logp_ref=logp,
+            ended=np.ones(len(mask), bool),
+            index=prompts.index,
+            score=logp[:, 0],
+        )
+
+    def begin(*args, **kwargs):
+        raise Begun
+
+    def stage(name):
+        def main(cfg):
+            asked.append((name, cfg))
+            cfg.out.mkdir(parents=True, exist_ok=True)
+            for left in ("model", "train.jsonl"):
+                if (quick.out / name / left).exists() and not (cfg.out / left).exists():
+                    (cfg.out / left).symlink_to(quick.out / name / left)
+            return {"gold": 0.5, "reward": 0.25, "kl": 1.0, "nll": 2.0, "accuracy": 0.7}
+
+        return main
+
+    monkeypatch.setattr(rollout, "respond", respond)
+    monkeypatch.setattr(rollout, "episodes", episodes)
+    monkeypatch.setattr(sft_lib, "evaluate", begin)
+    monkeypatch.setattr(plots, "lines", lambda *args, **kwargs: None)
+    return stage
+
+
+STAGES_OF = {
+    "rejection": [sft],
+    "rounds": [rank, reward, ppo, evaluate],
+    "sentiment": [pretrain, reward, ppo],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_setting_of_another_experiment_is_dead(name, done, tmp_path, monkeypatch, asked, made_up):
+    quick, _ = done
+    base, special = other_settings(name, quick, tmp_path)
+    base = dataclasses.replace(base, out=tmp_path / "run", data_dir=quick.out / "data")
+    special["data_dir"] = tmp_path / "data"
+    main = OTHERS[name].main
+    for module in STAGES_OF.get(name, ()):
+        monkeypatch.setattr(module, "main", made_up(module.__name__.split(".")[1]))
+
+    def trace(cfg):
+        asked.clear()
+        with contextlib.suppress(Begun):
+            main(cfg)
+        return list(asked), {path.name: path.read_text() for path in (tmp_path / "run").glob("*.jsonl")}
+
+    check_each_setting(base, special, trace)
