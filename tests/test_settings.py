@@ -263,6 +263,22 @@ def made_up(monkeypatch, done, asked):
 
         return main
 
+    def losses(*args):
+        raise Begun
+        yield
+
+    def remembered(kind, load):
+        load = functools.cache(load)
+
+        def again(path, compute=None):
+            asked.append((kind, path, compute))
+            return load(path, compute=compute)
+
+        return again
+
+    for kind in ("load", "load_reward"):
+        monkeypatch.setattr(models, kind, remembered(kind, getattr(models, kind)))
+    monkeypatch.setattr(sentiment, "text_nll", losses)
     monkeypatch.setattr(rollout, "respond", respond)
     monkeypatch.setattr(rollout, "episodes", episodes)
     monkeypatch.setattr(sft_lib, "evaluate", begin)
@@ -293,4 +309,5 @@ def test_no_setting_of_another_experiment_is_dead(name, done, tmp_path, monkeypa
             main(cfg)
         return list(asked), {path.name: path.read_text() for path in (tmp_path / "run").glob("*.jsonl")}
 
+    trace(base)  # what is loaded is remembered from here on
     check_each_setting(base, special, trace)
