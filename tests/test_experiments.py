@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 
@@ -94,9 +95,9 @@ def test_scores_of_the_training_answers_are_normalized(done):
     cfg, _ = done
     judge = models.load_reward(cfg.out / "reward" / "model")
     rows = builders.source(str(cfg.out / "rank" / "train.jsonl"), "rankings", data_dir=cfg.out / "data")
-    batches = pipeline.rankings(rows, tokenizer=judge.tokenizer, length=64, batch=16, seed=0, epochs=1)
-    (batch,) = batches
-    score = reward_lib.scores(judge.params, batch, transformer.bind(heads.ScalarModel(judge.config)))
+    (batch,) = pipeline.rankings(rows, tokenizer=judge.tokenizer, length=64, batch=16, seed=0, epochs=1)
+    apply_fn = transformer.bind(heads.ScalarModel(judge.config))
+    score = jax.jit(functools.partial(reward_lib.scores, apply_fn=apply_fn))(judge.params, batch)
     said = np.asarray(score)[batch.rank >= 0]
     np.testing.assert_allclose((said.mean(), said.std()), (0, 1), atol=1e-3)
 
