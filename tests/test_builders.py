@@ -196,6 +196,21 @@ def test_unknown_split(tmp_path):
         builders.source("world", "text", data_dir=tmp_path, split="test")
 
 
+def test_a_slice_of_a_source(tmp_path):
+    path = tmp_path / "data.jsonl"
+    write(path, *({"chosen": f"\n\nHuman: {n}\n\nAssistant: a", "rejected": f"\n\nHuman: {n}\n\nAssistant: b"}
+                  for n in range(10)))  # fmt: skip
+    asked = lambda part: [
+        int(row["prompt"][0]["content"]) for row in builders.source(f"hh:{path}{part}", "prompts", data_dir=tmp_path)
+    ]
+    assert (asked("[:80%]"), asked("[8:]"), asked("")) == ([*range(8)], [8, 9], [*range(10)])
+    assert len(builders.source("world:rows=20[:5]", "prompts", data_dir=tmp_path, split="held_out")) == 5
+    with pytest.raises(InputError, match=r"no rows in split 'train\[12:\]'"):
+        asked("[12:]")
+    with pytest.raises(InputError, match=r"\[:5\]': rows of 'train\[:9\]' are a slice already"):
+        builders.source(f"hh:{path}[:5]", "prompts", data_dir=tmp_path, split="train[:9]")
+
+
 @pytest.mark.parametrize("kind", ["text", "demonstrations", "rankings", "prompts"])
 def test_world(tmp_path, kind):
     def rows(spec, split="train"):

@@ -78,10 +78,17 @@ def source(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train")
     - the name of a TFDS data set, such as "imdb_reviews" or "glue/sst2", with the field to read where it has several
       of text and none named "text": "glue/mrpc:sentence1".
 
-    `split` may be a slice as in TFDS: "train[:90%]". Raises InputError, and leaves nothing prepared, on a bad row.
+    each with a slice of TFDS behind it where only some of the rows are meant: "hh:train.jsonl.gz[:90%]".
+
+    `split` may have such a slice itself: "train[:90%]". Raises InputError, and leaves nothing prepared, on a bad row.
     """
     from rlhf_jax.data import formats
 
+    if sliced := re.fullmatch(r"(.+)(\[[^\[\]]*\])", spec):
+        spec, part = sliced.groups()
+        if "[" in split:
+            raise InputError(f"data {spec + part!r}: rows of {split!r} are a slice already, and have no further one")
+        split += part
     name, _, rest = spec.partition(":")
     if name == "world":
         return _world(spec, kind, Path(data_dir), split)
