@@ -54,8 +54,11 @@ class Config:
         check_positive(self, "length", "batch", "epochs", "save_every")
 
 
-def record(out: Path, pairs: calibration.Pairs) -> float:
-    """Write how far scores that are not normalised can be believed: calibration.json and .png. Returns the accuracy."""
+def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
+    """Write how far scores that are not normalised can be believed: calibration.json and .png. Returns the accuracy.
+
+    No order agrees with a tie, so `ties` pairs beside the others bound what scores can agree with.
+    """
     error, reliability = calibration.reliability(pairs.margin)
     panels = {
         f"accuracy by confidence (error {error:.3f})": reliability,
@@ -63,11 +66,14 @@ def record(out: Path, pairs: calibration.Pairs) -> float:
         "accuracy by length, preferred less other (tokens)": calibration.by(pairs.longer, pairs.margin),
     }
     accuracy = float(calibration.correct(pairs.margin).mean())
-    result: dict = {"accuracy": accuracy, "expected_calibration_error": error, "pairs": len(pairs.margin)}
+    count = len(pairs.margin)
+    result: dict = {"accuracy": accuracy, "expected_calibration_error": error, "pairs": count, "ties": ties}
     result |= {label: [one._asdict() for one in bins] for label, bins in panels.items()}
     (out / "calibration.json").write_text(json.dumps(result, indent=2) + "\n")
     lines = {label: {"held out": [(one.at, one.accuracy) for one in bins]} for label, bins in panels.items()}
     plots.lines(out / "calibration.png", lines, x="")
+    best = f"; {ties} more are ties: of all, at most {100 * count / (count + ties):.1f} % can be right" if ties else ""
+    print(f"accuracy on held-out comparisons: {100 * accuracy:.1f} % of {count}, where chance has 50 %{best}")
     return accuracy
 
 
@@ -102,6 +108,8 @@ def main(cfg: Config) -> dict[str, float]:
     batches, sample = read(train, epochs=cfg.epochs), read(train, epochs=1)
     measured = read(held_out, epochs=1) if held_out else None
     print(f"{cfg.data}: {batches.counts}")
+    if measured:
+        print(f"{cfg.held_out}: {measured.counts}")
     steps = batches.steps
 
     key, head_key = named_key(cfg.seed, "reward"), named_key(cfg.seed, "reward/head")
@@ -150,9 +158,8 @@ def main(cfg: Config) -> dict[str, float]:
     plots.curves(cfg.out, {"loss (nats)": [name], "training accuracy (share of pairs)": ["reward/accuracy"]})
     if measured is None:
         return {}
-    accuracy = record(cfg.out, calibration.pairs(*scored(parallel.unreplicate(state).params, measured)))
-    print(f"accuracy on held-out comparisons: {100 * accuracy:.1f} %")
-    return {"accuracy": accuracy}
+    score, rank, tokens = scored(parallel.unreplicate(state).params, measured)
+    return {"accuracy": record(cfg.out, calibration.pairs(score, rank, tokens), calibration.ties(rank))}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ def pairs(score: np.ndarray, rank: np.ndarray, length: np.ndarray) -> Pairs:
     return Pairs(difference(score.astype(float)), difference(length.astype(int)))
 
 
+def ties(rank: np.ndarray) -> int:
+    """How many pairs of rankings [B, K] a labeler found equal."""
+    earlier = np.tril(np.ones((rank.shape[1],) * 2, bool), -1)
+    return int(np.sum((rank[:, :, None] == rank[:, None, :]) & (rank[:, :, None] >= 0) & earlier))
+
+
 def correct(margin: np.ndarray) -> np.ndarray:
     """1 where the preferred response has the higher score, 1/2 where the scores are equal, else 0."""
     return 0.5 * (1 + np.sign(margin))

@@ -12,6 +12,10 @@ def test_pairs_are_those_that_a_labeler_ordered():
     assert calibration.correct(found.margin).tolist() == [0.0, 1.0, 0.5]
 
 
+def test_ties_are_counted_once_and_absent_answers_not_at_all():
+    assert calibration.ties(np.array([[0, 1, 1, 1], [2, 0, -1, -1], [0, 0, 3, 3]])) == 3 + 0 + 2
+
+
 def test_reliability_by_hand():
     margin = np.log(np.array([0.6 / 0.4, 0.6 / 0.4, 0.4 / 0.6, 0.9 / 0.1]))  # sure to .6, .6, .6 (wrongly) and .9
     error, bins = calibration.reliability(margin, bins=5)

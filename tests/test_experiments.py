@@ -74,7 +74,11 @@ def test_the_reward_model_shows_how_it_orders(done):
     assert len({row["score"] for row in rows}) > 1
     calibration = json.loads((cfg.out / "reward" / "calibration.json").read_text())
     assert 0 <= calibration["expected_calibration_error"] <= 1 and calibration["pairs"] > 0
-    assert all(sum(one["pairs"] for one in bins) == calibration["pairs"] for bins in list(calibration.values())[3:])
+    assert all(sum(one["pairs"] for one in bins) == calibration["pairs"] for bins in list(calibration.values())[4:])
+    every = sum(
+        len(row["ranks"]) * (len(row["ranks"]) - 1) // 2 for row in log.read(cfg.out / "rank", "held_out.jsonl")
+    )
+    assert calibration["pairs"] + calibration["ties"] == every
     assert (cfg.out / "reward" / "calibration.png").is_file()
 
 
