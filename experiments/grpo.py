@@ -13,8 +13,8 @@ from pathlib import Path
 
 import jax
 
-from experiments.ppo import train
-from rlhf_jax import cli, models, optim, parallel, rollout, scores, transformer, updates
+from experiments import ppo
+from rlhf_jax import cli, models, optim, parallel, rollout, transformer, updates
 from rlhf_jax import grpo as grpo_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.types import InputError, Params, Prompts, Rollout, TrainState, check_positive, named_key
@@ -53,20 +53,26 @@ class Config:
     def __post_init__(self) -> None:
         positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
         check_positive(self, *positive, "samples", "save_every")
-        if not self.reward:
-            raise InputError("reward: expected at least one model directory")
         if self.batch % self.algorithm.group:
             raise InputError(f"batch={self.batch}: expected a multiple of the group of {self.algorithm.group} answers")
 
 
-def main(cfg: Config, train_step: Callable = grpo_lib.train_step) -> TrainState:
-    """Train, and write the run directory. `train_step` is that of `grpo`, or of `rloo` with its settings."""
+def main(
+    cfg: Config, train_step: Callable = grpo_lib.train_step, score_text: ppo.ScoreText | None = None
+) -> TrainState:
+    """Train, and write the run directory. `train_step` is that of `grpo`, or of `rloo` with its settings.
+
+    A `score_text(prompt, response)` takes the place of the reward models.
+    """
+    ppo.check_scored(cfg.reward, score_text)
+    if cfg.reward and score_text:
+        raise InputError("reward has no effect on scores that are not reward models': leave it out")
     policy = models.load(cfg.init, compute=cfg.compute)
     rewards = [models.load_reward(path, compute=cfg.compute) for path in cfg.reward]
     tokenizer = models.tokenizer_of(policy)
     models.check_vocabularies({cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True)))
-    score = scores.reward_models(rewards, tokenizer.eos_token_id)
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
+    score = ppo.scorer(rewards, score_text, rows, tokenizer)
     prompts = pipeline.prompts(
         rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch // cfg.algorithm.group, seed=cfg.seed
     )
@@ -95,7 +101,7 @@ def main(cfg: Config, train_step: Callable = grpo_lib.train_step) -> TrainState:
     def roll(params: dict[str, Params], batch: Prompts, first: jax.Array) -> Rollout:
         return score(collect(params, reference, parallel.shard(batch), keys, first))
 
-    return train(cfg, cfg.algorithm, policy, state, roll, step_fn, rows, prompts, cfg.algorithm.group)
+    return ppo.train(cfg, cfg.algorithm, policy, state, roll, step_fn, rows, prompts, cfg.algorithm.group)
 
 
 if __name__ == "__main__":

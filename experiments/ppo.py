@@ -9,7 +9,7 @@ Parent:  none
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,8 @@ from rlhf_jax.types import (
     named_key,
 )
 
+ScoreText = Callable[[tokenizer_lib.Prompt, str], float]  # (prompt, response) to a score
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -86,8 +88,8 @@ class Config:
     def __post_init__(self) -> None:
         positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
         check_positive(self, *positive, "samples", "save_every")
-        if not self.reward:
-            raise InputError("reward: expected at least one model directory")
+        if not self.reward and self.critic == "reward":
+            raise InputError("critic=reward starts as a reward model: name one by --reward, or use --critic policy")
         if self.pessimism and len(self.reward) < 2:
             raise InputError("pessimism needs the disagreement of several reward models: name more by --reward")
 
@@ -109,8 +111,28 @@ def train_step(
     return ppo_lib.train_step(state, episodes, text, policy_fn=policy_fn, critic_fn=critic_fn, **settings)
 
 
-def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] | None = None) -> TrainState:
+def check_scored(reward: Sequence[Path], score_text: ScoreText | None) -> None:
+    """InputError unless there is something to score the answers by."""
+    if not reward and score_text is None:
+        raise InputError("reward: expected at least one model directory")
+
+
+def scorer(
+    rewards: Sequence[models.Model],
+    score_text: ScoreText | None,
+    rows: builders.Rows,
+    tokenizer: tokenizer_lib.Tokenizer,
+    pessimism: float = 0.0,
+) -> scores.Source:
+    """The function of the text where there is one, else the reward models."""
+    if score_text is not None:
+        return scores.text_function(score_text, rows, tokenizer)
+    return scores.reward_models(rewards, tokenizer.eos_token_id, pessimism)
+
+
+def main(cfg: Config, score_text: ScoreText | None = None) -> TrainState:
     """Train, and write the run directory. A `score_text(prompt, response)` replaces the reward models' scores."""
+    check_scored(cfg.reward, score_text)
     if score_text and cfg.pessimism:
         raise InputError("pessimism has no effect on scores that are not reward models': leave it out")
     policy = models.load(cfg.init, compute=cfg.compute)
@@ -122,10 +144,7 @@ def main(cfg: Config, score_text: Callable[[tokenizer_lib.Prompt, str], float] |
     others = dict(zip(cfg.reward, rewards, strict=True)) | ({cfg.reference: held} if cfg.reference else {})
     models.check_vocabularies({cfg.init: policy} | others)
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
-    if score_text is None:
-        score = scores.reward_models(rewards, tokenizer.eos_token_id, cfg.pessimism)
-    else:
-        score = scores.text_function(score_text, rows, tokenizer)
+    score = scorer(rewards, score_text, rows, tokenizer, cfg.pessimism)
     prompts = pipeline.prompts(rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch, seed=cfg.seed)
     print(f"{cfg.data}: {prompts.counts}")
     updates = cfg.ppo.epochs * cfg.ppo.minibatches
@@ -223,7 +242,7 @@ def train(
     plots.curves(
         cfg.out,
         {
-            "reward model's score": ["reward/score"],
+            "score": ["reward/score"],
             "KL to the reference (nats a response)": ["kl/reference"],
             "entropy (nats a token)": ["policy/entropy"],
             "length (tokens)": ["response/tokens"],

@@ -71,6 +71,11 @@ def test_responses_are_scored_by_the_answer_to_their_prompt():
     assert [score(ask["3 and 4?"], text) for text in ("#### 5", "#### 7")] == [0.0, 1.0]
 
 
+def test_prompts_without_answers_cannot_be_checked():
+    with pytest.raises(InputError, match="the prompts come without answers to check responses by: name them as gsm8k"):
+        gsm8k.score_text([{"prompt": "2 and 3?", "answer": "5"}, {"prompt": "3 and 4?"}])
+
+
 def test_every_published_answer_is_worth_its_reward(shared):
     path = shared / "data" / "gsm8k_train.jsonl"
     if not path.exists():

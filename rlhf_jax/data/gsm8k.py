@@ -56,6 +56,9 @@ def reward(answer: str, response: str) -> float:
 
 
 def score_text(rows: Iterable[dict[str, Any]]) -> Callable[[Prompt, str], float]:
-    """`reward` as a function of prompt and response; `rows` are prompts with their answers."""
+    """`reward` as a function of prompt and response; `rows` are prompts with their answers, or InputError."""
+    rows = list(rows)
+    if any("answer" not in row for row in rows):
+        raise InputError("the prompts come without answers to check responses by: name them as gsm8k:PATH")
     answers = {prompt_text(row["prompt"]): row["answer"] for row in rows}
     return lambda prompt, response: reward(answers[prompt_text(prompt)], response)
