@@ -101,6 +101,7 @@ PRESETS: dict[str, Config] = {
     "tiny": gpt(2, 64, 4, vocab_size=512, max_length=128),
     "mini": gpt(2, 128, 4, vocab_size=1024, max_length=128),
     "llama-mini": llama(2, 128, 4, 4, 344, vocab_size=1024, max_length=128),
+    "llama-mini-512": llama(2, 128, 4, 4, 344, vocab_size=2048, max_length=512),
     "llama-micro": llama(1, 32, 2, 1, 88, vocab_size=512, max_length=128),
     "llama-tiny": llama(2, 64, 4, 2, 176, vocab_size=512, max_length=128),
     "gpt2": gpt(12, 768, 12),

@@ -1,0 +1,38 @@
+"""Does GRPO raise the share of problems solved, when the reward is nothing but a check of the answer?
+
+As DeepSeekMath (arXiv:2402.03300), but that no reward model is asked: 1 for the number of the reference answer, else 0.
+A group whose answers are all right or all wrong teaches nothing, so the model must sometimes be right to begin with.
+
+Data:    as `gsm8k_sft`
+Run:     python -m experiments.gsm8k_grpo --init runs/gsm8k_sft/model
+Parent:  grpo
+"""
+
+from pathlib import Path
+
+from experiments import grpo
+from rlhf_jax import cli
+from rlhf_jax import grpo as grpo_lib
+from rlhf_jax.data import builders, gsm8k
+from rlhf_jax.types import TrainState
+
+CONFIG = grpo.Config(
+    out=Path("runs/gsm8k_grpo"),
+    init=Path("runs/gsm8k_sft/model"),
+    reward=(),
+    data="gsm8k:../shared/data/gsm8k_train.jsonl[:7000]",
+    text=None,
+    prompt_length=208,
+    max_new_tokens=256,
+    algorithm=grpo_lib.Config(),
+)
+
+
+def main(cfg: grpo.Config) -> TrainState:
+    """GRPO on answers that are right or wrong."""
+    rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
+    return grpo.main(cfg, score_text=gsm8k.score_text(rows))
+
+
+if __name__ == "__main__":
+    cli.run(main, CONFIG)

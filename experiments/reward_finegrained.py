@@ -1,0 +1,28 @@
+"""Does a reward model learn people's rankings of K = 4 answers to questions about passages? (arXiv:2306.01693)
+
+Each of a prompt's six pairs was labelled, ties included; `formats.finegrained` makes ranks of the labels. The passages
+stand in the prompt, so `length` is what keeps or refuses a row: both are counted.
+
+Data:    finegrained:PATH, a .json file as in the folder tasks/qa_feedback/data of github.com/allenai/FineGrainedRLHF:
+         its train_feedback.json and dev_feedback.json are the full set.
+Run:     python -m experiments.reward_finegrained --init runs/tinystories/model
+Parent:  reward
+"""
+
+from pathlib import Path
+
+from experiments.reward import Config, main
+from rlhf_jax import cli, transformer
+
+CONFIG = Config(
+    out=Path("runs/reward_finegrained"),
+    init=Path("runs/tinystories/model"),
+    data="finegrained:../shared/data/finegrained_qa_k4.json[:80%]",
+    held_out="finegrained:../shared/data/finegrained_qa_k4.json[80%:]",
+    length=2400,
+    batch=4,
+    compute=transformer.Compute(remat=True),
+)
+
+if __name__ == "__main__":
+    cli.run(main, CONFIG)

@@ -1,0 +1,29 @@
+"""A base model of real text that two CPU cores can pretrain: short stories in simple words (arXiv:2305.07759).
+
+It is what the experiments on published data start from where there is no better model at hand. It has the context for
+them, and no more: it knows no numbers and hardly anything of people's questions.
+
+Data:    a .txt file of stories between lines `<|endoftext|>`. The full set, two million stories, is
+         roneneldan/TinyStories at Hugging Face (CDLA-Sharing-1.0), its TinyStoriesV2-GPT4-train.txt such a file.
+Run:     python -m experiments.tinystories --data ../shared/data/tinystories.txt
+Parent:  pretrain
+"""
+
+from pathlib import Path
+
+from experiments.pretrain import Config, main
+from rlhf_jax import cli
+
+CONFIG = Config(
+    out=Path("runs/tinystories"),
+    data="../shared/data/tinystories.txt",
+    preset="llama-mini-512",
+    vocab_size=2048,
+    length=256,
+    batch=8,
+    steps=300,
+    warmup=30,
+)
+
+if __name__ == "__main__":
+    cli.run(main, CONFIG)
