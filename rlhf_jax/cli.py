@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -48,6 +48,19 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
         _leave(str(error), FAILURE)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
+
+
+def run_stage(stages: Mapping[str, tuple[Callable[[Any], Any], Any]], args: Sequence[str] | None = None) -> Any:
+    """`run` of the main and default that the first argument names: the command line of a recipe of several stages."""
+    name, *flags = [*(sys.argv[1:] if args is None else args)] or [""]
+    names = ", ".join(stages)
+    if name in ("-h", "--help"):
+        print(f"{sys.modules['__main__'].__doc__}\nStages: {names}; --help behind one lists its flags.")
+        raise SystemExit(0)
+    if name not in stages:
+        _leave(f"{f'unknown stage {name}' if name else 'no stage'}: expected one of {names}, then its flags", USAGE)
+    main, default = stages[name]
+    return run(main, default, flags)
 
 
 def parse(default: Config, args: Sequence[str] | None = None) -> Config:

@@ -153,3 +153,18 @@ def test_errors_do_not_depend_on_the_terminal(monkeypatch, encoding):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     with pytest.raises(InputError, match=r"^--seed: invalid literal for int\(\) with base 10: 'x'; see --help$"):
         cli.parse(Config(), ["--seed", "x"])
+
+
+def test_a_stage_by_its_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "A recipe.")
+    stages = {"one": (same, Config()), "two": (lambda config: config.seed, Config(seed=2))}
+    assert cli.run_stage(stages, ["one", "--ppo.clip", "0.5"]) == Config(ppo=Ppo(clip=0.5))
+    assert cli.run_stage(stages, ["two"]) == 2
+    for args, said in {(): "no stage", ("three", "--seed", "1"): "unknown stage three"}.items():
+        with pytest.raises(SystemExit) as stop:
+            cli.run_stage(stages, args)
+        assert stop.value.code == cli.USAGE
+        assert capsys.readouterr().err == f"error: {said}: expected one of one, two, then its flags\n"
+    with pytest.raises(SystemExit) as stop:
+        cli.run_stage(stages, ["--help"])
+    assert not stop.value.code and capsys.readouterr().out.startswith("A recipe.\nStages: one, two")
