@@ -6,6 +6,10 @@ A group whose answers are all right or all wrong teaches nothing, so the model m
 Data:    as `gsm8k_sft`
 Run:     python -m experiments.gsm8k_grpo --init runs/gsm8k_sft/model
 Parent:  grpo
+Result:  from the tiny model of `gsm8k_sft`, --batch 32 --steps 3 --max-new-tokens 96: the reward of all 96 answers is
+         0, so nothing is learnt (KL 4e-5 nats). Held out, 1 of 126 problems before, 4 after (0.8 %, 3.2 %), none with a
+         ####: numbers that are right by chance. On single-digit sums, which a tiny model can learn, the share of right
+         answers does rise: tests/test_published.py.
 """
 
 from pathlib import Path

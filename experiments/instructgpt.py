@@ -1,10 +1,10 @@
 """InstructGPT (arXiv:2203.02155) at 1.3B, 6B and 175B: the settings of each stage, to the letter of appendix C.
 
-These are configurations, and none was trained here: tests/test_recipes.py traces and lowers the train step of each at
-its full size, which takes no memory. What differs from the paper: demonstrations are packed, so that a batch counts
-rows of `length`, not demonstrations; the trunk is bfloat16 where it was float16; a reward model has mean 0 and standard
-deviation 1 on its training answers, where demonstrations had 0. Every device holds the whole model: fewer parameters
-in memory is what low-rank adapters are for (--lora.rank).
+These are configurations, and none was trained here: tests/test_recipes.py traces and lowers train steps
+of each kind at full size, 175B among them, which takes no memory. What differs from the paper: demonstrations are
+packed, so that a batch counts rows of `length`, not demonstrations; the trunk is bfloat16 where it was float16; the
+warm-up of PPO starts from 0, not from a tenth; a reward model has mean 0 and standard deviation 1 on its training
+answers, where demonstrations had 0. Every device holds the whole model, so that the larger ones await sharding.
 
 Data:    its authors published neither demonstrations nor rankings; the nearest are dolly:PATH (15,000 demonstrations
          by people, databricks/databricks-dolly-15k at Hugging Face) and hh:PATH (Anthropic/hh-rlhf, K = 2).

@@ -7,6 +7,10 @@ Data:    finegrained:PATH, a .json file as in the folder tasks/qa_feedback/data 
          its train_feedback.json and dev_feedback.json are the full set.
 Run:     python -m experiments.reward_finegrained --init runs/tinystories/model
 Parent:  reward
+Result:  from the tiny model of `tinystories`, whose tokenizer makes 1,484 tokens of a median row and 2,357 of the
+         longest, with --length 1024 for the sake of two CPU cores: 51 of 240 rows kept, 10 of the 60 held out, the
+         others too long. 53.2 % of 47 held-out comparisons, give or take 7, where chance has 50 %: nothing was learnt
+         from so few. 13 more are ties, so of all 60 no scores could agree with more than 78.3 %.
 """
 
 from pathlib import Path

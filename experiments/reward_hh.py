@@ -7,6 +7,10 @@ Data:    hh:PATH, a .jsonl.gz file as in the folders of Anthropic/hh-rlhf at Hug
          harmless-base/train.jsonl.gz and its test.jsonl.gz.
 Run:     python -m experiments.reward_hh --init runs/tinystories/model
 Parent:  reward
+Result:  from the tiny model of `tinystories`, on 995 dialogues of harmless-base (5 more were refused as malformed): 742
+         of the first 80 % kept (274 truncated, 54 too long), one epoch; 60.3 % of 179 held-out comparisons, give or
+         take 3.7, where chance has 50 %. Of those, where the preferred answer is the shorter by more than some ten
+         tokens it is right on 76 % of 88, where it is the longer on 43 % of 61: it learnt mostly to like short ones.
 """
 
 from pathlib import Path

@@ -7,6 +7,9 @@ Data:    a .txt file of stories between lines `<|endoftext|>`. The full set, two
          roneneldan/TinyStories at Hugging Face (CDLA-Sharing-1.0), its TinyStoriesV2-GPT4-train.txt such a file.
 Run:     python -m experiments.tinystories --data ../shared/data/tinystories.txt
 Parent:  pretrain
+Result:  2,317 stories (2 MiB), 920,192 parameters, 300 steps, which is about one pass: 2 min 50 s of processor time on
+         two busy CPU cores; loss 7.65 -> 3.69 nats a token (mean of the last 30 steps; nothing is held out). Its
+         stories have words and turns of phrase, and hardly a whole sentence.
 """
 
 from pathlib import Path
