@@ -6,8 +6,8 @@ Run:     python -m experiments.gsm8k_sft --init runs/tinystories/model
 Parent:  sft
 Result:  from the tiny model of `tinystories`, with --data "gsm8k:...[:400]" --epochs 1 for the sake of two CPU cores:
          24 steps, loss 7.81 -> 4.23 nats a token; `gsm8k_evaluate` on "gsm8k:...[7000:7128]" with --max-new-tokens 96
-         then finds 1 of 126 problems solved (0.8 %), 2 more being too long for it, by chance: no answer comes to its ####. A
-         model that can reckon has to come by --init.
+         then finds 1 of 126 problems solved (0.8 %), 2 more being too long for it, by chance: no answer comes to its
+         ####. A model that can reckon has to come by --init.
 """
 
 from pathlib import Path
