@@ -117,7 +117,7 @@ def _gated_config(path: Path, hf: Any, kind: str) -> transformer.Config:
             found |= {"window": window, "full_layers": full}
     if kind == "gemma2":
         found |= {"attention_cap": hf.attn_logit_softcapping, "logit_cap": hf.final_logit_softcapping}
-        found |= {"query_size": float(hf.query_pre_attn_scalar)}
+        found |= {"query_size": hf.query_pre_attn_scalar}
     return transformer.llama(**sizes, **settings, **found, **_rope(path, hf.rope_parameters))
 
 
@@ -155,10 +155,11 @@ def hf_config(
         "tie_word_embeddings": config.tie_embeddings,
         "vocab_size": config.vocab_size,
     }
-    if tokenizer is not None:
-        every |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    every |= {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if scalar:
         every |= {"num_labels": 1}
+        if every["pad_token_id"] == every["eos_token_id"]:
+            every["pad_token_id"] = None  # transformers would read the score before EOS, where it looks for padding
     make = getattr(transformers, f"{name}Config")
     if kind == "gpt2":
         sizes = {"n_layer": config.n_layers, "n_embd": config.d_model, "n_head": config.n_heads}
@@ -179,7 +180,7 @@ def hf_config(
         every |= {} if kind == "gemma2" else {"use_sliding_window": config.window is not None}
     if kind == "gemma2":
         every |= {"attn_logit_softcapping": config.attention_cap, "final_logit_softcapping": config.logit_cap}
-        every |= {"query_pre_attn_scalar": int(config.query_size or config.head_dim)}
+        every |= {"query_pre_attn_scalar": config.query_size or config.head_dim}
     return make(**every)
 
 

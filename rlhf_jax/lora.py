@@ -73,7 +73,7 @@ def merge(base: Params, trained: Params, cfg: Config) -> Params:
     for path in [path[:-1] for path in params if path[-1] == "kernel_a"]:
         change = jnp.matmul(params.pop((*path, "kernel_a")), params.pop((*path, "kernel_b")), precision="highest")
         kernel = params[*path, "kernel"]
-        params[*path, "kernel"] = kernel + change.reshape(kernel.shape).astype(kernel.dtype)
+        params[*path, "kernel"] = (kernel + change.reshape(kernel.shape)).astype(kernel.dtype)
     return unflatten_dict(params)
 
 

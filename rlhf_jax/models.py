@@ -118,9 +118,11 @@ def save(model: Model, params: Params, path: str | Path) -> None:
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
         os.chmod(partial, 0o755)
+        former = partial.with_name(f"{partial.name}-former")
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(former)  # at once, where deleting it could be stopped half way
         partial.rename(path)
+        shutil.rmtree(former, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -177,7 +179,7 @@ def _write(directory: Path, config: transformer.Config, params: Params) -> None:
         safetensors.numpy.save_file(tensors, directory / name, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, name)
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(size for size, _ in parts)}, "weight_map": where}
+        index = {"metadata": {}, "weight_map": where}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -200,19 +202,19 @@ class _Files:
     def __init__(self, path: Path):
         self.path = path
         index, single = path / "model.safetensors.index.json", "model.safetensors"
-        if index.exists():
+        if (path / single).exists():  # it comes before an index, as in transformers
+            with self._open(single) as file:
+                where = dict.fromkeys(file.keys(), single)
+        elif index.exists():
             try:
                 where = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{index} cannot be read: it needs an object weight_map of tensor to file") from error
             if strange := [file for file in where.values() if Path(file).name != file]:
                 raise InputError(f"{index}: {strange[0]!r} is not the name of a file beside it")
-        elif (path / single).exists():
-            with self._open(single) as file:
-                where = dict.fromkeys(file.keys(), single)
         else:
             raise InputError(f"{path} holds no model.safetensors: other weight formats are not read")
-        self.where = where
+        self.listed, self.where = where, dict(where)
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[Any]:
@@ -238,6 +240,9 @@ class _Files:
             raise InputError(f"{self.path} has tensors that its config.json does not ask for ({what}){hint}")
         for file in sorted({*self.where.values()}):
             with self._open(file) as held:
+                for name in sorted(held.keys()):
+                    if self.listed.get(name) != file:
+                        raise InputError(f"{self.path / file} has a tensor {name!r} that the index does not list there")
                 for name in expected:
                     if self.where[name] == file:
                         about = held.get_slice(name)
@@ -257,10 +262,13 @@ def _read(path: Path, config: transformer.Config, scalar: bool, dtype: Any, plac
     files = _Files(path)
     parts = list(_layout(config, scalar))
     probe = next(iter(parts[0][2]))
-    prefix = "" if probe in files.where else probe.split(".")[0] + "."  # GPT-2's own files lack it
+    prefix = probe.split(".")[0] + "."
+    if any(name.startswith(prefix) for name in files.where):  # which GPT-2's own files lack
+        prefix = ""
     files.where = {name: file for name, file in files.where.items() if not _BUFFERS.fullmatch(name)}
-    if config.tie_embeddings and not scalar and "lm_head.weight" in files.where:
-        _check_tied(files, probe.removeprefix(prefix))
+    embedding = probe.removeprefix(prefix)
+    if config.tie_embeddings and "lm_head.weight" in files.where and embedding in files.where:
+        _check_tied(files, embedding)
     head: dict[str, tuple[int, ...]] = {"score.weight": (1, config.d_model)} if scalar else {}
     if scalar and "score.weight" not in files.where:
         raise InputError(f"{path} has no score head (score.weight): it is not a reward model")

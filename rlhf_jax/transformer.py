@@ -63,7 +63,7 @@ class Config:
     qk_norm: bool = False  # each head's query and key has a norm, before RoPE
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    query_size: float | None = None  # attention scores are divided by its square root; None is head_dim
+    query_size: int | None = None  # attention scores are divided by its square root; None is head_dim
     window: int | None = None  # tokens that a token attends to, itself included; None is all before it
     full_layers: tuple[int, ...] = ()  # layers without the window
     attention_cap: float | None = None  # attention scores s become cap tanh(s / cap)
@@ -80,11 +80,10 @@ class Config:
             raise InputError(f"RoPE rotates pairs of features: head_dim={self.head_dim} must be even")
 
 
-def gpt(n_layers: int, d_model: int, n_heads: int, head_dim: int | None = None, **settings) -> Config:
+def gpt(n_layers: int, d_model: int, n_heads: int, **settings) -> Config:
     """A GPT-2/GPT-3 shaped config: learned positions, LayerNorm, GELU, biases, tied embeddings."""
-    head_dim = head_dim or d_model // n_heads
     shape: dict[str, Any] = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_heads}
-    return Config(**shape, head_dim=head_dim, d_ff=4 * d_model, **settings)
+    return Config(**shape, head_dim=d_model // n_heads, d_ff=4 * d_model, **settings)
 
 
 def llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int, **settings) -> Config:
@@ -111,10 +110,10 @@ PRESETS: dict[str, Config] = {
     "gpt3-125m": gpt(12, 768, 12, max_length=2048),
     "gpt3-350m": gpt(24, 1024, 16, max_length=2048),
     "gpt3-760m": gpt(24, 1536, 16, max_length=2048),
-    "gpt3-1.3b": gpt(24, 2048, 24, 128, max_length=2048),
+    "gpt3-1.3b": gpt(24, 2048, 16, max_length=2048),  # the table's 24 heads of 128 are not 2048 wide
     "gpt3-2.7b": gpt(32, 2560, 32, max_length=2048),
     "gpt3-6.7b": gpt(32, 4096, 32, max_length=2048),
-    "gpt3-13b": gpt(40, 5140, 40, 128, max_length=2048),
+    "gpt3-13b": gpt(40, 5120, 40, max_length=2048),  # the table has 5140, which 40 heads of 128 are not
     "gpt3-175b": gpt(96, 12288, 96, max_length=2048),
     "llama3-8b": llama(32, 4096, 32, 8, 14336, vocab_size=128256, max_length=8192, rope_theta=5e5),
     "llama3-70b": llama(80, 8192, 64, 8, 28672, vocab_size=128256, max_length=8192, rope_theta=5e5),

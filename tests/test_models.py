@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rlhf_jax import heads, models, sampling, transformer
+from rlhf_jax import families, heads, models, sampling, transformer
+from rlhf_jax.data import tokenizer
 from rlhf_jax.types import InputError
 from tests import tiny
 
@@ -169,6 +171,19 @@ def test_large_models_are_written_in_shards(limit, tmp_path, monkeypatch):
     tiny.assert_close(models.load_reward(tmp_path / "model").params, params, atol=0)
 
 
+@pytest.mark.parametrize("name", transformer.PRESETS)
+def test_every_preset_can_be_saved(name):
+    assert families.family(transformer.PRESETS[name]) in ("gpt2", "llama")
+
+
+def test_a_reward_model_names_no_padding_that_ends_a_response(tmp_path):
+    # In transformers the score is that of the last token which is not padding; here it is that of the last one, EOS.
+    tok = tokenizer.train(["a few words"], 300, tmp_path / "tokenizer")
+    for trunk, expected in ((tiny.policy(), tok.pad_token_id), (tiny.scalar(), None)):
+        models.save(dataclasses.replace(model(tiny.GPT), tokenizer=tok), trunk, tmp_path / "model")
+        assert json.loads((tmp_path / "model" / "config.json").read_text())["pad_token_id"] == expected
+
+
 def saved(path, config=tiny.LLAMA, params=None):
     """A model directory, and the config and tensors in it, to break."""
     models.save(model(config), tiny.policy(config) if params is None else params, path)
@@ -294,8 +309,13 @@ def test_shards_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     check(json.dumps({"weight_map": whole["weight_map"] | {name: "../model.safetensors"}}), "is not the name of a file")
     check(json.dumps({"weight_map": whole["weight_map"] | {name: "absent.safetensors"}}), "absent.* cannot be read")
     other = next(file for file in whole["weight_map"].values() if file != whole["weight_map"][name])
-    check(json.dumps({"weight_map": whole["weight_map"] | {name: other}}), "cannot be read")
+    check(json.dumps({"weight_map": whole["weight_map"] | {name: other}}), "the index does not list there")
+    check(json.dumps({"weight_map": {k: v for k, v in whole["weight_map"].items() if k != name}}), "has no tensor")
     index.write_text(json.dumps(whole))
+    held = safetensors.numpy.load_file(path / other)
+    safetensors.numpy.save_file(held | {"extra": np.ones(2, np.float32)}, path / other)
+    refused(path, f"{other} has a tensor 'extra' that the index does not list there")
+    safetensors.numpy.save_file(held, path / other)
     models.load(path)
 
 
@@ -308,17 +328,30 @@ def test_code_that_comes_with_a_checkpoint_does_not_run(tmp_path):
     models.load(path)
     (path / "config.json").write_text(json.dumps(config | theirs | {"model_type": "theirs"}))
     refused(path, "'theirs' is not supported")
+    tokenizer.train(["a few words"], 300, path)
+    (path / "config.json").write_text(json.dumps(config))
+    named = json.loads((path / "tokenizer_config.json").read_text())
+    named |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["modeling.Theirs", "modeling.Theirs"]}}
+    (path / "tokenizer_config.json").write_text(json.dumps(named))
+    with contextlib.suppress(InputError):
+        models.load(path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(safetensors.numpy, "save_file", fail)
         models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+    models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(safetensors.numpy, "save_file", fail)
+        models.save(model(tiny.GPT), tiny.policy(seed=1), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    tiny.assert_close(models.load(tmp_path / "model").params, tiny.policy(), atol=0)
 
 
 def test_a_shape_that_no_family_has_is_refused(tmp_path):

@@ -260,6 +260,19 @@ def test_refused_system_message(style, tokenizer):
         demonstrations({"messages": [{"role": "system", "content": "Be brief."}, *TALK]}, tokenizer)
 
 
+def test_what_earlier_turns_leave_out_is_not_learnt(tmp_path):
+    # As Qwen3: the last turn has its thoughts, which are gone from the turns before it.
+    thinking = CHATML.replace("m.content", "(thought if loop.last and m.role == 'assistant' else '') + m.content")
+    tokenizer = lib.load(directory("chatml", tmp_path))
+    tokenizer.chat_template = "{% set thought = '<think> </think>' %}" + thinking
+    talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    ((ids, learn),) = lib.render_conversations(tokenizer, [talk])
+    text = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    text += "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n<think> </think>d<|im_end|>"
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids[learn]) == "b<|im_end|><think> </think>d<|im_end|>"
+
+
 @pytest.mark.parametrize("style", ["llama 2"], indirect=True)
 def test_a_response_has_no_space_that_was_not_asked_for(tokenizer):
     assert marked(demonstrations({"prompt": "so ", "completion": "no"}, tokenizer), tokenizer) == "<s> so { no</s>}"

@@ -131,8 +131,9 @@ def test_template_that_rewrites_earlier_turns_is_refused(other):
         lib.render_conversations(other, [chat("a", "b", "c", "d")])
 
 
-def test_template_that_raises_is_an_input_error(other):
-    other.chat_template = "{{ raise_exception('no\nsystem') }}"
+@pytest.mark.parametrize("template", ["{{ raise_exception('no\nsystem') }}", "{{ 1 + messages[0].content }}"])
+def test_template_that_raises_is_an_input_error(template, other):
+    other.chat_template = template
     with pytest.raises(InputError, match="refuses a conversation") as error:
         lib.render_prompt(other, chat("a"))
     assert "\n" not in str(error.value)

@@ -23,7 +23,7 @@ CONFIGS = {  # every family that there is, with each of its settings
     "gemma2": dataclasses.replace(
         LLAMA,
         **{"mlp": "geglu", "unit_offset": True, "post_norm": True, "scale_embedding": True, "tie_embeddings": True},
-        **{"window": 3, "full_layers": (1,), "query_size": 7.0, "attention_cap": 2.0, "logit_cap": 3.0},
+        **{"window": 3, "full_layers": (1,), "query_size": 7, "attention_cap": 2.0, "logit_cap": 3.0},
         head_dim=6,
     ),
 }

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jinja2
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -84,7 +83,7 @@ def load(path: str | Path) -> Tokenizer:
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such tokenizer directory")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise anything, bare Exception included, on a broken file
         raise InputError(f"{path}: holds no usable tokenizer ({_line(error)})") from error
     if not tokenizer.is_fast:
@@ -180,8 +179,8 @@ def render_completion(tokenizer: Tokenizer, prompt: Prompt, completion: str) -> 
 def render_conversations(tokenizer: Tokenizer, conversations: Sequence[list[Message]]) -> list[tuple[Ids, np.ndarray]]:
     """The ids of whole conversations, each with a mask of what the assistant wrote, EOS included.
 
-    Raises InputError if the template writes an earlier turn otherwise than it was when the assistant answered:
-    there is then no one text in which to learn all the turns.
+    A template may leave something out of earlier turns, such as what the assistant thought: they are learnt as the
+    last one finds them. Raises InputError if it rewrites what an earlier turn answered to.
     """
     turns = [[n for n, m in enumerate(messages) if m["role"] == "assistant"] for messages in conversations]
     starts, ends = _texts(
@@ -192,10 +191,13 @@ def render_conversations(tokenizer: Tokenizer, conversations: Sequence[list[Mess
     past, asked, answered = [], [], []  # all up to a turn of the assistant's, what then led to the next, the next
     turn = zip(starts, ends, strict=True)
     for ns in turns:
+        mine = [next(turn) for _ in ns]
+        whole = mine[-1][0] + mine[-1][1][0]
         so_far = ""
-        for _ in ns:
-            start, (end,) = next(turn)
-            if not start.startswith(so_far):
+        for start, (end,) in mine:
+            if not whole.startswith(start + end):
+                end = whole[len(start) :].partition(tokenizer.eos_token)[0] + tokenizer.eos_token
+            if not whole.startswith(start + end):
                 raise InputError(
                     "the chat template rewrites earlier turns: split conversations into prompt, completion"
                 )
@@ -295,7 +297,7 @@ def _template(tokenizer: Tokenizer, conversations: list[list[Message]], add_gene
         texts: Any = conversations and tokenizer.apply_chat_template(
             conversations, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except jinja2.TemplateError as error:  # how a template refuses, for instance, a system message
+    except Exception as error:  # how a template refuses, for instance, a system message; or trips over one
         raise InputError(f"the tokenizer's chat template refuses a conversation: {_line(error)}") from error
     return texts
 
