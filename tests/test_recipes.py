@@ -108,6 +108,5 @@ def test_a_step_of_full_size_is_lowered(recipe, stage):
 def test_sizes_are_those_of_the_papers():
     for module in RECIPES.values():
         for size, name in module.MODELS.items():
-            # Table 2.1 of Brown et al. gives the smallest 24 heads of 128, which are wider than its d_model.
             billions = {"1.3b": 1.32, "6b": 6.7, "6.7b": 6.7, "175b": 174.6}[size]
             assert transformer.parameter_count(transformer.preset(name)) / 1e9 == pytest.approx(billions, rel=0.02)
