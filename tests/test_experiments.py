@@ -84,7 +84,7 @@ def test_the_reward_model_shows_how_it_orders(done):
 
 def test_the_record_tells_accuracy_by_margin_and_by_length(tmp_path):
     pairs = calibration.Pairs(margin=np.array([2.0, -1.0]), longer=np.array([-3, 4]))
-    assert reward.record(tmp_path, pairs) == 0.5
+    assert reward.record(tmp_path, pairs, ties=0) == 0.5
     by = list(json.loads((tmp_path / "calibration.json").read_text()).items())[-2:]
     assert by == [
         ("accuracy by margin of scores", [{"at": 1, "accuracy": 0, "pairs": 1}, {"at": 2, "accuracy": 1, "pairs": 1}]),
@@ -453,7 +453,7 @@ def test_directories_that_are_not_models(done, flags, tmp_path, capsys):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     said = refused(capsys, sft.main, cfg.sft, *flags, "--init", tmp_path / "bert")
-    assert said.endswith("model_type 'bert' is not supported: expected one of gpt2, llama")
+    assert said.endswith("model_type 'bert' is not supported: expected one of gpt2, llama, mistral, qwen2, qwen3, gemma2")
     said = refused(
         capsys, ppo.main, cfg.ppo, *flags, "--init", cfg.out / "sft" / "model", "--reward", cfg.out / "sft" / "model"
     )

@@ -110,3 +110,10 @@ def test_sizes_are_those_of_the_papers():
         for size, name in module.MODELS.items():
             billions = {"1.3b": 1.32, "6b": 6.7, "6.7b": 6.7, "175b": 174.6}[size]
             assert transformer.parameter_count(transformer.preset(name)) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_the_largest_compiles():
+    step, state, batch = prepared("instructgpt", "sft-175b")
+    memory = jax.jit(step, donate_argnums=0).lower(state, *batch).compile().memory_analysis()
+    weights = sum(x.size for x in jax.tree.leaves(state.params))
+    assert memory.argument_size_in_bytes == pytest.approx(12 * weights, rel=0.01)  # and Adam's two moments, in float32
