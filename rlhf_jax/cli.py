@@ -18,36 +18,52 @@ import absl.logging
 import jax
 import tyro
 
-from rlhf_jax import log
+from rlhf_jax import checkpoint, hosts, log, preemption
 from rlhf_jax.types import InputError
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: wrong input, a run that broke down, control-C
+# Exit codes: wrong input, a run that broke down or a full disk, control-C; and preemption.EXIT, to be run again.
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 
 def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] | None = None) -> Result:
     """Calls `main` with `default` as changed by the flags in `args`, by default those of the command line.
 
     Each field is a flag (`--ppo.clip` for a nested one), and the comment beside it is its help. Leaves with one line on
-    stderr and status 2 on a flag or value that is wrong and on any `InputError` from `main`, 1 on a `BrokenRunError`,
-    130 on control-C. Other exceptions are bugs, and keep their traceback. Compiled programs are kept in the folder that
+    stderr and status 2 on a flag or value that is wrong and on any `InputError` from `main`, 1 on a `BrokenRunError`
+    and where the disk is full, 130 on control-C, 75 (`preemption.EXIT`) on SIGTERM, where the same command goes on from
+    then. Other exceptions are bugs, and keep their traceback. Compiled programs are kept in the folder that
     JAX_COMPILATION_CACHE_DIR names, or else in ~/.cache/rlhf_jax.
     """
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and Grain narrate at lower levels
-    if (
-        jax.config.values["jax_compilation_cache_dir"] is None
-    ):  # what was compiled once is found again, by later stages and runs
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rlhf_jax"))
+    prepare()
     try:
-        return main(parse(default, args))
+        with preemption.watched():
+            config = parse(default, args)
+            with hosts.together():
+                return main(config)
     except InputError as error:
         _leave(str(error), USAGE)
     except log.BrokenRunError as error:
         _leave(str(error), FAILURE)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
+    except preemption.Preempted:
+        print("asked to end by SIGTERM: run the same command again to go on", file=sys.stderr)
+        raise SystemExit(preemption.EXIT) from None
+    except Exception as error:
+        if not checkpoint.disk_is_full(error):
+            raise
+        what = error.strerror if isinstance(error, checkpoint.FullDiskError) else f"the disk is full: {error}"
+        _leave(f"{what}; make room, and run the same command again to go on", FAILURE)
+
+
+def prepare() -> None:
+    """What `run` does before anything else, for a process that does part of its work."""
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax and Grain narrate, and print errors that they raise too
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # what was compiled once is found by later stages
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rlhf_jax"))
 
 
 def run_stage(stages: Mapping[str, tuple[Callable[[Any], Any], Any]], args: Sequence[str] | None = None) -> Any:

@@ -14,7 +14,6 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import optim, parallel
-from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.reward import better, correct_pairs, margins, pair_mean
 from rlhf_jax.types import InputError, Metrics, Params, Rankings, TrainState
 
@@ -88,7 +87,7 @@ def response_logprobs(
     """Log-probability of each whole response given its prompt, nats."""
     rows, responses, length = batch.tokens.shape
     tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
-    logp = token_logprobs(apply_fn(params, tokens, mask, keys, stop=-1), tokens[:, 1:]).reshape(rows, responses, -1)
+    logp = apply_fn(params, tokens, mask, keys, method="logprobs")[0].reshape(rows, responses, -1)
     said = batch.mask[:, :, 1:] & (jnp.arange(1, length)[None, None] >= batch.start[:, None, None])
     return sequence_logprobs(logp, said)
 
@@ -101,27 +100,30 @@ def train_step(
     apply_fn: Callable,
     tx: optax.GradientTransformation,
     cfg: Config,
+    microbatches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of rankings: mean over each prompt's pairs, then over prompts.
 
-    `apply_fn(params, tokens, mask, keys, stop=)` returns logits; the reference is evaluated without dropout.
+    `apply_fn` is a bound `Transformer`; the reference is evaluated without dropout.
     """
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.rank.size, axis)
-    pair = better(batch.rank)
-    count = parallel.psum(jnp.sum(jnp.any(pair, axis=(1, 2))), axis)
-    logp_ref = response_logprobs(reference, batch, apply_fn)
+    count = parallel.psum(jnp.sum(jnp.any(better(batch.rank), axis=(1, 2))), axis)
 
-    def objective(params: Params) -> tuple[Array, Metrics]:
-        gain = response_logprobs(params, batch, apply_fn, keys) - logp_ref
+    def objective(params: Params, batch: Rankings, keys: Array) -> tuple[Array, Metrics]:
+        gain = response_logprobs(params, batch, apply_fn, keys.reshape(-1)) - response_logprobs(
+            reference, batch, apply_fn
+        )
+        pair = better(batch.rank)
         h = margins(gain, pair)
         terms = ipo_terms(h, cfg.beta) if cfg.loss == "ipo" else sigmoid_terms(h, cfg.beta, cfg.label_smoothing)
         correct, pairs = correct_pairs(gain, batch.rank)
         value = pair_mean(terms, pair, count)
         return value, {"loss/dpo": value, "correct": correct, "pairs": pairs, "margin": pair_mean(h, pair, count)}
 
-    grads, metrics = jax.grad(objective, has_aux=True)(state.params)
-    grads, metrics = parallel.psum((grads, metrics), axis)
+    share = lambda rows: jax.grad(objective, has_aux=True)(state.params, *rows)
+    grads, found = parallel.accumulate(share, (batch, keys.reshape(batch.rank.shape)), microbatches)
+    grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, found)), axis)
     metrics = {
         "loss/dpo": metrics["loss/dpo"],
         "reward/accuracy": metrics["correct"] / jnp.maximum(metrics["pairs"], 1),

@@ -71,21 +71,32 @@ def weights(mask: Bool[Array, "B N"], mean: str) -> tuple[Float[Array, "B N"], A
     return mask / jnp.maximum(length, 1), jnp.sum(length > 0)
 
 
+def totals(batch: Experience, cfg: Config) -> updates.Totals:
+    """How many tokens there are, and what their weights are divided by."""
+    mask = batch.rollout.response_mask
+    return {"tokens": jnp.sum(mask), "weights": weights(mask, cfg.mean)[1]}
+
+
+def live(batch: Experience) -> Bool[Array, "B N"]:
+    """Which columns of the responses have a part in the loss."""
+    return batch.rollout.response_mask
+
+
 def loss(
     params: dict[str, Params],
     batch: Experience,
-    text: Tokens | None = None,
+    text: Tokens | None,
+    totals: updates.Totals,
     *,
     policy_fn: Callable,
     cfg: Config,
-    axis: str | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """This device's share of: the clipped surrogate, kl_coef * k3 (`kl_in="loss"`), and `updates.extras`."""
+    """The share of these rows in: the clipped surrogate, kl_coef * k3 (`kl_in="loss"`), and `updates.extras`."""
     rollout = batch.rollout
     mask = rollout.response_mask
-    logits, logp = updates.forward(params["policy"], rollout, policy_fn, cfg)
-    weight, total = weights(mask, cfg.mean)
-    count, total = parallel.psum((jnp.sum(mask), total), axis)
+    logp, entropy = updates.forward(params["policy"], rollout, policy_fn, cfg)
+    weight, _ = weights(mask, cfg.mean)
+    count, total = totals["tokens"], totals["weights"]
     advantage = batch.advantage[:, None] * weight
     # The surrogate is linear in the advantage, so a token's weight can go there.
     value, found = policy_loss(logp, rollout.logp, advantage, mask, cfg.clip, count=count)
@@ -95,7 +106,7 @@ def loss(
         kl = kl_estimate(jnp.where(mask, logp, rollout.logp_ref), rollout.logp_ref, "k3") * weight  # finite at padding
         metrics["loss/kl"] = masked_mean(kl, mask, total)
         value = value + cfg.kl_coef * metrics["loss/kl"]
-    more, found = updates.extras(params["policy"], logits, mask, count, text, policy_fn=policy_fn, cfg=cfg, axis=axis)
+    more, found = updates.extras(params["policy"], entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
     return value + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
 
 
@@ -107,6 +118,7 @@ def train_step(
     policy_fn: Callable,
     tx: optax.GradientTransformation,
     cfg: Config,
+    microbatches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches on one rollout, in one compiled call. `state` is from `updates.init`.
@@ -115,6 +127,9 @@ def train_step(
     """
     rollout = parallel.all_gather(rollout, axis)
     batch, metrics = experience(rollout, cfg)
-    loss_fn = functools.partial(loss, policy_fn=policy_fn, cfg=cfg, axis=axis)
-    state, found = updates.apply(state, batch, text, loss_fn=loss_fn, tx=tx, cfg=cfg, axis=axis)
+    loss_fn = functools.partial(loss, policy_fn=policy_fn, cfg=cfg)
+    settings = {"live_fn": live, "tx": tx, "cfg": cfg, "microbatches": microbatches, "axis": axis}
+    state, found = updates.apply(
+        state, batch, text, loss_fn=loss_fn, totals_fn=functools.partial(totals, cfg=cfg), **settings
+    )
     return state, metrics | found

@@ -1,6 +1,7 @@
 """What a model says of tokens: log-probabilities, entropy, divergence. Float32 inside, nats outside."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ def token_logprobs(
 ) -> Float[Array, "B T"]:
     """Log-probability of `tokens[b, t]` under `softmax(logits[b, t] / temperature)`: already aligned, no shift."""
     logits = precise(logits) / temperature
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    # A sum, and not an index: where the vocabulary is spread over devices, each adds what it has.
+    here = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, 2) == tokens[..., None]
+    chosen = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -27,6 +30,26 @@ def entropy(logits: Float[Array, "B T V"], temperature: float = 1.0) -> Float[Ar
     """Entropy of `softmax(logits / temperature)` at each position, `-sum_v p_v ln p_v`."""
     logp = jax.nn.log_softmax(precise(logits) / temperature)
     return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+def by_columns(read: Callable[..., Any], chunk: int, *arrays: Array) -> Any:
+    """`read` of arrays [B, N, ...], `chunk` columns at a time; its results are [B, N]. A chunk of 0 is all of them.
+
+    What `read` makes on the way, such as logits [B, N, V], then exists for one chunk only: the backward pass makes it
+    anew, chunk by chunk. Chunks are equal but for padding.
+    """
+    rows, columns = arrays[0].shape[:2]
+    if not 0 < chunk < columns:
+        return read(*arrays)
+    parts = -(-columns // chunk)
+    size = -(-columns // parts)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, parts * size - columns)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, parts, size, *x.shape[2:]), 1, 0)
+
+    results = jax.lax.map(jax.checkpoint(lambda part: read(*part), prevent_cse=False), tuple(map(split, arrays)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :columns], results)
 
 
 def kl_estimate(logp: Float[Array, "B T"], logp_ref: Float[Array, "B T"], kind: KLKind = "k1") -> Float[Array, "B T"]:

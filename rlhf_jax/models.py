@@ -23,7 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rlhf_jax import families, heads, transformer
+from rlhf_jax import families, heads, hosts, transformer
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.types import InputError, Params
 
@@ -105,9 +105,14 @@ def save(model: Model, params: Params, path: str | Path) -> None:
 
     Parameters of a `heads.ScalarModel` become a sequence classifier with one label. Its bias, which that layout has no
     place for, is kept in a tensor `score.bias` that only `load_reward` reads. The directory appears whole or not at
-    all.
+    all. The first process writes it, and the others wait until it is there.
     """
-    path = Path(path)
+    with hosts.first_before_others():
+        if hosts.first():
+            _save(model, params, Path(path))
+
+
+def _save(model: Model, params: Params, path: Path) -> None:
     trunk = params.get("trunk", params)
     config = families.hf_config(model.config, "trunk" in params, str(trunk["embedding"].dtype), model.tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,9 +48,13 @@ class Adam:
 
 
 def adamw(
-    learning_rate: float | optax.Schedule, adam: Adam = Adam(), *, weight_decay: float = 0.0
+    learning_rate: float | optax.Schedule, adam: Adam = Adam(), *, weight_decay: float = 0.0, skip_bad: bool = False
 ) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping; weight decay falls on matrices, not on norms, biases and position tables."""
+    """AdamW with global-norm clipping; weight decay falls on matrices, not on norms, biases and position tables.
+
+    `skip_bad` leaves out updates by a gradient that is not finite, as if they had not been. How many of them a run
+    bears is for `log.start` to say.
+    """
 
     def decayed(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(
@@ -58,12 +62,13 @@ def adamw(
         )
 
     scale = scale_by_tensorflow_adam if adam.tensorflow else optax.scale_by_adam
-    return optax.chain(
+    tx = optax.chain(
         optax.identity() if adam.clip_norm is None else optax.clip_by_global_norm(adam.clip_norm),
         scale(adam.b1, adam.b2, adam.eps),
         optax.add_decayed_weights(weight_decay, decayed),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return optax.apply_if_finite(tx, max_consecutive_errors=2**31 - 1) if skip_bad else tx
 
 
 def scale_by_tensorflow_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from rlhf_jax import log
+from rlhf_jax import hosts, log
 
 COLUMNS = 3  # panels in a row, at most
 COLORS = ("#2f6f9f", "#d9822b", "#4c9a62", "#a5527a", "#6b6b6b")
@@ -24,6 +24,8 @@ def curves(directory: Path, panels: Mapping[str, Sequence[str]] | None = None) -
     default a panel shows all metrics of one prefix. Metrics that the run does not have are left out. Where a curve has
     more than a hundred points, a running mean lies over it.
     """
+    if not hosts.first():
+        return directory / "curves.png"
     rows = log.read(directory)
     have = dict.fromkeys(name for row in rows for name in row if name not in ("step", "time"))
     if panels is None:
@@ -127,6 +129,7 @@ def _running_mean(step: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    if hosts.first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
     return path

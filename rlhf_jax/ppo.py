@@ -155,26 +155,36 @@ def optimizer(
     return optax.multi_transform({"policy": policy, "critic": critic}, {"policy": "policy", "critic": "critic"})
 
 
+def totals(batch: Experience) -> updates.Totals:
+    """How many tokens have an advantage, and how many a value."""
+    return {"tokens": jnp.sum(batch.rollout.response_mask), "values": jnp.sum(batch.value_mask)}
+
+
+def live(batch: Experience) -> Bool[Array, "B N"]:
+    """Which columns of the responses have a part in the loss."""
+    return batch.rollout.response_mask | batch.value_mask
+
+
 def loss(
     params: dict[str, Params],
     batch: Experience,
     text: Tokens | None,
+    totals: updates.Totals,
     kl_coef: float | Array = 0.0,
     *,
     policy_fn: Callable,
     critic_fn: Callable,
     cfg: Config,
-    axis: str | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """This device's share of: policy loss + value_coef * value loss, and what `cfg` and `text` add to them.
+    """The share of these rows in: policy loss + value_coef * value loss, and what `cfg` and `text` add to them.
 
     That is kl_coef * KL to the reference (`kl_in="loss"`), and `updates.extras`. Each is a mean over the tokens of the
-    global minibatch.
+    global minibatch, whose numbers are `totals`.
     """
     rollout = batch.rollout
     mask, new_tokens = rollout.response_mask, rollout.response_mask.shape[1]
-    count, value_count = parallel.psum((jnp.sum(mask), jnp.sum(batch.value_mask)), axis)
-    logits, logp = updates.forward(params["policy"], rollout, policy_fn, cfg)
+    count = totals["tokens"]
+    logp, entropy = updates.forward(params["policy"], rollout, policy_fn, cfg)
     if cfg.penalty is None:
         policy, found = policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.clip, cfg.dual_clip, count)
     else:
@@ -182,7 +192,7 @@ def loss(
         found["approx_kl"] = found.pop("kl")
     metrics = {"loss/policy": policy} | {f"policy/{name}": value for name, value in found.items()}
     value = critic_fn(params, rollout.tokens, rollout.mask)[:, -new_tokens - 1 : -1]
-    critic, found = value_loss(value, rollout.value, batch.target, batch.value_mask, cfg.value_clip, value_count)
+    critic, found = value_loss(value, rollout.value, batch.target, batch.value_mask, cfg.value_clip, totals["values"])
     metrics |= {"loss/value": critic} | {f"value/{name}": value for name, value in found.items()}
     total = policy + cfg.value_coef * critic
     if cfg.kl_in == "loss":
@@ -190,7 +200,7 @@ def loss(
             penalized(jnp.where(mask, logp, rollout.logp_ref), rollout.logp_ref, cfg), mask, count
         )
         total = total + kl_coef * metrics["loss/kl"]
-    more, found = updates.extras(params["policy"], logits, mask, count, text, policy_fn=policy_fn, cfg=cfg, axis=axis)
+    more, found = updates.extras(params["policy"], entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
     return total + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
 
 
@@ -230,6 +240,7 @@ def train_step(
     critic_fn: Callable,
     tx: optax.GradientTransformation,
     cfg: Config,
+    microbatches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches on one rollout, in one compiled call; `text` as in `updates.apply`: PPO-ptx.
@@ -239,8 +250,9 @@ def train_step(
     rollout = parallel.all_gather(rollout, axis)
     kl_coef = state.opt_state["kl_coef"]
     batch, metrics = experience(rollout, kl_coef, cfg)
-    loss_fn = functools.partial(loss, kl_coef=kl_coef, policy_fn=policy_fn, critic_fn=critic_fn, cfg=cfg, axis=axis)
-    state, found = updates.apply(state, batch, text, loss_fn=loss_fn, tx=tx, cfg=cfg, axis=axis)
+    loss_fn = functools.partial(loss, kl_coef=kl_coef, policy_fn=policy_fn, critic_fn=critic_fn, cfg=cfg)
+    settings = {"live_fn": live, "tx": tx, "cfg": cfg, "microbatches": microbatches, "axis": axis}
+    state, found = updates.apply(state, batch, text, loss_fn=loss_fn, totals_fn=totals, **settings)
     if cfg.kl_target is not None:
         n = rollout.tokens.shape[0]
         kl_coef = adapt_kl_coef(kl_coef, metrics["kl/reference"], n, cfg.kl_target, cfg.kl_horizon)

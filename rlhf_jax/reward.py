@@ -143,6 +143,7 @@ def train_step(
     apply_fn: Callable,
     tx: optax.GradientTransformation,
     cfg: Config = Config(),
+    microbatches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update of the reward model on the global batch of rankings, whose prompts are spread over `axis`."""
@@ -150,12 +151,14 @@ def train_step(
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), rows * responses, axis)
     count = parallel.psum(jnp.sum(jnp.any(better(batch.rank), axis=(1, 2))), axis)
 
-    def objective(params: Params) -> tuple[Array, tuple[Array, Array]]:
-        score = scores(params, batch, apply_fn, keys)
-        return loss(score, batch.rank, cfg, count), correct_pairs(score, batch.rank)
+    def objective(params: Params, batch: Rankings, keys: Array) -> tuple[Array, tuple[Array, ...]]:
+        score = scores(params, batch, apply_fn, keys.reshape(-1))
+        value = loss(score, batch.rank, cfg, count)
+        return value, (value, *correct_pairs(score, batch.rank))
 
-    (value, (correct, pairs)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    value, correct, pairs, grads = parallel.psum((value, correct, pairs, grads), axis)
+    share = lambda rows: jax.grad(objective, has_aux=True)(state.params, *rows)
+    grads, found = parallel.accumulate(share, (batch, keys.reshape(rows, responses)), microbatches)
+    grads, (value, correct, pairs) = parallel.psum((grads, jax.tree.map(jnp.sum, found)), axis)
     metrics = {
         f"loss/{cfg.loss}": value,
         "reward/accuracy": correct / jnp.maximum(pairs, 1),

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax import parallel, updates
 from rlhf_jax.advantages import leave_one_out
-from rlhf_jax.grpo import Experience, groups
+from rlhf_jax.grpo import Experience, groups, live
 from rlhf_jax.ppo import policy_loss
 from rlhf_jax.types import InputError, Metrics, Params, Rollout, Tokens, TrainState
 
@@ -41,25 +41,30 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
     return Experience(rollout=rollout, advantage=advantage), metrics
 
 
+def totals(batch: Experience) -> updates.Totals:
+    """How many tokens there are, and how many responses."""
+    mask = batch.rollout.response_mask
+    return {"tokens": jnp.sum(mask), "responses": jnp.sum(jnp.any(mask, axis=1))}
+
+
 def loss(
     params: dict[str, Params],
     batch: Experience,
-    text: Tokens | None = None,
+    text: Tokens | None,
+    totals: updates.Totals,
     *,
     policy_fn: Callable,
     cfg: Config,
-    axis: str | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """This device's share of: the clipped surrogate of whole responses, mean over them, and `updates.extras`."""
+    """The share of these rows in: the clipped surrogate of whole responses, mean over them, and `updates.extras`."""
     rollout = batch.rollout
     mask = rollout.response_mask
-    logits, logp = updates.forward(params["policy"], rollout, policy_fn, cfg)
+    logp, entropy = updates.forward(params["policy"], rollout, policy_fn, cfg)
     whole, whole_old = (jnp.sum(jnp.where(mask, x, 0.0), axis=1, keepdims=True) for x in (logp, rollout.logp))
     some = jnp.any(mask, axis=1, keepdims=True)
-    tokens, responses = parallel.psum((jnp.sum(mask), jnp.sum(some)), axis)
-    value, found = policy_loss(whole, whole_old, batch.advantage[:, None], some, cfg.clip, count=responses)
+    value, found = policy_loss(whole, whole_old, batch.advantage[:, None], some, cfg.clip, count=totals["responses"])
     metrics = {"loss/policy": value} | {f"policy/{name}": x for name, x in found.items()}
-    more, found = updates.extras(params["policy"], logits, mask, tokens, text, policy_fn=policy_fn, cfg=cfg, axis=axis)
+    more, found = updates.extras(params["policy"], entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
     return value + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
 
 
@@ -71,6 +76,7 @@ def train_step(
     policy_fn: Callable,
     tx: optax.GradientTransformation,
     cfg: Config,
+    microbatches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches on one rollout, in one compiled call. `state` is from `updates.init`.
@@ -79,6 +85,7 @@ def train_step(
     """
     rollout = parallel.all_gather(rollout, axis)
     batch, metrics = experience(rollout, cfg)
-    loss_fn = functools.partial(loss, policy_fn=policy_fn, cfg=cfg, axis=axis)
-    state, found = updates.apply(state, batch, text, loss_fn=loss_fn, tx=tx, cfg=cfg, axis=axis)
+    loss_fn = functools.partial(loss, policy_fn=policy_fn, cfg=cfg)
+    settings = {"live_fn": live, "tx": tx, "cfg": cfg, "microbatches": microbatches, "axis": axis}
+    state, found = updates.apply(state, batch, text, loss_fn=loss_fn, totals_fn=totals, **settings)
     return state, metrics | found

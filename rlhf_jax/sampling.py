@@ -1,4 +1,7 @@
-"""Generation with a key/value cache: one prefill, then a while-loop that stops when every row has ended."""
+"""Generation with a key/value cache: one prefill, then a loop that stops when every row has ended.
+
+On CPU, whose time goes with the number of rows, the loop is several, each over half the rows of the one before.
+"""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -10,7 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.transformer import Cache, Config, Transformer, bind
+from rlhf_jax.transformer import Cache, Config, Transformer, bind, layers_of
 from rlhf_jax.types import InputError, Leaf, Params
 
 
@@ -51,15 +54,41 @@ def truncate_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Fl
     return logits
 
 
-def draw(keys: Array, logits: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """One token a row from `softmax(logits)`, by inverting its distribution function at one uniform a row.
+def noise(keys: Array, n: int | Array) -> Float[Array, "B"]:
+    """What decides token n of each row: a number in [0, 1)."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, n)))(keys)
 
-    A token of probability 0 is never drawn, also where rounding leaves the cumulative sum not quite monotone.
+
+def draw(uniform: Float[Array, "B"], logits: Float[Array, "B V"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """One token a row from `softmax(logits)`, by inverting its distribution function, and its log-probability.
+
+    The sum of a block of the vocabulary decides which block, and then that block alone is looked into. A token of
+    probability 0 is never drawn, also where rounding leaves a cumulative sum not quite monotone.
     """
-    prob = jax.nn.softmax(logits, axis=-1)
-    cumulative = jnp.where(prob > 0, jnp.cumsum(prob, axis=-1), -1.0)
-    uniform = jax.vmap(jax.random.uniform)(keys)[:, None]
-    return jnp.argmax(cumulative > uniform * jnp.max(cumulative, axis=-1, keepdims=True), axis=-1).astype(jnp.int32)
+    rows, vocab = logits.shape
+    blocks = -(-vocab // BLOCK)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weight = jnp.pad(jnp.exp(logits - top), ((0, 0), (0, blocks * BLOCK - vocab))).reshape(rows, blocks, BLOCK)
+    block_weight = jnp.sum(weight, axis=-1)
+    before = jnp.cumsum(block_weight, axis=-1) - block_weight
+    total = jnp.sum(block_weight, axis=-1)
+    block = _last(before <= (uniform * total)[:, None], block_weight > 0)
+    inside = jnp.take_along_axis(weight, block[:, None, None], axis=1)[:, 0]
+    rest = uniform * total - jnp.take_along_axis(before, block[:, None], axis=1)[:, 0]
+    place = _last(jnp.cumsum(inside, axis=-1) - inside <= rest[:, None], inside > 0)
+    token = block * BLOCK + place
+    logp = jnp.take_along_axis(logits - top, token[:, None], axis=1)[:, 0] - jnp.log(total)
+    return token, logp
+
+
+BLOCK = 128  # tokens
+
+
+def _last(reached: Bool[Array, "B X"], possible: Bool[Array, "B X"]) -> Int[Array, "B"]:
+    """The last place of each row that is reached and possible; where there is none, the first that is possible."""
+    place = jnp.arange(1, reached.shape[1] + 1)
+    last = jnp.max(jnp.where(reached & possible, place, 0), axis=1)
+    return jnp.where(last > 0, last - 1, jnp.argmax(possible, axis=1)).astype(jnp.int32)
 
 
 def generate(
@@ -137,24 +166,21 @@ def _ends(eos_id: int | tuple[int, ...] | None) -> tuple[int, ...]:
     return () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
 
 
-def _forward(config: Config, params: Params, tokens: Array, mask: Array, cache: Cache) -> tuple[Array, Cache]:
+def _forward(
+    config: Config, params: Params, tokens: Array, mask: Array, cache: Cache, layers: list[Params] | None = None
+) -> tuple[Array, Cache]:
     """Logits [B, V] after the last of these columns."""
     apply_fn = bind(Transformer(config))
-    hidden, cache = apply_fn(params, tokens, mask, None, cache, method="hidden")
+    hidden, cache = apply_fn(params, tokens, mask, None, cache, layers, method="hidden")
     return apply_fn(params, hidden[:, -1:], method="unembed")[:, 0], cache
 
 
-def _choose(
-    logits: Array, keys: Array, n: Array | int, temperature: float, top_k: int, top_p: float
-) -> tuple[Array, Array]:
-    """Token n of each row and its log-probability."""
+def _choose(logits: Array, uniform: Array, temperature: float, top_k: int, top_p: float) -> tuple[Array, Array]:
+    """A token of each row and its log-probability."""
     if temperature == 0.0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    else:
-        logits = truncate_logits(logits / temperature, top_k, top_p)
-        token = draw(jax.vmap(jax.random.fold_in, (0, None))(keys, n), logits)
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-    return token, logp
+        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+    return draw(uniform, truncate_logits(logits / temperature, top_k, top_p))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("temperature", "top_k", "top_p"), donate_argnums=2)
@@ -173,7 +199,29 @@ def _step(
 ) -> tuple[Array, Cache]:
     """Token n of each row, after these columns."""
     logits, cache = _forward(config, params, tokens, mask, cache)
-    return _choose(logits, keys, n, temperature, top_k, top_p)[0], cache
+    return _choose(logits, noise(keys, n), temperature, top_k, top_p)[0], cache
+
+
+class _Rows(struct.PyTreeNode):
+    """Where each row that is still computed has got to."""
+
+    number: Leaf  # [B] int32, of the row within the batch
+    done: Leaf  # [B] bool
+    token: Leaf  # [B] int32, the last one
+    uniform: Leaf  # [B, N]
+    sample: Sample
+    cache: Cache
+
+    def take(self, index: Array) -> "_Rows":
+        pick = functools.partial(jax.tree.map, lambda x: x[index])
+        return _Rows(
+            number=pick(self.number),
+            done=pick(self.done),
+            token=pick(self.token),
+            uniform=pick(self.uniform),
+            sample=pick(self.sample),
+            cache=self.cache.rows(index),
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
@@ -189,36 +237,66 @@ def _generate(
     top_p: float,
     ends: tuple[int, ...],
 ) -> Sample:
-    rows, prompt_columns = tokens.shape
+    batch, prompt_columns = tokens.shape
     tokens, mask = left_pad(tokens, mask)
+    choose = functools.partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def ended(token: Array) -> Array:
-        return jnp.isin(token, jnp.array(ends, jnp.int32)) if ends else jnp.zeros(rows, bool)
+        return jnp.isin(token, jnp.array(ends, jnp.int32)) if ends else jnp.zeros(token.shape, bool)
 
-    logits, cache = _forward(config, params, tokens, mask, Cache.empty(config, rows, prompt_columns + max_new_tokens))
-    token, logp = _choose(logits, keys, 0, temperature, top_k, top_p)
-    empty = jnp.zeros((rows, max_new_tokens))
+    logits, cache = _forward(config, params, tokens, mask, Cache.empty(config, batch, prompt_columns + max_new_tokens))
+    uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(max_new_tokens))
+    token, logp = choose(logits, uniform[:, 0])
+    empty = jnp.zeros((batch, max_new_tokens))
     sample = Sample(
         tokens=jnp.full(empty.shape, ends[0] if ends else 0, jnp.int32).at[:, 0].set(token),
         mask=empty.astype(bool).at[:, 0].set(True),
         logp=empty.at[:, 0].set(logp),
     )
+    rows = _Rows(jnp.arange(batch), ended(token), token, uniform, sample, cache)
 
-    def unfinished(carry: tuple) -> Array:
-        n, done = carry[:2]
-        return (n < max_new_tokens) & ~jnp.all(done)
-
-    def extend(carry: tuple) -> tuple:
-        n, done, token, sample, cache = carry
-        logits, cache = _forward(config, params, token[:, None], jnp.ones((rows, 1), bool), cache)
-        token, logp = _choose(logits, keys, n, temperature, top_k, top_p)
-        live = ~done
+    def extend(params: Params, layers: list[Params] | None, carry: tuple[Array, _Rows]) -> tuple[Array, _Rows]:
+        n, rows = carry
+        here = jnp.ones((len(rows.token), 1), bool)
+        logits, cache = _forward(config, params, rows.token[:, None], here, rows.cache, layers)
+        token, logp = choose(logits, jax.lax.dynamic_index_in_dim(rows.uniform, n, 1, keepdims=False))
+        live = ~rows.done
 
         def put(column: Array, values: Array) -> Array:
             return column.at[:, n].set(jnp.where(live, values, column[:, n]))
 
-        sample = Sample(put(sample.tokens, token), put(sample.mask, live), put(sample.logp, logp))
-        return n + 1, done | ended(token), token, sample, cache
+        old = rows.sample
+        sample = Sample(put(old.tokens, token), put(old.mask, live), put(old.logp, logp))
+        return n + 1, rows.replace(done=rows.done | ended(token), token=token, sample=sample, cache=cache)
 
-    carry = (jnp.int32(1), ended(token), token, sample, cache)
-    return jax.lax.while_loop(unfinished, extend, carry)[3]
+    def on_cpu(params: Params, rows: _Rows) -> Sample:
+        """Whenever half the rows have ended, the others go on by themselves. No layer is cut out of a stack: a copy."""
+        layers = layers_of(params, config)
+        rows, n, sample = rows.replace(cache=rows.cache.apart()), jnp.int32(1), rows.sample
+        sizes = [batch]
+        while ends and sizes[-1] >= FEWEST and len(sizes) < LOOPS:
+            sizes.append(sizes[-1] // 2)
+        for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
+            if size < batch:
+                rows = rows.take(jnp.argsort(rows.done, stable=True)[:size])
+
+            def unfinished(carry: tuple[Array, _Rows], smaller: int = smaller) -> Array:
+                return (carry[0] < max_new_tokens) & (jnp.sum(~carry[1].done) > smaller)
+
+            n, rows = jax.lax.while_loop(unfinished, functools.partial(extend, params, layers), (n, rows))
+            sample = jax.tree.map(lambda whole, x, number=rows.number: whole.at[number].set(x), sample, rows.sample)
+        return sample
+
+    def elsewhere(params: Params, rows: _Rows) -> Sample:
+        """All rows go on until the last has ended: leaving some out would move the others between devices."""
+
+        def unfinished(carry: tuple[Array, _Rows]) -> Array:
+            return (carry[0] < max_new_tokens) & ~jnp.all(carry[1].done)
+
+        start = (jnp.int32(1), rows)
+        return jax.lax.while_loop(unfinished, functools.partial(extend, params, None), start)[1].sample
+
+    return jax.lax.platform_dependent(params, rows, cpu=on_cpu, default=elsewhere)
+
+
+FEWEST, LOOPS = 32, 4  # rows of which half are worth a loop of their own, and the most loops: each is compiled

@@ -1,6 +1,6 @@
 """Where the score of a response comes from: reward models, a function of its text, or a model's word on each token.
 
-A source takes episodes, laid out over devices as `parallel.shard` does, and returns them with their scores. So
+A source takes episodes, laid out over devices by its `parallel.Layout`, and returns them with their scores. So
 `source(collect(...))` is a whole rollout, and a new kind of reward is a new function of that shape.
 """
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import heads, parallel, rollout, transformer
+from rlhf_jax import heads, parallel, ragged, rollout, transformer
 from rlhf_jax.data.builders import Row, Rows
 from rlhf_jax.data.tokenizer import Prompt, Tokenizer
 from rlhf_jax.logprobs import response_mask
@@ -35,14 +35,22 @@ def score_responses(
     apply_fn: Callable,
     eos_id: int,
     pessimism: float = 0.0,
+    buckets: int = 1,
     axis: str | None = None,
 ) -> Rollout:
     """The episodes with the mean score of an ensemble, less `pessimism` times its standard deviation.
 
     `params` are those of reward models of one architecture, stacked on a leading axis; one alone gives its own score.
+    They read the responses in so many `buckets`, see `ragged`.
     """
     read = readable(episodes, eos_id)
-    per_model = jax.lax.map(lambda one: heads.at_last(apply_fn(one, episodes.tokens, read), read), params)
+    live = read[:, -episodes.response_mask.shape[1] :]
+
+    def score(one: Params) -> jax.Array:
+        judge = lambda tokens, read: heads.at_last(apply_fn(one, tokens, read), read)
+        return ragged.read(judge, live, buckets, episodes.tokens, read)
+
+    per_model = jax.lax.map(score, params)
     if len(per_model) == 1:
         return episodes.replace(score=per_model[0])
     spread = jnp.std(per_model, axis=0)
@@ -60,7 +68,13 @@ def score_tokens(
     return episodes.replace(token_score=token_score, score=jnp.zeros_like(per_token[:, 0]))
 
 
-def reward_models(models: Sequence[Model], eos_id: int, pessimism: float = 0.0) -> Source:
+def reward_models(
+    models: Sequence[Model],
+    eos_id: int,
+    pessimism: float = 0.0,
+    layout: parallel.Layout = parallel.PMAP,
+    buckets: int = 1,
+) -> Source:
     """The mean score of one or several reward models, less `pessimism` times their standard deviation.
 
     Raises InputError unless they have one architecture.
@@ -68,31 +82,45 @@ def reward_models(models: Sequence[Model], eos_id: int, pessimism: float = 0.0) 
     first, *others = models
     if any(other.config != first.config for other in others):
         raise InputError("the reward models of an ensemble differ in architecture: train them from the same model")
-    params = parallel.replicate(jax.tree.map(lambda *x: np.stack(x), *(model.params for model in models)))
-    apply_fn = transformer.bind(heads.ScalarModel(first.config))
-    step = parallel.pmap(functools.partial(score_responses, apply_fn=apply_fn, eos_id=eos_id, pessimism=pessimism))
-    return functools.partial(step, params)
+    params = layout.state(stacked([model.params for model in models], first.config))
+    return functools.partial(scoring(first.config, eos_id, pessimism, layout), params)
 
 
-def token_model(model: Model, eos_id: int) -> Source:
+def stacked(params: Sequence[Params], config: transformer.Config) -> Params:
+    """Those of reward models of one architecture, as `score_responses` takes them."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *map(config.compute.freeze, params))
+
+
+def scoring(config: transformer.Config, eos_id: int, pessimism: float, layout: parallel.Layout) -> Callable:
+    """`score_responses` by models of this architecture, placed: it takes (params, episodes)."""
+    apply_fn = transformer.bind(heads.ScalarModel(config))
+    return layout.step(functools.partial(score_responses, apply_fn=apply_fn, eos_id=eos_id, pessimism=pessimism))
+
+
+def token_model(model: Model, eos_id: int, layout: parallel.Layout = parallel.PMAP) -> Source:
     """A scalar model whose word on each token is that token's reward."""
     apply_fn = transformer.bind(heads.ScalarModel(model.config))
-    step = parallel.pmap(functools.partial(score_tokens, apply_fn=apply_fn, eos_id=eos_id))
-    return functools.partial(step, parallel.replicate(model.params))
+    step = layout.step(functools.partial(score_tokens, apply_fn=apply_fn, eos_id=eos_id))
+    return functools.partial(step, layout.state(model.config.compute.freeze(model.params)))
 
 
-def text_function(function: Callable[[Prompt, str], float], rows: Rows | Sequence[Row], tokenizer: Tokenizer) -> Source:
+def text_function(
+    function: Callable[[Prompt, str], float],
+    rows: Rows | Sequence[Row],
+    tokenizer: Tokenizer,
+    layout: parallel.Layout = parallel.PMAP,
+) -> Source:
     """`function(prompt, response)` on the host, where `rows` are what the episodes' `index` counts.
 
     The response ends before its first EOS, even where it went on.
     """
 
     def source(episodes: Rollout) -> Rollout:
-        host = parallel.gather({"tokens": episodes.tokens, "mask": episodes.response_mask, "index": episodes.index})
+        host = layout.fetch({"tokens": episodes.tokens, "mask": episodes.response_mask, "index": episodes.index})
         tokens = host["tokens"][:, -host["mask"].shape[1] :]
         read = host["mask"] & np.asarray(response_mask(jnp.asarray(tokens), tokenizer.eos_token_id))
         said = rollout.texts(tokenizer, tokens, read)
         score = [function(rows[int(index)]["prompt"], text) for index, text in zip(host["index"], said, strict=True)]
-        return episodes.replace(score=parallel.shard(np.array(score, np.float32)))
+        return episodes.replace(score=layout.rows(np.array(score, np.float32)))
 
     return source

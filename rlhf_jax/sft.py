@@ -31,9 +31,9 @@ def next_token_loss(
 def loss(
     params: Params, batch: Tokens, apply_fn: Callable, keys: Array | None = None, count: Array | None = None
 ) -> Float[Array, ""]:
-    """Next-token loss of a batch of text; `keys` [B] turn dropout on."""
-    logits = apply_fn(params, batch.tokens, batch.segment, keys, stop=-1)
-    return next_token_loss(logits, batch.tokens[:, 1:], batch.target[:, 1:], count)
+    """`next_token_loss` of a batch of text; `keys` [B] turn dropout on."""
+    logp, _ = apply_fn(params, batch.tokens, batch.segment, keys, method="logprobs")
+    return masked_mean(-logp, batch.target[:, 1:], count)
 
 
 def train_step(
@@ -42,17 +42,22 @@ def train_step(
     *,
     apply_fn: Callable,
     tx: optax.GradientTransformation,
+    microbatches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update on the global batch, whose rows are spread over `axis`.
+    """One update on the global batch, whose rows are spread over `axis`; `apply_fn` is a bound `Transformer`.
 
-    `apply_fn(params, tokens, segment, keys, stop=)` returns logits. The metrics are of the parameters before the
-    update.
+    The metrics are of the parameters before the update.
     """
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.tokens.shape[0], axis)
     count = parallel.psum(jnp.sum(batch.target[:, 1:]), axis)
-    value, grads = jax.value_and_grad(loss)(state.params, batch, apply_fn, keys, count)
-    value, grads = parallel.psum((value, grads), axis)
+
+    def share(rows: tuple[Tokens, Array]) -> tuple[Params, Array]:
+        value, grads = jax.value_and_grad(loss)(state.params, rows[0], apply_fn, rows[1], count)
+        return grads, value
+
+    grads, values = parallel.accumulate(share, (batch, keys), microbatches)
+    grads, value = parallel.psum((grads, jnp.sum(values)), axis)
     metrics = {"loss/next_token": value, "grad_norm": optax.tree.norm(grads), "tokens": count.astype(jnp.float32)}
     return optim.apply_gradients(state, grads, tx), metrics
 
@@ -60,5 +65,5 @@ def train_step(
 def evaluate(params: Params, batch: Tokens, *, apply_fn: Callable, axis: str | None = None) -> tuple[Array, Array]:
     """Sum of the negative log-likelihood in nats over the global batch's target tokens, and their number."""
     mask = batch.target[:, 1:]
-    logp = token_logprobs(apply_fn(params, batch.tokens, batch.segment, None, stop=-1), batch.tokens[:, 1:])
+    logp, _ = apply_fn(params, batch.tokens, batch.segment, method="logprobs")
     return parallel.psum((-jnp.sum(jnp.where(mask, logp, 0.0)), jnp.sum(mask)), axis)

@@ -8,7 +8,7 @@ how many of them there are.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,6 +18,8 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax import attention, parallel
+from rlhf_jax.logprobs import by_columns, entropy, token_logprobs
 from rlhf_jax.types import InputError, Leaf, Params, check_positive
 
 
@@ -26,7 +28,19 @@ class Compute:
     """How a model is computed, whatever its architecture."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk; parameters, norms, softmax and logits are float32
-    remat: bool = False  # recompute activations in the backward pass, a layer at a time
+    # What the backward pass computes again, a layer at a time: nothing, all but matrix products with weights, or all.
+    remat: Literal["none", "dots", "full"] = "none"
+    frozen: Literal["float32", "bfloat16"] = "float32"  # of the parameters of models that are not trained
+    attention: Literal["auto", "plain", "flash"] = "auto"  # flash is TPUs' kernel, and auto where there is one
+    chunk: int = 0  # columns whose logits exist at a time where log-probabilities are computed; 0 is all of them
+
+    def __post_init__(self) -> None:
+        if self.chunk < 0:
+            raise InputError(f"chunk={self.chunk}: expected a number of columns, or 0 for all at once")
+
+    def freeze(self, params: Params) -> Params:
+        """Parameters that are not to be trained, in the type that `frozen` names."""
+        return jax.tree.map(lambda x: x.astype(self.frozen), params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +92,8 @@ class Config:
             raise InputError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.position == "rope" and self.head_dim % 2:
             raise InputError(f"RoPE rotates pairs of features: head_dim={self.head_dim} must be even")
+        if self.window is not None and self.compute.attention == "flash":
+            raise InputError("attention=flash has no window, which this model has: use auto or plain")
 
 
 def gpt(n_layers: int, d_model: int, n_heads: int, **settings) -> Config:
@@ -128,18 +144,51 @@ def preset(name: str) -> Config:
 
 
 class Cache(struct.PyTreeNode):
-    """Keys and values of the columns seen so far, for generation."""
+    """Keys and values of the columns seen so far, for generation.
 
-    key: Leaf  # [L, B, S, G, head_dim]
-    value: Leaf  # [L, B, S, G, head_dim]
+    The layers are stacked on a leading axis [L], for a scan over them, or `apart` in a tuple.
+    """
+
+    key: Leaf  # [L, B, G, S, head_dim], or L times [B * G, S, head_dim]
+    value: Leaf  # as key
     mask: Leaf  # [B, S] bool, columns that hold a real token
     column: Leaf  # [] int32, the next column to fill
 
     @classmethod
     def empty(cls, config: Config, rows: int, columns: int) -> "Cache":
-        shape = (config.n_layers, rows, columns, config.n_kv_heads, config.head_dim)
+        shape = (config.n_layers, rows, config.n_kv_heads, columns, config.head_dim)
         zeros = jnp.zeros(shape, config.compute.dtype)
         return cls(key=zeros, value=zeros, mask=jnp.zeros((rows, columns), bool), column=jnp.int32(0))
+
+    def apart(self) -> "Cache":
+        """Each layer as an array of its own, of the very shape that attention multiplies by: XLA for CPU copies
+        whatever is cut out of a stack, and whatever is both updated and reshaped."""
+        flat = lambda x: tuple(layer.reshape(-1, *layer.shape[2:]) for layer in x)
+        return self.replace(key=flat(self.key), value=flat(self.value))
+
+    def put(self, layer: int | Array, key: Float[Array, "B G T H"], value: Float[Array, "B G T H"]) -> "Cache":
+        """With these columns of a layer; `column` moves on when all layers have theirs."""
+
+        def into(old: Any, new: Array) -> Any:
+            if isinstance(old, tuple):
+                new = new.reshape(-1, *new.shape[2:])
+                changed = jax.lax.dynamic_update_slice(old[layer], new, (0, self.column, 0))
+                return (*old[:layer], changed, *old[layer + 1 :])
+            return jax.lax.dynamic_update_slice(old, new[None], (layer, 0, 0, self.column, 0))
+
+        return self.replace(key=into(self.key, key), value=into(self.value, value))
+
+    def at(self, layer: int | Array) -> tuple[Float[Array, "B G S H"], Float[Array, "B G S H"]]:
+        """All columns of a layer."""
+        if isinstance(self.key, tuple):
+            return tuple(x[layer].reshape(len(self.mask), -1, *x[layer].shape[1:]) for x in (self.key, self.value))
+        return tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.key, self.value))
+
+    def rows(self, index: Int[Array, "B"]) -> "Cache":
+        """These rows alone, of a cache that is `apart`."""
+        pick = lambda x: x.reshape(len(self.mask), -1, *x.shape[1:])[index].reshape(-1, *x.shape[1:])
+        key, value = jax.tree.map(pick, (self.key, self.value))
+        return self.replace(key=key, value=value, mask=self.mask[index])
 
 
 class View(struct.PyTreeNode):
@@ -148,6 +197,7 @@ class View(struct.PyTreeNode):
     position: Leaf  # [B, T] int32, tokens before this one in its document
     attend: Leaf  # [B, T, S] bool
     near: Leaf  # [B, T, S] bool, the same within the window; None without one
+    segment: Leaf  # [B, T] of these columns
     keys: Leaf  # [B] dropout keys, one a row, or None to evaluate
 
 
@@ -228,40 +278,53 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.std), (*self.inputs, *self.outputs))
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
+        outputs = *x.shape[:2], *self.outputs
         # One plain matrix product: XLA for CPU takes three times as long over the gradient of anything else.
-        product = lambda x, kernel: x.reshape(-1, fan_in) @ kernel.astype(x.dtype).reshape(fan_in, fan_out)
+        flat = lambda x, kernel: (x.reshape(-1, fan_in) @ kernel.astype(x.dtype).reshape(fan_in, fan_out)).reshape(
+            outputs
+        )
+        # On a mesh, flat outputs [2 F] could not be spread over F.
+        whole = lambda x, kernel: jnp.tensordot(x, kernel.astype(x.dtype), len(self.inputs))
+        product = whole if parallel.on_mesh() else flat
         if self.has_variable("params", "kernel_a"):  # of lora.py
             a, b = (self.variables["params"][f"kernel_{factor}"].astype(x.dtype) for factor in "ab")
             # The backward pass keeps the kernel itself, not a cast and reshaped copy for each layer.
-            y = jax.checkpoint(product, prevent_cse=False)(x, kernel) + x.reshape(-1, fan_in) @ a @ b
+            y = jax.checkpoint(product, prevent_cse=False)(x, kernel)
+            y = y + (x.reshape(-1, fan_in) @ a @ b).reshape(outputs)
         else:
             y = product(x, kernel)
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype).reshape(1, fan_out)
-        return y.reshape(*x.shape[:2], *self.outputs)
+            y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype)[None, None]
+        return y
 
 
 def attend(
     query: Float[Array, "B T G R H"],
-    key: Float[Array, "B S G H"],
-    value: Float[Array, "B S G H"],
+    key: Float[Array, "B G S H"],
+    value: Float[Array, "B G S H"],
     mask: Array,
     config: Config,
 ) -> Float[Array, "B T G R H"]:
     """Each query's mean of the values under `softmax(query . key / sqrt(H))`, over the keys that mask [B, T, S] allows.
 
     `config` may give another size than H, and a cap. Heads go first, so that both products are plain batched matrix
-    products. Softmax in float32.
+    products; rows and groups stay apart, which a mesh may spread over different axes. Softmax in float32.
     """
     rows, columns, groups, shared, size = query.shape
-    query = query.transpose(0, 2, 3, 1, 4).reshape(rows * groups, shared * columns, size)
-    key, value = (x.transpose(0, 2, 1, 3).reshape(rows * groups, -1, size) for x in (key, value))
-    scores = jnp.einsum("xqh,xsh->xqs", query, key, preferred_element_type=jnp.float32)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(rows, groups, shared * columns, size)
+    scores = jnp.einsum("bgqh,bgsh->bgqs", query, key, preferred_element_type=jnp.float32)
     scores = scores.reshape(rows, groups, shared, columns, -1) * (config.query_size or size) ** -0.5
     scores = capped(scores, config.attention_cap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    mixed = weights.astype(value.dtype).reshape(rows * groups, shared * columns, -1) @ value
+    mixed = weights.astype(value.dtype).reshape(rows, groups, shared * columns, -1) @ value
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
+
+
+def blockwise(config: Config, queries: int, keys: int) -> bool:
+    """Whether attention of so many columns is `attention.flash`, of what is being traced."""
+    if queries != keys or config.window is not None or config.compute.attention == "plain":
+        return False
+    return config.compute.attention == "flash" or attention.worthwhile(queries)
 
 
 def capped(x: Array, cap: float | None) -> Array:
@@ -275,7 +338,7 @@ class Attention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Array, layer: Array, view: View, cache: Cache | None) -> tuple[Array, Cache | None]:
+    def __call__(self, x: Array, layer: int | Array, view: View, cache: Cache | None) -> tuple[Array, Cache | None]:
         c = self.config
         groups, shared = c.n_kv_heads, c.n_heads // c.n_kv_heads
         qkv = Linear(c, (c.d_model,), (groups, shared + 2, c.head_dim), 0.02, c.bias != "none", name="qkv")(x)
@@ -286,20 +349,20 @@ class Attention(nn.Module):
             frequency = jnp.asarray(frequencies(c))
             query = rope(query, view.position, frequency)
             key = rope(key[..., None, :], view.position, frequency)[..., 0, :]
+        key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
         if cache is not None:
-            at = (layer, 0, cache.column, 0, 0)
-            cache = cache.replace(
-                key=jax.lax.dynamic_update_slice(cache.key, key[None], at),
-                value=jax.lax.dynamic_update_slice(cache.value, value[None], at),
-            )
-            if view.attend.shape[2] != key.shape[1]:  # not a prefill: look back at the cache
-                key = jax.lax.dynamic_index_in_dim(cache.key, layer, keepdims=False)
-                value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
+            cache = cache.put(layer, key, value)
+            if view.attend.shape[2] != key.shape[2]:  # not a prefill: look back at the cache
+                key, value = cache.at(layer)
         mask = view.attend
         if c.window is not None:
             far = jnp.isin(layer, jnp.array(c.full_layers, jnp.int32))
             mask = jnp.where(far, view.attend, view.near) if c.full_layers else view.near
-        mixed = attend(query, key, value, mask, c)
+        if blockwise(c, query.shape[1], key.shape[2]):
+            scale = (c.query_size or c.head_dim) ** -0.5
+            mixed = attention.flash(query, key, value, view.segment, scale, c.attention_cap)
+        else:
+            mixed = attend(query, key, value, mask, c)
         std = 0.02 / (2 * c.n_layers) ** 0.5
         out = Linear(c, (groups, shared, c.head_dim), (c.d_model,), std, c.bias == "all", name="out")
         return out(mixed), cache
@@ -326,7 +389,7 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, Cache | None], layer: Array, view: View) -> tuple[tuple, None]:
+    def __call__(self, carry: tuple[Array, Cache | None], layer: int | Array, view: View) -> tuple[tuple, None]:
         c = self.config
         x, cache = carry
         mixed, cache = Attention(c, name="attention")(Norm(c, name="norm_1")(x), layer, view, cache)
@@ -336,7 +399,10 @@ class Block(nn.Module):
         added = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
         if c.post_norm:
             added = Norm(c, name="post_norm_2")(added)
-        return (x + dropout(added, view.keys, 2 * layer + 2, c.dropout), cache), None
+        return (parallel.spread(x + dropout(added, view.keys, 2 * layer + 2, c.dropout)), cache), None
+
+
+SAVED = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 class Transformer(nn.Module):
@@ -352,7 +418,9 @@ class Transformer(nn.Module):
             self.position_table = self.param("positions", init, (c.max_length, c.d_model))
         if not c.tie_embeddings:
             self.unembedding = self.param("unembedding", init, (c.vocab_size, c.d_model))
-        block = nn.remat(Block, prevent_cse=False) if c.compute.remat else Block
+        block = Block
+        if c.compute.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=SAVED[c.compute.remat])
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -363,12 +431,18 @@ class Transformer(nn.Module):
         self.final_norm = Norm(c)
 
     def hidden(
-        self, tokens: Array, segment: Array, keys: Array | None = None, cache: Cache | None = None
+        self,
+        tokens: Array,
+        segment: Array,
+        keys: Array | None = None,
+        cache: Cache | None = None,
+        layers: Sequence[Params] | None = None,
     ) -> tuple[Array, Cache | None]:
         """Final hidden states [B, T, D], and the cache with these columns appended.
 
         `segment` is a bool mask or document ids [B, T]. `keys` [B] turn residual dropout on. With a cache, T columns
-        are appended at `cache.column`: either the whole prompt into an empty cache, or one column.
+        are appended at `cache.column`: either the whole prompt into an empty cache, or one column. `layers` are the
+        parameters of the blocks one by one (`layers_of`), which then run one by one, on a cache that is `apart`.
         """
         if self.config.position == "learned" and tokens.shape[1] > self.config.max_length:
             raise InputError(f"{tokens.shape[1]} columns exceed the model's context of {self.config.max_length}")
@@ -378,36 +452,63 @@ class Transformer(nn.Module):
             start = (0, cache.column)
             cache = cache.replace(mask=jax.lax.dynamic_update_slice(cache.mask, segment.astype(bool), start))
             if tokens.shape[1] == 1:
-                key_position = jnp.cumsum(cache.mask, axis=1) - 1
-                position = key_position[:, -1:]
+                position = jnp.sum(cache.mask, axis=1, dtype=jnp.int32, keepdims=True) - 1
                 attend = cache.mask[:, None, :]
         near = None
         if self.config.window is not None:
+            if cache is not None and tokens.shape[1] == 1:
+                key_position = jnp.cumsum(cache.mask, axis=1) - 1
             near = attend & (position[:, :, None] - key_position[:, None, :] < self.config.window)
         x = self.embedding[tokens]
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.d_model**0.5, self.config.compute.dtype)
         if self.config.position == "learned":
             x = x + self.position_table[position]
-        x = dropout(x.astype(self.config.compute.dtype), keys, 0, self.config.dropout)
-        view = View(position=position, attend=attend, near=near, keys=keys)
-        (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)
+        x = parallel.spread(dropout(x.astype(self.config.compute.dtype), keys, 0, self.config.dropout))
+        view = View(position=position, attend=attend, near=near, segment=segment, keys=keys)
+        if layers is None:
+            (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)
+        else:
+            for layer, params in enumerate(layers):
+                (x, cache), _ = Block(self.config, parent=None).apply({"params": params}, (x, cache), layer, view)
         if cache is not None:
             cache = cache.replace(column=cache.column + tokens.shape[1])
         return self.final_norm(x), cache
 
-    def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits of the next token, float32."""
+    def unembed(self, hidden: Float[Array, "B T D"], over: str | None = None) -> Float[Array, "B T V"]:
+        """Logits of the next token, float32; the vocabulary is spread `over` an axis of the mesh, or whole."""
         table = self.embedding if self.config.tie_embeddings else self.unembedding
         flat = hidden.reshape(-1, hidden.shape[-1])
         logits = jnp.matmul(flat, table.astype(hidden.dtype).T, preferred_element_type=jnp.float32)
-        return capped(logits, self.config.logit_cap).reshape(*hidden.shape[:2], -1)
+        logits = capped(logits, self.config.logit_cap).reshape(*hidden.shape[:2], -1)
+        return parallel.constrain(logits, parallel.ROWS, None, over)
 
-    def __call__(
-        self, tokens: Array, segment: Array, keys: Array | None = None, start: int = 0, stop: int | None = None
-    ) -> Float[Array, "B N V"]:
-        """Logits at columns `start:stop`, which predict the tokens at columns `start + 1 : stop + 1`."""
-        return self.unembed(self.hidden(tokens, segment, keys)[0][:, start:stop])
+    def logprobs(
+        self,
+        tokens: Int[Array, "B T"],
+        segment: Array,
+        keys: Array | None = None,
+        *,
+        start: int = 0,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
+        """Log-probability of each token after column `start`, N = T - 1 - start, and the entropy that it came out of.
+
+        Of `softmax(logits / temperature)`. Logits exist for these columns alone, `compute.chunk` of them at a time.
+        """
+        hidden = self.hidden(tokens, segment, keys)[0][:, start:-1]
+
+        def read(hidden: Array, targets: Array) -> tuple[Array, Array | None]:
+            logits = self.unembed(hidden, over="tensor")
+            logp = token_logprobs(logits, targets, temperature)
+            return logp, entropy(logits, temperature) if with_entropy else None
+
+        return by_columns(read, self.config.compute.chunk, hidden, tokens[:, start + 1 :])
+
+    def __call__(self, tokens: Array, segment: Array, keys: Array | None = None) -> Float[Array, "B T V"]:
+        """Logits at each column, which predict the token at the next."""
+        return self.unembed(self.hidden(tokens, segment, keys)[0])
 
 
 def bind(module: Any) -> Callable:
@@ -422,6 +523,11 @@ def bind(module: Any) -> Callable:
             return module.apply({"params": params}, *args, **kwargs)
 
     return apply_fn
+
+
+def layers_of(params: Params, config: Config) -> list[Params]:
+    """The parameters of each block, cut out of the stack."""
+    return [jax.tree.map(lambda x, layer=layer: x[layer], params["blocks"]) for layer in range(config.n_layers)]
 
 
 def parameter_shapes(config: Config) -> Params:

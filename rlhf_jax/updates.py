@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax import parallel, sft
-from rlhf_jax.logprobs import entropy, masked_mean, token_logprobs
-from rlhf_jax.rollout import response_logits
+from rlhf_jax import parallel, ragged, sft
+from rlhf_jax.logprobs import masked_mean
 from rlhf_jax.types import InputError, Metrics, Params, Rollout, Tokens, TrainState, check_positive
 
 Batch = TypeVar("Batch")  # a pytree whose leaves count episodes on their first axis
+Totals = dict[str, Array]  # what shares of a loss are divided by: counts over the global minibatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Config:
 
     epochs: int = 1  # passes over each rollout
     minibatches: int = 1  # updates a pass
+    buckets: int = 1  # parts of like length in which responses are read and learnt from, each as wide as it needs
     temperature: float = 1.0  # of sampling, and so of every log-probability
     stop_at_eos: bool = True  # False: responses go on, and all their tokens are trained on (Ziegler et al. 2019)
     unfinished_score: float | None = None  # replaces the score of a response without EOS
@@ -39,7 +40,7 @@ class Config:
     ema: float | None = None  # decay an update of an average of the policy's weights, kept beside them
 
     def __post_init__(self) -> None:
-        check_positive(self, "epochs", "minibatches", "temperature")
+        check_positive(self, "epochs", "minibatches", "buckets", "temperature")
         if self.unfinished_score is not None and self.unfinished_penalty:
             raise InputError("unfinished_score replaces what unfinished_penalty lowers: leave out one of them")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -76,22 +77,26 @@ def response_kl(rollout: Rollout) -> Float[Array, "B"]:
 def describe(rollout: Rollout, score: Float[Array, "B"]) -> Metrics:
     """What can be said of a rollout before anything is learnt from it; KL summed over each response."""
     mask = rollout.response_mask
-    return {
-        "reward/score": jnp.mean(score),
-        "kl/reference": jnp.mean(response_kl(rollout)),
-        "policy/entropy": masked_mean(-rollout.logp, mask),  # estimated from the sampled tokens
-        "response/tokens": jnp.mean(jnp.sum(mask, axis=1)),
-        "response/ended": jnp.mean(rollout.ended),
-    } | ({} if rollout.disagreement is None else {"reward/disagreement": jnp.mean(rollout.disagreement)})
+    return (
+        {
+            "reward/score": jnp.mean(score),
+            "kl/reference": jnp.mean(response_kl(rollout)),
+            "policy/entropy": masked_mean(-rollout.logp, mask),  # estimated from the sampled tokens
+            "prompt/tokens": jnp.mean(jnp.sum(rollout.mask[:, : -mask.shape[1]], axis=1)),
+            "response/tokens": jnp.mean(jnp.sum(mask, axis=1)),
+            "response/ended": jnp.mean(rollout.ended),
+        }
+        | ({} if rollout.disagreement is None else {"reward/disagreement": jnp.mean(rollout.disagreement)})
+    )
 
 
 def forward(
     policy: Params, rollout: Rollout, policy_fn: Callable, cfg: Config
-) -> tuple[Float[Array, "B N V"], Float[Array, "B N"]]:
-    """The policy's logits and log-probabilities of a rollout's responses."""
-    new_tokens = rollout.response_mask.shape[1]
-    logits = response_logits(policy_fn, policy, rollout.tokens, rollout.mask, new_tokens)
-    return logits, token_logprobs(logits, rollout.tokens[:, -new_tokens:], cfg.temperature)
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
+    """The policy's log-probabilities of a rollout's responses, and its entropies where `cfg` has a use for them."""
+    start = rollout.tokens.shape[1] - rollout.response_mask.shape[1] - 1
+    asked = {"start": start, "temperature": cfg.temperature, "with_entropy": bool(cfg.entropy_coef)}
+    return policy_fn(policy, rollout.tokens, rollout.mask, method="logprobs", **asked)
 
 
 def ratio_error(logp: Float[Array, "B T"], logp_old: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
@@ -101,26 +106,24 @@ def ratio_error(logp: Float[Array, "B T"], logp_old: Float[Array, "B T"], mask: 
 
 def extras(
     policy: Params,
-    logits: Float[Array, "B N V"],
+    entropy: Float[Array, "B N"] | None,
     mask: Bool[Array, "B N"],
-    count: Array,
     text: Tokens | None,
+    totals: Totals,
     *,
     policy_fn: Callable,
     cfg: Config,
-    axis: str | None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """This device's share of -entropy_coef * entropy + ptx_coef * next-token loss on `text`, as far as there are any.
+    """The share of -entropy_coef * entropy + ptx_coef * next-token loss on `text`, as far as there are any.
 
-    `count` is the number of the global minibatch's response tokens.
+    `totals` has the numbers of "tokens" of responses and of targets of the "text".
     """
     total, metrics = jnp.float32(0.0), {}
-    if cfg.entropy_coef:
-        metrics["loss/entropy"] = -masked_mean(entropy(logits, cfg.temperature), mask, count)
+    if entropy is not None:
+        metrics["loss/entropy"] = -masked_mean(entropy, mask, totals["tokens"])
         total += cfg.entropy_coef * metrics["loss/entropy"]
     if text is not None:
-        targets = parallel.psum(jnp.sum(text.target[:, 1:]), axis)
-        metrics["loss/ptx"] = sft.loss(policy, text, policy_fn, count=targets)
+        metrics["loss/ptx"] = sft.loss(policy, text, policy_fn, count=totals["text"])
         total += cfg.ptx_coef * metrics["loss/ptx"]
     return total, metrics
 
@@ -130,23 +133,28 @@ def apply(
     batch: Batch,
     text: Tokens | None,
     *,
-    loss_fn: Callable[[dict[str, Params], Batch, Tokens | None], tuple[Array, Metrics]],
+    loss_fn: Callable[[dict[str, Params], Batch, Tokens | None, Totals], tuple[Array, Metrics]],
+    totals_fn: Callable[[Batch], Totals],
+    live_fn: Callable[[Batch], Bool[Array, "B N"]],
     tx: optax.GradientTransformation,
     cfg: Config,
+    microbatches: int,
     axis: str | None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches on the global batch of episodes, which every device has whole.
 
     So minibatch m consists of the same episodes however many devices share its rows. `text`, where given, holds
-    pretraining rows for each update, `[epochs * minibatches, B, T]`. `loss_fn(params, rows, text)` returns this
-    device's share of the loss, and metrics that add up over devices, with `ratio_error` and, for `stop_kl`,
-    `policy/approx_kl` among them. Metrics are means over the updates; `ratio/first_error` is the largest |ratio - 1| of
-    the first one: anything but rounding means that what was sampled is not what is scored.
+    pretraining rows for each update, `[epochs * minibatches, B, T]`. `loss_fn(params, rows, text, totals)` returns the
+    share that some rows of a minibatch have in its loss, and metrics that add up over them, with `ratio_error` and, for
+    `stop_kl`, `policy/approx_kl` among them; `totals_fn(rows)` what adds up to the totals that shares are divided by;
+    `live_fn(rows)` says which columns of the responses have a part in the loss. Metrics are means over the updates;
+    `ratio/first_error` is the largest |ratio - 1| of the first one: anything but rounding means that what was sampled
+    is not what is scored.
     """
     episodes = jax.tree.leaves(batch)[0].shape[0]
     if episodes % cfg.minibatches:
         raise InputError(f"{episodes} episodes do not divide into {cfg.minibatches} minibatches")
-    updates = cfg.epochs * cfg.minibatches
+    updates, parts = cfg.epochs * cfg.minibatches, cfg.buckets * microbatches
     if text is not None and text.tokens.shape[0] != updates:
         raise InputError(f"pretraining text for {text.tokens.shape[0]} updates, but there are {updates}")
     key = jax.random.fold_in(state.rng, state.step)
@@ -155,11 +163,17 @@ def apply(
 
     def update(carry: dict[str, Any], inputs: tuple[Array, Tokens | None]) -> tuple[dict[str, Any], Metrics]:
         rows, text = inputs
-        mine = jax.tree.map(lambda x: x[parallel.own_rows(rows, axis)], batch)
+        mine = parallel.spread(jax.tree.map(lambda x: x[parallel.own_rows(rows, axis)], batch))
         params = carry["params"]
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, mine, text)
-        worst = parallel.pmax(metrics.pop("ratio_error"), axis)  # not a share but a maximum
-        grads, metrics = parallel.psum((grads, metrics), axis)
+        totals = totals_fn(mine) | ({} if text is None else {"text": jnp.sum(text.target[:, 1:])})
+        totals = parallel.psum(totals, axis)
+        share = lambda rows, text: jax.grad(loss_fn, has_aux=True)(params, rows, text, totals)
+        if cfg.buckets > 1:
+            mine = jax.tree.map(lambda x: x[ragged.order(live_fn(mine), parts)], mine)
+            share = ragged.as_wide_as_needed(share, live_fn, cfg.buckets)
+        grads, metrics = parallel.accumulate(lambda rows: share(*rows), (mine, text), parts)
+        worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # not a share but a maximum
+        grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, metrics)), axis)
         changes, optimizer = tx.update(grads, carry["optimizer"], params)
         after = {"params": optax.apply_updates(params, changes), "optimizer": optimizer}
         if cfg.ema is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; with a limit, workers take turns in it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten() -> Iterator[None]:
+    """Compiled programs do not outlive their module: Linux bounds the pieces of memory that a process may map."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from rlhf_jax import best_of_n, grpo, parallel, ppo, reward, rloo, updates
+from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.types import Rollout
 
 EOS, EPISODES = 0, 512
@@ -51,8 +52,9 @@ class Tree:
         columns = jnp.arange(tokens.shape[1])
         return jnp.where(columns == 0, 0, jnp.minimum(1 + tokens, self.nodes - 1))
 
-    def policy(self, params, tokens, mask, keys=None, *, start=0, stop=None):
-        return params[self.node(tokens)[:, start:stop]]
+    def policy(self, params, tokens, mask, keys=None, *, method, start, temperature, with_entropy):
+        assert (method, temperature, with_entropy) == ("logprobs", 1.0, False)
+        return token_logprobs(params[self.node(tokens)[:, start:-1]], tokens[:, start + 1 :]), None
 
     def critic(self, params, tokens, mask):
         return params["critic"][self.node(tokens)]

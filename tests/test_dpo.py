@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import dpo, optim, parallel, transformer
+from rlhf_jax import dpo, optim, transformer
 from rlhf_jax.types import InputError, Rankings
 from tests import tiny
 from tests.oracles import Case
@@ -95,17 +95,6 @@ def test_a_step_averages_pairs_then_prompts(cfg):
         losses += [terms.mean()] if pairs else []
     np.testing.assert_allclose(metrics["loss/dpo"], np.mean(losses), rtol=1e-4)
     np.testing.assert_allclose(metrics["reward/accuracy"], np.mean(correct), rtol=1e-5)
-
-
-def test_one_device_equals_eight():
-    step = functools.partial(STEP, cfg=dpo.Config())
-    state, reference = optim.init(tiny.policy(), TX, jax.random.key(0)), tiny.policy(seed=3)
-    one, eight, spread = jax.jit(step), parallel.pmap(step, donate=(0,)), parallel.replicate(state)
-    for seed in range(3):
-        state, metrics = one(state, batch(seed), reference)
-        spread, other = eight(spread, parallel.shard(batch(seed)), parallel.replicate(reference))
-        tiny.assert_close(metrics, parallel.unreplicate(other), atol=1e-5)
-    tiny.assert_close(state, parallel.unreplicate(spread), atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"beta": 0.0}, {"loss": "ipo", "label_smoothing": 0.1}])

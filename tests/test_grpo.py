@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import grpo, optim, parallel, ppo, rloo, transformer, updates
+from rlhf_jax import grpo, optim, ppo, rloo, transformer, updates
 from rlhf_jax.types import InputError
 from tests import tiny
-from tests.test_ppo import EPISODES, LOGPROBS, N, episodes, text
+from tests.test_ppo import EPISODES, LOGPROBS, N, episodes
 
 POLICY = transformer.bind(transformer.Transformer(tiny.GPT))
 TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
@@ -38,20 +38,6 @@ def compiled(name):
     return jax.jit(step(name)[0])
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
-def test_one_device_equals_eight(name):
-    train, cfg = step(name)
-    one, eight = compiled(name), parallel.pmap(train, donate=(0,))
-    state, spread = init(cfg), parallel.replicate(init(cfg))
-    count = cfg.epochs * cfg.minibatches
-    for seed in range(3):
-        state, metrics = one(state, episodes(seed), text(seed, count))
-        rows = parallel.shard(text(seed, count), rows_axis=1)
-        spread, other = eight(spread, parallel.shard(episodes(seed)), rows)
-        tiny.assert_close(metrics, parallel.unreplicate(other), atol=1e-5)
-    tiny.assert_close(state, parallel.unreplicate(spread), atol=1e-5)
-
-
 @BOTH
 def test_the_first_pass_has_ratio_one(name):
     _, cfg = step(name)
@@ -62,10 +48,16 @@ def test_the_first_pass_has_ratio_one(name):
     assert compiled(name)(init(cfg), off)[1]["ratio/first_error"] > 0.05
 
 
+def totals(module, batch, cfg):
+    return module.totals(batch, cfg) if module is grpo else module.totals(batch)
+
+
 def gradient(module, cfg, rollout):
     """Of the loss of a whole rollout, at the policy that sampled it."""
     batch, _ = module.experience(rollout, cfg)
-    return jax.jit(jax.grad(lambda p: module.loss({"policy": p}, batch, policy_fn=POLICY, cfg=cfg)[0]))(tiny.policy())
+    count = totals(module, batch, cfg)
+    loss = lambda p: module.loss({"policy": p}, batch, None, count, policy_fn=POLICY, cfg=cfg)[0]
+    return jax.jit(jax.grad(loss))(tiny.policy())
 
 
 def on_policy(seed: int = 0):
@@ -115,7 +107,7 @@ def test_grpo_adds_k3_to_the_loss_or_k1_to_the_reward():
         cfg = grpo.Config(group=4, kl_coef=0.3, mean=mean)
         batch, _ = grpo.experience(sampled, cfg)
         value, metrics = jax.jit(functools.partial(grpo.loss, policy_fn=POLICY, cfg=cfg))(
-            {"policy": tiny.policy()}, batch
+            {"policy": tiny.policy()}, batch, None, totals(grpo, batch, cfg)
         )
         k3 = np.sum((np.exp(-d) - 1 + d) * weight)
         np.testing.assert_allclose(metrics["loss/kl"], k3, rtol=1e-4)
@@ -131,7 +123,9 @@ def test_rloo_clips_the_ratio_of_whole_responses():
     # The policy that sampled is off by .1 a token: responses of two tokens or more are beyond the clip.
     off = sampled.replace(logp=jnp.where(sampled.response_mask, sampled.logp - 0.1, 0.0))
     batch, _ = rloo.experience(off, cfg)
-    _, metrics = jax.jit(functools.partial(rloo.loss, policy_fn=POLICY, cfg=cfg))({"policy": tiny.policy()}, batch)
+    _, metrics = jax.jit(functools.partial(rloo.loss, policy_fn=POLICY, cfg=cfg))(
+        {"policy": tiny.policy()}, batch, None, totals(rloo, batch, cfg)
+    )
     lengths = np.asarray(off.response_mask).sum(1)
     beyond = (np.exp(0.1 * lengths) > 1.2) & (np.asarray(batch.advantage) > 0)
     np.testing.assert_allclose(metrics["policy/clip_fraction"], beyond.mean(), atol=1e-6)
@@ -146,7 +140,9 @@ def test_the_clip_bounds_the_ratio(module, clip):
     sampled = sampled.replace(logp=sampled.logp - jnp.array(shift[:, None], jnp.float32) * sampled.response_mask)
     cfg = module.Config(group=4, kl_coef=0.0, clip=clip)
     batch, _ = module.experience(sampled, cfg)
-    value, _ = jax.jit(functools.partial(module.loss, policy_fn=POLICY, cfg=cfg))({"policy": tiny.policy()}, batch)
+    value, _ = jax.jit(functools.partial(module.loss, policy_fn=POLICY, cfg=cfg))(
+        {"policy": tiny.policy()}, batch, None, totals(module, batch, cfg)
+    )
     ratio = np.exp(shift if module is grpo else shift * np.asarray(sampled.response_mask).sum(axis=1))
     advantage = np.asarray(batch.advantage)
     expected = np.maximum(-advantage * ratio, -advantage * np.clip(ratio, 1 - clip, 1 + clip)).mean()
@@ -178,7 +174,9 @@ def test_ppo_without_value_or_lambda_is_a_policy_gradient_too():
     batch, _ = ppo.experience(sampled, jnp.float32(0.0), cfg)
     critic_fn = lambda params, tokens, mask: jnp.zeros(tokens.shape)
     loss = functools.partial(ppo.loss, policy_fn=POLICY, critic_fn=critic_fn, cfg=cfg)
-    grad = jax.jit(jax.grad(lambda p: loss({"policy": p, "critic": ()}, batch, None)[0]))(tiny.policy())
+    grad = jax.jit(jax.grad(lambda p: loss({"policy": p, "critic": ()}, batch, None, ppo.totals(batch))[0]))(
+        tiny.policy()
+    )
     count = np.asarray(sampled.response_mask).sum()
     tiny.assert_close(grad, reinforce(np.asarray(sampled.score)[:, None] / count), atol=1e-5)
     assert optax.tree.norm(grad) > 0
@@ -189,12 +187,11 @@ def test_what_padding_holds_reaches_no_gradient():
     sampled = on_policy()
     cfg = grpo.Config(group=4, kl_coef=1.0)
 
-    def policy_fn(params, tokens, mask, keys=None, *, start=0, stop=None):
-        logits = POLICY(params, tokens, mask, keys, start=start, stop=stop)
-        after = ~sampled.response_mask[:, :, None]
-        said = jax.nn.one_hot(sampled.tokens[:, -N:], logits.shape[-1])
-        return logits - 200.0 * jnp.where(after, said, 0.0)
+    def policy_fn(params, tokens, mask, **kwargs):
+        logp, entropy = POLICY(params, tokens, mask, **kwargs)
+        return jnp.where(sampled.response_mask, logp, logp - 200.0), entropy
 
     batch, _ = grpo.experience(sampled, cfg)
-    loss = lambda p: grpo.loss({"policy": p}, batch, policy_fn=policy_fn, cfg=cfg)[0]
+    count = totals(grpo, batch, cfg)
+    loss = lambda p: grpo.loss({"policy": p}, batch, None, count, policy_fn=policy_fn, cfg=cfg)[0]
     assert jnp.isfinite(optax.tree.norm(jax.jit(jax.grad(loss))(tiny.policy())))

@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 import math
 import re
@@ -28,7 +29,7 @@ class Config:
 
 
 def without_time(rows):
-    return [{k: v for k, v in row.items() if k != "time"} for row in rows]
+    return [log.untimed(row) for row in rows]
 
 
 def test_records_config_and_metrics(tmp_path):
@@ -101,6 +102,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, name, value):
     ]
 
 
+def test_steps_in_a_row_that_are_not_finite_may_be_skipped(tmp_path, capsys):
+    def run_from(step, losses):
+        with log.start(tmp_path, Config(), total=9, step=step, skip_bad=2, at_most={"off": 1.0}) as run:
+            for n, loss in enumerate(losses, step + 1):
+                run.write(n, {"loss/a": jnp.float32(loss), "off": math.nan if math.isnan(loss) else 0.5})
+
+    run_from(0, [0.5, math.nan, math.nan, 0.5, math.nan])
+    assert "warning: step 3: loss/a is nan; skipped, 2 of 2 in a row" in capsys.readouterr().err
+    with pytest.raises(log.BrokenRunError, match="step 7: loss/a is nan; there is no checkpoint yet"):
+        run_from(5, [math.nan, math.nan, 0.5])  # those before the restart count
+    assert [row["step"] for row in log.read(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_flushing_tells_the_last_metrics(tmp_path):
+    with log.start(tmp_path, Config(), total=2) as run:
+        run.write(1, {"loss/a": 0.5})
+        run.write(2, {"loss/a": 0.25})
+        assert run.flush() == run.flush() == {"loss/a": 0.25}
+
+
 def test_samples_come_after_the_metrics_of_earlier_steps(tmp_path):
     with log.start(tmp_path, Config(), total=9) as run:
         run.write(1, {"loss/a": 0.5})
@@ -134,7 +155,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path):
 
     with (
         pytest.raises(log.BrokenRunError, match=re.escape(f"the last good checkpoint is {tmp_path}/checkpoints/4")),
-        checkpoint.Writer(tmp_path / log.CHECKPOINTS, keep=3) as writer,
+        checkpoint.Writer(tmp_path / log.CHECKPOINTS, checkpoint.Config(keep=3)) as writer,
         log.start(tmp_path, Config(), total=9) as run,
     ):
         for step in (2, 4, 6):
@@ -206,6 +227,15 @@ def test_samples(tmp_path):
     )
 
 
+def test_samples_of_a_step_replace_those_of_an_earlier_process(tmp_path):
+    for score in (0.25, 0.75):
+        with log.start(tmp_path, Config(), total=2, step=2 if score > 0.5 else 0) as run:
+            for step in (1, 2) if score < 0.5 else (2,):
+                run.samples(step, [{"prompt": f"a\u2028{step}", "response": "b", "score": score}] * 2)
+    rows = log.read(tmp_path, "samples.jsonl")
+    assert [(row["step"], row["score"]) for row in rows] == [(1, 0.25)] * 2 + [(2, 0.75)] * 2
+
+
 def test_progress_off_a_terminal_is_a_few_lines(tmp_path, capsys):
     with log.start(tmp_path, Config(), total=50, every=1, show=("reward/score",)) as run:
         for step in range(1, 51):
@@ -257,3 +287,24 @@ def test_bad_input(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n')
     with pytest.raises(InputError, match=r"metrics.jsonl:2 is not JSON"):
         log.read(tmp_path)
+
+
+@pytest.mark.parametrize("steps", [8, 4])  # the second ends within what is to be traced
+def test_steps_are_traced(tmp_path, capsys, steps):
+    double = jax.jit(lambda x: x + x)
+    with log.start(tmp_path, Config(), total=steps, profile=2) as run:
+        for step in range(1, steps + 1):
+            run.write(step, {"loss/a": double(jnp.float32(step))})
+    assert [row["loss/a"] for row in log.read(tmp_path)] == [2.0 * step for step in range(1, steps + 1)]
+    assert (f"2 steps are traced in {tmp_path / 'profile'}" in capsys.readouterr().out) == (steps == 8)
+    (perfetto,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    names = {event.get("name") for event in json.loads(gzip.decompress(perfetto.read_bytes()))["traceEvents"]}
+    assert any("double" in str(name) or "lambda" in str(name) for name in names)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_too_short_to_be_traced_says_so(tmp_path, capsys):
+    with log.start(tmp_path, Config(), total=2, profile=2) as run:
+        run.write(1, {"loss/a": 1.0})
+    assert "nothing is traced: the run ended before its step 4" in capsys.readouterr().out
+    assert not (tmp_path / "profile").exists()

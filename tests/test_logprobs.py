@@ -81,3 +81,20 @@ def test_masked_mean_ignores_what_padding_holds():
     assert float(logprobs.masked_mean(x, mask, jnp.array(4))) == 0.25
     gradient = jax.grad(lambda x: logprobs.masked_mean(x, mask))(x)
     np.testing.assert_array_equal(gradient, [[0.5, 0.0], [0.0, 0.5]])
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 3, 7, 10, 99])
+def test_columns_in_chunks(chunk):
+    key = jax.random.key(0)
+    features, tokens = jax.random.normal(key, (3, 10, 4)), jax.random.randint(key, (3, 10), 0, 6)
+    table = jax.random.normal(jax.random.fold_in(key, 1), (4, 6))
+
+    def total(table, chunk):
+        read = lambda x, tokens: (logprobs.token_logprobs(x @ table, tokens), logprobs.entropy(x @ table))
+        logp, entropy = logprobs.by_columns(read, chunk, features, tokens)
+        return jnp.sum(logp @ jnp.arange(10.0)), (logp, entropy)
+
+    (_, found), gradient = jax.value_and_grad(total, has_aux=True)(table, chunk)
+    (_, whole), expected = jax.value_and_grad(total, has_aux=True)(table, 0)
+    for one, other in zip((*found, gradient), (*whole, expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -95,7 +95,7 @@ def test_adapters_begin_as_noise_of_the_size_of_their_input():
 
 
 @BOTH
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_adapted_computes_and_learns_what_merged_does(config, remat):
     trained, base = parts(tiny.policy(config))
     apply_fn = transformer.bind(

@@ -63,3 +63,20 @@ def test_adam_against_its_formula(tensorflow):
         else:
             x = x - 0.5 * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-2)
         np.testing.assert_allclose(state.params["a"], x, rtol=1e-5)
+
+
+def test_an_update_that_is_not_finite_never_was():
+    params = {"kernel": jnp.array([1.0, -2.5])}
+    good, bad = {"kernel": jnp.array([0.5, 0.25])}, {"kernel": jnp.array([0.5, jnp.nan])}
+    tx = optim.adamw(optim.cosine(0.1, total=9), weight_decay=0.5, skip_bad=True)
+    step = jax.jit(optim.apply_gradients, static_argnums=2)
+    state = expected = optim.init(params, tx, jax.random.key(0))
+    for grads in (good, bad, bad, {"kernel": jnp.array([jnp.inf, 0.0])}, good):
+        state = step(state, grads, tx)
+        if grads is good:
+            expected = step(expected, grads, tx)
+    assert (int(state.step), int(expected.step)) == (5, 2)
+    np.testing.assert_array_equal(state.params["kernel"], expected.params["kernel"])
+    assert int(state.opt_state.total_notfinite) == 3  # which a checkpoint keeps
+    spoilt = optim.adamw(0.1)
+    assert jnp.isnan(step(optim.init(params, spoilt, jax.random.key(0)), bad, spoilt).params["kernel"]).any()

@@ -134,19 +134,6 @@ def test_adapt_kl_coef_oracle(name):
 # The step -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mix", [False, True], ids=["plain", "ptx"])
-def test_one_device_equals_eight(mix):
-    one, eight = compiled(), parallel.pmap(step(), donate=(0,))
-    single, spread = state(), parallel.replicate(state())
-    for seed in range(3):
-        rows = text(seed, 4) if mix else None
-        shared = parallel.shard(rows, rows_axis=1) if mix else None
-        single, metrics = one(single, episodes(seed), rows)
-        spread, spread_metrics = eight(spread, parallel.shard(episodes(seed)), shared)
-        tiny.assert_close(metrics, parallel.unreplicate(spread_metrics), atol=1e-5)
-    tiny.assert_close(single, parallel.unreplicate(spread), atol=1e-5)
-
-
 def test_first_pass_ratio_is_one():
     assert compiled()(state(), episodes(0))[1]["ratio/first_error"] < 1e-5
     stale = episodes(0)
@@ -253,7 +240,9 @@ def losses(**changes):
 
 
 LOSS = jax.jit(
-    lambda params, batch, cfg: ppo.loss(params, batch, None, 0.1, policy_fn=POLICY, critic_fn=CRITIC, cfg=cfg),
+    lambda params, batch, cfg: ppo.loss(
+        params, batch, None, ppo.totals(batch), 0.1, policy_fn=POLICY, critic_fn=CRITIC, cfg=cfg
+    ),
     static_argnums=2,
 )
 
@@ -273,13 +262,17 @@ def test_what_the_loss_is_made_of():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_entropy_is_that_of_the_distribution_sampled_from(temperature):
-    p = np.array([0.5, 0.3, 0.2])
-    logits = jnp.log(jnp.array([[p, [0.9, 0.05, 0.05]]], jnp.float32))
     cfg = updates.Config(entropy_coef=0.3, temperature=temperature)
-    mask = jnp.array([[True, False]])
-    total, _ = updates.extras({}, logits, mask, jnp.int32(1), None, policy_fn=POLICY, cfg=cfg, axis=None)
-    p = p ** (1 / temperature) / np.sum(p ** (1 / temperature))
-    np.testing.assert_allclose(total, 0.3 * np.sum(p * np.log(p)), rtol=1e-5)
+    logp, entropy = jax.jit(lambda p: updates.forward(p, EPISODES, POLICY, cfg))(tiny.policy())
+    logits = np.asarray(jax.jit(POLICY)(tiny.policy(), EPISODES.tokens, EPISODES.mask)[:, -N - 1 : -1], np.float64)
+    p = np.exp(logits / temperature)
+    p /= p.sum(axis=2, keepdims=True)
+    said = np.take_along_axis(p, np.asarray(EPISODES.tokens)[:, -N:, None], axis=2)[..., 0]
+    np.testing.assert_allclose(logp, np.log(said), atol=1e-5)
+    np.testing.assert_allclose(entropy, -np.sum(p * np.log(p), axis=2), atol=1e-5)
+    mask = EPISODES.response_mask
+    total, _ = updates.extras({}, entropy, mask, None, {"tokens": jnp.int32(7)}, policy_fn=POLICY, cfg=cfg)
+    np.testing.assert_allclose(total, -0.3 * np.sum(entropy, where=np.asarray(mask)) / 7, rtol=1e-5)
 
 
 def test_clips_and_penalty_reach_the_loss():
@@ -385,14 +378,12 @@ def test_gradient_equals_the_sum_of_its_parts():
     # The loss of a whole minibatch is the sum of its shares, whose counts are those of the whole.
     batch, _ = ppo.experience(episodes(0), jnp.float32(0.1), CFG)
     grad = jax.jit(jax.grad(functools.partial(ppo.loss, policy_fn=POLICY, critic_fn=CRITIC, cfg=CFG), has_aux=True))
-    params = state().params
-    whole, _ = grad(params, batch, None)
+    params, totals = state().params, ppo.totals(batch)
+    whole, _ = grad(params, batch, None, totals)
     halves = parallel.shard(batch, jax.devices()[:2])
     shared = jax.pmap(
         lambda p, b: jax.lax.psum(
-            jax.grad(ppo.loss, has_aux=True)(
-                p, b, None, policy_fn=POLICY, critic_fn=CRITIC, cfg=CFG, axis=parallel.AXIS
-            )[0],
+            jax.grad(ppo.loss, has_aux=True)(p, b, None, totals, policy_fn=POLICY, critic_fn=CRITIC, cfg=CFG)[0],
             parallel.AXIS,
         ),
         axis_name=parallel.AXIS,
@@ -407,7 +398,7 @@ def test_a_critic_on_the_policys_trunk():
     policy, head = tiny.policy(), {name: tiny.scalar()[name] for name in ("kernel", "bias")}
     grad = lambda critic_fn, critic: jax.jit(
         jax.grad(functools.partial(ppo.loss, policy_fn=POLICY, critic_fn=critic_fn, cfg=CFG), has_aux=True)
-    )({"policy": policy, "critic": critic}, batch, None)
+    )({"policy": policy, "critic": critic}, batch, None, ppo.totals(batch))
     apart, metrics = grad(CRITIC, head | {"trunk": policy})
     shared, found = grad(heads.shared_critic(tiny.GPT), head)
     assert difference(apart["policy"], shared["policy"]) > 1e-4

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import heads, optim, parallel, reward, transformer
+from rlhf_jax import heads, optim, reward, transformer
 from rlhf_jax.types import InputError, Rankings
 from tests import tiny
 from tests.oracles import Case
@@ -145,20 +145,6 @@ def test_score_is_read_at_the_last_real_token():
         tiny.scalar(), rows.tokens[row, response : response + 1, :length], jnp.ones((1, length), bool)
     )[0, -1]
     np.testing.assert_allclose(score[row, response], alone, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "cfg", [reward.Config(margin=0.5, label_smoothing=0.1, centring=0.1), reward.Config(loss="choice")]
-)
-def test_one_device_equals_eight(cfg):
-    state = optim.init(tiny.scalar(), TX, jax.random.key(0))
-    step = functools.partial(STEP, cfg=cfg)
-    one, eight, spread = jax.jit(step), parallel.pmap(step, donate=(0,)), parallel.replicate(state)
-    for seed in range(3):
-        state, metrics = one(state, batch(seed))
-        spread, spread_metrics = eight(spread, parallel.shard(batch(seed)))
-        tiny.assert_close(metrics, parallel.unreplicate(spread_metrics), atol=1e-5)
-    tiny.assert_close(state, parallel.unreplicate(spread), atol=1e-5)
 
 
 def test_a_step_takes_the_loss_it_is_given():

@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax import heads, parallel, rollout, transformer
 from rlhf_jax.types import Prompts
@@ -53,11 +54,14 @@ def test_responses_that_go_on_after_their_end():
     np.testing.assert_array_equal(whole.tokens[:, 4:][on], stopped.tokens[:, 4:][on])
 
 
-def test_one_device_equals_eight():
+@pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=4, tensor=2)], ids=["pmap", "mesh"])
+def test_one_device_equals_eight(cfg):
     one = jax.jit(COLLECT)(PARAMS(), REFERENCE(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(7))
-    copies = parallel.replicate((PARAMS(), REFERENCE(), jax.random.key(0), jnp.uint32(7)))
-    eight = parallel.pmap(COLLECT)(copies[0], copies[1], parallel.shard(prompts()), *copies[2:])
-    tiny.assert_close(jax.tree.map(np.asarray, one), parallel.gather(eight), atol=1e-5)
+    place = parallel.layout(cfg)
+    params, reference, *rest = place.state((PARAMS(), REFERENCE(), jax.random.key(0), jnp.uint32(7)))
+    eight = place.gather(place.step(COLLECT)(params, reference, place.rows(prompts()), *rest))
+    tiny.assert_close(jax.tree.map(np.asarray, one), eight, atol=1e-5)
+    np.testing.assert_array_equal(one.tokens, eight.tokens)
 
 
 def test_two_rollouts_share_no_noise():

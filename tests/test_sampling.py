@@ -64,6 +64,32 @@ def test_a_rows_sample_depends_on_neither_batch_nor_padding(config):
         np.testing.assert_array_equal(batch.mask[row], alone.mask[0])
 
 
+@BOTH
+def test_rows_that_have_ended_are_left_out_without_a_trace(config):
+    tokens, mask = tiny.random_tokens(0, 64, 6), tiny.ragged(1, 64, 6)
+    keys = jax.random.split(jax.random.key(4), 64)
+    settings = {"eos_id": (EOS, 5, 7, 11), "n": 16}  # one in eight: loops over 64, 32 and 16 rows
+    together = generate(config, tokens, mask, keys, **settings)
+    parts = [slice(first, first + 8) for first in range(0, 64, 8)]  # too few rows to leave any out
+    alone = [generate(config, tokens[part], mask[part], keys[part], **settings) for part in parts]
+    tiny.assert_close(together, jax.tree.map(lambda *xs: jnp.concatenate(xs), *alone), atol=1e-5)
+    assert 0.25 < together.mask.mean() < 0.75
+
+
+@EVERY
+def test_stacked_layers_sample_the_same(config, monkeypatch):
+    """What other devices run: a scan over layers, on one cache."""
+    tokens, mask = tiny.random_tokens(0, 32, 6), tiny.ragged(1, 32, 6)
+    apart = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    monkeypatch.setattr(
+        sampling, "_generate", jax.jit(sampling._generate.__wrapped__, static_argnums=(0, *range(5, 10)))
+    )
+    stacked = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
+    tiny.assert_close(apart, stacked, atol=1e-5)
+    assert not apart.mask.all()
+
+
 def test_mask_ends_with_the_first_eos():
     # 4 rows end early at the latest when one token in five is an EOS.
     tokens, mask = tiny.random_tokens(0, 64, 4), np.ones((64, 4), bool)
@@ -134,8 +160,20 @@ def test_top_k_and_top_p_by_hand():
 
 def test_draw_never_takes_an_impossible_token():
     logits = jnp.where(jnp.arange(50_000) % 7 == 3, 0.0, -jnp.inf)[None].repeat(64, 0)
-    tokens = sampling.draw(jax.random.split(jax.random.key(0), 64), logits)
+    uniform = jnp.concatenate([jnp.zeros(1), jnp.linspace(0, 1 - 2**-23, 63)])
+    tokens, logp = jax.jit(sampling.draw)(uniform, logits)
     assert (tokens % 7 == 3).all()
+    np.testing.assert_allclose(logp, -np.log(np.isfinite(logits[0]).sum()), rtol=1e-5)
+
+
+def test_draw_inverts_the_distribution_function():
+    logits = jax.random.normal(jax.random.key(0), (1, 700)).repeat(999, 0)
+    prob = np.asarray(jax.nn.softmax(logits[0]), np.float64)
+    uniform = (np.arange(999) + 0.5) / 999
+    tokens, logp = jax.jit(sampling.draw)(jnp.asarray(uniform, jnp.float32), logits)
+    edges = np.concatenate([[0], np.cumsum(prob)])
+    assert (edges[tokens] - 1e-5 <= uniform).all() and (uniform <= edges[np.asarray(tokens) + 1] + 1e-5).all()
+    np.testing.assert_allclose(logp, np.log(prob)[tokens], atol=1e-5)
 
 
 def test_bad_settings_are_refused():

@@ -48,18 +48,6 @@ def test_micro_batch_shares_add_up_oracle():
     case.check(loss=sum(shares))
 
 
-def test_one_device_equals_eight():
-    state = optim.init(tiny.policy(), TX, jax.random.key(0))
-    one, eight = jax.jit(STEP), parallel.pmap(STEP, donate=(0,))
-    spread = parallel.replicate(state)
-    assert jax.device_count() == 8
-    for seed in range(3):
-        state, metrics = one(state, batch(seed))
-        spread, spread_metrics = eight(spread, parallel.shard(batch(seed)))
-        tiny.assert_close(metrics, parallel.unreplicate(spread_metrics), atol=1e-5)
-    tiny.assert_close(state, parallel.unreplicate(spread), atol=1e-5)
-
-
 def test_every_device_returns_the_same_state():
     spread = parallel.replicate(optim.init(tiny.policy(), TX, jax.random.key(0)))
     spread, _ = parallel.pmap(STEP)(spread, parallel.shard(batch(0)))

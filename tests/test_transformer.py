@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import transformer
+from rlhf_jax import logprobs, transformer
 from rlhf_jax.types import InputError
 from tests import tiny
 
@@ -63,16 +63,78 @@ def test_positions():
 
 
 @BOTH
-def test_rematerialisation_changes_nothing(config):
-    tokens, mask = jnp.array(tiny.random_tokens(0, 2, 6)), jnp.ones((2, 6), bool)
+def test_rematerialisation_changes_memory_and_no_gradient(config):
+    tokens, mask = jnp.array(tiny.random_tokens(0, 8, 24)), jnp.ones((8, 24), bool)
 
     def loss(params, config):
         return jnp.sum(transformer.bind(transformer.Transformer(config))(params, tokens, mask) ** 2)
 
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    plain = gradient(tiny.policy(config), config)
-    remat = gradient(tiny.policy(config), dataclasses.replace(config, compute=transformer.Compute(remat=True)))
-    tiny.assert_close(plain, remat, atol=1e-3)
+    gradients, bytes_of = {}, {}
+    for remat in ("none", "dots", "full"):
+        changed = dataclasses.replace(config, n_layers=4, compute=transformer.Compute(remat=remat))
+        params = tiny.policy(changed)
+        compiled = jax.jit(jax.grad(loss), static_argnums=1).lower(params, changed).compile()
+        gradients[remat] = compiled(params)
+        bytes_of[remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert bytes_of["full"] < bytes_of["dots"] < bytes_of["none"]
+    tiny.assert_close(gradients["none"], gradients["dots"], atol=1e-3)
+    tiny.assert_close(gradients["none"], gradients["full"], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "gemma2"])  # tied and untied, and a cap
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_log_probabilities_are_those_of_the_logits_in_chunks_too(name, dtype):
+    config, start, temperature = tiny.CONFIGS[name], 2, 0.7
+    tokens, mask = jnp.array(tiny.random_tokens(0, 4, 12)), jnp.array(tiny.ragged(0, 4, 12))
+    noise = jnp.array(np.random.default_rng(0).normal(size=(2, 4, 9)), jnp.float32)
+
+    def of_logits(params):
+        logits = transformer.bind(transformer.Transformer(with_chunk(0)))(params, tokens, mask)[:, start:-1]
+        return (
+            logprobs.token_logprobs(logits, tokens[:, start + 1 :], temperature),
+            logprobs.entropy(logits, temperature),
+        )
+
+    def with_chunk(chunk):
+        return dataclasses.replace(config, compute=transformer.Compute(dtype, chunk=chunk))
+
+    def in_chunks(params, chunk):
+        apply_fn = transformer.bind(transformer.Transformer(with_chunk(chunk)))
+        settings = {"start": start, "temperature": temperature, "with_entropy": True}
+        return apply_fn(params, tokens, mask, method="logprobs", **settings)
+
+    def both(read):
+        def loss(params):
+            results = read(params)
+            return sum(jnp.sum(x * y) for x, y in zip(results, noise, strict=True)), results
+
+        return jax.jit(jax.grad(loss, has_aux=True))(tiny.policy(config))
+
+    expected = both(of_logits)
+    for chunk in (0, 4, 100):  # 9 columns: all, three chunks of which the last is padded, all
+        tiny.assert_close(expected, both(lambda params, chunk=chunk: in_chunks(params, chunk)), atol=TOLERANCE[dtype])
+
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
+
+
+def test_memory_of_the_loss_is_one_chunk_of_logits():
+    """What the vocabulary adds to a compiled gradient's temporaries: logits of a chunk, and the table's gradient."""
+
+    def temporaries(vocabulary, chunk):
+        compute = transformer.Compute(chunk=chunk)
+        config = transformer.gpt(1, 16, 2, vocab_size=vocabulary, max_length=129, compute=compute)
+        apply_fn = transformer.bind(transformer.Transformer(config))
+        loss = lambda params, tokens: jnp.mean(apply_fn(params, tokens, tokens > 0, method="logprobs")[0])
+        shapes = transformer.parameter_shapes(config), jax.ShapeDtypeStruct((16, 129), jnp.int32)
+        return jax.jit(jax.grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    more = 4096  # words
+    table = 4 * 16 * more
+    whole, chunked = (temporaries(64 + more, chunk) - temporaries(64, chunk) for chunk in (0, 16))
+    logits = 4 * 16 * 128 * more
+    assert whole > 1.5 * logits
+    assert chunked < 4 * (logits / 8 + table)
 
 
 @BOTH

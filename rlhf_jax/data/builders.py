@@ -33,6 +33,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from rlhf_jax import hosts
 from rlhf_jax.data.tokenizer import EOS, Message, Prompt
 from rlhf_jax.types import InputError
 
@@ -424,7 +425,7 @@ def _records(
 
     TFDS puts them in their place only when complete.
     """
-    with _quiet():
+    with hosts.first_before_others(), _quiet():
         builder = make()
         if not builder.is_prepared():
             try:

@@ -1,0 +1,333 @@
+"""What a compiled program moves, read from its HLO text: collectives, and bytes to and from memory.
+
+XLA's own cost analysis counts the body of a loop once. Here it counts as often as it runs: as the text says, where it
+does (`known_trip_count`), else up to the constant that the loop's counter is compared with. So a loop that may end
+early, such as sampling's, counts its longest run. Every branch of a conditional counts.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+_FREE = {  # what moves nothing by itself
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"),
+    *("partition-id", "replica-id", "optimization-barrier", "async-update", "add-dependency"),
+}
+_SLICES = "dynamic-slice", "slice", "gather"
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{[^{}]*?(?:S\((\d+)\))?\})?")
+_SPACES = {None: "device", "0": "device", "5": "host"}  # of an array; in all others it lies on the chip itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]  # names
+    attributes: str
+    literal: str  # between the parentheses: the value of a constant, the number of a parameter
+
+    def called(self, key: str) -> str | None:
+        """The computation that an attribute such as `body` names."""
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """Instructions by name, in order; the last one is the root."""
+
+    instructions: dict[str, Instruction]
+    root: Instruction
+
+    @functools.cached_property
+    def parameters(self) -> list[str]:
+        """Names, in order."""
+        found = [(int(i.literal), i.name) for i in self.instructions.values() if i.opcode == "parameter"]
+        return [name for _, name in sorted(found)]
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that take each one as an operand."""
+        found: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions.values():
+            for name in dict.fromkeys(instruction.operands):
+                found.setdefault(name, []).append(instruction)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one device moves in a run of the program."""
+
+    collectives: dict[str, float]  # bytes by kind: of the result, of a reduce-scatter of what it reduces
+    counts: dict[str, int]  # how many there are of each kind
+    sent: float  # bytes that a device sends to others, on a ring
+    memory: float  # bytes read from and written to its memory, once each where an instruction uses them
+    host: float  # the same to and from the host's memory
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a module by name, and the name of its entry."""
+    computations: dict[str, Computation] = {}
+    lines: dict[str, Instruction] = {}
+    entry, name, root = "", "", None
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+            name, lines, root = header[2], {}, None
+            entry = name if header[1] else entry
+        elif line.startswith("}") and root is not None:
+            computations[name] = Computation(lines, root)
+        elif (found := _instruction(line)) is not None:
+            lines[found.name] = found
+            root = found if root is None or line.lstrip().startswith("ROOT ") else root
+    return computations, entry
+
+
+def _instruction(line: str) -> Instruction | None:
+    start = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+    if start is None:
+        return None
+    rest = line[start.end() :]
+    split = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    opcode, shape, rest = rest[split:].lstrip().split("(", 1)[0], rest[:split], rest[split:].lstrip()
+    stop = _closing(rest, len(opcode))
+    inside = rest[len(opcode) + 1 : stop]
+    return Instruction(start[1], shape, opcode, tuple(re.findall(r"%([\w.\-]+)", inside)), rest[stop + 1 :], inside)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for at in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if at[0] == "(" else -1
+        if depth == 0:
+            return at.start()
+    raise ValueError(f"unbalanced parentheses: {text[:80]}")
+
+
+def size(shape: str, space: str | None = None) -> float:
+    """Bytes of an array or tuple as HLO writes it, such as `f32[2,3]{1,0}`, without the padding of a layout.
+
+    `space` counts those arrays alone that lie in the device's or the host's memory.
+    """
+    arrays = (found.groups() for found in _ARRAY.finditer(shape))
+    counted = ((dtype, dims) for dtype, dims, where in arrays if space is None or _SPACES.get(where) == space)
+    return sum((_itemsize(dtype) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in counted), 0.0)
+
+
+def _itemsize(dtype: str) -> float:
+    bits = re.search(r"\d+", dtype)
+    return 1.0 if dtype == "pred" else int(bits[0]) / 8 if bits else 0.0  # a token has none
+
+
+def traffic(text: str) -> Traffic:
+    """What a compiled program moves, of its HLO text."""
+    computations, entry = parse(text)
+    counts = Counter[str]()
+    payloads, moved = defaultdict[str, float](float), defaultdict[str, float](float)
+    sent, seen = 0.0, set[str]()
+    for name, times, fused in _walk(computations, entry):
+        computation = computations[name]
+        for instruction in computation.instructions.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # of which a fusion keeps a part
+                kind = "reduce-scatter"
+            step = _step(instruction)
+            if kind in COLLECTIVES and step not in seen:
+                seen |= {step} - {""}
+                payload = _payload(instruction, computation)
+                payloads[kind] += times * payload
+                counts[kind] += times
+                sent += times * payload * _share(kind, _group(instruction.attributes))
+                if step:
+                    held = [instruction.shape, *(computation.instructions[x].shape for x in instruction.operands)]
+                    moved["device"] += times * sum(size(shape, "device") for shape in held)
+            if not fused:
+                for space in ("device", "host"):
+                    moved[space] += times * _moved(instruction, computation, computations, space)
+    return Traffic(dict(payloads), dict(counts), sent, moved["device"], moved["host"])
+
+
+def _step(instruction: Instruction) -> str:
+    """The channel of a collective that several fusions carry out a step each, beside what they compute; else none."""
+    found = re.search(r"channel_id=(\d+).*\bchain_id=", instruction.attributes)
+    return found[1] if found else ""
+
+
+def _passed_on(instruction: Instruction) -> bool:
+    """Whether a fusion that takes or gives what this is or makes moves nothing by that: it is a collective's step."""
+    return bool(_step(instruction)) or '"AsyncCollective' in instruction.attributes
+
+
+def _walk(computations: dict[str, Computation], entry: str) -> Iterator[tuple[str, int, bool]]:
+    """Every computation that runs, with how often it does and whether within a fusion; some come more than once."""
+    waiting = [(entry, 1, False)]
+    while waiting:
+        name, times, fused = waiting.pop()
+        yield name, times, fused
+        for instruction in computations[name].instructions.values():
+            match instruction.opcode:
+                case "while":
+                    trips = _trips(instruction, computations[name], computations)
+                    waiting.append((instruction.called("body") or "", times * trips, fused))
+                case "fusion":
+                    waiting.append((instruction.called("calls") or "", times, True))
+                case "call" | "async-start":
+                    inner = instruction.called("to_apply") or instruction.called("calls") or ""
+                    waiting.append((inner, times, fused))
+                case "conditional":
+                    named = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+                    keys = "true_computation", "false_computation"
+                    branches = (
+                        re.findall(r"%?([\w.\-]+)", named[1]) if named else [instruction.called(key) for key in keys]
+                    )
+                    waiting.extend((branch or "", times, fused) for branch in branches)
+
+
+def _trips(loop: Instruction, caller: Computation, computations: dict[str, Computation]) -> int:
+    """How often a loop runs at most; 1 where the text does not tell."""
+    if known := re.search(r'known_trip_count\D*"?n"?\D*(\d+)', loop.attributes):
+        return int(known[1])
+    condition = computations[loop.called("condition") or ""]
+    bound = _bound(condition, computations)
+    if bound is None:
+        return 1
+    limit, index = bound
+    carried = caller.instructions[loop.operands[0]]
+    first = _constant(carried.operands[index], caller) if carried.opcode == "tuple" else None
+    return max(limit - (first or 0), 0)
+
+
+def _bound(condition: Computation, computations: dict[str, Computation]) -> tuple[int, int] | None:
+    """The constant that an element of the carry must stay below, and which element that is."""
+    for instruction in condition.instructions.values():
+        inner, outer = condition, list(instruction.operands)
+        compare: Instruction | None = instruction
+        if instruction.opcode == "fusion":
+            inner = computations[instruction.called("calls") or ""]
+            compare = next((i for i in inner.instructions.values() if i.opcode == "compare"), None)
+        if compare is None or compare.opcode != "compare" or "direction=LT" not in compare.attributes:
+            continue
+        resolved = []
+        for name in compare.operands:
+            if inner is not condition and name in inner.parameters:
+                resolved.append((outer[inner.parameters.index(name)], condition))
+            else:
+                resolved.append((name, inner))
+        (counter, where), (limit, at) = resolved
+        element, value = where.instructions[counter], _constant(limit, at)
+        if element.opcode == "get-tuple-element" and value is not None:
+            return value, int(re.search(r"index=(\d+)", element.attributes)[1])  # type: ignore[index]
+    return None
+
+
+def _constant(name: str, computation: Computation) -> int | None:
+    """The value of an integer constant, also of a copy of it."""
+    instruction = computation.instructions[name]
+    while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        instruction = computation.instructions[instruction.operands[0]]
+    return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
+
+
+def _payload(instruction: Instruction, computation: Computation) -> float:
+    """Bytes of a collective's result; of a reduce-scatter, of what it reduces."""
+    operands = sum(size(computation.instructions[name].shape) for name in instruction.operands)
+    if instruction.opcode.startswith("all-gather"):
+        whole = size(instruction.shape)  # of the asynchronous one with the operands before the results
+        return whole - operands if instruction.opcode.endswith("-start") else whole
+    return operands
+
+
+def _share(kind: str, devices: int) -> float:
+    """What a device sends for each byte of the payload, on a ring of its group."""
+    rest = (devices - 1) / devices
+    return {"all-reduce": 2 * rest, "collective-permute": 1.0}.get(kind, rest)
+
+
+def _group(attributes: str) -> int:
+    """How many devices take part in one group of a collective."""
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
+        return int(found[2])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"('[^']+')=(\d+)", found[1]))
+        axes = re.findall(r"('[^']+')(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return 2  # a permutation has no groups
+
+
+def _moved(
+    instruction: Instruction, computation: Computation, computations: dict[str, Computation], space: str
+) -> float:
+    """Bytes of this space that an instruction reads and writes."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0.0
+    shapes = [computation.instructions[name].shape for name in instruction.operands]
+    if opcode == "fusion":
+        inner = computations[instruction.called("calls") or ""]
+        reads = [
+            _read(inner, parameter, computations) if size(shape, space) else 0.0
+            for shape, parameter in zip(shapes, inner.parameters, strict=True)
+        ]
+        return sum(reads) + _written(inner, instruction.shape, space)
+    result, operands = size(instruction.shape, space), sum((size(shape, space) for shape in shapes), 0.0)
+    if opcode in _SLICES:
+        return result + (size(instruction.shape) if size(shapes[0], space) else 0.0)
+    if opcode == "dynamic-update-slice":
+        return 2 * size(shapes[1]) if result else 0.0
+    return max(result, operands) if opcode.endswith("-start") else result + operands  # its result holds the operands
+
+
+def _read(computation: Computation, name: str, computations: dict[str, Computation]) -> float:
+    """Bytes of an operand that a fusion reads: of one that it slices, the slices."""
+    whole = size(computation.instructions[name].shape)
+    total = 0.0
+    for user in computation.users.get(name, []):
+        if user.opcode in _SLICES and user.operands[0] == name:
+            total += size(user.shape)
+        elif user.opcode == "bitcast":
+            total += _read(computation, user.name, computations)
+        elif (user.opcode == "dynamic-update-slice" and user.operands[0] == name) or user.opcode == "tuple":
+            continue  # written in place, or passed on
+        elif _passed_on(user):
+            continue
+        elif user.opcode == "fusion":
+            inner = computations[user.called("calls") or ""]
+            total += sum(
+                _read(inner, parameter, computations)
+                for operand, parameter in zip(user.operands, inner.parameters, strict=True)
+                if operand == name
+            )
+        else:
+            return whole
+    return min(total, whole)
+
+
+def _written(computation: Computation, shape: str, space: str) -> float:
+    """Bytes that a fusion writes: where it updates a slice in place, the slice."""
+    roots = [computation.root]
+    if computation.root.opcode == "tuple":
+        roots = [computation.instructions[name] for name in computation.root.operands]
+    parts = _ARRAY.finditer(shape)
+    total = 0.0
+    for root in roots:
+        arrays = list(itertools.islice(parts, len(_ARRAY.findall(root.shape))))
+        while root.opcode == "bitcast":
+            root = computation.instructions[root.operands[0]]
+        if root.opcode == "parameter" or _passed_on(root):
+            continue
+        if root.opcode == "dynamic-update-slice" and size(arrays[0][0], space):
+            total += size(computation.instructions[root.operands[1]].shape)
+        else:
+            total += sum(size(part[0], space) for part in arrays)
+    return total
