@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import evaluate, ppo, pretrain, rank, reward, sft
-from rlhf_jax import cli, log, plots, transformer
+from rlhf_jax import cli, parallel, plots, runs, transformer
 from rlhf_jax.types import InputError
 
 
@@ -29,6 +29,7 @@ class Config:
     data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
     best_of: int = 4  # answers among which best-of-n picks, at least 2
     compute: transformer.Compute = transformer.Compute()  # of every stage
+    devices: parallel.Config = parallel.Config()  # likewise
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config()
@@ -41,12 +42,15 @@ class Config:
             raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
 
 
-def main(cfg: Config) -> dict:
-    """Run the stages one after the other, and return the summary."""
-    start = time.monotonic()
+def stages(cfg: Config) -> dict[str, Any]:
+    """The configuration of each stage; raises InputError for a flag without effect."""
     out = cfg.out
-    log.write_config(out, cfg)
-    shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": cfg.data_dir or out / "data", "compute": cfg.compute}
+    shared: dict[str, Any] = {
+        "seed": cfg.seed,
+        "data_dir": cfg.data_dir or out / "data",
+        "compute": cfg.compute,
+        "devices": cfg.devices,
+    }
     answers: dict[str, Any] = {"temperature": cfg.ppo.ppo.temperature} | {
         name: getattr(cfg.ppo, name) for name in ("prompt_length", "max_new_tokens")
     }
@@ -55,8 +59,7 @@ def main(cfg: Config) -> dict:
     rankings = {name: str(out / "rank" / f"{name}.jsonl") for name in ("train", "held_out")}
     judged: dict[str, Any] = {"reference": tuned, "reward": judge, **answers, **shared}
     given = cli.hand_down
-    # Before anything runs, so that a flag without effect is refused at once.
-    stages = {
+    return {
         "pretrain": given("pretrain", cfg.pretrain, out=out / "pretrain", **shared),
         "sft": given("sft", cfg.sft, init=base, out=out / "sft", **shared),
         "rank": given("rank", cfg.rank, init=tuned, out=out / "rank", **answers, **shared),
@@ -73,16 +76,21 @@ def main(cfg: Config) -> dict:
         "evaluate": given("evaluate", cfg.evaluate, model=final, best_of=1, out=None, **judged),
     }
 
-    def begin(stage: str) -> Any:
-        print(f"\n== {stage} ({time.monotonic() - start:.0f} s)", flush=True)
-        return stages[stage]
 
-    pretrain.main(begin("pretrain"))
-    sft.main(begin("sft"))
-    ranked = rank.main(begin("rank"))
-    learnt = reward.main(begin("reward"))
-    ppo.main(begin("ppo"))
-    last = begin("evaluate")
+def main(cfg: Config) -> dict:
+    """Run the stages one after the other, and return the summary."""
+    start = time.monotonic()
+    out = cfg.out
+    runs.write_config(out, cfg)
+    each = stages(cfg)  # before anything runs
+    base, tuned, final = each["sft"].init, each["ppo"].init, each["evaluate"].model
+    runs.once(pretrain.main, each["pretrain"])
+    runs.once(sft.main, each["sft"])
+    ranked = runs.once(rank.main, each["rank"])
+    learnt = runs.once(reward.main, each["reward"])
+    runs.once(ppo.main, each["ppo"])
+    last = each["evaluate"]
+    print(f"\n== evaluate ({time.monotonic() - start:.0f} s)", flush=True)
 
     def assess(name: str, model: Path, best_of: int = 1) -> dict:
         print(f"{name}: ", end="", flush=True)
@@ -101,7 +109,7 @@ def main(cfg: Config) -> dict:
         "best_of_n": {name: picked[name] for name in ("n", "gold", "kl", "reward")},
         "ppo": {name: results["PPO"][name] for name in ("gold", "reward", "kl", "nll")},
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    runs.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report(out, results, summary)
     return summary
 
@@ -137,7 +145,7 @@ def report(out: Path, stages: dict[str, dict], summary: dict) -> None:
             print(f"\n{answer['prompt']}")
             for name, text in zip(stages, said, strict=True):
                 print(f"  {name:<5} {' '.join(text.split())}")
-    (out / "answers.md").write_text("\n".join(lines) + "\n")
+    runs.write(out / "answers.md", "\n".join(lines) + "\n")
     print(f"\n{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB; everything is in {out}")
 
 

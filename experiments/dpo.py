@@ -10,9 +10,14 @@ Parent:  reward
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
-from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, transformer
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, runs, transformer
 from rlhf_jax import dpo as dpo_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.types import TrainState, check_positive, named_key
@@ -35,43 +40,61 @@ class Config:
     dropout: float = 0.0  # residual dropout
     dpo: dpo_lib.Config = dpo_lib.Config(beta=0.2)
     compute: transformer.Compute = transformer.Compute()
-    save_every: int = 50  # steps between checkpoints
+    devices: parallel.Config = parallel.Config()
+    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
+    saves: checkpoint.Config = checkpoint.Config()
+    profile: int = 0  # steps to trace after the first three, into the folder profile
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
-        check_positive(self, "length", "batch", "epochs", "save_every")
+        check_positive(self, "length", "batch", "epochs")
+
+
+def build(
+    cfg: Config, config: transformer.Config, layout: parallel.Layout, steps: int
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimiser of so many steps, and the train step, placed: it takes (state, batch, reference)."""
+    tx = optim.adamw(optim.cosine(cfg.lr, steps, cfg.warmup), skip_bad=cfg.skip_bad > 0)
+    apply_fn = transformer.bind(transformer.Transformer(dataclasses.replace(config, dropout=cfg.dropout)))
+    settings: dict = {"apply_fn": apply_fn, "tx": tx, "cfg": cfg.dpo, "microbatches": cfg.devices.microbatches}
+    return tx, layout.step(functools.partial(dpo_lib.train_step, **settings), donate=(0,))
 
 
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
-    model = models.load(cfg.init, compute=cfg.compute)
+    runs.claim(cfg.out, cfg)
+    layout = parallel.layout(cfg.devices)
+    model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     rows = builders.source(cfg.data, "rankings", data_dir=cfg.data_dir)
     sizes = {"length": cfg.length, "batch": cfg.batch, "epochs": cfg.epochs}
     batches = pipeline.rankings(rows, models.tokenizer_of(model), **sizes, seed=cfg.seed)
     print(f"{cfg.data}: {batches.counts}")
-    steps, stream = batches.steps, iter(batches)
+    steps, streams = batches.steps, {"data": iter(batches)}
 
-    tx = optim.adamw(optim.cosine(cfg.lr, steps, cfg.warmup))
-    state = parallel.replicate(optim.init(model.params, tx, named_key(cfg.seed, "dpo")))
-    reference = parallel.replicate(model.params)
-    apply_fn = transformer.bind(transformer.Transformer(dataclasses.replace(model.config, dropout=cfg.dropout)))
-    step_fn = parallel.pmap(functools.partial(dpo_lib.train_step, apply_fn=apply_fn, tx=tx, cfg=cfg.dpo), donate=(0,))
-    shown = ("loss/dpo", "reward/accuracy")
-    with (
-        log.start(cfg.out, cfg, total=steps, show=shown, wandb=cfg.wandb) as run,
-        checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
-    ):
-        for step in range(1, steps + 1):
-            state, metrics = step_fn(state, parallel.shard(next(stream)), reference)
-            run.write(step, parallel.unreplicate(metrics))
-            if step % cfg.save_every == 0 or step == steps:
-                run.flush()
-                saves.save(parallel.unreplicate(state), {"data": stream.get_state()})
-        state = parallel.unreplicate(state)
+    tx, step_fn = build(cfg, model.config, layout, steps)
+    reference = layout.state(jax.tree.map(jnp.copy, cfg.compute.freeze(model.params)))
+    state = optim.init(model.params, tx, named_key(cfg.seed, "dpo"))
+    state = checkpoint.resume(cfg.out / log.CHECKPOINTS, state, streams, cfg.saves)
+    start, state = int(state.step), layout.state(state)
+    records: dict = {
+        "show": ("loss/dpo", "reward/accuracy"),
+        "skip_bad": cfg.skip_bad,
+        "profile": cfg.profile,
+        "wandb": cfg.wandb,
+    }
+    with log.start(cfg.out, cfg, total=steps, step=start, **records) as run:
+        with checkpoint.Writer(cfg.out / log.CHECKPOINTS, cfg.saves, start, steps) as saves:
+            for step in range(start + 1, steps + 1):
+                state, metrics = step_fn(state, layout.rows(next(streams["data"])), reference)
+                run.write(step, layout.get(metrics))
+                if saves.due(step):
+                    saves.save(layout.get(state), streams, run.flush())
+        state = layout.get(state)
         models.save(model, state.params, cfg.out / "model")
         trained = dataclasses.replace(model, params=state.params)
         asked = [row["prompt"] for row in itertools.islice(rows, 8)]
-        run.samples(steps, rollout.say(trained, asked, named_key(cfg.seed, "dpo/samples"), length=cfg.length))
+        key = named_key(cfg.seed, "dpo/samples")
+        run.samples(steps, rollout.say(trained, asked, key, length=cfg.length, layout=layout))
     plots.curves(
         cfg.out,
         {

@@ -10,12 +10,13 @@ Parent:  none
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from rlhf_jax import best_of_n, cli, models, parallel, rollout, scores, sft, transformer
+from rlhf_jax import best_of_n, cli, models, parallel, rollout, runs, scores, sft, transformer
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data.world import World
 from rlhf_jax.types import InputError, Prompts, Rollout, check_positive, named_key
@@ -41,6 +42,7 @@ class Config:
     batch: int = 256  # answers, or rows of text, at once, over all devices
     world: int = 0  # seed of the world that the model was trained on
     compute: transformer.Compute = transformer.Compute()
+    devices: parallel.Config = parallel.Config()
 
     def __post_init__(self) -> None:
         positive = (
@@ -56,39 +58,46 @@ class Config:
         check_positive(self, *positive)
 
 
-def held_out_nll(cfg: Config, model: models.Model) -> float:
+def measuring(config: transformer.Config, layout: parallel.Layout) -> Callable:
+    """`sft.evaluate` by a model of this architecture, placed: it takes (params, batch)."""
+    apply_fn = transformer.bind(transformer.Transformer(config))
+    return layout.step(functools.partial(sft.evaluate, apply_fn=apply_fn))
+
+
+def held_out_nll(cfg: Config, model: models.Model, layout: parallel.Layout) -> float:
     """Mean negative log-likelihood of held-out pretraining text, nats a token."""
     rows = builders.source(f"world:seed={cfg.world},rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
     tokenizer = models.tokenizer_of(model)
     batches = pipeline.text(rows, tokenizer, length=cfg.text_length, batch=cfg.batch, seed=0, epochs=1)
-    step = parallel.pmap(functools.partial(sft.evaluate, apply_fn=model.apply))
-    spread = parallel.replicate(model.params)
-    totals = [parallel.unreplicate(step(spread, parallel.shard(batch))) for batch in batches]
+    step = measuring(model.config, layout)
+    params = layout.state(model.params)
+    totals = [layout.get(step(params, layout.rows(batch))) for batch in batches]
     nll, count = np.sum(jax.device_get(totals), axis=0)
     return float(nll / count)
 
 
-def episodes(cfg: Config, model: models.Model, prompts: Prompts) -> Rollout:
+def episodes(cfg: Config, model: models.Model, prompts: Prompts, layout: parallel.Layout) -> Rollout:
     """A response to each row of `prompts`, with what reference and reward model say of it; on the host."""
     # The KL of best-of-n is known, and is to the model itself.
-    reference = model if cfg.best_of > 1 else models.load(cfg.reference, compute=cfg.compute)
+    reference = model if cfg.best_of > 1 else models.load(cfg.reference, compute=cfg.compute, place=layout.sharding)
     loaded, score = {cfg.model: model} | ({} if reference is model else {cfg.reference: reference}), None
     if cfg.reward:
-        reward = loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute)
-        score = scores.reward_models([reward], models.tokenizer_of(model).eos_token_id)
+        reward = loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
+        score = scores.reward_models([reward], models.tokenizer_of(model).eos_token_id, layout=layout)
     models.check_vocabularies(loaded)
     if reference.config != model.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.model}: take the model that it came from")
     if cfg.best_of > 1 and not cfg.reward:
         raise InputError(f"best_of={cfg.best_of} needs a reward model to pick by: name one by --reward")
     key = named_key(cfg.seed, "evaluate")
-    sizes = {"batch": cfg.batch, "max_new_tokens": cfg.max_new_tokens}
-    return rollout.episodes(model, reference, prompts, key, score, **sizes, temperature=cfg.temperature)
+    settings: dict = {"batch": cfg.batch, "max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
+    return rollout.episodes(model, reference, prompts, key, score, **settings, layout=layout)
 
 
 def main(cfg: Config) -> dict:
     """Evaluate, print, and write the result."""
-    model = models.load(cfg.model, compute=cfg.compute)
+    layout = parallel.layout(cfg.devices)
+    model = models.load(cfg.model, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
     world = World.generate(cfg.world)
     rows = builders.source(
@@ -96,7 +105,7 @@ def main(cfg: Config) -> dict:
     )
     prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
     print(f"held-out prompts: {counts}")
-    sampled = episodes(cfg, model, best_of_n.repeat(prompts, cfg.best_of))
+    sampled = episodes(cfg, model, best_of_n.repeat(prompts, cfg.best_of), layout)
     if cfg.best_of > 1:
         sampled = best_of_n.select(sampled, cfg.best_of)
     texts = rollout.texts(tokenizer, sampled.tokens[:, -cfg.max_new_tokens :], sampled.response_mask)
@@ -117,13 +126,12 @@ def main(cfg: Config) -> dict:
         result |= {"n": cfg.best_of, "kl": best_of_n.kl(cfg.best_of)}
     else:
         kl = np.sum(np.where(sampled.response_mask, sampled.logp - sampled.logp_ref, 0.0), axis=1)
-        result |= {"kl": float(kl.mean()), "nll": held_out_nll(cfg, model)}
+        result |= {"kl": float(kl.mean()), "nll": held_out_nll(cfg, model, layout)}
     if cfg.reward:
         result["reward"] = float(sampled.score.mean())
     print("  ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float)))
     if cfg.out:
-        cfg.out.parent.mkdir(parents=True, exist_ok=True)
-        cfg.out.write_text(json.dumps(result, indent=2) + "\n")
+        runs.write(cfg.out, json.dumps(result, indent=2) + "\n")
     return result
 
 

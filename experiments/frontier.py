@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import dpo, grpo, overoptimization, ppo, rloo, study
-from rlhf_jax import cli, plots
+from rlhf_jax import cli, plots, runs
 from rlhf_jax import grpo as grpo_lib
 from rlhf_jax import rloo as rloo_lib
 
@@ -53,23 +53,25 @@ class Trained:
 def main(cfg: Config) -> dict[str, list]:
     """Run what has not been run, then write table and plot; returns the points of each algorithm and seed."""
     study.page(cfg, NAME)
-    results: dict[str, list[list[study.Point]]] = {}
-    for seed in range(cfg.seeds):
-        judge = study.judge(cfg, seed)["model"]
-        courses = {
-            "best-of-n": overoptimization.best_of_n_course(cfg, seed, judge),
-            "PPO": overoptimization.ppo_course(cfg, seed, judge),
-        }
-        start = courses["PPO"][0]
-        courses |= {
-            "RLOO": [start, *grouped_course(cfg, seed, judge, "rloo", rloo.main)],
-            "GRPO": [start, *grouped_course(cfg, seed, judge, "grpo", grpo.main)],
-            "DPO": [start, *(preferred(cfg, seed, judge, beta) for beta in cfg.betas)],
-        }
-        for name, points in courses.items():
-            results.setdefault(name, []).append(points)
+    study.tuned(cfg)
+    seeds = study.together(cfg, of_seed, range(cfg.seeds))
+    results = {name: [courses[name] for courses in seeds] for name in seeds[0]}
     report(cfg, results)
     return results
+
+
+def of_seed(cfg: Config, seed: int) -> dict[str, list[study.Point]]:
+    """Where each algorithm goes."""
+    judge = study.judge(cfg, seed)["model"]
+    best_of_n = overoptimization.best_of_n_course(cfg, seed, judge)
+    start, *optimized = overoptimization.ppo_course(cfg, seed, judge)
+    return {
+        "best-of-n": best_of_n,
+        "PPO": [start, *optimized],
+        "RLOO": [start, *grouped_course(cfg, seed, judge, "rloo", rloo.main)],
+        "GRPO": [start, *grouped_course(cfg, seed, judge, "grpo", grpo.main)],
+        "DPO": [start, *(preferred(cfg, seed, judge, beta) for beta in cfg.betas)],
+    }
 
 
 def grouped_course(cfg: Config, seed: int, judge: Path, name: str, experiment: Callable) -> list[study.Point]:
@@ -77,7 +79,7 @@ def grouped_course(cfg: Config, seed: int, judge: Path, name: str, experiment: C
     shared = "data", "text", "prompt_length", "max_new_tokens", "batch", "steps", "samples_every", "samples"
     same = {field: getattr(cfg.ppo, field) for field in shared} | study.policy(cfg, seed, judge)
     run = cli.hand_down(name, getattr(cfg, name), out=cfg.out / f"seed{seed}" / name, **same)
-    study.once(experiment, run)
+    runs.once(experiment, run)
     return study.course(run.out)
 
 
@@ -87,9 +89,9 @@ def preferred(cfg: Config, seed: int, judge: Path, beta: float) -> study.Point:
     held = dataclasses.replace(cfg.dpo, dpo=dataclasses.replace(cfg.dpo.dpo, beta=beta))
     out = cfg.out / f"seed{seed}" / f"dpo-{beta:g}"
     run = cli.hand_down("dpo", held, out=out, **given, **study.shared(cfg))
-    study.once(dpo.main, run)
+    runs.once(dpo.main, run)
     sampled = cli.hand_down("ppo", cfg.ppo, **study.policy(cfg, seed, judge))
-    return study.once(place, Trained(out / "answers", sampled, out / "model", 8 * cfg.answered))
+    return runs.once(place, Trained(out / "answers", sampled, out / "model", 8 * cfg.answered))
 
 
 def place(trained: Trained) -> study.Point:
@@ -103,12 +105,12 @@ def report(cfg: Config, results: dict[str, list[list[study.Point]]]) -> None:
     """A row an algorithm: gold at each budget, and where it ends. One panel."""
     header = ["algorithm", *(f"gold at {budget:g} nats" for budget in cfg.budgets), "last gold", "at nats"]
     rows, drawn = [], {}
-    for name, runs in results.items():
-        found = [study.interpolated(points, "gold", np.array(cfg.budgets)) for points in runs]
-        lasts = ([points[-1][measure] for points in runs] for measure in ("gold", "kl"))
+    for name, seeds in results.items():
+        found = [study.interpolated(points, "gold", np.array(cfg.budgets)) for points in seeds]
+        lasts = ([points[-1][measure] for points in seeds] for measure in ("gold", "kl"))
         rows.append([name, *map(study.mean_sd, [*np.transpose(found), *lasts])])
-        where = np.linspace(0.0, max(point["kl"] for points in runs for point in points), 25)
-        drawn[name] = study.band([study.interpolated(points, "gold", where) for points in runs], where)
+        where = np.linspace(0.0, max(point["kl"] for points in seeds for point in points), 25)
+        drawn[name] = study.band([study.interpolated(points, "gold", where) for points in seeds], where)
     panels = {"gold (0 to 1)": drawn}
     draw = functools.partial(plots.lines, panels=panels, x="KL to the fine-tuned model (nats a response)")
     study.publish(cfg, NAME, study.table(header, rows), draw)

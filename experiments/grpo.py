@@ -10,14 +10,17 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from experiments import ppo
-from rlhf_jax import cli, models, optim, parallel, rollout, transformer, updates
+from rlhf_jax import checkpoint, cli, models, optim, parallel, runs, transformer, updates
 from rlhf_jax import grpo as grpo_lib
 from rlhf_jax.data import builders, pipeline
-from rlhf_jax.types import InputError, Params, Prompts, Rollout, TrainState, check_positive, named_key
+from rlhf_jax.types import InputError, Leaf, Params, Prompts, Rollout, TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +48,36 @@ class Config:
         minibatches=4, group=4, kl_coef=0.2, kl_in="reward", ptx_coef=3.0, unfinished_score=-1.0
     )
     compute: transformer.Compute = transformer.Compute()
+    devices: parallel.Config = parallel.Config()
     samples_every: int = 20  # steps between tables of samples
     samples: int = 8  # episodes in a table
-    save_every: int = 50  # steps between checkpoints
+    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
+    saves: checkpoint.Config = checkpoint.Config()
+    profile: int = 0  # steps to trace after the first three, into the folder profile
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
         positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
-        check_positive(self, *positive, "samples", "save_every")
+        check_positive(self, *positive, "samples")
         if self.batch % self.algorithm.group:
             raise InputError(f"batch={self.batch}: expected a multiple of the group of {self.algorithm.group} answers")
+
+
+def build(
+    cfg: Config,
+    config: transformer.Config,
+    eos_id: int | tuple[int, ...],
+    layout: parallel.Layout,
+    train_step: Callable,
+) -> tuple[optax.GradientTransformation, Callable, Callable]:
+    """The optimiser, `rollout.collect` and the train step on (state, episodes, text), placed."""
+    updates_a_step = cfg.algorithm.epochs * cfg.algorithm.minibatches
+    schedule = optim.schedule(cfg.schedule, cfg.lr, cfg.steps * updates_a_step, cfg.warmup)
+    tx = optim.adamw(schedule, cfg.adam, skip_bad=cfg.skip_bad > 0)
+    settings: dict[str, Any] = {"policy_fn": transformer.bind(transformer.Transformer(config)), "tx": tx}
+    settings |= {"cfg": cfg.algorithm, "microbatches": cfg.devices.microbatches}
+    step_fn = layout.step(functools.partial(train_step, **settings), donate=(0,))
+    return tx, ppo.collecting(cfg, cfg.algorithm, config, eos_id, layout), step_fn
 
 
 def main(
@@ -64,44 +87,38 @@ def main(
 
     A `score_text(prompt, response)` takes the place of the reward models.
     """
+    runs.claim(cfg.out, cfg)
     ppo.check_scored(cfg.reward, score_text)
     if cfg.reward and score_text:
         raise InputError("reward has no effect on scores that are not reward models': leave it out")
-    policy = models.load(cfg.init, compute=cfg.compute)
-    rewards = [models.load_reward(path, compute=cfg.compute) for path in cfg.reward]
+    layout = parallel.layout(cfg.devices)
+    given: dict[str, Any] = {"compute": cfg.compute, "place": layout.sharding}
+    policy = models.load(cfg.init, **given)
+    rewards = [models.load_reward(path, **given) for path in cfg.reward]
     tokenizer = models.tokenizer_of(policy)
     models.check_vocabularies({cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True)))
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
-    score = ppo.scorer(rewards, score_text, rows, tokenizer)
+    score = ppo.scorer(rewards, score_text, rows, tokenizer, layout, buckets=cfg.algorithm.buckets)
     prompts = pipeline.prompts(
         rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch // cfg.algorithm.group, seed=cfg.seed
     )
     print(f"{cfg.data}: {prompts.counts}")
-    updates_a_step = cfg.algorithm.epochs * cfg.algorithm.minibatches
 
-    tx = optim.adamw(optim.schedule(cfg.schedule, cfg.lr, cfg.steps * updates_a_step, cfg.warmup), cfg.adam)
-    sampling_key, training_key = (named_key(cfg.seed, f"grpo/{use}") for use in ("sampling", "updates"))
-    state = parallel.replicate(updates.init({"policy": policy.params}, tx, cfg.algorithm, training_key))
-    reference, keys = parallel.replicate(policy.params), parallel.replicate(sampling_key)
-    collect = parallel.pmap(
-        functools.partial(
-            rollout.collect,
-            policy=policy,
-            policy_fn=policy.apply,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.algorithm.temperature,
-            eos_id=tokenizer.eos_token_id,
-            stop_at_eos=cfg.algorithm.stop_at_eos,
-        )
-    )
-    step_fn = parallel.pmap(
-        functools.partial(train_step, policy_fn=policy.apply, tx=tx, cfg=cfg.algorithm), donate=(0,)
-    )
+    tx, collect, step_fn = build(cfg, policy.config, tokenizer.eos_token_id, layout, train_step)
+    state = updates.init({"policy": policy.params}, tx, cfg.algorithm, named_key(cfg.seed, "grpo/updates"))
+    reference = layout.state(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))
+    keys = layout.state(named_key(cfg.seed, "grpo/sampling"))
 
-    def roll(params: dict[str, Params], batch: Prompts, first: jax.Array) -> Rollout:
-        return score(collect(params, reference, parallel.shard(batch), keys, first))
+    judges = [reward.config for reward in rewards]
+    policy = dataclasses.replace(policy, params=None)  # as they were loaded, models would fill the memory
+    del rewards
 
-    return ppo.train(cfg, cfg.algorithm, policy, state, roll, step_fn, rows, prompts, cfg.algorithm.group)
+    def sample(params: dict[str, Params], batch: Prompts, first: Leaf) -> Rollout:
+        return collect(params, reference, layout.rows(batch), keys, first)
+
+    rates = functools.partial(ppo.speeds, cfg, cfg.algorithm, policy.config, rewards=judges)
+    loop = sample, score, step_fn, rates
+    return ppo.train(cfg, cfg.algorithm, policy, layout, state, *loop, rows, prompts, cfg.algorithm.group)
 
 
 if __name__ == "__main__":

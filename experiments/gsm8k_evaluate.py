@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_jax import cli, models, rollout, transformer
+from rlhf_jax import cli, models, parallel, rollout, runs, transformer
 from rlhf_jax.data import builders, gsm8k, pipeline
 from rlhf_jax.types import check_positive, named_key
 
@@ -31,6 +31,7 @@ class Config:
     max_new_tokens: int = 256  # tokens of an answer
     batch: int = 64  # answers at once, over all devices
     compute: transformer.Compute = transformer.Compute()
+    devices: parallel.Config = parallel.Config()
 
     def __post_init__(self) -> None:
         check_positive(self, "prompt_length", "max_new_tokens", "batch")
@@ -38,7 +39,8 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Evaluate, print, and write the result."""
-    model = models.load(cfg.model, compute=cfg.compute)
+    layout = parallel.layout(cfg.devices)
+    model = models.load(cfg.model, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
     rows = list(builders.source(cfg.data, "prompts", data_dir=cfg.data_dir))
     score = gsm8k.score_text(rows)
@@ -53,6 +55,7 @@ def main(cfg: Config) -> dict:
         max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,
         eos_id=tokenizer.eos_token_id,
+        layout=layout,
     )
     texts = rollout.texts(tokenizer, sample.tokens, sample.mask)
     asked = [rows[int(index)] for index in prompts.index]
@@ -71,8 +74,7 @@ def main(cfg: Config) -> dict:
     solved, marked, all_said = (f"{100 * result[name]:.1f} %" for name in ("accuracy", "marked", "ended"))
     print(f"{solved} of {len(right)} problems solved; {marked} of the answers have a ####, {all_said} end")
     if cfg.out:
-        cfg.out.parent.mkdir(parents=True, exist_ok=True)
-        cfg.out.write_text(json.dumps(result, indent=2) + "\n")
+        runs.write(cfg.out, json.dumps(result, indent=2) + "\n")
     return result
 
 

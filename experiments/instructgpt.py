@@ -4,7 +4,8 @@ These are configurations, and none was trained here: tests/test_recipes.py trace
 of each kind at full size, 175B among them, which takes no memory. What differs from the paper: demonstrations are
 packed, so that a batch counts rows of `length`, not demonstrations; the trunk is bfloat16 where it was float16; the
 warm-up of PPO starts from 0, not from a tenth; a reward model has mean 0 and standard deviation 1 on its training
-answers, where demonstrations had 0. Every device holds the whole model, so that the larger ones await sharding.
+answers, where demonstrations had 0. By default every device holds the whole model; the larger ones need a mesh, and
+docs/scaling.md says what was compiled for which.
 
 Data:    its authors published neither demonstrations nor rankings; the nearest are dolly:PATH (15,000 demonstrations
          by people, databricks/databricks-dolly-15k at Hugging Face) and hh:PATH (Anthropic/hh-rlhf, K = 2).
@@ -22,7 +23,7 @@ from experiments import ppo, presets, reward, sft
 from rlhf_jax import cli, transformer
 
 MODELS = {"1.3b": "gpt3-1.3b", "6b": "gpt3-6.7b", "175b": "gpt3-175b"}  # of rlhf_jax.transformer.PRESETS
-COMPUTE = transformer.Compute("bfloat16", remat=True)  # C: half precision, float32 master copies
+COMPUTE = transformer.Compute("bfloat16", remat="full")  # C: half precision, float32 master copies
 LENGTH = 2048  # tokens; C: a context of 2k
 
 

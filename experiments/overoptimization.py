@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from experiments import ppo, study
-from rlhf_jax import best_of_n, cli, overoptimization, plots
+from rlhf_jax import best_of_n, cli, overoptimization, plots, runs
 from rlhf_jax import ppo as ppo_lib
 from rlhf_jax.types import InputError, check_positive
 
@@ -86,14 +86,21 @@ class Start:
 def main(cfg: Config) -> dict[str, Any]:
     """Run what has not been run, then write table and plot; returns the points of each seed and reward model."""
     study.page(cfg, NAME)
-    results: dict[str, list] = {"accuracy": [], "best_of_n": [], "ppo": []}
-    for seed in range(cfg.seeds):
-        found = {name: study.judge(cfg, seed, **settings) for name, settings in judges(cfg).items()}
-        results["accuracy"].append({name: one["accuracy"] for name, one in found.items()})
-        results["best_of_n"].append({name: best_of_n_course(cfg, seed, one["model"]) for name, one in found.items()})
-        results["ppo"].append({name: ppo_course(cfg, seed, one["model"]) for name, one in found.items()})
+    study.together(cfg, study.tuned, (cfg.pretrain.preset, *cfg.sizes))
+    seeds = study.together(cfg, of_seed, range(cfg.seeds))
+    results = {name: [found[name] for found in seeds] for name in seeds[0]}
     report(cfg, results)
     return results
+
+
+def of_seed(cfg: Config, seed: int) -> dict[str, dict[str, Any]]:
+    """What each reward model of a seed is worth, and where best-of-n and PPO go that follow it."""
+    found = {name: study.judge(cfg, seed, **settings) for name, settings in judges(cfg).items()}
+    return {
+        "accuracy": {name: one["accuracy"] for name, one in found.items()},
+        "best_of_n": {name: best_of_n_course(cfg, seed, one["model"]) for name, one in found.items()},
+        "ppo": {name: ppo_course(cfg, seed, one["model"]) for name, one in found.items()},
+    }
 
 
 def judges(cfg: Config) -> dict[str, dict[str, Any]]:
@@ -108,8 +115,8 @@ def ppo_course(cfg: Following, seed: int, judge: Path) -> list[study.Point]:
     home = cfg.out / f"seed{seed}"
     out = home / f"ppo-{judge.parent.name}"
     run = cli.hand_down("ppo", cfg.ppo, out=out, **study.policy(cfg, seed, judge))
-    study.once(ppo.main, run)
-    start = study.once(started, Start(out / "start", run, 8 * cfg.answered))
+    runs.once(ppo.main, run)
+    start = runs.once(started, Start(out / "start", run, 8 * cfg.answered))
     return [start, *study.course(out)]
 
 
@@ -123,7 +130,7 @@ def best_of_n_course(cfg: Following, seed: int, judge: Path) -> list[study.Point
     """The best of 1, 2, 4, .. `cfg.answers` answers. Their KL is a bound where answers are alike."""
     out = cfg.out / f"seed{seed}" / f"best-of-n-{judge.parent.name}"
     run = cli.hand_down("ppo", cfg.ppo, out=out, **study.policy(cfg, seed, judge))
-    return study.once(picked, Pick(out, run, cfg.answered, cfg.answers))["points"]
+    return runs.once(picked, Pick(out, run, cfg.answered, cfg.answers))["points"]
 
 
 def picked(pick: Pick) -> dict[str, list[study.Point]]:

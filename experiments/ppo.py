@@ -22,6 +22,7 @@ from rlhf_jax import (
     best_of_n,
     checkpoint,
     cli,
+    flops,
     heads,
     log,
     models,
@@ -29,7 +30,9 @@ from rlhf_jax import (
     parallel,
     plots,
     rollout,
+    runs,
     scores,
+    timing,
     transformer,
 )
 from rlhf_jax import lora as lora_lib
@@ -39,6 +42,7 @@ from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.types import (
     InputError,
+    Leaf,
     Metrics,
     Params,
     Prompts,
@@ -80,14 +84,17 @@ class Config:
     ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0)
     lora: lora_lib.Config = lora_lib.Config()  # of policy and critic
     compute: transformer.Compute = transformer.Compute()
+    devices: parallel.Config = parallel.Config()
     samples_every: int = 20  # steps between tables of samples
     samples: int = 8  # episodes in a table
-    save_every: int = 50  # steps between checkpoints
+    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
+    saves: checkpoint.Config = checkpoint.Config()
+    profile: int = 0  # steps to trace after the first three, into the folder profile
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
         positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
-        check_positive(self, *positive, "samples", "save_every")
+        check_positive(self, *positive, "samples")
         if not self.reward and self.critic == "reward":
             raise InputError("critic=reward starts as a reward model: name one by --reward, or use --critic policy")
         if self.pessimism and len(self.reward) < 2:
@@ -122,83 +129,158 @@ def scorer(
     score_text: ScoreText | None,
     rows: builders.Rows,
     tokenizer: tokenizer_lib.Tokenizer,
+    layout: parallel.Layout,
     pessimism: float = 0.0,
+    buckets: int = 1,
 ) -> scores.Source:
     """The function of the text where there is one, else the reward models."""
     if score_text is not None:
-        return scores.text_function(score_text, rows, tokenizer)
-    return scores.reward_models(rewards, tokenizer.eos_token_id, pessimism)
+        return scores.text_function(score_text, rows, tokenizer, layout)
+    return scores.reward_models(rewards, tokenizer.eos_token_id, pessimism, layout, buckets)
+
+
+def build(
+    cfg: Config,
+    config: transformer.Config,
+    judge: transformer.Config | None,
+    eos_id: int | tuple[int, ...],
+    layout: parallel.Layout,
+) -> tuple[optax.GradientTransformation, Callable, Callable]:
+    """The optimiser, `rollout.collect` and the train step on (state, base, episodes, text), placed.
+
+    `judge` is the architecture of a critic that starts as a reward model.
+    """
+    updates = cfg.ppo.epochs * cfg.ppo.minibatches
+
+    def adam(lr: float) -> optax.GradientTransformation:
+        schedule = optim.schedule(cfg.schedule, lr, cfg.steps * updates, cfg.warmup)
+        return optim.adamw(schedule, cfg.adam, skip_bad=cfg.skip_bad > 0)
+
+    tx = ppo_lib.optimizer(adam(cfg.lr), adam(cfg.critic_lr))
+    critic_fn = heads.critic(judge) if judge else heads.shared_critic(config)
+    policy_fn = transformer.bind(transformer.Transformer(config))
+    settings: dict[str, Any] = {"policy_fn": policy_fn, "critic_fn": critic_fn, "lora": cfg.lora, "tx": tx}
+    settings |= {"cfg": cfg.ppo, "microbatches": cfg.devices.microbatches}
+    step_fn = layout.step(functools.partial(train_step, **settings), donate=(0,))
+    return tx, collecting(cfg, cfg.ppo, config, eos_id, layout, critic_fn=critic_fn), step_fn
+
+
+def collecting(
+    cfg: Any,
+    settings: updates_lib.Config,
+    config: transformer.Config,
+    eos_id: int | tuple[int, ...],
+    layout: parallel.Layout,
+    **more: Any,
+) -> Callable:
+    """`rollout.collecting` as an experiment that learns from rollouts asks for it, and its algorithm's settings."""
+    same = {name: getattr(settings, name) for name in ("temperature", "stop_at_eos", "buckets")}
+    return rollout.collecting(config, layout, max_new_tokens=cfg.max_new_tokens, eos_id=eos_id, **same, **more)
+
+
+def start(
+    cfg: Config, tx: optax.GradientTransformation, policy: Params, critic: Params
+) -> tuple[TrainState, dict[str, Params]]:
+    """The state before the first rollout, and the frozen base of each network."""
+    trained, frozen = {}, {}
+    for name, params in {"policy": policy, "critic": critic}.items():
+        trained[name], frozen[name] = lora_lib.split(params, cfg.lora, named_key(cfg.seed, f"ppo/lora/{name}"))
+    return ppo_lib.init(trained, tx, cfg.ppo, named_key(cfg.seed, "ppo/updates")), cfg.compute.freeze(frozen)
 
 
 def main(cfg: Config, score_text: ScoreText | None = None) -> TrainState:
     """Train, and write the run directory. A `score_text(prompt, response)` replaces the reward models' scores."""
+    runs.claim(cfg.out, cfg)
     check_scored(cfg.reward, score_text)
     if score_text and cfg.pessimism:
         raise InputError("pessimism has no effect on scores that are not reward models': leave it out")
-    policy = models.load(cfg.init, compute=cfg.compute)
-    rewards = [models.load_reward(path, compute=cfg.compute) for path in cfg.reward]
+    layout = parallel.layout(cfg.devices)
+    given: dict[str, Any] = {"compute": cfg.compute, "place": layout.sharding}
+    policy = models.load(cfg.init, **given)
+    rewards = [models.load_reward(path, **given) for path in cfg.reward]
     tokenizer = models.tokenizer_of(policy)
-    held = policy if cfg.reference is None else models.load(cfg.reference, compute=cfg.compute)
+    held = policy if cfg.reference is None else models.load(cfg.reference, **given)
     if held.config != policy.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.init}: take the model that it came from")
     others = dict(zip(cfg.reward, rewards, strict=True)) | ({cfg.reference: held} if cfg.reference else {})
     models.check_vocabularies({cfg.init: policy} | others)
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
-    score = scorer(rewards, score_text, rows, tokenizer, cfg.pessimism)
+    score = scorer(rewards, score_text, rows, tokenizer, layout, cfg.pessimism, cfg.ppo.buckets)
     prompts = pipeline.prompts(rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch, seed=cfg.seed)
     print(f"{cfg.data}: {prompts.counts}")
-    updates = cfg.ppo.epochs * cfg.ppo.minibatches
-
-    def adam(lr: float) -> optax.GradientTransformation:
-        return optim.adamw(optim.schedule(cfg.schedule, lr, cfg.steps * updates, cfg.warmup), cfg.adam)
-
-    tx = ppo_lib.optimizer(adam(cfg.lr), adam(cfg.critic_lr))
-    sampling_key, training_key = (named_key(cfg.seed, f"ppo/{use}") for use in ("sampling", "updates"))
-    if cfg.critic == "reward":
-        critic, critic_fn = rewards[0].params, heads.critic(rewards[0].config)
+    judge = rewards[0] if cfg.critic == "reward" else None
+    judged = judge.config if judge else None
+    tx, collect, step_fn = build(cfg, policy.config, judged, tokenizer.eos_token_id, layout)
+    state, frozen = start(cfg, tx, policy.params, judge.params if judge else heads.fresh(policy.config))
+    base = layout.state(frozen)
+    if cfg.lora.rank and held is policy:
+        reference = base["policy"]
     else:
-        critic, critic_fn = heads.fresh(policy.config), heads.shared_critic(policy.config)
-    trained, frozen = {}, {}
-    for name, params in {"policy": policy.params, "critic": critic}.items():
-        trained[name], frozen[name] = lora_lib.split(params, cfg.lora, named_key(cfg.seed, f"ppo/lora/{name}"))
-    state, base = parallel.replicate((ppo_lib.init(trained, tx, cfg.ppo, training_key), frozen))
-    reference = base["policy"] if cfg.lora.rank and held is policy else parallel.replicate(held.params)
-    collect = parallel.pmap(
-        functools.partial(
-            rollout.collect,
-            policy=policy,
-            policy_fn=policy.apply,
-            critic_fn=critic_fn,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.ppo.temperature,
-            eos_id=tokenizer.eos_token_id,
-            stop_at_eos=cfg.ppo.stop_at_eos,
-        )
-    )
-    step_fn = parallel.pmap(
-        functools.partial(train_step, policy_fn=policy.apply, critic_fn=critic_fn, lora=cfg.lora, tx=tx, cfg=cfg.ppo),
-        donate=(0,),
-    )
-    keys = parallel.replicate(sampling_key)
+        reference = layout.state(jax.tree.map(jnp.copy, cfg.compute.freeze(held.params)))  # steps use up the trained
+    keys = layout.state(named_key(cfg.seed, "ppo/sampling"))
 
-    def roll(trained: dict[str, Params], batch: Prompts, first: jax.Array) -> Rollout:
+    def sample(trained: dict[str, Params], batch: Prompts, first: Leaf) -> Rollout:
         params = lora_lib.attach(base, trained, cfg.lora)
-        return score(collect(params, reference, parallel.shard(batch), keys, first))
+        return collect(params, reference, layout.rows(batch), keys, first)
 
     def step(state: TrainState, episodes: Rollout, text: Tokens | None) -> tuple[TrainState, Metrics]:
         return step_fn(state, base, episodes, text)
 
-    export = functools.partial(lora_lib.merge, frozen["policy"], cfg=cfg.lora)
-    return train(cfg, cfg.ppo, policy, state, roll, step, rows, prompts, export=export)
+    rates = functools.partial(
+        speeds, cfg, cfg.ppo, policy.config, critic=judged, rewards=[one.config for one in rewards]
+    )
+    policy = dataclasses.replace(policy, params=None)  # as they were loaded, models would fill the memory
+    del rewards, judge, held, others
+    export = lambda trained: lora_lib.merge(layout.get(base["policy"]), trained, cfg.lora)
+    return train(cfg, cfg.ppo, policy, layout, state, sample, score, step, rates, rows, prompts, export=export)
+
+
+def speeds(
+    cfg: Any,
+    settings: updates_lib.Config,
+    policy: transformer.Config,
+    values: dict[str, Any],
+    *,
+    critic: transformer.Config | None = None,
+    rewards: Sequence[transformer.Config] = (),
+) -> dict[str, float]:
+    """Tokens a second of each part of a step, and what it computes in tera-operations a second and as a share of the
+    devices' peak, by `flops.forward`: from the step's metrics, for `log.start`.
+
+    "generate" counts new tokens, and computes what reference and critic say of them too; "score" counts prompts and
+    responses, "update" both as often as they are learnt from, and pretraining text.
+    """
+    new = values["response/tokens"]
+    tokens = new + values["prompt/tokens"]
+    updates = settings.epochs * settings.minibatches
+    scalar = lambda config: flops.forward(config, cfg.batch, tokens, 0) if config else 0.0
+    answers = flops.forward(policy, cfg.batch, tokens, new)
+    text = (updates * cfg.text_batch, cfg.text_length, cfg.text_length - 1) if cfg.text else (0, 0, 0)
+    learnt = settings.epochs * (answers + scalar(critic)) + flops.forward(policy, *text)
+    parts = {
+        "generate": (cfg.batch * new, 2 * answers + scalar(critic)),
+        "score": (cfg.batch * tokens, sum(map(scalar, rewards))),
+        "update": (cfg.batch * tokens * settings.epochs + text[0] * text[1], 3 * learnt),
+    }
+    peak = flops.peak(cfg.compute.dtype)
+    found: dict[str, float] = {}
+    for part, (count, operations) in parts.items():
+        seconds = max(values[f"seconds/{part}"], 1e-9)
+        rate = operations / seconds
+        found |= {f"tokens_per_s/{part}": count / seconds, f"tflops/{part}": rate / 1e12, f"mfu/{part}": rate / peak}
+    return found
 
 
 def train(
     cfg: Any,
     settings: updates_lib.Config,
     policy: models.Model,
+    layout: parallel.Layout,
     state: TrainState,
-    roll: Callable[[dict[str, Params], Prompts, jax.Array], Rollout],
+    sample: Callable[[dict[str, Params], Prompts, Leaf], Rollout],
+    score: scores.Source,
     step_fn: Callable[[TrainState, Rollout, Tokens | None], tuple[TrainState, dict]],
+    rates: Callable[[dict[str, Any]], dict[str, float]],
     rows: builders.Rows,
     prompts: pipeline.Batches[Prompts],
     group: int = 1,
@@ -206,38 +288,47 @@ def train(
 ) -> TrainState:
     """The loop of every experiment that learns from rollouts, and its run directory.
 
-    `cfg` is that experiment's configuration, `settings` its algorithm's; `state` is replicated. `roll` returns scored
-    episodes, of which `group` answer each prompt; no two of its calls get the same number `first`. `export` makes of
-    the trained policy the parameters to save.
+    `cfg` is that experiment's configuration, `settings` its algorithm's; `state` is the first. `sample` returns
+    episodes for `score`, of which `group` answer each prompt; no two of its calls get the same number `first`. `rates`
+    is `speeds` of that experiment; `export` makes of the trained policy the parameters to save.
     """
     tokenizer, updates = models.tokenizer_of(policy), settings.epochs * settings.minibatches
     streams = {"prompts": iter(prompts)}
     if cfg.text is not None:
         text = builders.source(cfg.text, "text", data_dir=cfg.data_dir)
-        sizes = {"length": cfg.text_length, "batch": updates * cfg.text_batch}
+        sizes = {"length": cfg.text_length, "batch": cfg.text_batch}
         streams["text"] = iter(pipeline.text(text, tokenizer, **sizes, seed=cfg.seed + 1))
     shown = ("reward/score", "kl/reference")
     # What was sampled is what is scored, or the first pass over a rollout finds ratios other than 1.
     bounds = {"ratio/first_error": 1e-4 if cfg.compute.dtype == "float32" else 0.1}
+    state = checkpoint.resume(cfg.out / log.CHECKPOINTS, state, streams, cfg.saves)
+    done, state = int(state.step), layout.state(state)
+    records: dict = {"show": shown, "at_most": bounds, "skip_bad": cfg.skip_bad, "profile": cfg.profile}
+    records |= {"derive": rates, "wandb": cfg.wandb}
     with (
-        log.start(cfg.out, cfg, total=cfg.steps, show=shown, at_most=bounds, wandb=cfg.wandb) as run,
-        checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
+        timing.Clock() as clock,
+        log.start(cfg.out, cfg, total=cfg.steps, step=done, **records) as run,
+        checkpoint.Writer(cfg.out / log.CHECKPOINTS, cfg.saves, done, cfg.steps) as saves,
     ):
-        for step in range(1, cfg.steps + 1):
+        for step in range(done + 1, cfg.steps + 1):
             batch = best_of_n.repeat(next(streams["prompts"]), group)
-            episodes = roll(state.params, batch, parallel.replicate(jnp.uint32(step * cfg.batch)))
             mix = None
             if cfg.text is not None:
-                split = jax.tree.map(lambda x: x.reshape(updates, -1, *x.shape[1:]), next(streams["text"]))
-                mix = parallel.shard(split, rows_axis=1)
-            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
-                run.samples(step, table(rows, tokenizer, parallel.gather(episodes), cfg.samples))
+                parts = [next(streams["text"]) for _ in range(updates)]
+                mix = layout.rows(jax.tree.map(lambda *xs: np.stack(xs), *parts), rows_axis=1)
+            clock.start()
+            sampled = sample(state.params, batch, layout.state(np.uint32(step * cfg.batch)))
+            clock.done("generate", sampled)
+            episodes = score(sampled)
+            clock.done("score", episodes)
             state, metrics = step_fn(state, episodes, mix)
-            run.write(step, parallel.unreplicate(metrics))
-            if step % cfg.save_every == 0 or step == cfg.steps:
-                run.flush()
-                saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
-    state = parallel.unreplicate(state)
+            clock.done("update", metrics)
+            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+                run.samples(step, table(rows, tokenizer, layout.gather(episodes), cfg.samples))
+            run.write(step, layout.get(metrics) | clock.seconds())
+            if saves.due(step):
+                saves.save(layout.get(state), streams, run.flush())
+    state = layout.get(state)
     models.save(policy, export(state.opt_state.get("ema", state.params["policy"])), cfg.out / "model")
     plots.curves(
         cfg.out,
@@ -248,6 +339,7 @@ def train(
             "length (tokens)": ["response/tokens"],
             "explained variance of the critic": ["value/explained_variance"],
             "pretraining loss (nats)": ["loss/ptx"],
+            "seconds": ["seconds/generate", "seconds/score", "seconds/update", "seconds/host"],
         },
     )
     return state

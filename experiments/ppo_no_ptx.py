@@ -9,5 +9,7 @@ from pathlib import Path
 from experiments.ppo import Config, main
 from rlhf_jax import cli
 
+CONFIG = Config(text=None, out=Path("runs/ppo_no_ptx"))
+
 if __name__ == "__main__":
-    cli.run(main, Config(text=None, out=Path("runs/ppo_no_ptx")))
+    cli.run(main, CONFIG)

@@ -7,12 +7,15 @@ Parent:  none
 import dataclasses
 import functools
 import itertools
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, sft, transformer
+from rlhf_jax import checkpoint, cli, hosts, log, models, optim, parallel, plots, rollout, runs, sft, transformer
 from rlhf_jax.data import builders, pipeline, tokenizer
 from rlhf_jax.types import TrainState, check_positive, named_key
 
@@ -35,17 +38,22 @@ class Config:
     warmup: int = 60  # steps of linear warm-up
     weight_decay: float = 0.1  # of matrices
     compute: transformer.Compute = transformer.Compute()
-    save_every: int = 500  # steps between checkpoints
+    devices: parallel.Config = parallel.Config()
+    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
+    saves: checkpoint.Config = checkpoint.Config(every=500)
+    profile: int = 0  # steps to trace after the first three, into the folder profile
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
-        check_positive(self, "vocab_size", "length", "batch", "steps", "save_every")
+        check_positive(self, "vocab_size", "length", "batch", "steps")
 
 
 def new_model(cfg: Config, rows: builders.Rows) -> models.Model:
     """Random weights of the preset's shape, with a tokenizer trained on the first documents."""
     texts = [row["text"] for row in itertools.islice(rows, 20_000)]
-    tok = tokenizer.train(texts, cfg.vocab_size, cfg.out / "tokenizer")
+    with tempfile.TemporaryDirectory() as spare:  # every process trains the same, and one keeps it
+        kept = cfg.out / "tokenizer" if hosts.first() else Path(spare)
+        tok = tokenizer.train(texts, cfg.vocab_size, kept)
     config = dataclasses.replace(transformer.preset(cfg.preset), vocab_size=len(tok), compute=cfg.compute)
     module = transformer.Transformer(config)
     ones = jnp.ones((1, 2), jnp.int32)
@@ -53,33 +61,49 @@ def new_model(cfg: Config, rows: builders.Rows) -> models.Model:
     return models.Model(config, params, tok, transformer.bind(module))
 
 
+def build(
+    cfg: Config, config: transformer.Config, layout: parallel.Layout
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimiser, and the train step, placed: it takes (state, batch)."""
+    schedule = optim.cosine(cfg.lr, cfg.steps, cfg.warmup)
+    tx = optim.adamw(schedule, weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
+    apply_fn = transformer.bind(transformer.Transformer(config))
+    settings = {"apply_fn": apply_fn, "tx": tx, "microbatches": cfg.devices.microbatches}
+    return tx, layout.step(functools.partial(sft.train_step, **settings), donate=(0,))
+
+
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
+    runs.claim(cfg.out, cfg)
     rows = builders.source(cfg.data, "text", data_dir=cfg.data_dir)
-    model = models.load(cfg.init, compute=cfg.compute) if cfg.init else new_model(cfg, rows)
+    layout = parallel.layout(cfg.devices)
+    load = functools.partial(models.load, compute=cfg.compute, place=layout.sharding)
+    model = load(cfg.init) if cfg.init else new_model(cfg, rows)
     batches = pipeline.text(rows, models.tokenizer_of(model), length=cfg.length, batch=cfg.batch, seed=cfg.seed)
     print(f"{cfg.data}: {batches.counts}")
     print(f"{sum(x.size for x in jax.tree.leaves(model.params)):,} parameters, {jax.device_count()} devices")
 
-    tx = optim.adamw(optim.cosine(cfg.lr, cfg.steps, cfg.warmup), weight_decay=cfg.weight_decay)
-    state = parallel.replicate(optim.init(model.params, tx, named_key(cfg.seed, "pretrain")))
-    step_fn = parallel.pmap(functools.partial(sft.train_step, apply_fn=model.apply, tx=tx), donate=(0,))
-    stream = iter(batches)
-    with (
-        log.start(cfg.out, cfg, total=cfg.steps, show=("loss/next_token",), wandb=cfg.wandb) as run,
-        checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
-    ):
-        for step in range(1, cfg.steps + 1):
-            state, metrics = step_fn(state, parallel.shard(next(stream)))
-            run.write(step, parallel.unreplicate(metrics))
-            if step % cfg.save_every == 0 or step == cfg.steps:
-                run.flush()
-                saves.save(parallel.unreplicate(state), {"data": stream.get_state()})
-        state = parallel.unreplicate(state)
+    tx, step_fn = build(cfg, model.config, layout)
+    streams = {"data": iter(batches)}
+    state = optim.init(model.params, tx, named_key(cfg.seed, "pretrain"))
+    state = checkpoint.resume(cfg.out / log.CHECKPOINTS, state, streams, cfg.saves)
+    start, state = int(state.step), layout.state(state)
+    records: dict = {"show": ("loss/next_token",), "skip_bad": cfg.skip_bad, "profile": cfg.profile, "wandb": cfg.wandb}
+    with log.start(cfg.out, cfg, total=cfg.steps, step=start, **records) as run:
+        with checkpoint.Writer(cfg.out / log.CHECKPOINTS, cfg.saves, start, cfg.steps) as saves:
+            for step in range(start + 1, cfg.steps + 1):
+                state, metrics = step_fn(state, layout.rows(next(streams["data"])))
+                run.write(step, layout.get(metrics))
+                if saves.due(step):
+                    saves.save(layout.get(state), streams, run.flush())
+        state = layout.get(state)
         models.save(model, state.params, cfg.out / "model")
         trained = dataclasses.replace(model, params=state.params)
         begun = [" ".join(row["text"].split()[:8]) for row in itertools.islice(rows, 8)]
-        run.samples(cfg.steps, rollout.say(trained, begun, named_key(cfg.seed, "pretrain/samples"), length=cfg.length))
+        run.samples(
+            cfg.steps,
+            rollout.say(trained, begun, named_key(cfg.seed, "pretrain/samples"), length=cfg.length, layout=layout),
+        )
     plots.curves(cfg.out, {"next-token loss (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]})
     return state
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import evaluate, ppo, ppo_instructgpt, study
-from rlhf_jax import cli, plots
+from rlhf_jax import cli, plots, runs
 
 NAME = "ptx"
 MEASURES = {
@@ -36,6 +36,15 @@ class Config(study.Config):
 def main(cfg: Config) -> dict[str, list[dict]]:
     """Run what has not been run, then write table and plot; returns what each policy of each seed is worth."""
     study.page(cfg, NAME)
+    study.tuned(cfg)
+    seeds = study.together(cfg, of_seed, range(cfg.seeds))
+    results = {name: [found[name] for found in seeds] for name in seeds[0]}
+    report(cfg, results)
+    return results
+
+
+def of_seed(cfg: Config, seed: int) -> dict[str, dict]:
+    """What each policy is worth."""
     sizes = "data", "text", "prompt_length", "max_new_tokens", "text_length", "batch", "steps"
     same = {name: getattr(cfg.ppo, name) for name in sizes}
     arms = {
@@ -43,23 +52,20 @@ def main(cfg: Config) -> dict[str, list[dict]]:
         "PPO-ptx": cfg.ppo,
         "InstructGPT": dataclasses.replace(ppo_instructgpt.CONFIG, **same),
     }
-    results: dict[str, list[dict]] = {}
-    for seed in range(cfg.seeds):
-        given = study.policy(cfg, seed, study.judge(cfg, seed)["model"])
-        home = cfg.out / f"seed{seed}"
-        results.setdefault("SFT", []).append(worth(cfg, seed, given["init"], home / "sft-evaluated"))
-        for name, arm in arms.items():
-            out = home / f"mix-{name.lower()}"
-            study.once(ppo.main, dataclasses.replace(arm, out=out, **given))
-            results.setdefault(name, []).append(worth(cfg, seed, out / "model", out / "evaluated"))
-    report(cfg, results)
-    return results
+    given = study.policy(cfg, seed, study.judge(cfg, seed)["model"])
+    home = cfg.out / f"seed{seed}"
+    found = {"SFT": worth(cfg, seed, given["init"], home / "sft-evaluated")}
+    for name, arm in arms.items():
+        out = home / f"mix-{name.lower()}"
+        runs.once(ppo.main, dataclasses.replace(arm, out=out, **given))
+        found[name] = worth(cfg, seed, out / "model", out / "evaluated")
+    return found
 
 
 def worth(cfg: Config, seed: int, model: Path, out: Path) -> dict:
     """What `evaluate` says of a model."""
     given = {"model": model, "reference": study.tuned(cfg), "seed": seed, **study.shared(cfg)}
-    return study.once(evaluate.main, cli.hand_down("evaluate", cfg.evaluate, **given, **study.sampling(cfg.ppo)), out)
+    return runs.once(evaluate.main, cli.hand_down("evaluate", cfg.evaluate, **given, **study.sampling(cfg.ppo)), out)
 
 
 def report(cfg: Config, results: dict[str, list[dict]]) -> None:

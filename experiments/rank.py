@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rlhf_jax import cli, log, models, rollout, transformer
+from rlhf_jax import cli, models, parallel, rollout, runs, transformer
 from rlhf_jax.data import builders, labelers, pipeline
 from rlhf_jax.data.world import World
 from rlhf_jax.types import InputError, check_positive, named_key
@@ -41,6 +41,7 @@ class Config:
     batch: int = 256  # answers sampled at once, over all devices
     world: int = 0  # seed of the world that the prompts are of
     compute: transformer.Compute = transformer.Compute()
+    devices: parallel.Config = parallel.Config()
 
     def __post_init__(self) -> None:
         check_positive(self, "prompts", "held_out", "temperature", "prompt_length", "max_new_tokens", "batch")
@@ -54,11 +55,12 @@ class Config:
 
 def main(cfg: Config) -> dict[str, float]:
     """Write the rankings; returns how far labelers agree."""
-    model = models.load(cfg.init, compute=cfg.compute)
+    layout = parallel.layout(cfg.devices)
+    model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
     world = World.generate(cfg.world)
     people = labelers.labelers(cfg.seed, cfg.people)
-    log.write_config(cfg.out, cfg)
+    runs.write_config(cfg.out, cfg)
     sizes = {"train": (cfg.skip, cfg.prompts), "held_out": (0, cfg.held_out)}
     for split, (skip, count) in sizes.items():
         rng = random.Random(f"{cfg.seed}/{split}")
@@ -76,19 +78,20 @@ def main(cfg: Config) -> dict[str, float]:
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             eos_id=tokenizer.eos_token_id,
+            layout=layout,
         )
         texts = iter(rollout.texts(tokenizer, sample.tokens, sample.mask))
-        rankings = []
-        with (cfg.out / f"{split}.jsonl").open("w") as file:
-            for index, k in zip(prompts.index, times, strict=True):
-                prompt = rows[int(index)]["prompt"]
-                responses = [next(texts) for _ in range(k)]
-                judges = people if split == "held_out" else [rng.choice(people)]
-                ranks = [judge.rank(world, prompt[-1]["content"], responses, cfg.seed) for judge in judges]
-                rankings.append(ranks)
-                for judge, rank in zip(judges, ranks, strict=True):
-                    row = {"prompt": prompt, "responses": responses, "ranks": rank, "labeler": judge.id}
-                    file.write(json.dumps(row) + "\n")
+        rankings, lines = [], []
+        for index, k in zip(prompts.index, times, strict=True):
+            prompt = rows[int(index)]["prompt"]
+            responses = [next(texts) for _ in range(k)]
+            judges = people if split == "held_out" else [rng.choice(people)]
+            ranks = [judge.rank(world, prompt[-1]["content"], responses, cfg.seed) for judge in judges]
+            rankings.append(ranks)
+            for judge, rank in zip(judges, ranks, strict=True):
+                row = {"prompt": prompt, "responses": responses, "ranks": rank, "labeler": judge.id}
+                lines.append(json.dumps(row) + "\n")
+        runs.write(cfg.out / f"{split}.jsonl", "".join(lines))
         print(
             f"{split} prompts: {counts}; {sum(times)} answers, each ranked by {len(judges)} of {len(people)} labelers"
         )

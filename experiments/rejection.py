@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import sft
-from rlhf_jax import best_of_n, cli, log, models, rollout, scores, transformer
+from rlhf_jax import best_of_n, cli, models, parallel, rollout, runs, scores, transformer
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.types import InputError, TrainState, check_positive, named_key
 
@@ -38,6 +38,7 @@ class Config:
     temperature: float = 1.0  # of the answers
     batch: int = 256  # answers at once, over all devices
     compute: transformer.Compute = transformer.Compute()  # of sampling and of fine-tuning
+    devices: parallel.Config = parallel.Config()  # likewise
     sft: "sft.Config" = sft.Config(lr=3e-4, epochs=1)
 
     def __post_init__(self) -> None:
@@ -46,22 +47,25 @@ class Config:
             raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
 
 
+def tuning(cfg: Config) -> sft.Config:
+    """The fine-tuning on the best answers."""
+    given = {"out": cfg.out / "sft", "init": cfg.init, "data": str(cfg.out / "best.jsonl"), "data_dir": cfg.data_dir}
+    return cli.hand_down("sft", cfg.sft, **given, seed=cfg.seed, compute=cfg.compute, devices=cfg.devices)
+
+
 def main(cfg: Config) -> TrainState:
     """Sample, pick, fine-tune, and write the run directory."""
-    best = cfg.out / "best.jsonl"
-    tune = cli.hand_down(
-        "sft",
-        cfg.sft,
-        seed=cfg.seed,
-        out=cfg.out / "sft",
-        init=cfg.init,
-        data=str(best),
-        data_dir=cfg.data_dir,
-        compute=cfg.compute,
-    )
-    log.write_config(cfg.out, cfg)
-    model = models.load(cfg.init, compute=cfg.compute)
-    judge = models.load_reward(cfg.reward, compute=cfg.compute)
+    tune = tuning(cfg)
+    runs.write_config(cfg.out, cfg)
+    pick(cfg)
+    return sft.main(tune)
+
+
+def pick(cfg: Config) -> None:
+    """Sample, pick, and write the best answers. The models that do it are gone when it is done."""
+    layout = parallel.layout(cfg.devices)
+    model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
+    judge = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
     models.check_vocabularies({cfg.init: model, cfg.reward: judge})
     tokenizer = models.tokenizer_of(model)
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
@@ -73,10 +77,11 @@ def main(cfg: Config) -> TrainState:
         model,
         best_of_n.repeat(prompts, cfg.best_of),
         named_key(cfg.seed, "rejection"),
-        scores.reward_models([judge], tokenizer.eos_token_id),
+        scores.reward_models([judge], tokenizer.eos_token_id, layout=layout),
         batch=cfg.batch,
         max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,
+        layout=layout,
     )
     picked = best_of_n.select(sampled, cfg.best_of)
     print(f"mean score: {sampled.score.mean():.2f} of all answers, {picked.score.mean():.2f} of the best of each")
@@ -84,10 +89,11 @@ def main(cfg: Config) -> TrainState:
     if not picked.ended.any():
         raise InputError(f"max_new_tokens={cfg.max_new_tokens}: no answer ends within it, so there is nothing to learn")
     said = rollout.texts(tokenizer, picked.tokens[:, -cfg.max_new_tokens :], picked.response_mask)
-    with best.open("w") as file:
-        for index, text in zip(picked.index[picked.ended], itertools.compress(said, picked.ended), strict=True):
-            file.write(json.dumps({"prompt": rows[int(index)]["prompt"], "completion": text}) + "\n")
-    return sft.main(tune)
+    lines = [
+        json.dumps({"prompt": rows[int(index)]["prompt"], "completion": text}) + "\n"
+        for index, text in zip(picked.index[picked.ended], itertools.compress(said, picked.ended), strict=True)
+    ]
+    runs.write(cfg.out / "best.jsonl", "".join(lines))
 
 
 if __name__ == "__main__":

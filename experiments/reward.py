@@ -18,8 +18,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from rlhf_jax import calibration, checkpoint, cli, heads, log, models, optim, parallel, plots, transformer
+from rlhf_jax import calibration, checkpoint, cli, heads, hosts, log, models, optim, parallel, plots, runs, transformer
 from rlhf_jax import lora as lora_lib
 from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
@@ -47,11 +48,14 @@ class Config:
     lora: lora_lib.Config = lora_lib.Config()
     normalize_first: bool = False  # gain and bias before training too, as Ziegler et al. 2019
     compute: transformer.Compute = transformer.Compute()
-    save_every: int = 50  # steps between checkpoints
+    devices: parallel.Config = parallel.Config()
+    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
+    saves: checkpoint.Config = checkpoint.Config()
+    profile: int = 0  # steps to trace after the first three, into the folder profile
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
-        check_positive(self, "length", "batch", "epochs", "save_every")
+        check_positive(self, "length", "batch", "epochs")
 
 
 def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
@@ -69,7 +73,7 @@ def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
     count = len(pairs.margin)
     result: dict = {"accuracy": accuracy, "expected_calibration_error": error, "pairs": count, "ties": ties}
     result |= {label: [one._asdict() for one in bins] for label, bins in panels.items()}
-    (out / "calibration.json").write_text(json.dumps(result, indent=2) + "\n")
+    runs.write(out / "calibration.json", json.dumps(result, indent=2) + "\n")
     lines = {label: {"held out": [(one.at, one.accuracy) for one in bins]} for label, bins in panels.items()}
     plots.lines(out / "calibration.png", lines, x="")
     best = f"; {ties} more are ties: of all, at most {100 * count / (count + ties):.1f} % can be right" if ties else ""
@@ -98,9 +102,30 @@ def train_step(
     return reward_lib.train_step(state, batch, apply_fn=lora_lib.over(apply_fn, base, lora), **settings)
 
 
+def build(
+    cfg: Config, config: transformer.Config, layout: parallel.Layout, steps: int
+) -> tuple[optax.GradientTransformation, Callable, Callable]:
+    """The optimiser of so many steps, the train step on (state, base, batch), and scores of (params, batch), placed."""
+    tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
+    noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(config, dropout=cfg.dropout)))
+    settings: dict = {"apply_fn": noisy, "lora": cfg.lora, "tx": tx, "cfg": cfg.reward}
+    settings["microbatches"] = cfg.devices.microbatches
+    scores = functools.partial(reward_lib.scores, apply_fn=transformer.bind(heads.ScalarModel(config)))
+    return tx, layout.step(functools.partial(train_step, **settings), donate=(0,)), layout.step(scores)
+
+
+def split(cfg: Config, config: transformer.Config, policy: Params) -> tuple[Params, Params]:
+    """What is trained, from a language model's parameters, and the frozen base."""
+    params = heads.from_policy(policy, config, named_key(cfg.seed, "reward/head"))
+    trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
+    return trained, cfg.compute.freeze(frozen)
+
+
 def main(cfg: Config) -> dict[str, float]:
     """Train, and write the run directory; returns the accuracies."""
-    model = models.load(cfg.init, compute=cfg.compute)
+    runs.claim(cfg.out, cfg)
+    layout = parallel.layout(cfg.devices)
+    model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
     source = functools.partial(builders.source, kind="rankings", data_dir=cfg.data_dir)
     read = functools.partial(pipeline.rankings, tokenizer=tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed)
@@ -112,19 +137,19 @@ def main(cfg: Config) -> dict[str, float]:
         print(f"{cfg.held_out}: {measured.counts}")
     steps = batches.steps
 
-    key, head_key = named_key(cfg.seed, "reward"), named_key(cfg.seed, "reward/head")
-    noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(model.config, dropout=cfg.dropout)))
-    apply_fn = transformer.bind(heads.ScalarModel(model.config))
-    scores = parallel.pmap(functools.partial(reward_lib.scores, apply_fn=apply_fn))
-    params = heads.from_policy(model.params, model.config, head_key)
-    trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
-    base = parallel.replicate(frozen)
+    tx, step_fn, scores = build(cfg, model.config, layout, steps)
+    trained, frozen = split(cfg, model.config, model.params)
+    base = layout.state(frozen)
+    model = dataclasses.replace(model, params=None)  # as it was loaded, it would fill the memory
 
     def scored(trained: Params, batches: Iterable[Rankings]) -> tuple[np.ndarray, ...]:
         """Score [B, K], rank and length of all of them, on the host."""
-        spread = lora_lib.attach(base, parallel.replicate(trained), cfg.lora)
+        spread = lora_lib.attach(base, layout.state(trained), cfg.lora)
         found = [
-            (parallel.gather(scores(spread, parallel.shard(batch))), batch.rank, batch.mask.sum(axis=2))
+            (
+                layout.gather(scores(spread, layout.rows(batch))),
+                *hosts.join((batch.rank, batch.mask.sum(axis=2, dtype=np.int32))),
+            )
             for batch in batches
         ]
         return tuple(np.concatenate(x) for x in zip(*found, strict=True))
@@ -134,31 +159,33 @@ def main(cfg: Config) -> dict[str, float]:
         score, rank, _ = scored(trained, sample)
         return reward_lib.normalize(trained, float(score[rank >= 0].mean()), float(score[rank >= 0].std()))
 
-    tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay)
-    state = parallel.replicate(optim.init(normalized(trained) if cfg.normalize_first else trained, tx, key))
-    step_fn = parallel.pmap(
-        functools.partial(train_step, apply_fn=noisy, lora=cfg.lora, tx=tx, cfg=cfg.reward), donate=(0,)
-    )
-    stream = iter(batches)
+    streams = {"data": iter(batches)}
+    state = optim.init(normalized(trained) if cfg.normalize_first else trained, tx, named_key(cfg.seed, "reward"))
+    state = checkpoint.resume(cfg.out / log.CHECKPOINTS, state, streams, cfg.saves)
+    start, state = int(state.step), layout.state(state)
     name = f"loss/{cfg.reward.loss}"
-    with (
-        log.start(cfg.out, cfg, total=steps, show=(name, "reward/accuracy"), wandb=cfg.wandb) as run,
-        checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
-    ):
-        for step in range(1, steps + 1):
-            state, metrics = step_fn(state, base, parallel.shard(next(stream)))
-            run.write(step, parallel.unreplicate(metrics))
-            if step % cfg.save_every == 0 or step == steps:
-                run.flush()
-                saves.save(parallel.unreplicate(state), {"data": stream.get_state()})
-        params = lora_lib.merge(frozen, normalized(parallel.unreplicate(state).params), cfg.lora)
+    records: dict = {
+        "show": (name, "reward/accuracy"),
+        "skip_bad": cfg.skip_bad,
+        "profile": cfg.profile,
+        "wandb": cfg.wandb,
+    }
+    with log.start(cfg.out, cfg, total=steps, step=start, **records) as run:
+        with checkpoint.Writer(cfg.out / log.CHECKPOINTS, cfg.saves, start, steps) as saves:
+            for step in range(start + 1, steps + 1):
+                state, metrics = step_fn(state, base, layout.rows(next(streams["data"])))
+                run.write(step, layout.get(metrics))
+                if saves.due(step):
+                    saves.save(layout.get(state), streams, run.flush())
+        params = lora_lib.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
+        apply_fn = transformer.bind(heads.ScalarModel(model.config))
         score_fn = jax.jit(lambda tokens, mask: heads.at_last(apply_fn(params, tokens, mask), mask))
         run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, score_fn, cfg.length))
     models.save(model, params, cfg.out / "model")
     plots.curves(cfg.out, {"loss (nats)": [name], "training accuracy (share of pairs)": ["reward/accuracy"]})
     if measured is None:
         return {}
-    score, rank, tokens = scored(parallel.unreplicate(state).params, measured)
+    score, rank, tokens = scored(layout.get(state).params, measured)
     return {"accuracy": record(cfg.out, calibration.pairs(score, rank, tokens), calibration.ties(rank))}
 
 

@@ -25,7 +25,7 @@ CONFIG = Config(
     held_out="finegrained:../shared/data/finegrained_qa_k4.json[80%:]",
     length=2400,
     batch=4,
-    compute=transformer.Compute(remat=True),
+    compute=transformer.Compute(remat="full"),
 )
 
 if __name__ == "__main__":

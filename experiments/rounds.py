@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import evaluate, ppo, rank, reward
-from rlhf_jax import cli, log, plots, transformer
+from rlhf_jax import cli, parallel, plots, runs, transformer
 from rlhf_jax.types import check_positive
 
 
@@ -29,6 +29,7 @@ class Config:
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     rounds: int = 3  # turns of policy and labelers
     compute: transformer.Compute = transformer.Compute()  # of every stage
+    devices: parallel.Config = parallel.Config()  # likewise
     rank: "rank.Config" = rank.Config(prompts=1200, held_out=128)
     reward: "reward.Config" = reward.Config()
     ppo: "ppo.Config" = ppo.Config(steps=24, warmup=4)
@@ -40,7 +41,7 @@ class Config:
 
 def stages(cfg: Config, out: Path, n: int, policy: Path, answering: Path) -> dict[str, Any]:
     """The configuration of each stage of round `n`."""
-    shared: dict[str, Any] = {"data_dir": cfg.data_dir, "compute": cfg.compute}
+    shared: dict[str, Any] = {"data_dir": cfg.data_dir, "compute": cfg.compute, "devices": cfg.devices}
     answers: dict[str, Any] = {"temperature": cfg.ppo.ppo.temperature} | {
         name: getattr(cfg.ppo, name) for name in ("prompt_length", "max_new_tokens")
     }
@@ -64,9 +65,9 @@ def main(cfg: Config) -> dict[str, list[dict]]:
     stages(
         cfg, cfg.out, 1, cfg.init, cfg.init
     )  # before anything runs, so that a flag without effect is refused at once
-    log.write_config(cfg.out, cfg)
+    runs.write_config(cfg.out, cfg)
     results = {"online": arm(cfg, online=True), "offline": arm(cfg, online=False)}
-    (cfg.out / "rounds.json").write_text(json.dumps(results, indent=2) + "\n")
+    runs.write(cfg.out / "rounds.json", json.dumps(results, indent=2) + "\n")
     names = {"gold": "gold (0 to 1)", "reward": "reward model's score", "kl": "KL to the reference (nats)"}
     print("\n" + f"{'labels':<10}{'round':>6}" + "".join(f"{label:>28}" for label in names.values()))
     for labels, rows in results.items():
@@ -82,16 +83,14 @@ def main(cfg: Config) -> dict[str, list[dict]]:
 
 def arm(cfg: Config, online: bool) -> list[dict]:
     """The rounds, with labels on answers of the current policy or, unless `online`, of the fine-tuned model."""
-    out, policy, results = cfg.out / ("online" if online else "offline"), cfg.init, []
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "labels.jsonl").write_text("")
+    out, policy, results, labels = cfg.out / ("online" if online else "offline"), cfg.init, [], ""
     for n in range(1, cfg.rounds + 1):
         stage = stages(cfg, out, n, policy, policy if online else cfg.init)
-        rank.main(stage["rank"])
-        with (out / "labels.jsonl").open("a") as labels:
-            labels.write((stage["rank"].out / "train.jsonl").read_text())
-        reward.main(stage["reward"])
-        ppo.main(stage["ppo"])
+        runs.once(rank.main, stage["rank"])
+        labels += (stage["rank"].out / "train.jsonl").read_text()
+        runs.write(out / "labels.jsonl", labels)
+        runs.once(reward.main, stage["reward"])
+        runs.once(ppo.main, stage["ppo"])
         policy = stage["ppo"].out / "model"
         result = evaluate.main(stage["evaluate"])
         results.append({name: result[name] for name in ("gold", "reward", "kl", "nll")})

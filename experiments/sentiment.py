@@ -41,7 +41,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from experiments import ppo, pretrain, reward
-from rlhf_jax import cli, log, models, parallel, plots, rollout, scores, sft, transformer
+from rlhf_jax import cli, models, parallel, plots, rollout, runs, scores, sft, transformer
 from rlhf_jax import ppo as ppo_lib
 from rlhf_jax import reward as reward_lib
 from rlhf_jax.data import builders, pipeline
@@ -63,6 +63,7 @@ class Config:
     best_of: int = 4  # continuations of each, of which the labeler picks one
     sample_batch: int = 128  # continuations sampled at once, over all devices
     compute: transformer.Compute = transformer.Compute()  # of every stage
+    devices: parallel.Config = parallel.Config()  # likewise
     pretrain: "pretrain.Config" = pretrain.Config(
         preset="llama-mini", vocab_size=2048, length=64, batch=16, steps=2400, lr=3e-3, warmup=60, weight_decay=0.1
     )
@@ -217,6 +218,7 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequenc
         max_new_tokens=cfg.ppo.max_new_tokens,
         temperature=cfg.ppo.ppo.temperature,
         eos_id=tokenizer.eos_token_id,
+        layout=parallel.layout(cfg.devices),
     )
     said = (tokenizer_lib.decode(tokenizer, *row) for row in zip(sample.tokens, sample.mask, strict=True))
     for index in batch.index:
@@ -228,13 +230,15 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequenc
 
 def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Prompts) -> Iterator[Rollout]:
     """A continuation of each opening by the policy at each path, with its score and its KL to the first policy."""
-    reference = models.load(paths[0], compute=cfg.compute)
-    scalar = models.load_reward(learnt, compute=cfg.compute)
-    score = scores.reward_models([scalar], models.tokenizer_of(reference).eos_token_id)
+    layout = parallel.layout(cfg.devices)
+    given: dict[str, Any] = {"compute": cfg.compute, "place": layout.sharding}
+    reference = models.load(paths[0], **given)
+    scalar = models.load_reward(learnt, **given)
+    score = scores.reward_models([scalar], models.tokenizer_of(reference).eos_token_id, layout=layout)
     key = named_key(cfg.seed, "sentiment/continuations")
     for path in paths:
         yield rollout.episodes(
-            models.load(path, compute=cfg.compute),
+            models.load(path, **given),
             reference,
             prompts,
             key,
@@ -242,19 +246,22 @@ def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Pro
             batch=cfg.sample_batch,
             max_new_tokens=cfg.ppo.max_new_tokens,
             temperature=cfg.ppo.ppo.temperature,
+            layout=layout,
         )
 
 
 def text_nll(cfg: Config, paths: Sequence[Path], texts: Sequence[str]) -> Iterator[float]:
     """Mean negative log-likelihood of held-out sentences under the model at each path, nats a token."""
-    model = models.load(paths[0], compute=cfg.compute)
+    layout = parallel.layout(cfg.devices)
+    given: dict[str, Any] = {"compute": cfg.compute, "place": layout.sharding}
+    model = models.load(paths[0], **given)
     rows = [{"text": text} for text in texts]
     sizes = {"length": cfg.pretrain.length, "batch": cfg.pretrain.batch, "seed": 0, "epochs": 1}
     batches = pipeline.text(rows, models.tokenizer_of(model), **sizes)
-    step = parallel.pmap(functools.partial(sft.evaluate, apply_fn=model.apply))
+    step = layout.step(functools.partial(sft.evaluate, apply_fn=model.apply))
     for path in paths:
-        params = parallel.replicate(models.load(path).params)
-        totals = [parallel.unreplicate(step(params, parallel.shard(batch))) for batch in batches]
+        params = layout.state(models.load(path, **given).params)
+        totals = [layout.get(step(params, layout.rows(batch))) for batch in batches]
         nll, count = np.sum(jax.device_get(totals), axis=0)
         yield float(nll / count)
 
@@ -267,10 +274,10 @@ def main(cfg: Config) -> dict:
         print(f"\n== {stage} ({time.monotonic() - start:.0f} s)", flush=True)
 
     out, data_dir = cfg.out, _data_dir(cfg)
-    log.write_config(out, cfg)
+    runs.write_config(out, cfg)
     base, learnt, final = (out / stage / "model" for stage in ("pretrain", "reward", "ppo"))
     files = {name: out / f"{name}.jsonl" for name in ("text", "choices", "choices_held_out", "prompts")}
-    shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": data_dir, "compute": cfg.compute}
+    shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": data_dir, "compute": cfg.compute, "devices": cfg.devices}
     # Before anything runs, so that a flag without effect is refused at once.
     stages = {
         "pretrain": cli.hand_down("pretrain", cfg.pretrain, data=str(files["text"]), out=out / "pretrain", **shared),
@@ -308,9 +315,8 @@ def main(cfg: Config) -> dict:
             " lower --held-out-choices"
         )
 
-    begin("pretrain")
     _write(files["text"], ({"text": text} for text in sentences))
-    pretrain.main(stages["pretrain"])
+    runs.once(pretrain.main, stages["pretrain"])
 
     begin("choose")
     split = cfg.held_out_choices
@@ -318,13 +324,11 @@ def main(cfg: Config) -> dict:
     _write(files["choices_held_out"], chosen[:split])
     _write(files["choices"], chosen[split:])
 
-    begin("reward")
-    reward_result = reward.main(stages["reward"])
+    reward_result = runs.once(reward.main, stages["reward"])
     print(f"reward model: {100 * reward_result['accuracy']:.1f} % of held-out pairs of the best and another")
 
-    begin("ppo")
     _write(files["prompts"], ({"prompt": prompt} for prompt in starts))
-    ppo.main(stages["ppo"])
+    runs.once(ppo.main, stages["ppo"])
 
     begin("evaluate")
     tokenizer = models.tokenizer_of(models.load(base, compute=cfg.compute))
@@ -358,7 +362,7 @@ def main(cfg: Config) -> dict:
         **{stage.lower(): values for stage, values in results.items()},
         "gain": results["PPO"]["positive_judge"] - results["base"]["positive_judge"],
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    runs.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report(out, [test[index] for index in prompts.index], results, said, summary)
     return summary
 
@@ -385,7 +389,7 @@ def report(
         lines.append("| " + " | ".join([prompt, *(f"...{rest}" for rest in rests)]) + " |")
         if n < 3:
             print("\n" + "\n".join(f"  {stage:<5} {texts[n]}" for stage, texts in said.items()))
-    (out / "samples.md").write_text("\n".join(lines) + "\n")
+    runs.write(out / "samples.md", "\n".join(lines) + "\n")
     print(f"\n{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB; everything is in {out}")
 
 
@@ -394,8 +398,7 @@ def _data_dir(cfg: Config) -> Path:
 
 
 def _write(path: Path, rows: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    runs.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, sft, transformer
+from rlhf_jax import checkpoint, cli, hosts, log, models, optim, parallel, plots, rollout, runs, sft, transformer
 from rlhf_jax import lora as lora_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.types import Metrics, Params, Tokens, TrainState, check_positive, named_key
@@ -44,11 +45,14 @@ class Config:
     weight_decay: float = 0.0  # of matrices
     lora: lora_lib.Config = lora_lib.Config()
     compute: transformer.Compute = transformer.Compute()
-    save_every: int = 50  # steps between checkpoints
+    devices: parallel.Config = parallel.Config()
+    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
+    saves: checkpoint.Config = checkpoint.Config()
+    profile: int = 0  # steps to trace after the first three, into the folder profile
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
-        check_positive(self, "text_batch", "length", "batch", "epochs", "save_every")
+        check_positive(self, "text_batch", "length", "batch", "epochs")
 
 
 def train_step(
@@ -58,13 +62,33 @@ def train_step(
     return sft.train_step(state, batch, apply_fn=lora_lib.over(apply_fn, base, lora), **settings)
 
 
+def build(
+    cfg: Config, config: transformer.Config, layout: parallel.Layout, steps: int
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimiser of so many steps, and the train step, placed: it takes (state, base, batch)."""
+    tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
+    apply_fn = transformer.bind(transformer.Transformer(dataclasses.replace(config, dropout=cfg.dropout)))
+    settings = {"apply_fn": apply_fn, "lora": cfg.lora, "tx": tx, "microbatches": cfg.devices.microbatches}
+    return tx, layout.step(functools.partial(train_step, **settings), donate=(0,))
+
+
+def start(cfg: Config, tx: optax.GradientTransformation, params: Params) -> tuple[TrainState, Params]:
+    """The state before the first step, and the frozen base."""
+    trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "sft/lora"))
+    return optim.init(trained, tx, named_key(cfg.seed, "sft")), cfg.compute.freeze(frozen)
+
+
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
-    model = models.load(cfg.init, compute=cfg.compute)
+    runs.claim(cfg.out, cfg)
+    layout = parallel.layout(cfg.devices)
+    model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
     rows = builders.source(cfg.data, "demonstrations", data_dir=cfg.data_dir)
+    # Dropout goes by a row's place in the batch: a process takes its share of demonstrations and text together.
+    whole: dict[str, Any] = {"process_index": 0, "process_count": 1}
     batches = pipeline.demonstrations(
-        rows, tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed, epochs=cfg.epochs
+        rows, tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed, epochs=cfg.epochs, **whole
     )
     print(f"{cfg.data}: {batches.counts}")
     steps = batches.steps
@@ -72,30 +96,30 @@ def main(cfg: Config) -> TrainState:
     if cfg.text is not None:
         text_rows = builders.source(cfg.text, "text", data_dir=cfg.data_dir)
         streams["text"] = iter(
-            pipeline.text(text_rows, tokenizer, length=cfg.length, batch=cfg.text_batch, seed=cfg.seed + 1)
+            pipeline.text(text_rows, tokenizer, length=cfg.length, batch=cfg.text_batch, seed=cfg.seed + 1, **whole)
         )
 
-    tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay)
-    trained, frozen = lora_lib.split(model.params, cfg.lora, named_key(cfg.seed, "sft/lora"))
-    state, base = parallel.replicate((optim.init(trained, tx, named_key(cfg.seed, "sft")), frozen))
-    apply_fn = transformer.bind(transformer.Transformer(dataclasses.replace(model.config, dropout=cfg.dropout)))
-    step_fn = parallel.pmap(functools.partial(train_step, apply_fn=apply_fn, lora=cfg.lora, tx=tx), donate=(0,))
-    with (
-        log.start(cfg.out, cfg, total=steps, show=("loss/next_token",), wandb=cfg.wandb) as run,
-        checkpoint.Writer(cfg.out / log.CHECKPOINTS) as saves,
-    ):
-        for step in range(1, steps + 1):
-            batch = jax.tree.map(lambda *rows: np.concatenate(rows), *(next(stream) for stream in streams.values()))
-            state, metrics = step_fn(state, base, parallel.shard(batch))
-            run.write(step, parallel.unreplicate(metrics))
-            if step % cfg.save_every == 0 or step == steps:
-                run.flush()
-                saves.save(parallel.unreplicate(state), {name: s.get_state() for name, s in streams.items()})
-        state = parallel.unreplicate(state)
-        model = dataclasses.replace(model, params=lora_lib.merge(frozen, state.params, cfg.lora))
+    tx, step_fn = build(cfg, model.config, layout, steps)
+    state, base = start(cfg, tx, model.params)
+    model = dataclasses.replace(model, params=None)  # as it was loaded, it would fill the memory
+    state = checkpoint.resume(cfg.out / log.CHECKPOINTS, state, streams, cfg.saves)
+    done, state, base = int(state.step), layout.state(state), layout.state(base)
+    records: dict = {"show": ("loss/next_token",), "skip_bad": cfg.skip_bad, "profile": cfg.profile, "wandb": cfg.wandb}
+    with log.start(cfg.out, cfg, total=steps, step=done, **records) as run:
+        with checkpoint.Writer(cfg.out / log.CHECKPOINTS, cfg.saves, done, steps) as saves:
+            for step in range(done + 1, steps + 1):
+                rows_of_each = (next(stream) for stream in streams.values())
+                batch = jax.tree.map(lambda *rows: np.concatenate(rows), *rows_of_each)
+                state, metrics = step_fn(state, base, layout.rows(hosts.share(batch)))
+                run.write(step, layout.get(metrics))
+                if saves.due(step):
+                    saves.save(layout.get(state), streams, run.flush())
+        state = layout.get(state)
+        model = dataclasses.replace(model, params=lora_lib.merge(layout.get(base), state.params, cfg.lora))
         models.save(model, model.params, cfg.out / "model")
         asked = [row["prompt"] if "prompt" in row else row["messages"][:-1] for row in itertools.islice(rows, 8)]
-        run.samples(steps, rollout.say(model, asked, named_key(cfg.seed, "sft/samples"), length=cfg.length))
+        key = named_key(cfg.seed, "sft/samples")
+        run.samples(steps, rollout.say(model, asked, key, length=cfg.length, layout=layout))
     plots.curves(
         cfg.out, {"next-token loss on answers and text (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]}
     )

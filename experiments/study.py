@@ -5,17 +5,20 @@ the fine-tuned model is the same for all. Studies with the same `out` share what
 is run again makes only what is missing.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import itertools
-import json
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from experiments import ppo, pretrain, rank, reward, sft
-from rlhf_jax import best_of_n, cli, log, models, rollout, scores, transformer
+from rlhf_jax import best_of_n, cli, log, models, parallel, rollout, runs, scores, transformer
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data.tokenizer import prompt_text
 from rlhf_jax.data.world import World
@@ -25,6 +28,9 @@ BATCH = 256  # answers sampled or scored at once, over all devices
 BEGIN, END = "<!-- made by the study: begin -->", "<!-- end -->"
 WORLD = World.generate(0)
 
+C = TypeVar("C", bound="Config")
+T = TypeVar("T")
+Result = TypeVar("Result")
 Point = dict[str, float]  # kl (nats a response), gold (0 to 1), and proxy, the reward model's score, if there is one
 
 
@@ -36,8 +42,10 @@ class Config:
     out: Path = Path("runs/studies")  # run directory, shared by the studies
     docs: Path | None = Path("docs")  # folder of the pages whose tables and plots are renewed; None for none
     seeds: int = 4  # of labels, reward model and policy
+    jobs: int = 1  # seeds at a time, each in a process of its own: for CPUs, where models so small leave cores idle
     prompts: int = 1600  # prompts whose answers are ranked, a seed
     compute: transformer.Compute = transformer.Compute()  # of every stage
+    devices: parallel.Config = parallel.Config()  # likewise
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config(held_out=96)
@@ -45,37 +53,27 @@ class Config:
     ppo: "ppo.Config" = ppo.Config()
 
     def __post_init__(self) -> None:
-        check_positive(self, "seeds", "prompts")
-
-
-def once(main: Callable[[Any], Any], cfg: Any, out: Path | None = None) -> Any:
-    """What `main(cfg)` returns if that is a dict, else None; from `out`, by default `cfg.out`, if it has been run.
-
-    Raises InputError where that was done with other settings.
-    """
-    out = out or cfg.out
-    done = out / "done.json"
-    settings = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
-    if done.is_file():
-        found = json.loads(done.read_text())
-        if found["settings"] != settings:
-            names = settings.keys() | found["settings"].keys()
-            differing = sorted(name for name in names if found["settings"].get(name) != settings.get(name))
-            raise InputError(f"{out} was made with other settings ({', '.join(differing)}): name another --out")
-        return found["result"]
-    print(f"\n== {out}", flush=True)
-    result = main(cfg)
-    out.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "result": result if isinstance(result, dict) else None}
-    partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps(record) + "\n")
-    partial.rename(done)
-    return record["result"]
+        check_positive(self, "seeds", "jobs", "prompts")
 
 
 def shared(cfg: Config) -> dict[str, Any]:
     """The settings that every stage takes from the study."""
-    return {"data_dir": cfg.out / "data", "compute": cfg.compute}
+    return {"data_dir": cfg.out / "data", "compute": cfg.compute, "devices": cfg.devices}
+
+
+def together(cfg: C, of: Callable[[C, T], Result], items: Iterable[T]) -> list[Result]:
+    """`of(cfg, item)` of each, `cfg.jobs` at a time. Where one fails or is interrupted, all are."""
+    if cfg.jobs == 1:
+        return [of(cfg, item) for item in items]
+    spawn = multiprocessing.get_context("spawn")  # JAX does not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(cfg.jobs, spawn, cli.prepare) as pool:
+        try:
+            return list(pool.map(functools.partial(of, cfg), items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def tuned(cfg: Config, preset: str | None = None) -> Path:
@@ -83,9 +81,9 @@ def tuned(cfg: Config, preset: str | None = None) -> Path:
     preset = preset or cfg.pretrain.preset
     out = cfg.out / preset
     sized = dataclasses.replace(cfg.pretrain, preset=preset)
-    once(pretrain.main, cli.hand_down("pretrain", sized, out=out / "pretrain", **shared(cfg)))
+    runs.once(pretrain.main, cli.hand_down("pretrain", sized, out=out / "pretrain", **shared(cfg)))
     fine = cli.hand_down("sft", cfg.sft, init=out / "pretrain" / "model", out=out / "sft", **shared(cfg))
-    once(sft.main, fine)
+    runs.once(sft.main, fine)
     return fine.out / "model"
 
 
@@ -97,14 +95,14 @@ def judge(cfg: Config, seed: int, prompts: int | None = None, epochs: int = 1, p
     prompts, home = prompts or cfg.prompts, cfg.out / f"seed{seed}"
     given: dict[str, Any] = {"init": tuned(cfg), "prompts": cfg.prompts, "seed": seed, **shared(cfg)}
     ranked = cli.hand_down("rank", cfg.rank, out=home / "rank", **given, **sampling(cfg.ppo))
-    once(rank.main, ranked)
+    runs.once(rank.main, ranked)
     with (ranked.out / "train.jsonl").open() as rows:
-        labels(cfg, seed, prompts).write_text("".join(itertools.islice(rows, prompts)))
+        runs.write(labels(cfg, seed, prompts), "".join(itertools.islice(rows, prompts)))
     data = {"data": str(labels(cfg, seed, prompts)), "held_out": str(ranked.out / "held_out.jsonl")}
     out = home / f"reward-{preset or cfg.pretrain.preset}-{prompts}"
     given = {"init": tuned(cfg, preset), "epochs": epochs, "seed": seed, **shared(cfg)}
     learnt = cli.hand_down("reward", cfg.reward, out=out, **given, **data)
-    return {"model": learnt.out / "model", **once(reward.main, learnt)}
+    return {"model": learnt.out / "model", **runs.once(reward.main, learnt)}
 
 
 def labels(cfg: Config, seed: int, prompts: int) -> Path:
@@ -153,9 +151,21 @@ def answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) -> tuple
     The prompts lie evenly in those that policies train on. `run` says how answers are sampled, what reward models score
     them, and by `init` what the KL is measured from.
     """
-    policy, reference = (models.load(path, compute=run.compute) for path in (model, run.init))
+    layout = parallel.layout(run.devices)
+    said, worth = _said(dataclasses.replace(run, reward=(), critic="policy", out=Path()), model, prompts, times)
+    rewards = [models.load_reward(path, compute=run.compute, place=layout.sharding) for path in run.reward]
+    score = scores.reward_models(rewards, models.tokenizer_of(rewards[0]).eos_token_id, layout=layout)
+    parts = [layout.gather(score(layout.rows(part))) for _, part in rollout.chunks(said, BATCH)]
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(said.index)], *parts), worth
+
+
+@functools.lru_cache(maxsize=1)
+def _said(run: ppo.Config, model: Path, prompts: int, times: int) -> tuple[Rollout, np.ndarray]:
+    """`answers` without scores, once for all the reward models that are asked next."""
+    layout = parallel.layout(run.devices)
+    given: dict[str, Any] = {"compute": run.compute, "place": layout.sharding}
+    policy, reference = (models.load(path, **given) for path in (model, run.init))
     tokenizer = models.tokenizer_of(policy)
-    rewards = [models.load_reward(path, compute=run.compute) for path in run.reward]
     rows = builders.source(run.data, "prompts", data_dir=run.data_dir)
     asked = [rows[int(index)] for index in np.linspace(0, len(rows) - 1, prompts)]
     said = rollout.episodes(
@@ -163,10 +173,10 @@ def answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) -> tuple
         reference,
         best_of_n.repeat(pipeline.every_prompt(asked, tokenizer, length=run.prompt_length)[0], times),
         named_key(run.seed, "study/answers"),
-        scores.reward_models(rewards, tokenizer.eos_token_id),
         batch=BATCH,
         max_new_tokens=run.max_new_tokens,
         temperature=run.ppo.temperature,
+        layout=layout,
     )
     texts = rollout.texts(tokenizer, said.tokens[:, -run.max_new_tokens :], said.response_mask)
     asked_of = [prompt_text(asked[int(index)]["prompt"]) for index in said.index]
@@ -225,10 +235,9 @@ def publish(cfg: Config, name: str, text: str, draw: Callable[[Path], Any]) -> N
     """Print and keep the table and plot of a study; renew its page in `docs`."""
     text += f"\nSeeds: {', '.join(map(str, range(cfg.seeds)))}.\n"
     print(f"\n{text}", flush=True)
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    (cfg.out / f"{name}.md").write_text(text)
+    runs.write(cfg.out / f"{name}.md", text)
     draw(cfg.out / f"{name}.png")
     if around := page(cfg, name):
         path, before, after = around
-        path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        runs.write(path, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
         draw(path.with_suffix(".png"))

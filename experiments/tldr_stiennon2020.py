@@ -24,7 +24,7 @@ from experiments import ppo, presets, reward, sft
 from rlhf_jax import cli, transformer
 
 MODELS = {"1.3b": "gpt3-1.3b", "6.7b": "gpt3-6.7b"}  # of rlhf_jax.transformer.PRESETS
-COMPUTE = transformer.Compute("bfloat16", remat=True)  # B.1: half precision, float32 weights
+COMPUTE = transformer.Compute("bfloat16", remat="full")  # B.1: half precision, float32 weights
 POSTS = "template:tldr.jsonl:train.jsonl"
 
 

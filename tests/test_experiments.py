@@ -1,7 +1,9 @@
 import dataclasses
 import functools
+import gc
 import json
 import math
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ from experiments import (
     sft,
     study,
 )
-from rlhf_jax import calibration, checkpoint, cli, heads, log, lora, models, optim, transformer
+from rlhf_jax import calibration, checkpoint, cli, heads, log, lora, models, optim, parallel, transformer
 from rlhf_jax import grpo as grpo_lib
 from rlhf_jax import reward as reward_lib
 from rlhf_jax import rloo as rloo_lib
@@ -63,6 +65,47 @@ def test_each_stage_leaves_its_records(done, stage, losses):
     assert checkpoint.steps(out / "checkpoints") == [2]
     samples = log.read(out, "samples.jsonl")
     assert len(samples) >= 8 and all(row["prompt"] and isinstance(row["response"], str) for row in samples)
+
+
+def test_a_mesh_learns_and_says_what_replicas_do(done, tmp_path):
+    cfg, _ = done
+    mesh = parallel.Config(fsdp=4, tensor=2)
+    assistant.main(dataclasses.replace(cfg, out=tmp_path, data_dir=cfg.out / "data", devices=mesh))
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        for here, there in zip(metrics_of(tmp_path / stage), metrics_of(cfg.out / stage), strict=True):
+            assert here == pytest.approx(there, rel=1e-4, abs=1e-4)
+    said = [[row["response"] for row in log.read(out / "ppo", "samples.jsonl")] for out in (cfg.out, tmp_path)]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("experiment", [ppo, grpo])
+def test_models_do_not_stay_as_they_were_loaded(experiment, done, tmp_path, monkeypatch):
+    """Beside what is made of them: on a mesh they would lie on its devices for the whole run."""
+    cfg, _ = done
+    loaded = {}
+
+    def watched(name, load):
+        def again(*args, **kwargs):
+            model = load(*args, **kwargs)
+            loaded[name] = [weakref.ref(x) for x in jax.tree.leaves(model.params)]
+            return model
+
+        return again
+
+    def train(*args, **kwargs):
+        gc.collect()
+        return {name: sum(kept() is not None for kept in leaves) for name, leaves in loaded.items()}
+
+    for name in ("load", "load_reward"):
+        monkeypatch.setattr(models, name, watched(name, getattr(models, name)))
+    monkeypatch.setattr(ppo, "train", train)
+    given = {"init": cfg.out / "sft/model", "reward": (cfg.out / "reward/model",), "data": "world:rows=100"}
+    given |= {"out": tmp_path, "data_dir": cfg.out / "data", "compute": transformer.Compute(frozen="bfloat16")}
+    given |= {"devices": parallel.Config(fsdp=8), "batch": 16, **LENGTHS}
+    if experiment is ppo:  # the base is in bfloat16; the critic's head is trained
+        assert ppo.main(ppo.Config(**given, lora=lora.Config(rank=2))) == {"load": 0, "load_reward": 2}
+    else:  # the policy is trained
+        assert grpo.main(grpo.Config(**given)) == {"load": len(loaded["load"]), "load_reward": 0}
 
 
 def test_the_reward_model_shows_how_it_orders(done):
@@ -162,7 +205,9 @@ def test_the_checkpoint_holds_the_model_that_was_saved(done, stage):
 def test_a_fork_runs_and_ppo_runs_without_pretraining_text(done, tmp_path):
     cfg, _ = done
     # What a fork is: the main of another, new defaults.
-    fork = dataclasses.replace(cfg.ppo, text=None, lr=1e-3, steps=4, samples_every=2, samples=3, save_every=2)
+    fork = dataclasses.replace(
+        cfg.ppo, text=None, lr=1e-3, steps=4, samples_every=2, samples=3, saves=checkpoint.Config(every=2)
+    )
     data = [
         "--init",
         cfg.out / "sft" / "model",
@@ -210,18 +255,34 @@ class Loaded(Exception):
 def test_how_a_model_is_computed_is_a_setting_of_each_stage(done, tmp_path, monkeypatch, module):
     cfg, _ = done
 
-    def load(path, compute=None):
+    def load(path, compute=None, place=None):
         raise Loaded(compute)
 
     monkeypatch.setattr(models, "load", load)
     config = getattr(cfg, module.__name__.split(".")[1], None) or module.Config()
-    bfloat16 = transformer.Compute("bfloat16", remat=True)
+    bfloat16 = transformer.Compute("bfloat16", remat="full")
     given = {"out": tmp_path, "data_dir": cfg.out / "data", "compute": bfloat16}
     if module is not evaluate:
         given |= {"init": cfg.out / "sft" / "model"}
     with pytest.raises(Loaded) as raised:
         module.main(dataclasses.replace(config, **given))
     assert raised.value.args == (bfloat16,)
+
+
+def test_records_say_where_the_time_of_a_step_goes(done):
+    cfg, _ = done
+    for row in log.read(cfg.out / "ppo"):
+        seconds = {part: row[f"seconds/{part}"] for part in ("generate", "score", "update", "host")}
+        assert all(x >= 0 for x in seconds.values()) and sum(seconds.values()) < 60
+        new, tokens = row["response/tokens"], row["response/tokens"] + row["prompt/tokens"]
+        counts = {"generate": cfg.ppo.batch * new, "score": cfg.ppo.batch * tokens}
+        for part, count in counts.items():
+            assert row[f"tokens_per_s/{part}"] == pytest.approx(count / seconds[part], rel=1e-3)
+            assert 0 < row[f"mfu/{part}"] < 1 and row[f"tflops/{part}"] > 0
+        # A backward pass takes twice a forward pass; the reference is not learnt from, and text is.
+        done_in_update = row["tflops/update"] * seconds["update"]
+        assert done_in_update > 1.5 * row["tflops/generate"] * seconds["generate"]
+    assert "seconds/compile" in log.read(cfg.out / "ppo")[0]
 
 
 @pytest.mark.slow
@@ -281,7 +342,11 @@ def test_a_batch_of_groups_that_are_not_whole(capsys):
 def test_dpo_learns_from_rankings(done, tmp_path):
     cfg, _ = done
     data = str(cfg.out / "rank" / "train.jsonl")
-    dpo.main(dpo.Config(data=data, length=64, batch=8, save_every=1, **given(cfg, tmp_path, "init", "out")))
+    dpo.main(
+        dpo.Config(
+            data=data, length=64, batch=8, saves=checkpoint.Config(every=1), **given(cfg, tmp_path, "init", "out")
+        )
+    )
     assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2]
     rows = metrics_of(tmp_path)
     assert len(rows) == 2 and rows[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference agree
@@ -355,7 +420,11 @@ def check_adapted(cfg, trunk, trained):
 
 def test_fine_tuning_by_adapters(done, tmp_path):
     cfg, _ = done
-    state = sft.main(dataclasses.replace(cfg.sft, **given(cfg, tmp_path, "init", "out"), lora=ADAPTERS, save_every=1))
+    state = sft.main(
+        dataclasses.replace(
+            cfg.sft, **given(cfg, tmp_path, "init", "out"), lora=ADAPTERS, saves=checkpoint.Config(every=1)
+        )
+    )
     last = int(state.step)
     assert checkpoint.steps(tmp_path / "checkpoints") == [last - 1, last]
     check_adapted(cfg, models.load(tmp_path / "model").params, state.params)
@@ -366,7 +435,9 @@ def test_a_reward_model_by_adapters(done, tmp_path):
     cfg, _ = done
     ranked = {"data": str(cfg.out / "rank" / "train.jsonl"), "held_out": str(cfg.out / "rank" / "held_out.jsonl")}
     result = reward.main(
-        dataclasses.replace(cfg.reward, **given(cfg, tmp_path, "init", "out"), **ranked, lora=ADAPTERS, save_every=1)
+        dataclasses.replace(
+            cfg.reward, **given(cfg, tmp_path, "init", "out"), **ranked, lora=ADAPTERS, saves=checkpoint.Config(every=1)
+        )
     )
     assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2]
     params = models.load_reward(tmp_path / "model").params
@@ -562,7 +633,7 @@ def test_an_unknown_flag_of_a_stage(capsys):
         (assistant.main, ["--rank.temperature", 2], "--rank.temperature has no effect here, where other flags decide"),
         (evaluate.main, ["--best-of", 0], "best_of=0: expected more than 0"),
         (ppo.main, ["--samples-every", 0], "samples_every=0: expected more than 0"),
-        (assistant.main, ["--reward.save-every", 0], "save_every=0: expected more than 0"),
+        (assistant.main, ["--reward.saves.every", 0], "every=0: expected more than 0"),
         (ppo.main, ["--ppo.kl-in", "loss"], "kl_in=loss with kl_kind=k1 has no effect"),
         (ppo.main, ["--lora.alpha", 4], "lora: alpha and kernels have no effect without a rank"),
     ],
@@ -587,12 +658,14 @@ def test_evaluation_refuses_models_that_do_not_go_together(done, flags, capsys, 
 def test_a_loss_that_is_not_finite_stops_the_run(done, flags, monkeypatch, capsys, tmp_path):
     cfg, _ = done
 
-    def train_step(state, batch, *, apply_fn, tx, axis):
+    def train_step(state, batch, **_):
         metrics = {"loss/next_token": jnp.where(state.step == 2, jnp.nan, 1.0)}
         return state.replace(step=state.step + 1), metrics
 
     monkeypatch.setattr(sft_lib, "train_step", train_step)
-    default = dataclasses.replace(cfg.pretrain, init=cfg.out / "pretrain" / "model", steps=9, save_every=2)
+    default = dataclasses.replace(
+        cfg.pretrain, init=cfg.out / "pretrain" / "model", steps=9, saves=checkpoint.Config(every=2)
+    )
     with pytest.raises(SystemExit) as stop:
         cli.run(pretrain.main, default, [str(flag) for flag in flags])
     assert stop.value.code == cli.FAILURE

@@ -28,21 +28,21 @@ from experiments import (
     sentiment,
     sft,
 )
-from rlhf_jax import heads, log, lora, models, optim, parallel, plots, rollout, sampling, transformer, types
+from rlhf_jax import heads, log, lora, models, optim, parallel, plots, rollout, runs, sampling, transformer, types
 from rlhf_jax import reward as reward_lib
 from rlhf_jax import sft as sft_lib
 from rlhf_jax.data import builders, pipeline
 from tests import test_sentiment
 from tests.quickstart import LENGTHS
 
-LATER = {"out", "save_every", "samples_every", "samples"}
+LATER = {"out", "saves", "samples_every", "samples"}
 ASKED = {
     builders: ["source"],
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
     models: ["load", "load_reward"],
     heads: ["critic", "shared_critic"],
     optim: ["adamw", "schedule", "cosine"],
-    parallel: ["pmap"],
+    parallel: ["layout", "pmap"],
     transformer: ["bind", "preset"],
     reward_lib: ["normalize"],
 }
@@ -107,6 +107,8 @@ def another(value):
         return 0.5 * value if value else 0.25
     if isinstance(value, optim.Adam):
         return dataclasses.replace(value, b2=0.5)
+    if isinstance(value, parallel.Config):
+        return parallel.Config(microbatches=2)
     if isinstance(value, transformer.Compute):
         return transformer.Compute(dtype="bfloat16")
     if dataclasses.is_dataclass(value):
@@ -270,7 +272,7 @@ def made_up(monkeypatch, done, asked):
     def remembered(kind, load):
         load = functools.cache(load)
 
-        def again(path, compute=None):
+        def again(path, compute=None, place=None):
             asked.append((kind, path, compute))
             return load(path, compute=compute)
 
@@ -283,6 +285,7 @@ def made_up(monkeypatch, done, asked):
     monkeypatch.setattr(rollout, "episodes", episodes)
     monkeypatch.setattr(sft_lib, "evaluate", begin)
     monkeypatch.setattr(plots, "lines", lambda *args, **kwargs: None)
+    monkeypatch.setattr(runs, "once", lambda main, config: main(config))  # each time
     return stage
 
 

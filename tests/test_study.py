@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import dpo, frontier, grpo, overoptimization, ppo, pretrain, ptx, rank, reward, rloo, study
-from rlhf_jax import log
+from rlhf_jax import log, runs
 from rlhf_jax import overoptimization as curves
 from rlhf_jax.types import InputError
 
@@ -35,11 +37,40 @@ def test_what_was_made_is_found_again(tmp_path):
         return {"gold": 0.5}
 
     stage = Stage(tmp_path / "stage")
-    assert study.once(main, stage) == study.once(main, stage) == {"gold": 0.5}
+    assert runs.once(main, stage) == runs.once(main, stage) == {"gold": 0.5}
     assert len(calls) == 1
-    with pytest.raises(InputError, match=r"stage was made with other settings \(steps\): name another --out"):
-        study.once(main, dataclasses.replace(stage, steps=4))
+    with pytest.raises(
+        InputError, match=r"stage was made with other settings \(steps: 3 there, 4 here\): name another --out"
+    ):
+        runs.once(main, dataclasses.replace(stage, steps=4))
     assert len(calls) == 1
+
+
+def worker(cfg, item):
+    """Waits for its fellow, which another process has to be."""
+    (cfg.out / str(item)).touch()
+    start = time.monotonic()
+    while len(list(cfg.out.iterdir())) < 2 and time.monotonic() - start < 60:
+        time.sleep(0.01)
+    if item == "bad":
+        raise InputError("a bad item")
+    time.sleep(600 if item == "slow" else 0)
+    return item, os.getpid(), len(list(cfg.out.iterdir()))
+
+
+def test_seeds_run_in_processes_of_their_own(tmp_path):
+    cfg = study.Config(out=tmp_path, jobs=2)
+    (one, first, there), (two, second, _) = study.together(cfg, worker, ("a", "b"))
+    assert (one, two, there) == ("a", "b", 2)
+    assert len({first, second, os.getpid()}) == 3
+    assert study.together(dataclasses.replace(cfg, jobs=1), lambda _, item: item, "ab") == ["a", "b"]
+
+
+def test_where_one_process_fails_the_others_end(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(InputError, match="a bad item"):
+        study.together(study.Config(out=tmp_path, jobs=2), worker, ("bad", "slow"))
+    assert time.monotonic() - start < 120
 
 
 def test_what_was_stopped_is_made_again(tmp_path):
@@ -49,8 +80,8 @@ def test_what_was_stopped_is_made_again(tmp_path):
 
     stage = Stage(tmp_path / "stage")
     with pytest.raises(KeyboardInterrupt):
-        study.once(stopped, stage)
-    assert study.once(lambda _: {"gold": 1.0}, stage) == {"gold": 1.0}
+        runs.once(stopped, stage)
+    assert runs.once(lambda _: {"gold": 1.0}, stage) == {"gold": 1.0}
 
 
 def test_course_reads_the_samples_of_a_run(tmp_path):
@@ -108,7 +139,7 @@ def test_a_reward_model_learns_from_its_part_of_its_seeds_labels(tmp_path, monke
             (cfg.out / "train.jsonl").write_text("".join(f"{n}\n" for n in range(cfg.prompts)))
         return {"accuracy": 0.7} if isinstance(cfg, reward.Config) else None
 
-    monkeypatch.setattr(study, "once", once)
+    monkeypatch.setattr(runs, "once", once)
     cfg = study.Config(out=tmp_path, prompts=16)
     for seed in (0, 1):
         found = study.judge(cfg, seed, prompts=4, epochs=3, preset="llama-tiny")
@@ -152,7 +183,7 @@ def asked(monkeypatch):
         at = 0 if isinstance(cfg, overoptimization.Start) else 1
         return points[at] | {"points": points, "nll": 0.5}
 
-    monkeypatch.setattr(study, "once", once)
+    monkeypatch.setattr(runs, "once", once)
     monkeypatch.setattr(study, "course", lambda _: points)
     return asked
 
@@ -161,8 +192,8 @@ def test_reward_models_are_followed_from_where_they_start(base, asked):
     cfg = overoptimization.Config(**base, labels=(8,), epochs=(2,), sizes=("llama-tiny",))
     results = overoptimization.main(cfg)
     assert list(results["ppo"][1]) == ["8 prompts", "16 prompts", "16 prompts, llama-tiny"]
-    runs = [run for run in asked if isinstance(run, ppo.Config)]
-    assert {(run.seed, run.ppo.kl_coef, run.text) for run in runs} == {(0, 0.0, None), (1, 0.0, None)}
+    policies = [run for run in asked if isinstance(run, ppo.Config)]
+    assert {(run.seed, run.ppo.kl_coef, run.text) for run in policies} == {(0, 0.0, None), (1, 0.0, None)}
     text = renewed(cfg.docs, "overoptimization")
     assert "| 16 prompts | 0.700 ± 0.000 | PPO | 1.000 ± 0.000 | 1.000 ± 0.000 | 0.750 ± 0.000 | - | - |" in text
     with pytest.raises(InputError, match=r"labels=\(16,\): expected fewer than the 16"):
@@ -172,10 +203,10 @@ def test_reward_models_are_followed_from_where_they_start(base, asked):
 def test_the_frontier_compares_at_equal_terms(base, asked):
     cfg = frontier.Config(**base, betas=(0.5, 0.1), budgets=(0.5, 2.0))
     frontier.main(cfg)
-    runs = [run for run in asked if hasattr(run, "text")]
-    assert {type(run) for run in runs} == {ppo.Config, grpo.Config, rloo.Config}
-    assert len({(run.steps, run.batch, run.data, run.reward, run.text) for run in runs}) == 1
-    assert {getattr(run, "algorithm", getattr(run, "ppo", None)).kl_coef for run in runs} == {0.0}
+    policies = [run for run in asked if hasattr(run, "text")]
+    assert {type(run) for run in policies} == {ppo.Config, grpo.Config, rloo.Config}
+    assert len({(run.steps, run.batch, run.data, run.reward, run.text) for run in policies}) == 1
+    assert {getattr(run, "algorithm", getattr(run, "ppo", None)).kl_coef for run in policies} == {0.0}
     preferred = [run for run in asked if isinstance(run, dpo.Config)]
     assert [(run.seed, run.dpo.beta) for run in preferred] == [(0, 0.5), (0, 0.1), (1, 0.5), (1, 0.1)]
     assert all(Path(run.data) == study.labels(cfg, run.seed, 16) for run in preferred)
@@ -187,10 +218,10 @@ def test_the_frontier_compares_at_equal_terms(base, asked):
 def test_the_mix_is_compared_at_equal_episodes(base, asked):
     cfg = ptx.Config(**base)
     ptx.main(cfg)
-    runs = [run for run in asked if isinstance(run, ppo.Config)][:3]
-    assert len({(run.steps, run.batch, run.reward, run.seed) for run in runs}) == 1
-    assert [run.text for run in runs] == [None, cfg.ppo.text, cfg.ppo.text]
-    assert [run.ppo.ptx_coef for run in runs[1:]] == [cfg.ppo.ppo.ptx_coef, 27.8]
+    policies = [run for run in asked if isinstance(run, ppo.Config)][:3]
+    assert len({(run.steps, run.batch, run.reward, run.seed) for run in policies}) == 1
+    assert [run.text for run in policies] == [None, cfg.ppo.text, cfg.ppo.text]
+    assert [run.ppo.ptx_coef for run in policies[1:]] == [cfg.ppo.ppo.ptx_coef, 27.8]
     text = renewed(cfg.docs, "ptx")
     for name in ("SFT", "PPO", "PPO-ptx", "InstructGPT"):
         assert f"| {name} | 0.750 ± 0.000 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in text
