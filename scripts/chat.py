@@ -12,10 +12,11 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import jax
 
-from rlhf_jax import cli, models, sampling
+from rlhf_jax import cli, models, sampling, transformer
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.types import check_positive, named_key
 
@@ -23,6 +24,7 @@ from rlhf_jax.types import check_positive, named_key
 @dataclasses.dataclass(frozen=True)
 class Config:
     model: Path = Path("runs/quickstart/ppo/model")  # model directory
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of its parameters and of what is computed
     system: str | None = None  # system message that precedes every conversation
     temperature: float = 0.7  # 0 is greedy
     top_k: int = 0  # sample among the k likeliest tokens; 0: among all
@@ -35,7 +37,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    model = models.load(cfg.model)
+    model = models.load(cfg.model, cfg.dtype, transformer.Compute(cfg.dtype))
     tokenizer = models.tokenizer_of(model)
     stops = tokenizer_lib.stop_ids(cfg.model, tokenizer)
     context = model.config.max_length

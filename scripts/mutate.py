@@ -43,7 +43,8 @@ MUTANTS = [
         "token_logprobs",
         ("/ temperature", "* temperature"),
         ("chosen - jax.nn.logsumexp", "chosen + jax.nn.logsumexp"),
-        ("axis=-1)[..., 0]", "axis=-1)[..., 0].astype(jnp.int32)"),
+        ("chosen - jax.nn.logsumexp", "chosen.astype(jnp.int32) - jax.nn.logsumexp"),
+        ("== tokens[..., None]", "== tokens[..., None] + 1"),
         ("jax.nn.logsumexp(logits, axis=-1)", "jax.nn.logsumexp(logits, axis=1)[..., 0][:, None]"),
     ),
     *mutants(
@@ -61,6 +62,7 @@ MUTANTS = [
         ("jnp.expm1(-d) + d", "jnp.expm1(d) - d"),
         ("jnp.expm1(-d) + d", "jnp.exp(-d) + d"),
     ),
+    *mutants("logprobs", "by_columns", ("jnp.moveaxis(x, 0, 1).reshape", "x.reshape"), ("parts * size - columns", "0")),
     *mutants("logprobs", "kl_full", ("logp - logq", "logq - logp"), ("jnp.exp(logp)", "jnp.exp(logq)")),
     *mutants("logprobs", "response_mask", ("- is_eos == 0", "== 0"), ("- is_eos == 0", "- is_eos <= 1")),
     *mutants(
@@ -125,9 +127,15 @@ MUTANTS = [
     *mutants(
         "sft",
         "loss",
-        ("batch.tokens[:, 1:], batch.target[:, 1:]", "batch.tokens[:, 1:], batch.target[:, :-1]"),
-        ("batch.tokens[:, 1:], batch.target", "batch.tokens[:, :-1], batch.target"),
+        ("-logp, batch.target[:, 1:]", "-logp, batch.target[:, :-1]"),
+        ("-logp, batch.target[:, 1:]", "logp, batch.target[:, 1:]"),
         ("batch.segment, keys", "batch.segment > 0, keys"),
+    ),
+    *mutants(
+        "sft",
+        "evaluate",
+        ("mask = batch.target[:, 1:]", "mask = batch.target[:, :-1]"),
+        ("jnp.where(mask, logp, 0.0)", "logp"),
     ),
     *mutants(
         "reward",
@@ -254,6 +262,8 @@ MUTANTS = [
         ('"kernel_b" and cfg.rank', '"kernel_b" and 0'),
     ),
     *mutants("lora", "merge", ("kernel + change", "kernel - change")),
+    *mutants("parallel", "accumulate", ("jax.tree.map(jnp.add, total, grads)", "grads")),
+    *mutants("parallel", "row_keys", ("first + row_index(rows, axis)", "row_index(rows, None)")),
     *mutants("optim", "cosine", ("final_fraction * peak", "final_fraction"), ("alpha=final_fraction", "alpha=0.0")),
 ]
 

@@ -51,6 +51,16 @@ def prompts(path, monkeypatch):
     return prompts
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_type_of_weights_and_computation_is_a_flag(dtype, talk, monkeypatch):
+    used = []
+    monkeypatch.setattr(sampling, "stream", lambda model, params, *args: used.append((model, params)) or iter([]))
+    talk(["hi"], "--dtype", dtype)
+    ((model, params),) = used
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    assert model.config.compute.dtype == dtype
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_answers_are_those_of_generate(path, talk, temperature):
     out, err = talk(["hi", "", "you?"], "--temperature", temperature, "--max-new-tokens", 9, "--seed", 4)

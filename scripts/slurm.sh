@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Runs an experiment as a SLURM job, a process a GPU, and queues it again where it was stopped.
+#
+#   sbatch --nodes=2 scripts/slurm.sh ppo --out runs/ppo      two nodes of eight GPUs; flags of sbatch come before
+#
+# docs/slurm.md says what to change for another cluster.
+#SBATCH --job-name=rlhf_jax
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this by sbatch, from the folder of the project}"
+(($#)) || {
+    echo "error: which experiment? For example: sbatch scripts/slurm.sh ppo --out runs/ppo" >&2
+    exit 2
+}
+
+trap : TERM # the processes are told too, and save; this script waits for them
+code=0
+srun --kill-on-bad-exit=0 .venv/bin/python -m "experiments.$1" "${@:2}" || code=$?
+
+# 75 asks to come back, and above 128 a signal ended a process: it was killed, or had lost the others.
+if ((code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < 100)); then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
