@@ -14,7 +14,11 @@ import jax
 import pytest
 
 # Before the first computation. A flag of the user's comes later, and so prevails.
-xla_flags = ["--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")]
+xla_flags = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",  # of eight devices on a busy core or two; then it aborts
+    os.environ.get("XLA_FLAGS", ""),
+]
 if jax.__version_info__ < (0, 11):  # newer ones abort on a flag that they have no more
     xla_flags.insert(0, "--xla_cpu_use_fusion_emitters=false")  # compiles nearly twice as fast
 os.environ["XLA_FLAGS"] = " ".join(xla_flags)
