@@ -204,7 +204,7 @@ def argument_bytes(args: Any, chips: int) -> float:
             one = jax.eval_shape(jax.random.key_data, one)
         return math.prod(shape) * one.size * one.dtype.itemsize / (chips if x.sharding is None else 1)
 
-    return sum(map(size, jax.tree.leaves(args)))
+    return math.fsum(map(size, jax.tree.leaves(args)))
 
 
 def train_bytes(

@@ -18,7 +18,8 @@ SIZES = {
     "reward": {"pairs": 8, "length": 6, "warmup_steps": 1, "timed_steps": 2},
     "ppo": {"episodes": 8, "prompt": 4, "new": 4, "epochs": 2, "warmup": 1, "timed": 2},
     "reward_k9": {"prompts": 8, "responses": 4, "length": 6, "warmup_steps": 1, "timed_steps": 2},
-    "ppo_ragged": {"episodes": 8, "prompt": 4, "new": 8, "epochs": 1, "eos_fraction": 0.2, "warmup": 1, "timed": 2},
+    "ppo_ragged": {"episodes": 16, "prompt": 4, "new": 8, "epochs": 1, "eos_fraction": 0.2, "buckets": 2}
+    | {"warmup": 1, "timed": 2},
     "packing": {"batch": 8, "length": 16, "mean": 5.0, "warmup_steps": 1, "timed_steps": 2},
     "learning_rate": 1e-3,
 }
