@@ -91,7 +91,7 @@ def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, scor
         tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
     return [
         {"prompt": tokenizer_lib.prompt_text(prompt), "response": text, "rank": rank, "score": score}
-        for (prompt, text, rank), score in zip(said, np.asarray(score_fn(tokens, mask)), strict=True)
+        for (prompt, text, rank), score in zip(said, score_fn(tokens, mask), strict=True)
     ]
 
 
@@ -179,7 +179,8 @@ def main(cfg: Config) -> dict[str, float]:
                     saves.save(layout.get(state), streams, run.flush())
         params = lora_lib.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
         apply_fn = transformer.bind(heads.ScalarModel(model.config))
-        score_fn = jax.jit(lambda tokens, mask: heads.at_last(apply_fn(params, tokens, mask), mask))
+        last = jax.jit(lambda params, tokens, mask: heads.at_last(apply_fn(params, tokens, mask), mask))
+        score_fn = lambda tokens, mask: hosts.whole(last(params, tokens, mask))
         run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, score_fn, cfg.length))
     models.save(model, params, cfg.out / "model")
     plots.curves(cfg.out, {"loss (nats)": [name], "training accuracy (share of pairs)": ["reward/accuracy"]})

@@ -136,6 +136,31 @@ def join(rows: T) -> T:
     return rows if jax.process_count() == 1 else multihost_utils.process_allgather(rows, tiled=True)
 
 
+def by_process(rows_axis: int = 0) -> NamedSharding:
+    """Of arrays whose rows lie with their processes, each of whose devices has all of its process's."""
+    mesh = Mesh(np.array(devices()).reshape(jax.process_count(), -1), ("rows", "copies"))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * rows_axis, "rows"))
+
+
+def put(x: np.ndarray, sharding: Any) -> jax.Array:
+    """A host array that every process has whole, placed: each brings its part. None is the default device."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+
+def whole(x: Any) -> np.ndarray:
+    """An array on the host, also one that spans processes. All of them must call it."""
+    if spans(x):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def spans(x: Any) -> bool:
+    """Whether an array lies on devices of other processes too."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
 def devices() -> list[jax.Device]:
     """All devices, those of the first process first: the order of the rows that they hold."""
     return [device for n in range(jax.process_count()) for device in jax.local_devices(process_index=n)]
@@ -153,9 +178,10 @@ def to_global(tree: T) -> T:
 
     def convert(x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
-            spans = x.sharding is not None and not x.sharding.is_fully_addressable
-            return x if spans else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            if x.sharding is not None and not x.sharding.is_fully_addressable:
+                return x
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+        if spans(x):
             return x
         own = jax.device_put(x, jax.local_devices()[0])
         return jax.make_array_from_single_device_arrays(own.shape, everywhere, [own])

@@ -107,6 +107,13 @@ def save(model: Model, params: Params, path: str | Path) -> None:
     place for, is kept in a tensor `score.bias` that only `load_reward` reads. The directory appears whole or not at
     all. The first process writes it, and the others wait until it is there.
     """
+    if any(map(hosts.spans, jax.tree.leaves(params))):
+        if hosts.first():
+            _save(model, params, Path(path))
+        else:
+            _hand_over(model.config, params)
+        hosts.meet("model")
+        return
     with hosts.first_before_others():
         if hosts.first():
             _save(model, params, Path(path))
@@ -188,10 +195,18 @@ def _write(directory: Path, config: transformer.Config, params: Params) -> None:
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _hand_over(config: transformer.Config, params: Params) -> None:
+    """What another process does while the first one writes parameters of which it has parts."""
+    trunk = params.get("trunk", params)
+    for entry, layer, _ in _layout(config, "trunk" in params):
+        for _ in _tensors(entry, layer, trunk):
+            pass
+
+
 def _tensors(entry: families.Entry, layer: int | None, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of one part of the parameters, by name."""
     leaf = _get(params, entry.leaf)
-    for name, tensor in zip(entry.names, entry.out(np.asarray(leaf if layer is None else leaf[layer])), strict=True):
+    for name, tensor in zip(entry.names, entry.out(hosts.whole(leaf if layer is None else leaf[layer])), strict=True):
         yield name.format(layer), np.ascontiguousarray(tensor)
 
 
@@ -289,10 +304,10 @@ def _read(path: Path, config: transformer.Config, scalar: bool, dtype: Any, plac
         shape = _get(shapes, entry.leaf).shape
         sharding = place(entry.leaf, shape)
         if layer is None:
-            _set(params, entry.leaf, jax.device_put(value, sharding))
+            _set(params, entry.leaf, hosts.put(value, sharding))
             continue
         leaf = _get(params, entry.leaf) if layer else jnp.zeros(shape, dtype, device=sharding)
-        leaf = _put(leaf, jax.device_put(value[None], sharding), layer, 0)
+        leaf = _put(leaf, hosts.put(value[None], sharding), layer, 0)
         _set(params, entry.leaf, jax.block_until_ready(leaf))  # or what waits its turn would fill the memory
     if not scalar:
         return params

@@ -224,7 +224,7 @@ class Layout(Protocol):
         """The inverse of `state`, for results: what a step returns that is not rows, such as metrics."""
 
     def fetch(self, tree: T) -> T:
-        """The inverse of `rows`, for results: this process's rows, on the host."""
+        """The inverse of `rows`, for results: this process's rows, on the host. All processes must call it."""
 
     def gather(self, tree: T) -> T:
         """The rows of all processes, on the host of each. All must call it."""
@@ -236,12 +236,10 @@ class Layout(Protocol):
 def layout(cfg: Config = Config(), devices: list | None = None) -> Layout:
     """The layout that `cfg` asks for, over `devices` or else all.
 
-    Raises InputError when the mesh is not of as many devices as there are, or there are several processes.
+    Raises InputError when the mesh is not of as many devices as there are.
     """
     if not cfg.meshed:
         return Pmap(devices)
-    if jax.process_count() > 1:
-        raise InputError("a mesh is for one process so far: leave out data, fsdp and tensor where there are several")
     devices = jax.devices() if devices is None else devices
     group = cfg.fsdp * cfg.tensor
     sizes = cfg.data or max(len(devices) // group, 1), cfg.fsdp, cfg.tensor
@@ -308,7 +306,9 @@ class Mesh:
                     return x
                 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
                     return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
-            return jax.device_put(np.array(x), sharding)  # by way of the host: what it came from may then be donated
+                if hosts.spans(x):
+                    return jax.device_put(x, sharding)
+            return hosts.put(np.array(x), sharding)  # by way of the host: what it came from may then be donated
 
         tree = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree)
         return jax.tree.map(put, tree, self._shardings(tree))
@@ -316,14 +316,15 @@ class Mesh:
     def rows(self, tree: T, rows_axis: int = 0) -> T:
         count = math.prod(self.mesh.shape[name] for name in ROWS)
         sharding = NamedSharding(self.mesh, PartitionSpec(*(None,) * rows_axis, ROWS))
+        own = sharding if jax.process_count() == 1 else hosts.by_process(rows_axis)
 
         def split(x: Any) -> jax.Array:
-            if x.shape[rows_axis] % count:
+            rows = x.shape[rows_axis] * jax.process_count()
+            if rows % count:
                 raise InputError(
-                    f"a batch of {x.shape[rows_axis]} rows does not divide over {count} parts of the mesh: use a"
-                    f" multiple of {count}"
+                    f"a batch of {rows} rows does not divide over {count} parts of the mesh: use a multiple of {count}"
                 )
-            return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+            return jax.device_put(jax.make_array_from_process_local_data(own, np.asarray(x)), sharding)
 
         return jax.tree.map(split, tree)
 
@@ -344,10 +345,10 @@ class Mesh:
         return tree
 
     def fetch(self, tree: T) -> T:
-        return jax.tree.map(np.asarray, tree)
+        return hosts.share(self.gather(tree))
 
     def gather(self, tree: T) -> T:
-        return jax.tree.map(np.asarray, tree)
+        return jax.tree.map(hosts.whole, tree)
 
 
 def pmap(step: Callable, *, donate: tuple[int, ...] = (), devices: list | None = None) -> Callable:

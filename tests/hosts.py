@@ -1,6 +1,7 @@
-"""python -m tests.hosts START PROCESSES: stages in several processes on this machine, against the same in one.
+"""python -m tests.hosts START PROCESSES [FLAGS]: stages in several processes on this machine, against the same in one.
 
-START is a folder in which the tiny quickstart has run or is to run. The processes have eight devices together.
+START is a folder in which the tiny quickstart has run or is to run. The processes have eight devices together; flags,
+such as --devices.fsdp 4, are for them alone.
 """
 
 import dataclasses
@@ -92,14 +93,13 @@ RANKINGS = "train.jsonl", "held_out.jsonl"
 STAGES = "pretrain", "sft", "rank", "reward", "ppo"
 
 
-def child(start: Path, out: Path, *stages: str) -> None:
+def child(start: Path, out: Path, stage: str, *flags: str) -> None:
     """One of the processes."""
     import importlib
 
     from rlhf_jax import cli
 
-    for stage in stages:
-        cli.run(importlib.import_module(f"experiments.{stage}").main, config(stage, start, out), [])
+    cli.run(importlib.import_module(f"experiments.{stage}").main, config(stage, start, out), list(flags))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +145,13 @@ if __name__ == "__main__":
 
         cli.run(count, Count(), sys.argv[2:])
     else:
-        begin, number = Path(sys.argv[1]), int(sys.argv[2])
+        begin, number, given = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
         alone = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
         for name in STAGES:
             if not (begin / name / "config.json").exists():
                 print(name, "in one process:", [code for code, _ in ends(launch(1, "child", begin, begin, name), 900)])
-            codes = [code for code, _ in ends(launch(number, "child", begin, begin / str(number), name), 900)]
-            print(
-                f"{name} in {number} processes: {codes}, differs by {difference(name, begin, begin / str(number)):.1e}"
-            )
+            out = begin / "-".join([str(number), *given])
+            found = ends(launch(number, "child", begin, out, name, *given), 900)
+            if any(code for code, _ in found):
+                sys.exit("\n".join(said for _, said in found))
+            print(f"{name} in {number} processes: differs by {difference(name, begin, out):.1e}", flush=True)
