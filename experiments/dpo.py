@@ -72,7 +72,7 @@ def main(cfg: Config) -> TrainState:
     steps, streams = batches.steps, {"data": iter(batches)}
 
     tx, step_fn = build(cfg, model.config, layout, steps)
-    reference = layout.state(jax.tree.map(jnp.copy, cfg.compute.freeze(model.params)))
+    reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(model.params)))
     state = optim.init(model.params, tx, named_key(cfg.seed, "dpo"))
     state = checkpoint.resume(cfg.out / log.CHECKPOINTS, state, streams, cfg.saves)
     start, state = int(state.step), layout.state(state)

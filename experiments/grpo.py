@@ -106,7 +106,7 @@ def main(
 
     tx, collect, step_fn = build(cfg, policy.config, tokenizer.eos_token_id, layout, train_step)
     state = updates.init({"policy": policy.params}, tx, cfg.algorithm, named_key(cfg.seed, "grpo/updates"))
-    reference = layout.state(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))
+    reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))
     keys = layout.state(named_key(cfg.seed, "grpo/sampling"))
 
     judges = [reward.config for reward in rewards]

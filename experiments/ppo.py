@@ -216,7 +216,7 @@ def main(cfg: Config, score_text: ScoreText | None = None) -> TrainState:
     if cfg.lora.rank and held is policy:
         reference = base["policy"]
     else:
-        reference = layout.state(jax.tree.map(jnp.copy, cfg.compute.freeze(held.params)))  # steps use up the trained
+        reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(held.params)))  # steps use up the trained
     keys = layout.state(named_key(cfg.seed, "ppo/sampling"))
 
     def sample(trained: dict[str, Params], batch: Prompts, first: Leaf) -> Rollout:

@@ -22,6 +22,7 @@ from rlhf_jax.types import InputError, TrainState, check_positive
 
 AXIS = "device"
 ROWS = "data", "fsdp"  # axes of a mesh over which rows are spread
+HOST = "pinned_host"  # what jax calls the memory of a device's host
 T = TypeVar("T")
 G = TypeVar("G")  # gradients
 M = TypeVar("M")  # metrics
@@ -195,12 +196,15 @@ class Config:
     fsdp: int = 1  # devices of a group between which parameters and rows are split
     tensor: int = 1  # devices between which heads, the width of MLPs and the vocabulary are split
     whole: tuple[str, ...] = ()  # models that each device of a mesh holds whole, such as critic
+    offload: bool = False  # reference and reward models wait in the hosts' memory, of a mesh, until they are asked
     microbatches: int = 1  # parts of an update's rows whose activations exist one after another
 
     def __post_init__(self) -> None:
         check_positive(self, "data", "fsdp", "tensor", "microbatches")
         if self.whole and not self.meshed:
             raise InputError("whole has no effect without a mesh, where every device holds whole models: leave it out")
+        if self.offload and not self.meshed:
+            raise InputError("offload needs a mesh: name its axes, as by data=8 for eight devices with whole models")
 
     @property
     def meshed(self) -> bool:
@@ -213,6 +217,9 @@ class Layout(Protocol):
 
     def state(self, tree: T) -> T:
         """What is not rows, on the devices: a `TrainState`, parameters, keys. Arrays that lie so already may stay."""
+
+    def frozen(self, tree: T) -> T:
+        """`state` of models that are not trained, which may wait on the host until a step takes them."""
 
     def rows(self, tree: T, rows_axis: int = 0) -> T:
         """A host batch on the devices, its rows spread evenly; InputError when they do not divide."""
@@ -249,7 +256,7 @@ def layout(cfg: Config = Config(), devices: list | None = None) -> Layout:
             " use sizes whose product is that"
         )
     automatic = (jax.sharding.AxisType.Auto,) * 3
-    return Mesh(jax.make_mesh(sizes, (*ROWS, "tensor"), automatic, devices=devices), cfg.whole)
+    return Mesh(jax.make_mesh(sizes, (*ROWS, "tensor"), automatic, devices=devices), cfg.whole, cfg.offload)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +267,9 @@ class Pmap:
 
     def state(self, tree: T) -> T:
         return replicate(tree, self.devices)
+
+    def frozen(self, tree: T) -> T:
+        return self.state(tree)
 
     def rows(self, tree: T, rows_axis: int = 0) -> T:
         return shard(tree, self.devices, rows_axis)
@@ -289,17 +299,25 @@ class Mesh:
 
     mesh: jax.sharding.Mesh
     whole: tuple[str, ...] = ()  # names in the paths of parameters that every device holds
+    offload: bool = False  # whether frozen models wait on the host
 
     def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         whole = any(name in self.whole for name in path.split("/"))
         axes = (None,) * len(shape) if whole else parameter_axes(path, shape)
         return NamedSharding(self.mesh, _spec(shape, axes, self.mesh.shape))
 
-    def _shardings(self, tree: Any) -> Any:
+    def shardings(self, tree: Any, kind: str | None = None) -> Any:
+        """Where `state` places each array of a tree; `kind` of memory, by default the devices' own."""
         of = lambda path, x: self.sharding(jax.tree_util.keystr(path, simple=True, separator="/"), x.shape)
-        return jax.tree_util.tree_map_with_path(of, tree)
+        return jax.tree_util.tree_map_with_path(lambda path, x: of(path, x).with_memory_kind(kind), tree)
 
     def state(self, tree: T) -> T:
+        return self._put(tree, self.shardings(tree))
+
+    def frozen(self, tree: T) -> T:
+        return self._put(tree, self.shardings(tree, HOST if self.offload else None))
+
+    def _put(self, tree: T, shardings: Any) -> T:
         def put(x: Any, sharding: NamedSharding) -> jax.Array:
             if isinstance(x, jax.Array):
                 if x.sharding.is_equivalent_to(sharding, x.ndim):
@@ -311,7 +329,7 @@ class Mesh:
             return hosts.put(np.array(x), sharding)  # by way of the host: what it came from may then be donated
 
         tree = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree)
-        return jax.tree.map(put, tree, self._shardings(tree))
+        return jax.tree.map(put, tree, shardings)
 
     def rows(self, tree: T, rows_axis: int = 0) -> T:
         count = math.prod(self.mesh.shape[name] for name in ROWS)
@@ -331,10 +349,11 @@ class Mesh:
     def step(self, step: Callable, *, donate: tuple[int, ...] = ()) -> Callable:
         def lay_out(x: Any) -> Any:
             if isinstance(x, TrainState):  # where it lay before
-                return jax.lax.with_sharding_constraint(x, self._shardings(x))
+                return jax.lax.with_sharding_constraint(x, self.shardings(x))
             return constrain(x, ROWS) if x.ndim else constrain(x)
 
         def placed(*args: Any) -> Any:
+            args = jax.tree.map(_on_device, args)
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 results = step(*args, axis=None)
                 return jax.tree.map(lay_out, results, is_leaf=lambda x: isinstance(x, TrainState))
@@ -349,6 +368,11 @@ class Mesh:
 
     def gather(self, tree: T) -> T:
         return jax.tree.map(hosts.whole, tree)
+
+
+def _on_device(x: jax.Array) -> jax.Array:
+    """Within a step: copied from where frozen models wait."""
+    return jax.device_put(x, jax.memory.Space.Device) if jax.typeof(x).memory_space == jax.memory.Space.Host else x
 
 
 def pmap(step: Callable, *, donate: tuple[int, ...] = (), devices: list | None = None) -> Callable:

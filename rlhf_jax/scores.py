@@ -82,7 +82,7 @@ def reward_models(
     first, *others = models
     if any(other.config != first.config for other in others):
         raise InputError("the reward models of an ensemble differ in architecture: train them from the same model")
-    params = layout.state(stacked([model.params for model in models], first.config))
+    params = layout.frozen(stacked([model.params for model in models], first.config))
     return functools.partial(scoring(first.config, eos_id, pessimism, layout), params)
 
 
@@ -101,7 +101,7 @@ def token_model(model: Model, eos_id: int, layout: parallel.Layout = parallel.PM
     """A scalar model whose word on each token is that token's reward."""
     apply_fn = transformer.bind(heads.ScalarModel(model.config))
     step = layout.step(functools.partial(score_tokens, apply_fn=apply_fn, eos_id=eos_id))
-    return functools.partial(step, layout.state(model.config.compute.freeze(model.params)))
+    return functools.partial(step, layout.frozen(model.config.compute.freeze(model.params)))
 
 
 def text_function(

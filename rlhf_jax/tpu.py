@@ -75,16 +75,12 @@ class Program:
     counted: float | None = None  # `train_bytes` of a train step, to compare its temporaries with
 
 
-def state_shapes(layout: parallel.Layout, tree: T) -> T:
-    """`layout.state` of shapes."""
-    if isinstance(layout, parallel.Pmap):
+def state_shapes(layout: parallel.Layout, tree: T, frozen: bool = False) -> T:
+    """`layout.state` of shapes, or `layout.frozen`."""
+    if not isinstance(layout, parallel.Mesh):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((_count(layout), *x.shape), x.dtype), tree)
-
-    def placed(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        sharding = layout.sharding(jax.tree_util.keystr(path, simple=True, separator="/"), x.shape)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(placed, tree)
+    shardings = layout.shardings(tree, parallel.HOST if frozen and layout.offload else None)
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree, shardings)
 
 
 def _count(layout: Any) -> int:
@@ -198,6 +194,8 @@ def argument_bytes(args: Any, chips: int) -> float:
     """What the shapes of arguments take on a chip, without the padding of a layout."""
 
     def size(x: Any) -> float:
+        if x.sharding is not None and x.sharding.memory_kind == parallel.HOST:
+            return 0.0
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
         one = jax.ShapeDtypeStruct((), x.dtype)
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -141,6 +141,10 @@ class Place:
         """What `make` returns of such arguments, placed as `layout.state` does."""
         return tpu.state_shapes(self.layout, jax.eval_shape(make, *shapes))
 
+    def frozen(self, make: Callable, *shapes: Any) -> Any:
+        """The same, as `layout.frozen` does."""
+        return tpu.state_shapes(self.layout, jax.eval_shape(make, *shapes), frozen=True)
+
     def again(self, placed: Any) -> Any:
         """`layout.state` of what lies on a mesh already is the same arrays; by pmap it is another copy."""
         if isinstance(self.layout, parallel.Mesh):
@@ -237,7 +241,7 @@ def preferring(cfg: dpo.Config, models: Models, place: Place) -> Iterator[tpu.Pr
     shapes = transformer.parameter_shapes(config)
     tx, step = dpo.build(cfg, config, place.layout, steps=100)
     state = place.state(begin(tx), shapes)
-    reference = place.state(cfg.compute.freeze, shapes)
+    reference = place.frozen(cfg.compute.freeze, shapes)
     shape = cfg.batch, place.responses, cfg.length
     yield program("train", step, (state, place.rows(rankings(*shape)), reference), math.prod(shape))
     yield said(place, config, cfg.length, place.again(state.params), reference, *on_mesh(place, state))
@@ -251,7 +255,7 @@ def improving(cfg: ppo.Config, models: Models, place: Place) -> Iterator[tpu.Pro
     critic = scalar_shapes(judge) if judge else jax.eval_shape(lambda: heads.fresh(config))
     state, base = place.state(functools.partial(ppo.start, cfg, tx), shapes, critic)
     shared = cfg.lora.rank and cfg.reference is None
-    reference = base["policy"] if shared else place.state(cfg.compute.freeze, shapes)
+    reference = base["policy"] if shared else place.frozen(cfg.compute.freeze, shapes)
     params = lora.attach(base, state.params, lora.Config())
     scored = [] if isinstance(cfg, ppo_gold.Config) else judges
     train = lambda episodes, text: (state, base, episodes, text)
@@ -265,7 +269,7 @@ def grouping(cfg: grpo.Config, models: Models, place: Place) -> Iterator[tpu.Pro
     tx, collect, step = grpo.build(cfg, config, EOS, place.layout, algorithm.train_step)
     begin = lambda policy: updates.init({"policy": policy}, tx, cfg.algorithm, jax.random.key(0))
     state = place.state(begin, shapes)
-    reference = place.state(cfg.compute.freeze, shapes)
+    reference = place.frozen(cfg.compute.freeze, shapes)
     judges = [models(path) for path in cfg.reward]
     train = lambda episodes, text: (state, episodes, text)
     yield from rolling(cfg, cfg.algorithm, 0.0, judges, place, collect, step, state.params, reference, train, state)
@@ -307,7 +311,7 @@ def scorer(judges: list[transformer.Config], pessimism: float, place: Place) -> 
     if not judges:
         return {}, None
     stack = functools.partial(scores.stacked, config=judges[0])
-    params = place.state(stack, [scalar_shapes(judge) for judge in judges])
+    params = place.frozen(stack, [scalar_shapes(judge) for judge in judges])
     return params, scores.scoring(judges[0], EOS, pessimism, place.layout)
 
 

@@ -69,7 +69,7 @@ def test_each_stage_leaves_its_records(done, stage, losses):
 
 def test_a_mesh_learns_and_says_what_replicas_do(done, tmp_path):
     cfg, _ = done
-    mesh = parallel.Config(fsdp=4, tensor=2)
+    mesh = parallel.Config(fsdp=4, tensor=2, offload=True)
     assistant.main(dataclasses.replace(cfg, out=tmp_path, data_dir=cfg.out / "data", devices=mesh))
     for stage in ("pretrain", "sft", "reward", "ppo"):
         for here, there in zip(metrics_of(tmp_path / stage), metrics_of(cfg.out / stage), strict=True):

@@ -278,6 +278,23 @@ def test_what_lies_on_the_mesh_already_is_not_copied():
     assert [x.sharding for x in moments] == [x.sharding for x in jax.tree.leaves(state.params)]
 
 
+def test_frozen_models_wait_on_the_host():
+    config = tiny.CONFIGS["qwen2"]
+    tokens, mask = tiny.random_tokens(0, 8, 9), tiny.ragged(0, 8, 9)
+    apply_fn = transformer.bind(transformer.Transformer(config))
+    read = lambda params, rows, axis=None: apply_fn(params, *rows, method="logprobs")[0]
+    place = parallel.layout(parallel.Config(fsdp=4, tensor=2, offload=True))
+    here, there = place.state(tiny.policy(config)), place.frozen(tiny.policy(config))
+    where = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+    assert where(here) == {"device"} and where(there) == {"pinned_host"}
+    assert jax.tree.map(lambda x: x.sharding.spec, here) == jax.tree.map(lambda x: x.sharding.spec, there)
+    assert where(parallel.layout(parallel.Config(fsdp=8)).frozen(tiny.policy(config))) == {"device"}
+    step = place.step(read)
+    found = [step(params, place.rows((tokens, mask))) for params in (here, there)]
+    assert where(found) == {"device"}
+    np.testing.assert_array_equal(*found)
+
+
 def test_meshes_that_cannot_be():
     with pytest.raises(InputError, match="a mesh of data=2 x fsdp=3 x tensor=1 devices, but there are 8: use sizes"):
         parallel.layout(parallel.Config(data=2, fsdp=3))
@@ -285,6 +302,8 @@ def test_meshes_that_cannot_be():
         parallel.Config(fsdp=0)
     with pytest.raises(InputError, match="whole has no effect without a mesh"):
         parallel.Config(whole=("critic",))
+    with pytest.raises(InputError, match="offload needs a mesh"):
+        parallel.Config(offload=True)
     place = parallel.layout(parallel.Config(fsdp=4, tensor=2))
     with pytest.raises(InputError, match="a batch of 6 rows does not divide over 4 parts of the mesh: use a multiple"):
         place.rows(np.zeros((6, 2)))
