@@ -308,8 +308,12 @@ class Mesh:
 
     def shardings(self, tree: Any, kind: str | None = None) -> Any:
         """Where `state` places each array of a tree; `kind` of memory, by default the devices' own."""
-        of = lambda path, x: self.sharding(jax.tree_util.keystr(path, simple=True, separator="/"), x.shape)
-        return jax.tree_util.tree_map_with_path(lambda path, x: of(path, x).with_memory_kind(kind), tree)
+
+        def of(path: Any, x: Any) -> NamedSharding:
+            spec = self.sharding(jax.tree_util.keystr(path, simple=True, separator="/"), x.shape).spec
+            return NamedSharding(self.mesh, spec, memory_kind=kind)
+
+        return jax.tree_util.tree_map_with_path(of, tree)
 
     def state(self, tree: T) -> T:
         return self._put(tree, self.shardings(tree))
