@@ -205,7 +205,7 @@ MUTANTS = [
     *mutants(
         "ppo",
         "adapt_kl_coef",
-        ("kl / target - 1", "1 - kl / target"),
+        ("kl / target - 1.0", "1.0 - kl / target"),
         ("n / horizon", "1 / horizon"),
         ("-0.2, 0.2", "-2.0, 2.0"),
     ),

@@ -19,6 +19,12 @@ def test_token_rewards_by_hand():
     np.testing.assert_allclose(reward, [[-0.1, 0.8, 0.0], [0.0, -0.3, -1.35], [0.0, 0.0, 0.0]], rtol=1e-6)
 
 
+def test_a_score_lands_where_it_is_told_to():
+    kl, later = jnp.full((3, 3), 0.5), jnp.array([[False, False, True], [True, False, False], [False, False, False]])
+    reward = advantages.token_rewards(jnp.array([0.75, -1.25, 3.0]), kl, MASK, 0.2, later)
+    np.testing.assert_allclose(reward, [[-0.1, -0.1, 0.75], [-1.25, -0.1, -0.1], [0.0, 0.0, 0.0]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["token_reward_mask", "token_reward_eos", "token_reward_eos_pad_is_eos"])
 def test_token_rewards_oracle(name):
     case = Case(name)
@@ -60,6 +66,8 @@ def test_whiten_by_hand():
     mean, std = 1.75, np.sqrt(2.8125)
     expected = np.where(MASK, (np.asarray(x) - mean) / std, 0)
     np.testing.assert_allclose(advantages.whiten(x, MASK), expected, rtol=1e-6)
+    bessel = np.where(MASK, (np.asarray(x) - mean) / np.sqrt(2.8125 * 4 / 3), 0)
+    np.testing.assert_allclose(advantages.whiten(x, MASK, ddof=1), bessel, rtol=1e-6)
     kept = np.where(MASK, (np.asarray(x) - mean) / std + mean, 0)
     np.testing.assert_allclose(advantages.whiten(x, MASK, shift_mean=False), kept, rtol=1e-6)
 

@@ -90,6 +90,7 @@ def test_settings_of_the_loss_by_hand():
         reward.Config(loss="choice", centring=0.01): np.log1p(np.exp(-1.5)) + 0.01 * 2.5**2,
     }.items():
         np.testing.assert_allclose(reward.loss(score, rank, cfg), expected, rtol=1e-6)
+        np.testing.assert_allclose(reward.loss(score, rank, cfg, jnp.int32(4)), expected / 4, rtol=1e-6)
 
 
 def test_the_centre_is_over_pairs_then_prompts():

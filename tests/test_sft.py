@@ -48,6 +48,17 @@ def test_micro_batch_shares_add_up_oracle():
     case.check(loss=sum(shares))
 
 
+def test_documents_in_one_row_are_learnt_as_in_rows_of_their_own():
+    tokens = tiny.random_tokens(0, 2, 5)
+    ones = jnp.ones((2, 5), jnp.int32)
+    apart = Tokens(tokens=jnp.array(tokens), segment=ones, target=jnp.cumsum(ones, axis=1) > 1)
+    one = jax.tree.map(lambda x: x.reshape(1, 10), apart)
+    packed = one.replace(segment=jnp.repeat(jnp.array([[1, 2]]), 5, axis=1))
+    losses = [sft.loss(tiny.policy(), rows, APPLY) for rows in (apart, packed, one)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert abs(float(losses[2] - losses[0])) > 1e-4
+
+
 def test_every_device_returns_the_same_state():
     spread = parallel.replicate(optim.init(tiny.policy(), TX, jax.random.key(0)))
     spread, _ = parallel.pmap(STEP)(spread, parallel.shard(batch(0)))
