@@ -1,7 +1,7 @@
 """Breaks the functions of the maths in a handful of ways each, and shows that the suite catches each one.
 
     python scripts/mutate.py                 every mutant; exits with 1 if one survives
-    python scripts/mutate.py --only gae      those of one function
+    python scripts/mutate.py --only gae      those of one function, or of several, or of modules
 
 A mutant is one change of one function's source in a copy of the repository, under which the tests of its module run
 until the first that fails. A survivor is printed with its change: a test is missing.
@@ -313,14 +313,14 @@ def passes(module: str, source: str, cache: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="name of a function or of a module")
+    parser.add_argument("--only", nargs="+", default=[], help="names of functions or of modules")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     args = parser.parse_args()
-    chosen = [m for m in MUTANTS if args.only in (None, m.function, m.module)]
+    chosen = [m for m in MUTANTS if not args.only or {m.function, m.module} & set(args.only)]
     for mutant in chosen:
         changed(mutant)  # so that one that no longer fits the source is reported at once
     if not chosen:
-        parser.error(f"--only {args.only}: no mutant of that function or module")
+        parser.error(f"--only {' '.join(args.only)}: no mutant of that function or module")
     start, survivors = time.monotonic(), []
     with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for module in dict.fromkeys(mutant.module for mutant in chosen):
