@@ -149,7 +149,7 @@ class Cache(struct.PyTreeNode):
     The layers are stacked on a leading axis [L], for a scan over them, or `apart` in a tuple.
     """
 
-    key: Leaf  # [L, B, G, S, head_dim], or L times [B * G, S, head_dim]
+    key: Leaf  # [L, B, G, S, head_dim], or L times [B, G, S, head_dim]
     value: Leaf  # as key
     mask: Leaf  # [B, S] bool, columns that hold a real token
     column: Leaf  # [] int32, the next column to fill
@@ -163,16 +163,14 @@ class Cache(struct.PyTreeNode):
     def apart(self) -> "Cache":
         """Each layer as an array of its own, of the very shape that attention multiplies by: XLA for CPU copies
         whatever is cut out of a stack, and whatever is both updated and reshaped."""
-        flat = lambda x: tuple(layer.reshape(-1, *layer.shape[2:]) for layer in x)
-        return self.replace(key=flat(self.key), value=flat(self.value))
+        return self.replace(key=tuple(self.key), value=tuple(self.value))
 
     def put(self, layer: int | Array, key: Float[Array, "B G T H"], value: Float[Array, "B G T H"]) -> "Cache":
         """With these columns of a layer; `column` moves on when all layers have theirs."""
 
         def into(old: Any, new: Array) -> Any:
             if isinstance(old, tuple):
-                new = new.reshape(-1, *new.shape[2:])
-                changed = jax.lax.dynamic_update_slice(old[layer], new, (0, self.column, 0))
+                changed = jax.lax.dynamic_update_slice(old[layer], new, (0, 0, self.column, 0))
                 return (*old[:layer], changed, *old[layer + 1 :])
             return jax.lax.dynamic_update_slice(old, new[None], (layer, 0, 0, self.column, 0))
 
@@ -181,13 +179,12 @@ class Cache(struct.PyTreeNode):
     def at(self, layer: int | Array) -> tuple[Float[Array, "B G S H"], Float[Array, "B G S H"]]:
         """All columns of a layer."""
         if isinstance(self.key, tuple):
-            return tuple(x[layer].reshape(len(self.mask), -1, *x[layer].shape[1:]) for x in (self.key, self.value))
+            return self.key[layer], self.value[layer]
         return tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.key, self.value))
 
     def rows(self, index: Int[Array, "B"]) -> "Cache":
         """These rows alone, of a cache that is `apart`."""
-        pick = lambda x: x.reshape(len(self.mask), -1, *x.shape[1:])[index].reshape(-1, *x.shape[1:])
-        key, value = jax.tree.map(pick, (self.key, self.value))
+        key, value = jax.tree.map(lambda x: x[index], (self.key, self.value))
         return self.replace(key=key, value=value, mask=self.mask[index])
 
 

@@ -1,4 +1,7 @@
 import dataclasses
+import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +91,18 @@ def test_stacked_layers_sample_the_same(config, monkeypatch):
     stacked = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
     tiny.assert_close(apart, stacked, atol=1e-5)
     assert not apart.mask.all()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the compiler for another device lays it out otherwise")
+@pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
+def test_the_cache_is_updated_in_place(config):
+    tokens, mask = tiny.random_tokens(0, 4, 7), tiny.ragged(0, 4, 7)
+    generate = functools.partial(sampling.generate, transformer.Transformer(config), max_new_tokens=6, eos_id=3)
+    program = jax.jit(generate).lower(tiny.policy(config), tokens, mask, jax.random.key(0)).compile().as_text()
+    layer = 4 * config.n_kv_heads * 13 * config.head_dim
+    copied = re.findall(r" f32\[([\d,]+)\]\S* copy\(", program)
+    assert "dynamic-update-slice" in program
+    assert layer not in [math.prod(map(int, shape.split(","))) for shape in copied]
 
 
 def test_mask_ends_with_the_first_eos():
