@@ -646,9 +646,9 @@ def ppo_workload(config: transformer.Config, cfg: Config, ragged: bool = False) 
     beside: list[tuple[float, float]] = []
 
     def repeat(i: int) -> tuple[float, float]:
-        metrics: list[dict[str, jax.Array]] = []
-        taken = clock(w.episodes, lambda: metrics.append(iterations(i)))
-        tokens.append(float(metrics[0]["response/tokens"]) * w.episodes)
+        found: dict[str, jax.Array] = {}
+        taken = clock(w.episodes, lambda: found.update(iterations(i)) or found)
+        tokens.append(float(found["response/tokens"]) * w.episodes)
         if padded is not None:
             beside.append((taken[1], clock(w.episodes, lambda: padded(i))[1]))
         return taken
