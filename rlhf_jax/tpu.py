@@ -51,11 +51,12 @@ def devices(topology: str) -> list[Any]:
     Raises InputError where there is no compiler for TPUs, or no such slice.
     """
     if util.find_spec("libtpu") is None:
-        raise InputError("compiling for a TPU needs libtpu: pip install 'rlhf_jax[tpu-compile]'")
+        raise InputError("compiling for a TPU needs libtpu: pip install 'rlhf_jax[tpu]'")
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise InputError(f"topology {topology!r}: expected one of {', '.join(CHIPS)}, a colon and a shape, as v5e:2x4")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU that only one process may have
     one = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(map(int, shape.split("x"))) == 1 else {}
     try:
         return list(topologies.get_topology_desc(topology, "tpu", **CHIPS[kind].settings, **one).devices)

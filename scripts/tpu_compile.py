@@ -4,7 +4,7 @@
     python scripts/tpu_compile.py --experiment sft --topology v5p:2x2x4 --init llama3-8b --devices.fsdp 16
     python scripts/tpu_compile.py --experiment instructgpt:ppo-175b --topology v5p:8x8x8 --devices.fsdp 512
 
-Needs `pip install -e .[tpu-compile]` and no accelerator. All further flags are the experiment's own. Nothing is loaded:
+Needs `pip install -e .[tpu]` and no accelerator. All further flags are the experiment's own. Nothing is loaded:
 a model is named by a directory with a config.json, or by a preset of rlhf_jax.transformer; the default is what the
 experiments before this one make by their defaults. Prints a table of the steps in Markdown and one line of JSON, and
 leaves with status 1 where a step does not fit beside what else lies on the devices, 2 on wrong input.

@@ -130,7 +130,7 @@ def test_what_does_not_fit_says_so():
 
 def test_a_machine_without_the_compiler_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr(util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'rlhf_jax\[tpu-compile\]'"):
+    with pytest.raises(InputError, match=r"pip install 'rlhf_jax\[tpu\]'"):
         tpu.devices("v5e:2x4")
 
 
