@@ -123,6 +123,9 @@ def _save(model: Model, params: Params, path: Path) -> None:
     trunk = params.get("trunk", params)
     config = families.hf_config(model.config, "trunk" in params, str(trunk["embedding"].dtype), model.tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".*"):  # by an export that was killed
+        if re.fullmatch(rf"\.{re.escape(path.name)}-[a-z0-9_]{{8}}(-former)?", left.name):
+            shutil.rmtree(left, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         config.save_pretrained(partial)

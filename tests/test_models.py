@@ -354,6 +354,25 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     tiny.assert_close(models.load(tmp_path / "model").params, tiny.policy(), atol=0)
 
 
+def test_what_a_killed_save_left_is_cleared_away(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    others = {tmp_path / name for name in (".model-2-abcd1234", ".model-notes", "model-abcd1234")}
+    for other in others:
+        other.mkdir()
+    models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed before it could
+        models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+        patch.setattr(safetensors.numpy, "save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+    assert len(list(tmp_path.iterdir())) == len(others) + 3
+    models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+    assert {*tmp_path.iterdir()} == {*others, tmp_path / "model"}
+
+
 def test_a_shape_that_no_family_has_is_refused(tmp_path):
     odd = dataclasses.replace(tiny.GPT, norm="rmsnorm")
     with pytest.raises(InputError, match="no Hugging Face architecture"):
