@@ -42,6 +42,7 @@ class Model:
     params: Params
     tokenizer: tokenizers.Tokenizer | None
     apply: Callable  # (params, tokens [B, T], mask [B, T]) -> logits [B, T, V], or score [B] for a reward model
+    generation: dict[str, Any] | None = None  # generation_config.json, which `save` passes on
 
 
 def tokenizer_of(model: Model) -> tokenizers.Tokenizer:
@@ -79,7 +80,8 @@ def load(
     path = Path(path)
     config = dataclasses.replace(families.load_config(path), compute=compute)
     params = _read(path, config, scalar=False, dtype=dtype, place=place)
-    return Model(config, params, _tokenizer(path, config), transformer.bind(transformer.Transformer(config)))
+    apply = transformer.bind(transformer.Transformer(config))
+    return Model(config, params, _tokenizer(path, config), apply, tokenizers.generation(path))
 
 
 def load_reward(
@@ -101,7 +103,7 @@ def load_reward(
 
 
 def save(model: Model, params: Params, path: str | Path) -> None:
-    """Write `params`, with the config and tokenizer of `model`, as a directory that `transformers` loads.
+    """Write `params`, with what else `model` came with, as a directory that `transformers` loads.
 
     Parameters of a `heads.ScalarModel` become a sequence classifier with one label. Its bias, which that layout has no
     place for, is kept in a tensor `score.bias` that only `load_reward` reads. The directory appears whole or not at
@@ -132,6 +134,9 @@ def _save(model: Model, params: Params, path: Path) -> None:
         _write(partial, model.config, params)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
+        if model.generation is not None and "trunk" not in params:
+            said = tokenizers.stopping(model.generation, model.tokenizer)
+            (partial / "generation_config.json").write_text(json.dumps(said, indent=2) + "\n")
         os.chmod(partial, 0o755)
         former = partial.with_name(f"{partial.name}-former")
         if path.exists():

@@ -184,6 +184,28 @@ def test_a_reward_model_names_no_padding_that_ends_a_response(tmp_path):
         assert json.loads((tmp_path / "model" / "config.json").read_text())["pad_token_id"] == expected
 
 
+def test_how_to_sample_from_a_model_is_passed_on(tmp_path):
+    path, again = tmp_path / "model", tmp_path / "again"
+    saved(path)
+    assert models.load(path).generation is None
+    theirs = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [5, 7], "bos_token_id": 3}
+    (path / "generation_config.json").write_text(json.dumps(theirs))
+    loaded = models.load(path)
+    models.save(loaded, loaded.params, again)
+    assert json.loads((again / "generation_config.json").read_text()) == theirs
+    models.save(loaded, tiny.scalar(tiny.LLAMA), again)  # a reward model says nothing
+    assert not (again / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(("named", "ends"), [(None, 0), (9, [0, 9]), ([9, 0], [9, 0])])
+def test_whoever_samples_stops_at_eos(named, ends, tmp_path):
+    tok = tokenizer.train(["a few words"], 300, tmp_path / "tokenizer")
+    assert tok.eos_token_id == 0
+    started = dataclasses.replace(model(tiny.LLAMA), tokenizer=tok, generation={"eos_token_id": named})
+    models.save(started, tiny.policy(tiny.LLAMA), tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == ends
+
+
 def saved(path, config=tiny.LLAMA, params=None):
     """A model directory, and the config and tensors in it, to break."""
     models.save(model(config), tiny.policy(config) if params is None else params, path)
@@ -254,6 +276,10 @@ def test_unusable_directories_are_named(tmp_path):
     (path / "model.safetensors").unlink()
     (path / "pytorch_model.bin").write_bytes(b"")  # may run code when read
     refused(path, r"holds no model\.safetensors")
+    for text in ("{", "[]", "\xff", '{"eos_token_id": "2"}', '{"eos_token_id": [2, true]}'):
+        models.save(model(tiny.LLAMA), tiny.policy(tiny.LLAMA), path)
+        (path / "generation_config.json").write_text(text, encoding="latin-1")
+        refused(path, "generation_config.json cannot be read|eos_token_id=.*: expected an id, or a list of ids")
     for text in ("{", "[]", '"llama"', "\xff"):
         (path / "config.json").write_text(text, encoding="latin-1")
         refused(path, "cannot be read|holds no object")
@@ -400,3 +426,23 @@ def test_transformers_loads_what_we_save(config, kind, tmp_path):
     loaded = load(tmp_path / "model")
     ours = np.asarray(jax.jit(loaded.apply)(loaded.params, jnp.array(tokens), jnp.array(mask)))
     np.testing.assert_allclose(ours, expected[:, 0] if kind == "reward" else expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", *ORACLES, "llama_reward"])
+def test_transformers_finds_published_models_as_they_were(name, shared, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
+    import transformers
+
+    path = shared / "oracles" / "hf" / name
+    load, auto = models.load, transformers.AutoModelForCausalLM
+    if name == "llama_reward":
+        load, auto = models.load_reward, transformers.AutoModelForSequenceClassification
+    loaded = load(path, dtype=jnp.bfloat16 if name == "bfloat16" else jnp.float32)
+    models.save(loaded, loaded.params, tmp_path / "model")
+    before, after = (auto.from_pretrained(at) for at in (path, tmp_path / "model"))
+    weights = after.state_dict()
+    assert weights.keys() == before.state_dict().keys()
+    for tensor, value in before.state_dict().items():
+        assert weights[tensor].dtype == value.dtype and torch.equal(weights[tensor], value), tensor
+    if name != "llama_reward":
+        assert after.generation_config.to_dict() == before.generation_config.to_dict()

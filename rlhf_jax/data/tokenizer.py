@@ -100,15 +100,41 @@ def load(path: str | Path) -> Tokenizer:
 
 def stop_ids(path: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """EOS, and what else config.json and generation_config.json of the same directory name as such."""
-    ids = [tokenizer.eos_token_id]
-    for file in (Path(path) / "config.json", Path(path) / "generation_config.json"):
-        if file.is_file():
-            try:
-                named = json.loads(file.read_text()).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise InputError(f"{file} cannot be read: expected an object with eos_token_id") from error
-            ids += named if isinstance(named, list) else [] if named is None else [named]
-    return tuple(dict.fromkeys(ids))
+    files = (Path(path) / "config.json", Path(path) / "generation_config.json")
+    named = [i for file in files for i in _ends(_settings(file) or {})]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
+
+
+def generation(path: str | Path) -> dict[str, Any] | None:
+    """What generation_config.json of a directory says, None if there is none; InputError if it cannot be read."""
+    return _settings(Path(path) / "generation_config.json")
+
+
+def stopping(settings: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A generation_config.json that stops at EOS, which may be another than it names, beside all that it does."""
+    if tokenizer is None or tokenizer.eos_token_id in (ids := _ends(settings)):
+        return settings
+    return settings | {"eos_token_id": [tokenizer.eos_token_id, *ids] if ids else tokenizer.eos_token_id}
+
+
+def _settings(file: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None if there is no file. InputError unless its eos_token_id is one or several ids."""
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"{file} cannot be read: expected an object with eos_token_id")
+    if not all(type(i) is int for i in _ends(settings)):
+        raise InputError(f"{file}: eos_token_id={settings['eos_token_id']!r}: expected an id, or a list of ids")
+    return settings
+
+
+def _ends(settings: dict[str, Any]) -> list[Any]:
+    named = settings.get("eos_token_id")
+    return named if isinstance(named, list) else [] if named is None else [named]
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
