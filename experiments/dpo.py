@@ -65,6 +65,7 @@ def main(cfg: Config) -> TrainState:
     runs.claim(cfg.out, cfg)
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
+    models.check_length(model.config, length=cfg.length)
     rows = builders.source(cfg.data, "rankings", data_dir=cfg.data_dir)
     sizes = {"length": cfg.length, "batch": cfg.batch, "epochs": cfg.epochs}
     batches = pipeline.rankings(rows, models.tokenizer_of(model), **sizes, seed=cfg.seed)

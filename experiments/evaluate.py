@@ -66,6 +66,7 @@ def measuring(config: transformer.Config, layout: parallel.Layout) -> Callable:
 
 def held_out_nll(cfg: Config, model: models.Model, layout: parallel.Layout) -> float:
     """Mean negative log-likelihood of held-out pretraining text, nats a token."""
+    models.check_length(model.config, text_length=cfg.text_length)
     rows = builders.source(f"world:seed={cfg.world},rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
     tokenizer = models.tokenizer_of(model)
     batches = pipeline.text(rows, tokenizer, length=cfg.text_length, batch=cfg.batch, seed=0, epochs=1)

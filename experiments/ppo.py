@@ -295,6 +295,7 @@ def train(
     tokenizer, updates = models.tokenizer_of(policy), settings.epochs * settings.minibatches
     streams = {"prompts": iter(prompts)}
     if cfg.text is not None:
+        models.check_length(policy.config, text_length=cfg.text_length)
         text = builders.source(cfg.text, "text", data_dir=cfg.data_dir)
         sizes = {"length": cfg.text_length, "batch": cfg.text_batch}
         streams["text"] = iter(pipeline.text(text, tokenizer, **sizes, seed=cfg.seed + 1))

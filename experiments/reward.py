@@ -126,6 +126,7 @@ def main(cfg: Config) -> dict[str, float]:
     runs.claim(cfg.out, cfg)
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
+    models.check_length(model.config, length=cfg.length)
     tokenizer = models.tokenizer_of(model)
     source = functools.partial(builders.source, kind="rankings", data_dir=cfg.data_dir)
     read = functools.partial(pipeline.rankings, tokenizer=tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed)

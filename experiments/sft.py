@@ -83,6 +83,7 @@ def main(cfg: Config) -> TrainState:
     runs.claim(cfg.out, cfg)
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
+    models.check_length(model.config, length=cfg.length)
     tokenizer = models.tokenizer_of(model)
     rows = builders.source(cfg.data, "demonstrations", data_dir=cfg.data_dir)
     # Dropout goes by a row's place in the batch: a process takes its share of demonstrations and text together.

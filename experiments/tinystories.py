@@ -1,7 +1,7 @@
 """A base model of real text that two CPU cores can pretrain: short stories in simple words (arXiv:2305.07759).
 
 It is what the experiments on published data start from where there is no better model at hand. It has the context for
-them, and no more: it knows no numbers and hardly anything of people's questions.
+most of them, and no more: it knows no numbers and hardly anything of people's questions.
 
 Data:    a .txt file of stories between lines `<|endoftext|>`. The full set, two million stories, is
          roneneldan/TinyStories at Hugging Face (CDLA-Sharing-1.0), its TinyStoriesV2-GPT4-train.txt such a file.

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -65,6 +66,17 @@ def check_vocabularies(loaded: Mapping[Path, Model]) -> None:
         else:
             continue
         raise InputError(f"{what}: train the reward model from the policy's own directory")
+
+
+def check_length(config: transformer.Config, **lengths: int) -> None:
+    """Raises InputError for a length, by name, beyond a table of positions; warns where RoPE was trained for less."""
+    for name, length in lengths.items():
+        if length > config.max_length:
+            what = f"{name}={length} is more than the model's context of {config.max_length} tokens"
+            if config.position == "learned":
+                raise InputError(f"{what}, beyond which it has no positions")
+            if hosts.first():
+                print(f"warning: {what}, the most that it was trained for", file=sys.stderr)
 
 
 def load(

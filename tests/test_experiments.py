@@ -643,6 +643,24 @@ def test_flags_that_cannot_be(capsys, main, flags, message):
     assert message in refused(capsys, main, default, *flags)
 
 
+@pytest.mark.parametrize("main", [pretrain.main, sft.main, reward.main, dpo.main])
+def test_rows_longer_than_the_table_of_positions(capsys, tmp_path, main):
+    models.save(models.Model(tiny.GPT, {}, None, lambda: None), tiny.policy(), tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"text": "t"}')
+    default = {pretrain.main: pretrain, sft.main: sft, reward.main: reward, dpo.main: dpo}[main].Config()
+    flags = ["--init", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--length", 25]
+    said = refused(capsys, main, default, *flags, "--out", tmp_path / "run", "--data-dir", tmp_path / "data")
+    assert said.startswith("error: length=25 is more than the model's context of 24 tokens")
+
+
+def test_text_longer_than_the_table_of_positions(tmp_path):
+    model = models.Model(tiny.GPT, {}, tokenizer.train(["a few words"], 300, tmp_path), lambda: None)
+    with pytest.raises(InputError, match="text_length=25 is more than the model's context"):
+        evaluate.held_out_nll(evaluate.Config(text_length=25), model, None)
+    with pytest.raises(InputError, match="text_length=25 is more than the model's context"):
+        ppo.train(ppo.Config(text_length=25), ppo.Config().ppo, model, *[None] * 6, rows=None, prompts=[])
+
+
 def test_evaluation_refuses_models_that_do_not_go_together(done, flags, capsys, tmp_path):
     cfg, _ = done
     init, config = cfg.out / "sft" / "model", dataclasses.replace(tiny.GPT, vocab_size=512)

@@ -206,6 +206,17 @@ def test_whoever_samples_stops_at_eos(named, ends, tmp_path):
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == ends
 
 
+def test_a_length_beyond_the_context(tmp_path, capsys):
+    for config in (tiny.GPT, tiny.LLAMA):
+        models.check_length(config, length=24)
+    assert capsys.readouterr().err == ""
+    models.check_length(tiny.LLAMA, length=24, text_length=25)
+    warning = "text_length=25 is more than the model's context of 24 tokens, the most that it was trained for"
+    assert capsys.readouterr().err == f"warning: {warning}\n"
+    with pytest.raises(InputError, match="length=25 is more than the model's context of 24 tokens, beyond which it"):
+        models.check_length(tiny.GPT, length=25)
+
+
 def saved(path, config=tiny.LLAMA, params=None):
     """A model directory, and the config and tensors in it, to break."""
     models.save(model(config), tiny.policy(config) if params is None else params, path)
