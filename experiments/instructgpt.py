@@ -1,7 +1,7 @@
 """InstructGPT (arXiv:2203.02155) at 1.3B, 6B and 175B: the settings of each stage, to the letter of appendix C.
 
-These are configurations, and none was trained here: tests/test_recipes.py traces and lowers train steps
-of each kind at full size, 175B among them, which takes no memory. What differs from the paper: demonstrations are
+These are configurations, and none was trained here: tests/test_recipes.py traces and lowers the train step of every
+stage at full size, which takes no memory, and compiles one of 175B. What differs from the paper: demonstrations are
 packed, so that a batch counts rows of `length`, not demonstrations; the trunk is bfloat16 where it was float16; the
 warm-up of PPO starts from 0, not from a tenth; a reward model has mean 0 and standard deviation 1 on its training
 answers, where demonstrations had 0. By default every device holds the whole model; the larger ones need a mesh, and

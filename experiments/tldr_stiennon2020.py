@@ -1,10 +1,10 @@
 """Summaries of Reddit posts from human feedback (arXiv:2009.01325) at 1.3B and 6.7B: the settings of each stage.
 
 The paper's appendix B.1 where it gives a number, else "The N+ implementation details" (arXiv:2403.17031). These are
-configurations, and none was trained here: tests/test_recipes.py traces and lowers a train step of each kind at full
-size, which takes no memory. What differs: demonstrations are packed, so that a batch counts rows of `length`; the trunk
-is bfloat16 where it was float16; learning rates of the first two stages fall to 10 %, not to 0; a reward model has mean
-0 and standard deviation 1 on its training answers, where reference summaries had 0.
+configurations, and none was trained here: tests/test_recipes.py traces and lowers the train step of every stage at
+full size, which takes no memory. What differs: demonstrations are packed, so that a batch counts rows of `length`; the
+trunk is bfloat16 where it was float16; learning rates of the first two stages fall to 10 %, not to 0; a reward model
+has mean 0 and standard deviation 1 on its training answers, where reference summaries had 0.
 
 Data:    comparisons, tldr:PATH: the files dataset/comparisons/batch*.json of github.com/openai/summarize-from-feedback,
          one behind the other. Demonstrations and prompts: its datasets/tldr_3_filtered/train.jsonl (116,722 posts) by

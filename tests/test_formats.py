@@ -313,6 +313,7 @@ PLAIN = {
     "demonstrations": {"prompt": "p", "completion": "c"},
     "rankings": {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [0, 2, 1]},
     "prompts": {"prompt": user("p")},
+    "messages": {"messages": [*user("p"), {"role": "assistant", "content": "some words, and then some more " * 7}]},
 }
 # What every row needs, by where it stands.
 NEEDED = {
@@ -331,6 +332,7 @@ NEEDED = {
     "demonstrations": [("prompt",), ("completion",)],
     "rankings": [("prompt",), ("responses",), ("responses", 2), ("ranks",), ("ranks", 0)],
     "prompts": [("prompt",), ("prompt", 0), ("prompt", 0, "role"), ("prompt", 0, "content")],
+    "messages": [("messages",), ("messages", 0), ("messages", 1, "role"), ("messages", 0, "content")],
 }  # fmt: skip
 # No field may be any of these.
 JUNK = [
@@ -351,10 +353,16 @@ JUNK = [
 ]
 
 
+def kind_of(name):
+    if name in PLAIN and name != "messages":
+        return name
+    return "rankings" if name in formats.RANKINGS else "demonstrations"
+
+
 def reader(name):
     """What reads one row of a format or, by `check`, of a kind."""
     if name in PLAIN:
-        return lambda row, where, counts: builders.check(name, row, where)
+        return lambda row, where, counts: builders.check(kind_of(name), row, where)
     return (formats.RANKINGS | formats.DEMONSTRATIONS)[name]
 
 
@@ -382,7 +390,7 @@ def test_broken_fields(name):
 def test_broken_text(tmp_path, name):
     """Hundreds of files of each kind with characters changed, lost or doubled are read, counted, or refused."""
     rng = random.Random(name)
-    kind = name if name in PLAIN else "rankings" if name in formats.RANKINGS else "demonstrations"
+    kind = kind_of(name)
     path, row = tmp_path / "templates.json", FIELDS if name == "template" else (ROWS | PLAIN)[name]
     path.write_text(json.dumps(TEMPLATES))
     read = formats.templates(path) if name == "template" else reader(name)

@@ -1,4 +1,4 @@
-"""The published recipes at their full sizes: each train step is traced and lowered on shapes alone."""
+"""The published recipes at their full sizes: every stage's train step is traced and lowered on shapes alone."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,7 @@ from rlhf_jax import transformer
 from scripts import tpu_compile
 
 RECIPES = {"instructgpt": instructgpt, "tldr_stiennon2020": tldr_stiennon2020}
-CASES = [  # of each kind, the largest among them
-    *(("instructgpt", stage) for stage in ("sft-175b", "init-6b", "reward", "ppo-1.3b", "ppo-175b")),
-    *(("tldr_stiennon2020", stage) for stage in ("sft-1.3b", "reward-6.7b", "ppo-6.7b")),
-]
+CASES = [(recipe, stage) for recipe, module in RECIPES.items() for stage in module.STAGES]
 
 
 def trained(recipe, stage):
