@@ -34,6 +34,13 @@ SLICES = {  # by model: slices of each kind on which fine-tuning is compiled
     "gpt3-175b": ("v4:4x8x8", "v5e:16x16", "v5p:4x4x4", "v6e:8x16"),
 }
 LARGE = "llama3-70b", "gpt3-175b"  # each row over four chips, else over one
+RECIPES = {  # stages, by the slice on which their train steps are compiled
+    "v5e:2x4": ("tldr_stiennon2020:sft-1.3b", "tldr_stiennon2020:reward-1.3b", "tldr_stiennon2020:ppo-1.3b")
+    + ("instructgpt:sft-1.3b", "instructgpt:init-1.3b", "instructgpt:ppo-1.3b"),
+    "v5p:2x2x2": ("tldr_stiennon2020:sft-6.7b", "tldr_stiennon2020:reward-6.7b", "tldr_stiennon2020:ppo-6.7b")
+    + ("instructgpt:sft-6b", "instructgpt:init-6b", "instructgpt:reward", "instructgpt:ppo-6b"),
+    "v5p:4x4x4": ("instructgpt:sft-175b", "instructgpt:init-175b"),
+}
 
 
 def cases() -> Iterator[tuple[str, str, str, str]]:
@@ -47,6 +54,10 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
             yield "sizes", "sft", topology, f"--init {model} {SHORT if model == 'gpt2' else ROWS} {mesh} {BIG}"
     both = "--init llama3-8b --reward llama3-8b"
     yield "ppo", "ppo", "v5p:2x2x4", f"{both} {ROLLS} --batch 128 --text-batch 16 --devices.fsdp 16 {BIG}"
+    for topology, stages in RECIPES.items():
+        for stage in stages:
+            mesh = f"--devices.fsdp {min(chips(topology), 32)} --devices.tensor {max(chips(topology) // 32, 1)}"
+            yield "recipes", stage, topology, f"--only train {mesh} {BIG}"
     for topology in ("v5p:4x4x4", "v5p:4x4x8"):
         n = chips(topology)
         yield "instructgpt", "instructgpt:ppo-175b", topology, f"--devices.fsdp 64 --devices.tensor {n // 64} {BIG}"
