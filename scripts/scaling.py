@@ -35,10 +35,14 @@ SLICES = {  # by model: slices of each kind on which fine-tuning is compiled
 }
 LARGE = "llama3-70b", "gpt3-175b"  # each row over four chips, else over one
 RECIPES = {  # stages, by the slice on which their train steps are compiled
-    "v5e:2x4": ("tldr_stiennon2020:sft-1.3b", "tldr_stiennon2020:reward-1.3b", "tldr_stiennon2020:ppo-1.3b")
-    + ("instructgpt:sft-1.3b", "instructgpt:init-1.3b", "instructgpt:ppo-1.3b"),
-    "v5p:2x2x2": ("tldr_stiennon2020:sft-6.7b", "tldr_stiennon2020:reward-6.7b", "tldr_stiennon2020:ppo-6.7b")
-    + ("instructgpt:sft-6b", "instructgpt:init-6b", "instructgpt:reward", "instructgpt:ppo-6b"),
+    "v5e:2x4": (
+        *(f"tldr_stiennon2020:{stage}-1.3b" for stage in ("sft", "reward", "ppo")),
+        *(f"instructgpt:{stage}-1.3b" for stage in ("sft", "init", "ppo")),
+    ),
+    "v5p:2x2x2": (
+        *(f"tldr_stiennon2020:{stage}-6.7b" for stage in ("sft", "reward", "ppo")),
+        *(f"instructgpt:{stage}" for stage in ("sft-6b", "init-6b", "reward", "ppo-6b")),
+    ),
     "v5p:4x4x4": ("instructgpt:sft-175b", "instructgpt:init-175b"),
 }
 
