@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from rlhf_jax import hosts
@@ -256,7 +257,8 @@ def layout(cfg: Config = Config(), devices: list | None = None) -> Layout:
             " use sizes whose product is that"
         )
     automatic = (jax.sharding.AxisType.Auto,) * 3
-    return Mesh(jax.make_mesh(sizes, (*ROWS, "tensor"), automatic, devices=devices), cfg.whole, cfg.offload)
+    near = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)  # along a TPU slice's links
+    return Mesh(jax.sharding.Mesh(near, (*ROWS, "tensor"), axis_types=automatic), cfg.whole, cfg.offload)
 
 
 @dataclasses.dataclass(frozen=True)

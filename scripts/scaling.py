@@ -63,8 +63,8 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
             mesh = f"--devices.fsdp {min(chips(topology), 32)} --devices.tensor {max(chips(topology) // 32, 1)}"
             yield "recipes", stage, topology, f"--only train {mesh} {BIG}"
     for topology in ("v5p:4x4x4", "v5p:4x4x8"):
-        n = chips(topology)
-        yield "instructgpt", "instructgpt:ppo-175b", topology, f"--devices.fsdp 64 --devices.tensor {n // 64} {BIG}"
+        mesh = f"--devices.fsdp {chips(topology) // 4} --devices.tensor 4"
+        yield "instructgpt", "instructgpt:ppo-175b", topology, f"{mesh} {BIG}"
 
 
 def chips(topology: str) -> int:
