@@ -218,7 +218,7 @@ def train_bytes(
     - of one layer its weights, gathered over "fsdp", and their gradient; what it computes, and the gradient of that
     - the unembedding, gathered likewise, and its gradient; logits of one chunk, and their gradient, in float32
 
-    "tensor" divides all that is of heads, the width of MLPs or the vocabulary.
+    "tensor" divides all that is of heads, the width of MLPs or the vocabulary, and the columns of the inputs.
     """
     c, tensor = config, mesh["tensor"]
     width = 4 if c.compute.dtype == "float32" else 2
@@ -231,7 +231,7 @@ def train_bytes(
     computed = 5 * c.d_model + (both + query + (gates + 1) * c.d_ff) / tensor  # a token
     unread = min(c.compute.chunk or columns, columns) * rows / parts * c.vocab_size / tensor
     table = c.vocab_size * c.d_model / tensor
-    inputs = c.n_layers * here * c.d_model
+    inputs = c.n_layers * here * c.d_model / tensor
     return gradient + width * (inputs + 2 * weights + 2 * here * computed + 2 * table) + 4 * 2 * unread
 
 

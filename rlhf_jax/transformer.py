@@ -396,7 +396,9 @@ class Block(nn.Module):
         added = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
         if c.post_norm:
             added = Norm(c, name="post_norm_2")(added)
-        return (parallel.spread(x + dropout(added, view.keys, 2 * layer + 2, c.dropout)), cache), None
+        x = x + dropout(added, view.keys, 2 * layer + 2, c.dropout)
+        # What the backward pass keeps of a layer, if anything.
+        return (parallel.constrain(x, parallel.ROWS, "tensor"), cache), None
 
 
 SAVED = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -461,7 +463,8 @@ class Transformer(nn.Module):
             x = x * jnp.asarray(self.config.d_model**0.5, self.config.compute.dtype)
         if self.config.position == "learned":
             x = x + self.position_table[position]
-        x = parallel.spread(dropout(x.astype(self.config.compute.dtype), keys, 0, self.config.dropout))
+        x = dropout(x.astype(self.config.compute.dtype), keys, 0, self.config.dropout)
+        x = parallel.constrain(x, parallel.ROWS, "tensor")
         view = View(position=position, attend=attend, near=near, segment=segment, keys=keys)
         if layers is None:
             (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)

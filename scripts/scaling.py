@@ -63,7 +63,8 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
             mesh = f"--devices.fsdp {min(chips(topology), 32)} --devices.tensor {max(chips(topology) // 32, 1)}"
             yield "recipes", stage, topology, f"--only train {mesh} {BIG}"
     for topology in ("v5p:4x4x4", "v5p:4x4x8"):
-        mesh = f"--devices.fsdp {chips(topology) // 4} --devices.tensor 4"
+        rows = chips(topology) // 4  # of which each has as many parts as it has episodes of an update
+        mesh = f"--devices.fsdp {rows} --devices.tensor 4 --devices.microbatches {64 // rows}"
         yield "instructgpt", "instructgpt:ppo-175b", topology, f"{mesh} {BIG}"
 
 

@@ -116,9 +116,9 @@ def test_a_train_step_counted_on_paper():
     assert tpu.train_bytes(config, mesh, 16, 4096) == pytest.approx(once, rel=1e-6)
     twice = tpu.train_bytes(config, mesh, 32, 4096, microbatches=2)  # as many rows at a time
     assert twice - once == pytest.approx(gradient, rel=1e-6)
-    narrow = {"data": 1, "fsdp": 4, "tensor": 4}  # four rows on a chip, and a quarter of each of them
+    narrow = {"data": 1, "fsdp": 4, "tensor": 4}  # four rows on a chip, of which it keeps a quarter
     computed += 3 * 4096 * 5 * 4096 * 2  # what has the width of the model is whole
-    spread = gradient + 4 * inputs + 2 * ((layer + table) / 4 + computed + logits)
+    spread = gradient + inputs + 2 * ((layer + table) / 4 + computed + logits)
     assert tpu.train_bytes(config, narrow, 16, 4096) == pytest.approx(spread, rel=1e-6)
 
 
