@@ -2,7 +2,8 @@
 
 A checkpoint is `<directory>/<step>/`: every leaf of the `TrainState`, bit for bit, and the position of every data
 stream. It is written under a temporary name in the background and renamed when it is complete, so that a directory
-whose name is a number is whole. Sums over the bits of each leaf tell what the disk spoilt afterwards. Saving takes a
+whose name is a number is whole. In a bucket (`buckets`) nothing is renamed: there a checkpoint is whole when it has the
+file that Orbax writes last. Sums over the bits of each leaf tell what the disk spoilt afterwards. Saving takes a
 state that is not replicated: host arrays, arrays on one device, or arrays sharded over a mesh. All processes of
 a run write their part of it, to a directory that all of them see.
 
@@ -21,7 +22,6 @@ import contextlib
 import dataclasses
 import errno
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,12 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from rlhf_jax import hosts, preemption
+from rlhf_jax import buckets, hosts, preemption
 from rlhf_jax.types import InputError, TrainState, check_positive
 
 _MARK = "_CHECKPOINT_METADATA"  # the file by which Orbax knows its checkpoints
+_LAST = "commit_success.txt"  # the one that makes a checkpoint in a bucket whole
 _open: dict[Path, "Writer"] = {}  # of this process, by directory
 
 
@@ -81,6 +83,7 @@ class Writer:
         Checkpoints of later steps are deleted: they belong to a run that this one replaces.
         """
         directory = self._directory = directory.absolute()
+        where = self._where = buckets.place(directory)
         self._cfg, self._total, self._ending, self._scope = cfg, total, False, contextlib.ExitStack()
         newest: Any = checkpoint_managers.LatestN(cfg.keep)
         best = checkpoint_managers.BestN(get_metric_fn=self._worth, n=1, keep_checkpoints_without_metrics=False)
@@ -90,13 +93,14 @@ class Writer:
             cleanup_tmp_directories=True,  # what a killed run left
         )
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            where.mkdir(parents=True, exist_ok=True)
             with hosts.first_before_others():
                 whole = steps(directory)
-                for path in directory.iterdir() if hosts.first() else ():  # and copies that had only begun
+                old = where.iterdir() if hosts.first() and where.exists() else ()  # an empty folder of a bucket is none
+                for path in old:  # and copies that had only begun
                     if path.name.isdigit() and (int(path.name) > start or int(path.name) not in whole):
-                        shutil.rmtree(path)
-            self._orbax = ocp.CheckpointManager(directory, options=options)
+                        epath.Path(path).rmtree()
+            self._orbax = ocp.CheckpointManager(where, options=options)
         except OSError as error:
             raise InputError(f"checkpoints cannot be written to {directory}: {error.strerror}") from error
         _open[directory] = self
@@ -131,6 +135,7 @@ class Writer:
         step = int(state.step)
         if step in self._orbax.all_steps():
             return
+        buckets.push()  # the records, that they are not behind it
         measured = None
         if self._cfg.best:
             sign, name = (-1 if self._cfg.best.startswith("min:") else 1), self._cfg.best[4:]
@@ -180,8 +185,8 @@ class Writer:
             if not disk_is_full(error):
                 raise
             left = steps(self._directory)
-            last = f"the last checkpoint is {self._directory / str(left[-1])}" if left else "there is no checkpoint yet"
-            raise FullDiskError(errno.ENOSPC, f"no space is left to write to {self._directory}; {last}") from error
+            last = f"the last checkpoint is {self._where / str(left[-1])}" if left else "there is no checkpoint yet"
+            raise FullDiskError(errno.ENOSPC, f"no space is left to write to {self._where}; {last}") from error
 
 
 def disk_is_full(error: BaseException | None) -> bool:
@@ -219,10 +224,16 @@ def resume(
 
 def steps(directory: Path) -> list[int]:
     """The steps of the complete checkpoints in `directory`, ascending; none if it does not exist."""
-    return sorted(int(path.parent.name) for path in directory.glob(f"*/{_MARK}") if path.parent.name.isdigit())
+    where, mark = _where(directory)
+    return sorted(int(path.parent.name) for path in where.glob(f"*/{mark}") if path.parent.name.isdigit())
 
 
-def latest(directory: Path, before: int | None = None) -> Path | None:
+def _where(directory: Path) -> tuple[Any, str]:
+    """The place of the checkpoints of `directory`, and the file that each one there has."""
+    return buckets.place(directory), _LAST if buckets.holds(directory) else _MARK
+
+
+def latest(directory: Path, before: int | None = None) -> Path | epath.Path | None:
     """The newest complete checkpoint in `directory`, of a step less than `before` if that is given.
 
     Waits for those that this process is still writing there.
@@ -230,7 +241,7 @@ def latest(directory: Path, before: int | None = None) -> Path | None:
     if writer := _open.get(directory.absolute()):
         writer.wait()
     found = [step for step in steps(directory) if before is None or step < before]
-    return directory / str(found[-1]) if found else None
+    return buckets.place(directory) / str(found[-1]) if found else None
 
 
 class DamagedError(InputError):
@@ -245,8 +256,9 @@ def restore(directory: Path, like: TrainState, step: int | None = None) -> tuple
     Raises `InputError` where there is no such checkpoint or it does not fit `like`, `DamagedError` where it is damaged.
     """
     newest = latest(directory)
-    path = newest if step is None else directory / str(step)
-    if path is None or not (path / _MARK).exists():
+    where, mark = _where(directory)
+    path = newest if step is None else where / str(step)
+    if path is None or not (path / mark).exists():
         there = f"there are steps {steps(directory)}" if newest else "there is none"
         raise InputError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; {there}")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
@@ -265,10 +277,11 @@ def restore(directory: Path, like: TrainState, step: int | None = None) -> tuple
     return jax.tree.unflatten(jax.tree.structure(like), restored), about["streams"]
 
 
-def _read(orbax: ocp.Checkpointer, path: Path, **item: Any) -> Any:
+def _read(orbax: ocp.Checkpointer, path: Path | epath.Path, **item: Any) -> Any:
     """One item of the checkpoint at `path`."""
+    path = path if isinstance(path, epath.Path) else path.absolute()  # which would take a gs:// path for a relative one
     try:
-        return next(iter(orbax.restore(path.absolute(), args=ocp.args.Composite(**item)).values()))
+        return next(iter(orbax.restore(path, args=ocp.args.Composite(**item)).values()))
     except Exception as error:  # a damaged file surfaces as almost anything, from the depths of TensorStore
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedError(f"{path} is damaged ({reason[:200]})") from error
@@ -311,7 +324,7 @@ def _kind(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def _check(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+def _check(path: Path | epath.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
     """Raises `InputError` naming the first leaf in which the two differ."""
     for name in sorted(saved | wanted):
         if saved.get(name) != wanted.get(name):
