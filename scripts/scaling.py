@@ -61,6 +61,7 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
     for topology, stages in RECIPES.items():
         for stage in stages:
             mesh = f"--devices.fsdp {min(chips(topology), 32)} --devices.tensor {max(chips(topology) // 32, 1)}"
+            mesh += " --devices.microbatches 8" if "instructgpt:ppo" in stage else ""  # eight rows of text an episode
             yield "recipes", stage, topology, f"--only train {mesh} {BIG}"
     for topology in ("v5p:4x4x4", "v5p:4x4x8"):
         rows = chips(topology) // 4  # of which each has as many parts as it has episodes of an update
