@@ -112,7 +112,11 @@ def test_control_c_ends_an_answer_and_keeps_what_it_said(talk, prompts, monkeypa
             yield i
 
     monkeypatch.setattr(sampling, "stream", interrupted)
-    out, _ = talk(["hi", "you?"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        out, _ = talk(["hi", "you?"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert out == "y\nyes\n"
     assert prompts[1] == "Question: hi\nAnswer: yQuestion: you?\nAnswer:"
 
