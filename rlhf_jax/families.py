@@ -6,6 +6,7 @@ how older ones said the same; what it knows and this Transformer does not is ref
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ def _gated_config(path: Path, hf: Any, kind: str) -> transformer.Config:
 def _rope(path: Path, rope: dict[str, Any]) -> dict[str, Any]:
     """Our settings of RoPE."""
     kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
+    if not 0 < theta < math.inf:
+        raise InputError(f"{path}: rope_theta={theta}: expected a number above 0")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"{path}: partial_rotary_factor is not supported: expected 1")
     if kind == "default":

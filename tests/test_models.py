@@ -243,6 +243,7 @@ CONFIG_ERRORS = {
         ({"attention_bias": True}, "attention_bias=True is not supported: expected False"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported: expected False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta=-1.0: expected a number"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn' is not supp"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_ro"),
         ({"intermediate_size": 20}, r"_proj.weight \[.*24.*\] does not fit config.json, which asks for \[.*20.*\]"),
