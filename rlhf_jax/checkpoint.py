@@ -2,7 +2,7 @@
 
 A checkpoint is `<directory>/<step>/`: every leaf of the `TrainState`, bit for bit, and the position of every data
 stream. It is written under a temporary name in the background and renamed when it is complete, so that a directory
-whose name is a number is whole. In a bucket (`buckets`) nothing is renamed: there a checkpoint is whole when it has the
+whose name is a number is whole. In a bucket (`gcs`) nothing is renamed: there a checkpoint is whole when it has the
 file that Orbax writes last. Sums over the bits of each leaf tell what the disk spoilt afterwards. Saving takes a
 state that is not replicated: host arrays, arrays on one device, or arrays sharded over a mesh. All processes of
 a run write their part of it, to a directory that all of them see.
@@ -34,7 +34,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from rlhf_jax import buckets, hosts, preemption
+from rlhf_jax import gcs, hosts, preemption
 from rlhf_jax.types import InputError, TrainState, check_positive
 
 _MARK = "_CHECKPOINT_METADATA"  # the file by which Orbax knows its checkpoints
@@ -83,7 +83,7 @@ class Writer:
         Checkpoints of later steps are deleted: they belong to a run that this one replaces.
         """
         directory = self._directory = directory.absolute()
-        where = self._where = buckets.place(directory)
+        where = self._where = gcs.place(directory)
         self._cfg, self._total, self._ending, self._scope = cfg, total, False, contextlib.ExitStack()
         newest: Any = checkpoint_managers.LatestN(cfg.keep)
         best = checkpoint_managers.BestN(get_metric_fn=self._worth, n=1, keep_checkpoints_without_metrics=False)
@@ -135,7 +135,7 @@ class Writer:
         step = int(state.step)
         if step in self._orbax.all_steps():
             return
-        buckets.push()  # the records, that they are not behind it
+        gcs.push()  # the records, that they are not behind it
         measured = None
         if self._cfg.best:
             sign, name = (-1 if self._cfg.best.startswith("min:") else 1), self._cfg.best[4:]
@@ -230,7 +230,7 @@ def steps(directory: Path) -> list[int]:
 
 def _where(directory: Path) -> tuple[Any, str]:
     """The place of the checkpoints of `directory`, and the file that each one there has."""
-    return buckets.place(directory), _LAST if buckets.holds(directory) else _MARK
+    return gcs.place(directory), _LAST if gcs.holds(directory) else _MARK
 
 
 def latest(directory: Path, before: int | None = None) -> Path | epath.Path | None:
@@ -241,7 +241,7 @@ def latest(directory: Path, before: int | None = None) -> Path | epath.Path | No
     if writer := _open.get(directory.absolute()):
         writer.wait()
     found = [step for step in steps(directory) if before is None or step < before]
-    return buckets.place(directory) / str(found[-1]) if found else None
+    return gcs.place(directory) / str(found[-1]) if found else None
 
 
 class DamagedError(InputError):

@@ -18,7 +18,7 @@ import absl.logging
 import jax
 import tyro
 
-from rlhf_jax import buckets, checkpoint, hosts, log, preemption
+from rlhf_jax import checkpoint, gcs, hosts, log, preemption
 from rlhf_jax.types import InputError
 
 Config = TypeVar("Config")
@@ -35,13 +35,13 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
     stderr and status 2 on a flag or value that is wrong and on any `InputError` from `main`, 1 on a `BrokenRunError`
     and where the disk is full, 130 on control-C, 75 (`preemption.EXIT`) on SIGTERM, where the same command goes on from
     then. Other exceptions are bugs, and keep their traceback. Compiled programs are kept in the folder that
-    JAX_COMPILATION_CACHE_DIR names, or else in ~/.cache/rlhf_jax. Paths may be gs:// ones (`buckets`).
+    JAX_COMPILATION_CACHE_DIR names, or else in ~/.cache/rlhf_jax. Paths may be gs:// ones (`gcs`).
     """
     prepare()
     try:
         with preemption.watched():
             config = parse(default, args)
-            with hosts.together(), buckets.mirrored(config) as local:
+            with hosts.together(), gcs.mirrored(config) as local:
                 return main(local)
     except InputError as error:
         _leave(str(error), USAGE)
@@ -140,5 +140,5 @@ def _first_paragraph(box: str) -> str:
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    print("error: " + buckets.named(" ".join(message.split())), file=sys.stderr)
+    print("error: " + gcs.named(" ".join(message.split())), file=sys.stderr)
     raise SystemExit(status)

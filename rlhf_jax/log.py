@@ -27,7 +27,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from rlhf_jax import buckets, checkpoint, runs, timing
+from rlhf_jax import checkpoint, gcs, runs, timing
 from rlhf_jax.runs import CHECKPOINTS
 from rlhf_jax.types import InputError
 
@@ -64,12 +64,12 @@ def start(
     """
     client = _import_wandb() if wandb else None
     main = jax.process_index() == 0
-    if main or buckets.holds(directory):  # of which every host has its own
+    if main or gcs.holds(directory):  # of which every host has its own
         with runs.writing(directory):
             _prepare(directory, step)
     if main and step:
         what = f"goes on after step {step}" if step < total else f"is trained: {step} steps"
-        print(buckets.named(f"{directory} {what}"))
+        print(gcs.named(f"{directory} {what}"))
     runs.write_config(directory, config)
     if client and main:
         settings = json.loads((directory / "config.json").read_text())

@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rlhf_jax import buckets, families, heads, hosts, transformer
+from rlhf_jax import families, gcs, heads, hosts, transformer
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.types import InputError, Params
 
@@ -131,7 +131,7 @@ def save(model: Model, params: Params, path: str | Path) -> None:
         with hosts.first_before_others():
             if hosts.first():
                 _save(model, params, Path(path))
-    buckets.share(Path(path))
+    gcs.share(Path(path))
 
 
 def _save(model: Model, params: Params, path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax import buckets, checkpoint, hosts
+from rlhf_jax import checkpoint, gcs, hosts
 from rlhf_jax.types import InputError
 
 FREE = {
@@ -28,7 +28,7 @@ FREE = {
     "docs",
     "devices",
 }  # names of settings
-CHECKPOINTS = buckets.CHECKPOINTS  # below the run directory; they may be deleted when it is done
+CHECKPOINTS = gcs.CHECKPOINTS  # below the run directory; they may be deleted when it is done
 _EDGE = 2**20  # bytes read at either end of a file, for its fingerprint
 
 
@@ -42,7 +42,7 @@ def settings(config: Any) -> dict[str, Any]:
     paths = sorted({value for name, value in _flat(plain) if isinstance(value, str) and value not in free})
     contents = {path: mark for path in paths if (mark := _fingerprint(Path(path)))}
     found = plain | ({"contents": contents} if contents else {})
-    return json.loads(buckets.named(json.dumps(found, ensure_ascii=False)))
+    return json.loads(gcs.named(json.dumps(found, ensure_ascii=False)))
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -89,7 +89,7 @@ def write(path: Path, text: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, path)
-    buckets.share(path)
+    gcs.share(path)
 
 
 def write_config(directory: Path, config: Any) -> None:
@@ -132,14 +132,14 @@ def once(main: Callable[[Any], Any], config: Any, out: Path | None = None) -> An
         found = json.loads(done.read_text())
         _refuse(out, found["settings"], now, "name another --out, or delete it")
         if all((out / name).exists() for name in found["files"]):
-            print(buckets.named(f"{out} is done"), flush=True)
+            print(gcs.named(f"{out} is done"), flush=True)
             return found["result"]
-    print(buckets.named(f"\n== {out}"), flush=True)
+    print(gcs.named(f"\n== {out}"), flush=True)
     done.unlink(missing_ok=True)
     result = main(config)
     out.mkdir(parents=True, exist_ok=True)
     files = sorted(path.name for path in out.iterdir() if path.name != CHECKPOINTS and not path.name.startswith("."))
-    buckets.push()  # before it says that they are there
+    gcs.push()  # before it says that they are there
     record = {"settings": now, "files": files, "result": result if isinstance(result, dict) else None}
     write(done, json.dumps(record) + "\n")
     return record["result"]

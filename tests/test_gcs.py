@@ -1,4 +1,4 @@
-"""gs:// paths, against a folder that stands in for the buckets."""
+"""gs:// paths, against a folder that stands in for the gcs."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from experiments import pretrain
-from rlhf_jax import buckets, checkpoint, cli, hosts, models, preemption, runs
+from rlhf_jax import checkpoint, cli, gcs, hosts, models, preemption, runs
 from rlhf_jax.types import InputError
 from tests import tiny
 from tests.quickstart import TINY, metrics_of, refused
@@ -39,7 +39,7 @@ class Config:
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that holds gs://b; this machine's own files are elsewhere."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(buckets, "at", lambda name: epath.Path(name.replace("gs://", f"{tmp_path}/cloud/")))
+    monkeypatch.setattr(gcs, "at", lambda name: epath.Path(name.replace("gs://", f"{tmp_path}/cloud/")))
     (tmp_path / "cloud" / "b").mkdir(parents=True)
     return tmp_path / "cloud" / "b"
 
@@ -68,7 +68,7 @@ def test_each_gs_path_becomes_its_mirror(remote):
         data="template:gs://b/t.json:gs://b/hh.jsonl.gz[:90%]",
         inner=Inner(held_out="hh:gs://b/hh.jsonl.gz[90%:]"),
     )
-    with buckets.mirrored(given) as local:
+    with gcs.mirrored(given) as local:
         rows = mirror("hh.jsonl.gz")
         assert local == Config(
             out=mirror("runs/ppo"),
@@ -81,30 +81,30 @@ def test_each_gs_path_becomes_its_mirror(remote):
         said = runs.settings(local)
     assert said["out"] == "gs://b/runs/ppo" and said["data"] == given.data  # whatever machine it is
     assert list(said["contents"]) == ["gs://b/model"]
-    assert buckets.named(f"no {mirror('model')} there") == "no gs://b/model there"
+    assert gcs.named(f"no {mirror('model')} there") == "no gs://b/model there"
 
 
 def test_without_gs_paths_nothing_happens(monkeypatch):
-    monkeypatch.setattr(buckets, "at", lambda name: pytest.fail(name))
+    monkeypatch.setattr(gcs, "at", lambda name: pytest.fail(name))
     config = Config(init=Path("a/b"), data="hh:c.jsonl.gz")
-    with buckets.mirrored(config) as local:
+    with gcs.mirrored(config) as local:
         assert local is config
-    assert buckets.place(Path("run/checkpoints")) == Path("run/checkpoints")
+    assert gcs.place(Path("run/checkpoints")) == Path("run/checkpoints")
 
 
 def test_only_what_changed_is_fetched_again(remote, monkeypatch, capsys):
     write(remote / "model" / "config.json", "{}")
     write(remote / "model" / "model.safetensors", "weights")
     to = mirror("model")
-    assert buckets.pull(to)
+    assert gcs.pull(to)
     assert "gs://b/model: fetched 0.0 MiB" in capsys.readouterr().out
     before = {one: one.stat().st_ino for one in to.iterdir()}
-    assert buckets.pull(to)
+    assert gcs.pull(to)
     assert capsys.readouterr().out == ""
     write(remote / "model" / "config.json", "[]")  # as long, but newer
     os.utime(remote / "model" / "config.json", (1, 1))
     write(to / "left.safetensors", "of another model")
-    buckets.pull(to)
+    gcs.pull(to)
     assert contents(to) == {"config.json": "[]", "model.safetensors": "weights"}
     assert to.joinpath("model.safetensors").stat().st_ino == before[to / "model.safetensors"]
 
@@ -113,32 +113,32 @@ def test_what_the_run_writes_is_sent_and_what_it_deletes_is_deleted(remote):
     write(remote / "run" / "old.md", "old")
     write(remote / "run" / "kept.md", "kept")
     write(remote / "run" / "checkpoints" / "4" / "state", "large")
-    with buckets.mirrored(Config(out=Path("gs://b/run"))) as local:
+    with gcs.mirrored(Config(out=Path("gs://b/run"))) as local:
         assert contents(local.out) == {"old.md": "old", "kept.md": "kept"}  # no checkpoints
         (local.out / "old.md").unlink()
         write(local.out / "a" / "metrics.jsonl", "1\n")
         write(local.out / ".partial", "half")
         write(local.out / "a" / "checkpoints" / "x", "not here")
         write(remote / "run" / "notes.md", "somebody's")
-        buckets.push()
+        gcs.push()
         now = {"kept.md": "kept", "a/metrics.jsonl": "1\n", "notes.md": "somebody's", "checkpoints/4/state": "large"}
         assert contents(remote / "run") == now
         sent = (remote / "run" / "a" / "metrics.jsonl").stat()
-        buckets.push()
+        gcs.push()
         assert (remote / "run" / "a" / "metrics.jsonl").stat() == sent  # not again
         write(local.out / "a" / "metrics.jsonl", "2\n")
     assert contents(remote / "run") == now | {"a/metrics.jsonl": "2\n"}  # at the end
     shutil.rmtree(remote / "run")  # by somebody who wants to begin anew
-    with buckets.mirrored(Config(out=Path("gs://b/run"))) as local:
+    with gcs.mirrored(Config(out=Path("gs://b/run"))) as local:
         assert "a/metrics.jsonl" not in contents(local.out)
 
 
 def test_a_mirror_that_is_lost_takes_nothing_with_it(remote):
     write(remote / "run" / "model" / "config.json", "{}")
     lost = r"deleted the copy of gs://b/run that this run works on"
-    with pytest.raises(InputError, match=lost), buckets.mirrored(Config(out=Path("gs://b/run"))) as local:
+    with pytest.raises(InputError, match=lost), gcs.mirrored(Config(out=Path("gs://b/run"))) as local:
         write(local.out / "metrics.jsonl", "1\n")
-        buckets.push()
+        gcs.push()
         shutil.rmtree(Path.home())  # to make room
         write(local.out / "metrics.jsonl", "2\n")
     assert contents(remote / "run") == {"model/config.json": "{}", "metrics.jsonl": "1\n"}
@@ -155,8 +155,8 @@ def test_records_are_sent_after_an_error(remote, capsys, monkeypatch):
     def fail(path):
         raise InputError("gs://b cannot be written to")
 
-    monkeypatch.setattr(buckets, "_send", fail)
-    with pytest.raises(KeyError), buckets.mirrored(Config(out=Path("gs://b/run"))) as local:
+    monkeypatch.setattr(gcs, "_send", fail)
+    with pytest.raises(KeyError), gcs.mirrored(Config(out=Path("gs://b/run"))) as local:
         write(local.out / "new", "")
         raise KeyError
     assert capsys.readouterr().err == "warning: gs://b cannot be written to\n"
@@ -165,7 +165,7 @@ def test_records_are_sent_after_an_error(remote, capsys, monkeypatch):
 def test_the_other_processes_fetch_what_the_first_writes(remote, monkeypatch):
     met: list[str] = []
     monkeypatch.setattr(hosts, "meet", met.append)
-    with buckets.mirrored(Config(out=Path("gs://b/run"))) as local:
+    with gcs.mirrored(Config(out=Path("gs://b/run"))) as local:
         runs.write(local.out / "labels.jsonl", "first\n")
         models.save(models.Model(tiny.GPT, tiny.policy(), None, lambda: None), tiny.policy(), local.out / "model")
         assert (remote / "run" / "model" / "model.safetensors").exists()
@@ -211,7 +211,7 @@ def test_records_are_sent_before_each_checkpoint(remote, monkeypatch):
         return save(*args, **settings)
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", look)
-    with buckets.mirrored(Config(out=Path("gs://b/run"))) as local:
+    with gcs.mirrored(Config(out=Path("gs://b/run"))) as local:
         directory = local.out / runs.CHECKPOINTS
         with checkpoint.Writer(directory) as writer:
             write(local.out / "metrics.jsonl", "7\n")
@@ -228,19 +228,19 @@ def test_records_are_sent_before_each_checkpoint(remote, monkeypatch):
 
 def test_a_stage_that_is_done_is_told_of_last(remote, monkeypatch):
     sent = []
-    send = buckets._send
-    monkeypatch.setattr(buckets, "_send", lambda path: (send(path), sent.append(path.name)))
+    send = gcs._send
+    monkeypatch.setattr(gcs, "_send", lambda path: (send(path), sent.append(path.name)))
 
     def main(cfg):
         write(cfg.out / "zoo.png", "drawn")
         return {"accuracy": 0.5}
 
-    with buckets.mirrored(Config(out=Path("gs://b/run"))) as local:
+    with gcs.mirrored(Config(out=Path("gs://b/run"))) as local:
         stage = dataclasses.replace(local, out=local.out / "stage")
         assert runs.once(main, stage) == {"accuracy": 0.5}
         assert sent == ["zoo.png", "done.json"]
     shutil.rmtree(Path.home())
-    with buckets.mirrored(Config(out=Path("gs://b/run"))) as local:
+    with gcs.mirrored(Config(out=Path("gs://b/run"))) as local:
         stage = dataclasses.replace(local, out=local.out / "stage")
         assert runs.once(lambda _: pytest.fail("ran"), stage) == {"accuracy": 0.5}
 
@@ -263,12 +263,12 @@ def test_what_the_bucket_refuses_is_an_error_of_the_input(remote, monkeypatch, c
         def info(self, name):
             raise RuntimeError("403: no access\nand more")
 
-    monkeypatch.setattr(buckets, "_opened", lambda path: (Refusing(), str(path)))
+    monkeypatch.setattr(gcs, "_opened", lambda path: (Refusing(), str(path)))
     said = refused(capsys, lambda _: pytest.fail("ran"), Config(), "--init", "gs://b/model")
     assert said == "error: gs://b/model cannot be read from: RuntimeError 403: no access"
 
 
 def test_the_packages_that_are_missing_are_named(monkeypatch, capsys):
-    monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gcs.importlib.util, "find_spec", lambda name: None)
     said = refused(capsys, lambda _: pytest.fail("ran"), Config(), "--out", "gs://b/run")
     assert said.startswith("error: gs://b/run: gs:// paths need gcsfs; install the extra tpu")
