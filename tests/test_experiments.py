@@ -67,10 +67,15 @@ def test_each_stage_leaves_its_records(done, stage, losses):
     assert len(samples) >= 8 and all(row["prompt"] and isinstance(row["response"], str) for row in samples)
 
 
-def test_a_mesh_learns_and_says_what_replicas_do(done, tmp_path):
+def test_a_mesh_learns_and_says_what_replicas_do(done, tmp_path, monkeypatch):
+    """Its reference and reward models wait on the host meanwhile."""
     cfg, _ = done
+    frozen, waiting = parallel.Mesh.frozen, []
+    monkeypatch.setattr(parallel.Mesh, "frozen", lambda self, tree: waiting.append(frozen(self, tree)) or waiting[-1])
     mesh = parallel.Config(fsdp=4, tensor=2, offload=True)
     assistant.main(dataclasses.replace(cfg, out=tmp_path, data_dir=cfg.out / "data", devices=mesh))
+    assert any("embedding" in one for one in waiting) and any("trunk" in one for one in waiting)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(waiting)} == {"pinned_host"}
     for stage in ("pretrain", "sft", "reward", "ppo"):
         for here, there in zip(metrics_of(tmp_path / stage), metrics_of(cfg.out / stage), strict=True):
             assert here == pytest.approx(there, rel=1e-4, abs=1e-4)
