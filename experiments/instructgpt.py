@@ -45,12 +45,13 @@ SFT = {
     "175b": tune("sft-175b", text=None, epochs=16, dropout=0.2, lr=5.03e-6, batch=8),
 }
 
-# C.3, what PPO starts from: 2 epochs, 10 % pretraining data, which of 8 rows is one; no dropout is told of.
+# C.3, what PPO starts from: 2 epochs, batches of 32 and 8 as above, of which 10 % are pretraining data: here one row in 8,
+# so that batches divide over devices; no dropout is told of.
 mixed: dict[str, Any] = {"text": "text.jsonl", "epochs": 2, "dropout": 0.0}
 INIT = {
-    "1.3b": tune("init-1.3b", **mixed, lr=5e-6, batch=32, text_batch=4),
-    "6b": tune("init-6b", **mixed, lr=1.04e-5, batch=32, text_batch=4),
-    "175b": tune("init-175b", **mixed, lr=2.45e-6, batch=8, text_batch=1),
+    "1.3b": tune("init-1.3b", **mixed, lr=5e-6, batch=28, text_batch=4),
+    "6b": tune("init-6b", **mixed, lr=1.04e-5, batch=28, text_batch=4),
+    "175b": tune("init-175b", **mixed, lr=2.45e-6, batch=7, text_batch=1),
 }
 
 # C.2: one reward model of 6B for policies of every size.

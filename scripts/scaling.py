@@ -60,7 +60,8 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
     yield "ppo", "ppo", "v5p:2x2x4", f"{both} {ROLLS} --batch 128 --text-batch 16 --devices.fsdp 16 {BIG}"
     for topology, stages in RECIPES.items():
         for stage in stages:
-            mesh = f"--devices.fsdp {min(chips(topology), 32)} --devices.tensor {max(chips(topology) // 32, 1)}"
+            rows = min(chips(topology), 8)  # batches are of 8 rows and more
+            mesh = f"--devices.fsdp {rows} --devices.tensor {chips(topology) // rows}"
             mesh += " --devices.microbatches 8" if "instructgpt:ppo" in stage else ""  # eight rows of text an episode
             yield "recipes", stage, topology, f"--only train {mesh} {BIG}"
     for topology in ("v5p:4x4x4", "v5p:4x4x8"):
