@@ -33,7 +33,10 @@ SLICES = {  # by model: slices of each kind on which fine-tuning is compiled
     "llama3-70b": ("v4:4x4x8", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"),
     "gpt3-175b": ("v4:4x8x8", "v5e:16x16", "v5p:4x4x4", "v6e:8x16"),
 }
-LARGE = "llama3-70b", "gpt3-175b"  # each row over four chips, else over one
+TENSOR = {  # chips that share each row, by model and kind of chip; else one
+    "llama3-70b": {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4},
+    "gpt3-175b": {"v4": 4, "v5e": 16, "v5p": 4, "v6e": 16},
+}
 RECIPES = {  # stages, by the slice on which their train steps are compiled
     "v5e:2x4": (
         *(f"tldr_stiennon2020:{stage}-1.3b" for stage in ("sft", "reward", "ppo")),
@@ -53,7 +56,7 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
         yield "defaults", name, "v5e:2x4", ""
     for model, slices in SLICES.items():
         for topology in slices:
-            n, tensor = chips(topology), 4 if model in LARGE else 1
+            n, tensor = chips(topology), TENSOR.get(model, {}).get(topology.partition(":")[0], 1)
             mesh = f"--batch {n // tensor} --devices.fsdp {n // tensor} --devices.tensor {tensor}"
             yield "sizes", "sft", topology, f"--init {model} {SHORT if model == 'gpt2' else ROWS} {mesh} {BIG}"
     both = "--init llama3-8b --reward llama3-8b"
@@ -62,7 +65,10 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
         for stage in stages:
             rows = min(chips(topology), 8)  # batches are of 8 rows and more
             mesh = f"--devices.fsdp {rows} --devices.tensor {chips(topology) // rows}"
-            mesh += " --devices.microbatches 8" if "instructgpt:ppo" in stage else ""  # eight rows of text an episode
+            if "instructgpt:ppo" in stage:  # eight rows of text an episode
+                mesh += " --devices.microbatches 8"
+            elif topology == "v5e:2x4":
+                mesh += " --devices.microbatches 4"
             yield "recipes", stage, topology, f"--only train {mesh} {BIG}"
     for topology in ("v5p:4x4x4", "v5p:4x4x8"):
         rows = chips(topology) // 4  # of which each has as many parts as it has episodes of an update
