@@ -179,8 +179,7 @@ def main(cfg: Config) -> dict[str, float]:
                 if saves.due(step):
                     saves.save(layout.get(state), streams, run.flush())
         params = lora_lib.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
-        apply_fn = transformer.bind(heads.ScalarModel(model.config))
-        last = jax.jit(lambda params, tokens, mask: heads.at_last(apply_fn(params, tokens, mask), mask))
+        last = jax.jit(functools.partial(transformer.bind(heads.ScalarModel(model.config)), method="last"))
         score_fn = lambda tokens, mask: hosts.whole(last(params, tokens, mask))
         run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, score_fn, cfg.length))
     models.save(model, params, cfg.out / "model")

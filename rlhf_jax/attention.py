@@ -23,9 +23,7 @@ BLOCK = 512  # columns of the largest one
 
 def worthwhile(columns: int) -> bool:
     """Whether the kernel is to be had, on what the step is traced for, and so many columns are worth a block of it."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return platform == "tpu" and columns > LANES
+    return parallel.platform() == "tpu" and columns > LANES
 
 
 def flash(

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.advantages import last_index
-from rlhf_jax.transformer import Config, Transformer, bind
+from rlhf_jax.transformer import EVERY, Columns, Config, Transformer, bind
 from rlhf_jax.types import Params
 
 
@@ -28,15 +28,16 @@ class ScalarModel(nn.Module):
         self.kernel = self.param("kernel", nn.initializers.normal(std), (self.config.d_model,))
         self.bias = self.param("bias", nn.initializers.zeros, ())
 
-    def __call__(self, tokens: Array, segment: Array, keys: Array | None = None) -> Float[Array, "B T"]:
-        hidden, _ = self.trunk.hidden(tokens, segment, keys)
+    def __call__(
+        self, tokens: Array, segment: Array, keys: Array | None = None, columns: Columns = EVERY
+    ) -> Float[Array, "B N"]:
+        hidden, _ = self.trunk.hidden(tokens, segment, keys, columns=columns)
         return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), self.kernel) + self.bias
 
-
-def at_last(per_token: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-    """The value at each row's last real token; an empty row yields whatever column 0 holds."""
-    column = jnp.maximum(last_index(mask), 0)
-    return jnp.take_along_axis(per_token, column[:, None], axis=1)[:, 0]
+    def last(self, tokens: Array, mask: Bool[Array, "B T"], keys: Array | None = None) -> Float[Array, "B"]:
+        """The scalar at each row's last real token; an empty row yields whatever column 0 holds."""
+        column = jnp.maximum(last_index(mask), 0)
+        return self(tokens, mask, keys, column[:, None])[:, 0]
 
 
 def trunk(policy: Params) -> Params:
@@ -52,15 +53,22 @@ def from_policy(policy: Params, config: Config, key: Array) -> Params:
 
 
 def critic(config: Config) -> Callable:
-    """(params, tokens, mask) -> value [B, T] of a critic params["critic"] that is a network of its own."""
+    """A critic params["critic"] that is a network of its own.
+
+    It maps (params, tokens, mask, start) to the value [B, N] before each token after column `start`, N = T - 1 - start.
+    """
     per_token = bind(ScalarModel(config))
-    return lambda params, tokens, mask: per_token(params["critic"], tokens, mask)
+    return lambda params, tokens, mask, start: per_token(params["critic"], tokens, mask, columns=slice(start, -1))
 
 
 def shared_critic(config: Config) -> Callable:
-    """(params, tokens, mask) -> value [B, T] of a critic that is a head on the trunk of params["policy"]."""
-    per_token = bind(ScalarModel(config))
-    return lambda params, tokens, mask: per_token(params["critic"] | {"trunk": trunk(params["policy"])}, tokens, mask)
+    """The same of a critic that is a head on the trunk of params["policy"]."""
+    own = critic(config)
+
+    def value(params: dict[str, Params], tokens: Array, mask: Array, start: int) -> Float[Array, "B N"]:
+        return own({"critic": params["critic"] | {"trunk": trunk(params["policy"])}}, tokens, mask, start)
+
+    return value
 
 
 def fresh(config: Config) -> Params:

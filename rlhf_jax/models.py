@@ -7,6 +7,7 @@ no code that comes with a checkpoint runs.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -106,11 +107,7 @@ def load_reward(
     path = Path(path)
     config = dataclasses.replace(families.load_config(path), compute=compute)
     params = _read(path, config, scalar=True, dtype=dtype, place=place)
-    per_token = transformer.bind(heads.ScalarModel(config))
-
-    def apply(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return heads.at_last(per_token(params, tokens, mask), mask)
-
+    apply = functools.partial(transformer.bind(heads.ScalarModel(config)), method="last")
     return Model(config, params, _tokenizer(path, config), apply)
 
 

@@ -162,6 +162,12 @@ def on_mesh() -> bool:
     return "fsdp" in jax.sharding.get_abstract_mesh().shape
 
 
+def platform() -> str:
+    """Of the devices that what is being traced is for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Lays `x` over these axes of the mesh, a dimension each and whole along the others; the identity without a mesh.
 

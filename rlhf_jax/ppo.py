@@ -191,7 +191,7 @@ def loss(
         policy, found = penalty_policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.penalty, count)
         found["approx_kl"] = found.pop("kl")
     metrics = {"loss/policy": policy} | {f"policy/{name}": value for name, value in found.items()}
-    value = critic_fn(params, rollout.tokens, rollout.mask)[:, -new_tokens - 1 : -1]
+    value = critic_fn(params, rollout.tokens, rollout.mask, rollout.tokens.shape[1] - new_tokens - 1)
     critic, found = value_loss(value, rollout.value, batch.target, batch.value_mask, cfg.value_clip, totals["values"])
     metrics |= {"loss/value": critic} | {f"value/{name}": value for name, value in found.items()}
     total = policy + cfg.value_coef * critic

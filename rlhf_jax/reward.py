@@ -10,7 +10,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlhf_jax import optim, parallel
-from rlhf_jax.heads import at_last
 from rlhf_jax.logprobs import masked_mean, precise
 from rlhf_jax.types import InputError, Metrics, Params, Rankings, TrainState
 
@@ -130,10 +129,10 @@ def pairwise_accuracy(score: Float[Array, "B K"], rank: Int[Array, "B K"]) -> Fl
 def scores(
     params: Params, batch: Rankings, apply_fn: Callable, keys: Array | None = None, axis: str | None = None
 ) -> Float[Array, "B K"]:
-    """One forward pass a response. `apply_fn(params, tokens, mask, keys)` returns a scalar a token."""
+    """One forward pass a response, by a bound `heads.ScalarModel`."""
     rows, responses, length = batch.tokens.shape
     tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
-    return at_last(apply_fn(params, tokens, mask, keys), mask).reshape(rows, responses)
+    return apply_fn(params, tokens, mask, keys, method="last").reshape(rows, responses)
 
 
 def train_step(

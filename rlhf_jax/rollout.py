@@ -48,8 +48,7 @@ def collect(
     Row b of the global batch samples with `fold_in(key, first + b)`. Without `stop_at_eos` every response has all its
     columns and each counts, as in Ziegler et al. 2019.
 
-    `policy_fn` is a bound `Transformer`; `critic_fn` maps (all of `params`, tokens, mask) to a scalar a token, as
-    `heads.critic` does. Both read the responses in so many `buckets`, see `ragged`. The behaviour log-probabilities are
+    `policy_fn` is a bound `Transformer`; `critic_fn` takes all of `params`, see `heads.critic`. Both read the responses in so many `buckets`, see `ragged`. The behaviour log-probabilities are
     the sampler's own.
     """
     rows = prompts.tokens.shape[0]
@@ -65,7 +64,7 @@ def collect(
     def others(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         new = tokens.shape[1] - prompt_tokens.shape[1]
         logp_ref = response_logprobs(policy_fn, reference, tokens, mask, new, temperature)
-        return logp_ref, critic_fn(params, tokens, mask)[:, -new - 1 : -1] if critic_fn else None
+        return logp_ref, critic_fn(params, tokens, mask, prompt_tokens.shape[1] - 1) if critic_fn else None
 
     # A critic is asked for the value of the first column after a response too: PPO may put the score there.
     logp_ref, value = ragged.read(others, through_first_pad(sample.mask), buckets, tokens, mask)

@@ -47,7 +47,7 @@ def score_responses(
     live = read[:, -episodes.response_mask.shape[1] :]
 
     def score(one: Params) -> jax.Array:
-        judge = lambda tokens, read: heads.at_last(apply_fn(one, tokens, read), read)
+        judge = lambda tokens, read: apply_fn(one, tokens, read, method="last")
         return ragged.read(judge, live, buckets, episodes.tokens, read)
 
     per_model = jax.lax.map(score, params)
@@ -63,7 +63,7 @@ def score_tokens(
     """The episodes with a scalar model's word on each response token as its reward, and no score of the whole."""
     new_tokens = episodes.response_mask.shape[1]
     read = readable(episodes, eos_id)
-    per_token = apply_fn(params, episodes.tokens, read)[:, -new_tokens:]
+    per_token = apply_fn(params, episodes.tokens, read, columns=slice(-new_tokens, None))
     token_score = jnp.where(read[:, -new_tokens:], per_token, 0.0)
     return episodes.replace(token_score=token_score, score=jnp.zeros_like(per_token[:, 0]))
 

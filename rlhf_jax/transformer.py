@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlhf_jax import attention, parallel
 from rlhf_jax.logprobs import by_columns, entropy, token_logprobs
@@ -33,6 +33,9 @@ class Compute:
     frozen: Literal["float32", "bfloat16"] = "float32"  # of the parameters of models that are not trained
     attention: Literal["auto", "plain", "flash"] = "auto"  # flash is TPUs' kernel, and auto where there is one
     chunk: int = 0  # columns whose logits exist at a time where log-probabilities are computed; 0 is all of them
+    # Whether the program has each layer written out and no loop: faster, and longer to compile. None is where a CPU
+    # computes at most 12 layers and remat is none, which its compiler heeds in a loop alone.
+    unroll: bool | None = None
 
     def __post_init__(self) -> None:
         if self.chunk < 0:
@@ -198,6 +201,15 @@ class View(struct.PyTreeNode):
     keys: Leaf  # [B] dropout keys, one a row, or None to evaluate
 
 
+Columns = slice | Int[Array, "B N"]  # of a row: the same of each, or its own
+EVERY = slice(None)
+
+
+def pick(x: Shaped[Array, "B T ..."], columns: Columns) -> Shaped[Array, "B N ..."]:
+    """These columns alone."""
+    return x[:, columns] if isinstance(columns, slice) else jax.vmap(lambda row, n: row[n])(x, columns)
+
+
 def positions(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """How many real tokens of its own document precede each token. Arbitrary at padding."""
     segment = segment.astype(jnp.int32)
@@ -335,16 +347,18 @@ class Attention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Array, layer: int | Array, view: View, cache: Cache | None) -> tuple[Array, Cache | None]:
+    def __call__(
+        self, x: Array, layer: int | Array, view: View, cache: Cache | None, columns: Columns
+    ) -> tuple[Array, Cache | None]:
         c = self.config
         groups, shared = c.n_kv_heads, c.n_heads // c.n_kv_heads
         qkv = Linear(c, (c.d_model,), (groups, shared + 2, c.head_dim), 0.02, c.bias != "none", name="qkv")(x)
-        query, key, value = qkv[..., :shared, :], qkv[..., shared, :], qkv[..., shared + 1, :]
+        query, key, value = pick(qkv[..., :shared, :], columns), qkv[..., shared, :], qkv[..., shared + 1, :]
         if c.qk_norm:
             query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
         if c.position == "rope":
             frequency = jnp.asarray(frequencies(c))
-            query = rope(query, view.position, frequency)
+            query = rope(query, pick(view.position, columns), frequency)
             key = rope(key[..., None, :], view.position, frequency)[..., 0, :]
         key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
         if cache is not None:
@@ -359,7 +373,7 @@ class Attention(nn.Module):
             scale = (c.query_size or c.head_dim) ** -0.5
             mixed = attention.flash(query, key, value, view.segment, scale, c.attention_cap)
         else:
-            mixed = attend(query, key, value, mask, c)
+            mixed = attend(query, key, value, pick(mask, columns), c)
         std = 0.02 / (2 * c.n_layers) ** 0.5
         out = Linear(c, (groups, shared, c.head_dim), (c.d_model,), std, c.bias == "all", name="out")
         return out(mixed), cache
@@ -381,18 +395,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, the body of the scan over layers."""
+    """Pre-norm attention and MLP, the body of the scan over layers. Of what it yields, `columns` alone are computed."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, Cache | None], layer: int | Array, view: View) -> tuple[tuple, None]:
+    def __call__(
+        self, carry: tuple[Array, Cache | None], layer: int | Array, view: View, columns: Columns = EVERY
+    ) -> tuple[tuple, None]:
         c = self.config
         x, cache = carry
-        mixed, cache = Attention(c, name="attention")(Norm(c, name="norm_1")(x), layer, view, cache)
+        mixed, cache = Attention(c, name="attention")(Norm(c, name="norm_1")(x), layer, view, cache, columns)
         if c.post_norm:
             mixed = Norm(c, name="post_norm_1")(mixed)
-        x = x + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
+        x = pick(x, columns) + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
         added = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
         if c.post_norm:
             added = Norm(c, name="post_norm_2")(added)
@@ -436,8 +452,9 @@ class Transformer(nn.Module):
         keys: Array | None = None,
         cache: Cache | None = None,
         layers: Sequence[Params] | None = None,
+        columns: Columns = EVERY,
     ) -> tuple[Array, Cache | None]:
-        """Final hidden states [B, T, D], and the cache with these columns appended.
+        """Final hidden states [B, N, D] of these of the columns, and the cache with all T of them appended.
 
         `segment` is a bool mask or document ids [B, T]. `keys` [B] turn residual dropout on. With a cache, T columns
         are appended at `cache.column`: either the whole prompt into an empty cache, or one column. `layers` are the
@@ -445,6 +462,11 @@ class Transformer(nn.Module):
         """
         if self.config.position == "learned" and tokens.shape[1] > self.config.max_length:
             raise InputError(f"{tokens.shape[1]} columns exceed the model's context of {self.config.max_length}")
+        if cache is None and unrolled(self.config) and not self.is_initializing():
+            layers = layers_of(self.variables["params"], self.config)
+            if isinstance(columns, slice):  # none sees a later one
+                start, stop, _ = columns.indices(tokens.shape[1])
+                tokens, segment, columns = tokens[:, :stop], segment[:, :stop], slice(start, stop)
         position, attend = positions(segment), causal(segment)
         key_position = position
         if cache is not None:
@@ -469,11 +491,27 @@ class Transformer(nn.Module):
         if layers is None:
             (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)
         else:
+            # Of the last layer only what is asked for, unless that takes dropout of all, or is no faster.
+            whole = (keys is not None and self.config.dropout > 0) or blockwise(self.config, *(tokens.shape[1],) * 2)
+            asked, columns = (EVERY, columns) if whole else (columns, EVERY)
             for layer, params in enumerate(layers):
-                (x, cache), _ = Block(self.config, parent=None).apply({"params": params}, (x, cache), layer, view)
+                last = layer == self.config.n_layers - 1
+                x, cache = self._block(params, x, cache, layer, view, asked if last else EVERY)
         if cache is not None:
             cache = cache.replace(column=cache.column + tokens.shape[1])
-        return self.final_norm(x), cache
+        return self.final_norm(pick(x, columns)), cache
+
+    def _block(
+        self, params: Params, x: Array, cache: Cache | None, layer: int, view: View, columns: Columns
+    ) -> tuple[Array, Cache | None]:
+        """One layer by itself."""
+
+        def run(params: Params, x: Array) -> tuple[Array, Cache | None]:
+            return Block(self.config, parent=None).apply({"params": params}, (x, cache), layer, view, columns)[0]
+
+        if self.config.compute.remat != "none":
+            run = jax.checkpoint(run, policy=SAVED[self.config.compute.remat])
+        return run(params, x)
 
     def unembed(self, hidden: Float[Array, "B T D"], over: str | None = None) -> Float[Array, "B T V"]:
         """Logits of the next token, float32; the vocabulary is spread `over` an axis of the mesh, or whole."""
@@ -497,7 +535,7 @@ class Transformer(nn.Module):
 
         Of `softmax(logits / temperature)`. Logits exist for these columns alone, `compute.chunk` of them at a time.
         """
-        hidden = self.hidden(tokens, segment, keys)[0][:, start:-1]
+        hidden, _ = self.hidden(tokens, segment, keys, columns=slice(start, -1))
 
         def read(hidden: Array, targets: Array) -> tuple[Array, Array | None]:
             logits = self.unembed(hidden, over="tensor")
@@ -527,7 +565,17 @@ def bind(module: Any) -> Callable:
 
 def layers_of(params: Params, config: Config) -> list[Params]:
     """The parameters of each block, cut out of the stack."""
-    return [jax.tree.map(lambda x, layer=layer: x[layer], params["blocks"]) for layer in range(config.n_layers)]
+    leaves, tree = jax.tree.flatten(params["blocks"])
+    cut = [jax.lax.split(x, (1,) * config.n_layers) for x in leaves]
+    return [tree.unflatten([jnp.squeeze(x[layer], 0) for x in cut]) for layer in range(config.n_layers)]
+
+
+def unrolled(config: Config) -> bool:
+    """Whether the layers are written out, in what is being traced."""
+    compute = config.compute
+    if compute.unroll is None:
+        return config.n_layers <= 12 and compute.remat == "none" and parallel.platform() == "cpu"
+    return compute.unroll
 
 
 def parameter_shapes(config: Config) -> Params:

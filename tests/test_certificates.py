@@ -56,8 +56,8 @@ class Tree:
         assert (method, temperature, with_entropy) == ("logprobs", 1.0, False)
         return token_logprobs(params[self.node(tokens)[:, start:-1]], tokens[:, start + 1 :]), None
 
-    def critic(self, params, tokens, mask):
-        return params["critic"][self.node(tokens)]
+    def critic(self, params, tokens, mask, start):
+        return params["critic"][self.node(tokens)[:, start:-1]]
 
     def sample(self, params, reference, score: jax.Array, key: jax.Array) -> Rollout:
         """`score` is a table [nodes, vocab]: what a response is worth that ends by this token at this node."""

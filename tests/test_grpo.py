@@ -172,7 +172,7 @@ def test_ppo_without_value_or_lambda_is_a_policy_gradient_too():
     sampled = on_policy().replace(value=jnp.zeros((16, N)))
     cfg = ppo.Config(lam=1.0, whiten_advantages=None, kl_coef=0.0, value_coef=0.0)
     batch, _ = ppo.experience(sampled, jnp.float32(0.0), cfg)
-    critic_fn = lambda params, tokens, mask: jnp.zeros(tokens.shape)
+    critic_fn = lambda params, tokens, mask, start: jnp.zeros_like(tokens[:, start:-1], jnp.float32)
     loss = functools.partial(ppo.loss, policy_fn=POLICY, critic_fn=critic_fn, cfg=cfg)
     grad = jax.jit(jax.grad(lambda p: loss({"policy": p, "critic": ()}, batch, None, ppo.totals(batch))[0]))(
         tiny.policy()

@@ -1,8 +1,10 @@
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax import heads, transformer
 from tests import tiny
@@ -23,8 +25,8 @@ def test_the_critic_and_its_trunk():
     policy, other = tiny.policy(tiny.LLAMA), tiny.policy(tiny.LLAMA, seed=1)  # the policy has an unembedding
     head = {"kernel": jnp.linspace(-1.0, 1.5, 16), "bias": jnp.float32(0.25)}
     params = {"policy": policy, "critic": head | {"trunk": heads.trunk(other)}}
-    value = lambda critic, params: jax.jit(critic(tiny.LLAMA))(params, tokens, mask)
-    scalar = jax.jit(transformer.bind(heads.ScalarModel(tiny.LLAMA)))
+    value = lambda critic, params: jax.jit(functools.partial(critic(tiny.LLAMA), start=2))(params, tokens, mask)
+    scalar = jax.jit(functools.partial(transformer.bind(heads.ScalarModel(tiny.LLAMA)), columns=slice(2, 5)))
     np.testing.assert_array_equal(value(heads.critic, params), scalar(params["critic"], tokens, mask))
     shared = value(heads.shared_critic, {"policy": policy, "critic": head})
     np.testing.assert_array_equal(shared, scalar(head | {"trunk": heads.trunk(policy)}, tokens, mask))
@@ -32,7 +34,11 @@ def test_the_critic_and_its_trunk():
     np.testing.assert_array_equal(at_first, 0.0)
 
 
-def test_at_last_real_token():
-    per_token = jnp.array([[0.5, -1.5, 2.5], [3.5, 4.5, -5.5]])
-    mask = jnp.array([[True, True, False], [False, True, True]])
-    np.testing.assert_array_equal(heads.at_last(per_token, mask), [-1.5, -5.5])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_the_last_real_token(unroll):
+    tokens, params = jnp.array(tiny.random_tokens(0, 3, 6)), tiny.scalar()
+    mask = jnp.array([[True] * 4 + [False] * 2, [False] * 2 + [True] * 4, [False] * 6])
+    apply_fn = transformer.bind(heads.ScalarModel(dataclasses.replace(tiny.GPT, compute=transformer.Compute(unroll=unroll))))
+    every = jax.jit(apply_fn)(params, tokens, mask)
+    last = jax.jit(functools.partial(apply_fn, method="last"))(params, tokens, mask)
+    np.testing.assert_allclose(last, every[jnp.arange(3), jnp.array([3, 5, 0])], atol=1e-6)
