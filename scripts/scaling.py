@@ -31,7 +31,7 @@ SLICES = {  # by model: slices of each kind on which fine-tuning is compiled
     "gpt3-1.3b": ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"),
     "llama3-8b": ("v4:2x2x4", "v5e:4x8", "v5p:2x2x4", "v6e:4x4"),
     "llama3-70b": ("v4:4x4x8", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"),
-    "gpt3-175b": ("v4:4x8x8", "v5e:16x16", "v5p:4x4x4", "v6e:8x16"),
+    "gpt3-175b": ("v4:4x8x8", "v5e:16x16", "v5p:4x4x4", "v6e:16x16"),
 }
 TENSOR = {  # chips that share each row, by model and kind of chip; else one
     "llama3-70b": {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4},
@@ -40,11 +40,11 @@ TENSOR = {  # chips that share each row, by model and kind of chip; else one
 RECIPES = {  # stages, by the slice on which their train steps are compiled
     "v5e:2x4": (
         *(f"tldr_stiennon2020:{stage}-1.3b" for stage in ("sft", "reward", "ppo")),
-        *(f"instructgpt:{stage}-1.3b" for stage in ("sft", "init", "ppo")),
+        *(f"instructgpt:{stage}-1.3b" for stage in ("sft", "init")),
     ),
     "v5p:2x2x2": (
         *(f"tldr_stiennon2020:{stage}-6.7b" for stage in ("sft", "reward", "ppo")),
-        *(f"instructgpt:{stage}" for stage in ("sft-6b", "init-6b", "reward", "ppo-6b")),
+        *(f"instructgpt:{stage}" for stage in ("sft-6b", "init-6b", "reward", "ppo-1.3b", "ppo-6b")),
     ),
     "v5p:4x4x4": ("instructgpt:sft-175b", "instructgpt:init-175b"),
 }
@@ -67,7 +67,7 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
             mesh = f"--devices.fsdp {rows} --devices.tensor {chips(topology) // rows}"
             if "instructgpt:ppo" in stage:  # eight rows of text an episode
                 mesh += " --devices.microbatches 8"
-            elif topology == "v5e:2x4":
+            elif topology == "v5e:2x4" or stage == "instructgpt:reward":
                 mesh += " --devices.microbatches 4"
             yield "recipes", stage, topology, f"--only train {mesh} {BIG}"
     for topology in ("v5p:4x4x4", "v5p:4x4x8"):
