@@ -81,7 +81,11 @@ def load_config(path: Path) -> transformer.Config:
         if raw.get("quantization_config"):
             raise InputError(f"{path}: quantization_config is not supported: expected float weights")
         hf = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        return _gpt2_config(path, hf) if kind == "gpt2" else _gated_config(path, hf, kind)
+        config = _gpt2_config(path, hf) if kind == "gpt2" else _gated_config(path, hf, kind)
+        for name, value in vars(config).items():
+            if isinstance(value, int) and value >= 2**31:
+                raise InputError(f"{path}: {name}={value}: expected less than 2^31")
+        return config
     except InputError as error:
         raise InputError(str(error) if str(path) in str(error) else f"{file}: {error}") from error
     except Exception as error:  # the library checks some values, with errors of its own, and trips over others

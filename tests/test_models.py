@@ -252,6 +252,7 @@ CONFIG_ERRORS = {
         ({"num_hidden_layers": 1}, r"does not ask for \(model\.layers\.1\..* and 6 more\)"),
         ({"num_hidden_layers": 0}, "n_layers=0: expected more than 0"),
         ({"num_hidden_layers": "many"}, "cannot be read"),
+        ({"intermediate_size": 2**63}, "d_ff=9223372036854775808: expected less than 2"),
         ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
         ({"num_attention_heads": 0}, "cannot be read|expected more than 0"),
         ({"hidden_size": -16}, "cannot be read|expected more than 0"),
