@@ -216,9 +216,10 @@ def train_bytes(
     - the gradient in float32, of which a chip has its part; with micro-batches twice, the sum and what is added to it
     - the input of each layer, in the type of the trunk, as all that follows but logits
     - of one layer its weights, gathered over "fsdp", and their gradient; what it computes, and the gradient of that
-    - the unembedding, gathered likewise, and its gradient; logits of one chunk, and their gradient, in float32
+    - the unembedding, gathered likewise; its gradient, logits of one chunk, and their gradient, in float32
 
-    "tensor" divides all that is of heads, the width of MLPs or the vocabulary, and the columns of the inputs.
+    "tensor" divides all that is of heads, the width of MLPs or the vocabulary, if that divides, and the columns of the
+    inputs.
     """
     c, tensor = config, mesh["tensor"]
     width = 4 if c.compute.dtype == "float32" else 2
@@ -229,10 +230,11 @@ def train_bytes(
     gates = 1 if c.mlp == "gelu" else 2
     weights = c.d_model * (both + query + (gates + 1) * c.d_ff) / tensor
     computed = 5 * c.d_model + (both + query + (gates + 1) * c.d_ff) / tensor  # a token
-    unread = min(c.compute.chunk or columns, columns) * rows / parts * c.vocab_size / tensor
-    table = c.vocab_size * c.d_model / tensor
+    words = c.vocab_size / (1 if c.vocab_size % tensor else tensor)
+    unread = min(c.compute.chunk or columns, columns) * rows / parts * words
+    table = words * c.d_model
     inputs = c.n_layers * here * c.d_model / tensor
-    return gradient + width * (inputs + 2 * weights + 2 * here * computed + 2 * table) + 4 * 2 * unread
+    return gradient + width * (inputs + 2 * weights + 2 * here * computed + table) + 4 * (table + 2 * unread)
 
 
 def table(reports: Sequence[Report]) -> str:

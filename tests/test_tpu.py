@@ -111,15 +111,18 @@ def test_a_train_step_counted_on_paper():
     gradient, inputs = 4 * 8_030_261_248 / 16, 32 * 4096 * 4096 * 2
     layer = 4096 * (6144 + 4096 + 3 * 14336) * 2
     computed = 4096 * (5 * 4096 + 6144 + 4096 + 3 * 14336) * 2
-    table, logits = 128256 * 4096 * 2, 512 * 128256 * 4
-    once = gradient + inputs + 2 * (layer + computed + table + logits)
+    table, logits = 128256 * 4096 * (2 + 4), 512 * 128256 * 4  # the table's gradient is float32
+    once = gradient + inputs + table + 2 * (layer + computed + logits)
     assert tpu.train_bytes(config, mesh, 16, 4096) == pytest.approx(once, rel=1e-6)
     twice = tpu.train_bytes(config, mesh, 32, 4096, microbatches=2)  # as many rows at a time
     assert twice - once == pytest.approx(gradient, rel=1e-6)
     narrow = {"data": 1, "fsdp": 4, "tensor": 4}  # four rows on a chip, of which it keeps a quarter
     computed += 3 * 4096 * 5 * 4096 * 2  # what has the width of the model is whole
-    spread = gradient + inputs + 2 * ((layer + table) / 4 + computed + logits)
+    spread = gradient + inputs + table / 4 + 2 * (layer / 4 + computed + logits)
     assert tpu.train_bytes(config, narrow, 16, 4096) == pytest.approx(spread, rel=1e-6)
+    odd = dataclasses.replace(config, vocab_size=128257)  # words that do not divide, and so are whole
+    whole = spread + 3 / 4 * table + 2 * 3 * logits
+    assert tpu.train_bytes(odd, narrow, 16, 4096) == pytest.approx(whole, rel=1e-4)
 
 
 def test_what_does_not_fit_says_so():
