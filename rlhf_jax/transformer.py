@@ -464,9 +464,6 @@ class Transformer(nn.Module):
             raise InputError(f"{tokens.shape[1]} columns exceed the model's context of {self.config.max_length}")
         if cache is None and unrolled(self.config) and not self.is_initializing():
             layers = layers_of(self.variables["params"], self.config)
-            if isinstance(columns, slice):  # none sees a later one
-                start, stop, _ = columns.indices(tokens.shape[1])
-                tokens, segment, columns = tokens[:, :stop], segment[:, :stop], slice(start, stop)
         position, attend = positions(segment), causal(segment)
         key_position = position
         if cache is not None:
