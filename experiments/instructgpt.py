@@ -45,8 +45,8 @@ SFT = {
     "175b": tune("sft-175b", text=None, epochs=16, dropout=0.2, lr=5.03e-6, batch=8),
 }
 
-# C.3, what PPO starts from: 2 epochs, batches of 32 and 8 as above, of which 10 % are pretraining data: here one row in 8,
-# so that batches divide over devices; no dropout is told of.
+# C.3, what PPO starts from: 2 epochs, batches of 32 and 8 as above, of which 10 % are pretraining data: here one row in
+# 8, so that batches divide over devices; no dropout is told of.
 mixed: dict[str, Any] = {"text": "text.jsonl", "epochs": 2, "dropout": 0.0}
 INIT = {
     "1.3b": tune("init-1.3b", **mixed, lr=5e-6, batch=28, text_batch=4),

@@ -48,8 +48,8 @@ def collect(
     Row b of the global batch samples with `fold_in(key, first + b)`. Without `stop_at_eos` every response has all its
     columns and each counts, as in Ziegler et al. 2019.
 
-    `policy_fn` is a bound `Transformer`; `critic_fn` takes all of `params`, see `heads.critic`. Both read the responses in so many `buckets`, see `ragged`. The behaviour log-probabilities are
-    the sampler's own.
+    `policy_fn` is a bound `Transformer`; `critic_fn` takes all of `params`, see `heads.critic`. Both read the responses
+    in so many `buckets`, see `ragged`. The behaviour log-probabilities are the sampler's own.
     """
     rows = prompts.tokens.shape[0]
     prompt_tokens, prompt_mask = sampling.left_pad(prompts.tokens, prompts.mask)

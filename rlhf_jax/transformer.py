@@ -564,7 +564,7 @@ def layers_of(params: Params, config: Config) -> list[Params]:
     """The parameters of each block, cut out of the stack."""
     leaves, tree = jax.tree.flatten(params["blocks"])
     cut = [jax.lax.split(x, (1,) * config.n_layers) for x in leaves]
-    return [tree.unflatten([jnp.squeeze(x[layer], 0) for x in cut]) for layer in range(config.n_layers)]
+    return [jax.tree.unflatten(tree, [jnp.squeeze(x[layer], 0) for x in cut]) for layer in range(config.n_layers)]
 
 
 def unrolled(config: Config) -> bool:

@@ -38,7 +38,8 @@ def test_the_critic_and_its_trunk():
 def test_the_last_real_token(unroll):
     tokens, params = jnp.array(tiny.random_tokens(0, 3, 6)), tiny.scalar()
     mask = jnp.array([[True] * 4 + [False] * 2, [False] * 2 + [True] * 4, [False] * 6])
-    apply_fn = transformer.bind(heads.ScalarModel(dataclasses.replace(tiny.GPT, compute=transformer.Compute(unroll=unroll))))
+    config = dataclasses.replace(tiny.GPT, compute=transformer.Compute(unroll=unroll))
+    apply_fn = transformer.bind(heads.ScalarModel(config))
     every = jax.jit(apply_fn)(params, tokens, mask)
     last = jax.jit(functools.partial(apply_fn, method="last"))(params, tokens, mask)
     np.testing.assert_allclose(last, every[jnp.arange(3), jnp.array([3, 5, 0])], atol=1e-6)
