@@ -253,13 +253,13 @@ def speeds(
     new = values["response/tokens"]
     tokens = new + values["prompt/tokens"]
     updates = settings.epochs * settings.minibatches
-    scalar = lambda config: flops.forward(config, cfg.batch, tokens, 0) if config else 0.0
+    scalar = lambda config, read: flops.forward(config, cfg.batch, tokens, read, logits=False) if config else 0.0
     answers = flops.forward(policy, cfg.batch, tokens, new)
     text = (updates * cfg.text_batch, cfg.text_length, cfg.text_length - 1) if cfg.text else (0, 0, 0)
-    learnt = settings.epochs * (answers + scalar(critic)) + flops.forward(policy, *text)
+    learnt = settings.epochs * (answers + scalar(critic, new)) + flops.forward(policy, *text)
     parts = {
-        "generate": (cfg.batch * new, 2 * answers + scalar(critic)),
-        "score": (cfg.batch * tokens, sum(map(scalar, rewards))),
+        "generate": (cfg.batch * new, 2 * answers + scalar(critic, new)),
+        "score": (cfg.batch * tokens, sum(scalar(judge, 1) for judge in rewards)),
         "update": (cfg.batch * tokens * settings.epochs + text[0] * text[1], 3 * learnt),
     }
     peak = flops.peak(cfg.compute.dtype)

@@ -122,17 +122,23 @@ def _inner(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
             yield value
 
 
-def forward(config: transformer.Config, rows: float | int, columns: float | int, logits: float | int) -> float:
+def forward(
+    config: transformer.Config, rows: float | int, columns: float | int, read: float | int, logits: bool = True
+) -> float:
     """Of the model's forward pass over rows of so many columns, each of which sees those before it and itself.
 
-    `logits` columns of a row are unembedded. A backward pass takes twice as much again. What an implementation does
-    beyond it (padding, scores that a mask hides, rematerialisation) is not counted: it is for utilisation.
+    The last `read` columns of a row are all that is asked of the last layer, and are unembedded if `logits`. A backward
+    pass takes twice as much again. What an implementation does beyond it (padding, scores that a mask hides, more of
+    the last layer, rematerialisation) is not counted: it is for utilisation.
     """
     c = config
     width = c.n_heads * c.head_dim
-    kernels = c.d_model * (2 * width + 2 * c.n_kv_heads * c.head_dim + (2 if c.mlp == "gelu" else 3) * c.d_ff)
-    scores = width * (columns + 1)  # query . key and weights . value, half of the square
-    return float(rows * (2 * c.n_layers * columns * (kernels + scores) + 2 * logits * c.d_model * c.vocab_size))
+    seen = c.d_model * (width + 2 * c.n_kv_heads * c.head_dim)  # of each column, for others to see it
+    beyond = c.d_model * (width + (2 if c.mlp == "gelu" else 3) * c.d_ff)
+    # With query . key and weights . value, of the columns that one sees.
+    layer = lambda read: columns * seen + read * (beyond + width * (2 * columns - read + 1))
+    words = read * c.d_model * c.vocab_size if logits else 0
+    return float(2 * rows * ((c.n_layers - 1) * layer(columns) + layer(read) + words))
 
 
 def peak(dtype: Any) -> float:

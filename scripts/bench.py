@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import cli, heads, optim, parallel, plots, ppo, reward, rollout, sampling, scores, sft, transformer
+from rlhf_jax import cli, flops, heads, optim, parallel, plots, ppo, reward, rollout, sampling, scores, sft, transformer
 from rlhf_jax.types import InputError, Prompts, Rankings, Tokens, TrainState, check_positive
 
 FIRST = 5  # smaller token ids are special
@@ -491,7 +491,7 @@ def reward_workload(config: transformer.Config, cfg: Config) -> Workload:
         warmup=w.warmup_steps,
         timed=w.timed_steps,
         repeat=lambda i: clock(2 * w.pairs, lambda: train(batch)),
-        floor=lambda limits, count: limits.training(2 * w.pairs, w.length, 0),
+        floor=lambda limits, count: limits.training(2 * w.pairs, w.length, 1, logits=False),
     )
 
 
@@ -521,7 +521,7 @@ def reward_k9_workload(config: transformer.Config, cfg: Config) -> Workload:
         warmup=w.warmup_steps,
         timed=w.timed_steps,
         repeat=repeat,
-        floor=lambda limits, count: limits.training(sequences, w.length, 0),
+        floor=lambda limits, count: limits.training(sequences, w.length, 1, logits=False),
         more=more,
     )
 
@@ -657,9 +657,10 @@ def ppo_workload(config: transformer.Config, cfg: Config, ragged: bool = False) 
         new = statistics.mean(tokens[w.warmup :])
         columns = w.prompt + new / w.episodes
         policy = limits.forward(w.episodes, columns, new / w.episodes)
-        scalar = limits.forward(w.episodes, columns, 0)
-        updates = w.epochs * (3 * policy + 3 * scalar)
-        return limits.decoding(w.episodes, w.prompt, w.new, new) + policy + 2 * scalar + updates
+        critic = limits.forward(w.episodes, columns, new / w.episodes, logits=False)
+        judge = limits.forward(w.episodes, columns, 1, logits=False)
+        updates = w.epochs * (3 * policy + 3 * critic)
+        return limits.decoding(w.episodes, w.prompt, w.new, new) + policy + critic + judge + updates
 
     def more() -> dict[str, float]:
         split = [iterations.parts(1000 + i) for i in range(w.timed)]
@@ -685,7 +686,7 @@ class Limits:
             (c.d_model, ff),
             (c.d_ff, c.d_model),
         ]
-        self.layer, self.last = maps, (c.d_model, c.vocab_size)
+        self.layer, self.words = maps, (c.d_model, c.vocab_size)
         self.dtype = jnp.dtype(c.compute.dtype)
 
     @functools.cache  # noqa: B019
@@ -713,23 +714,21 @@ class Limits:
         add = jax.jit(lambda x: x + 1.0)
         return 2 * x.nbytes / best_of(lambda: add(x))
 
-    def forward(self, rows: int, columns: float, logits: float) -> float:
-        """Of one forward pass over rows of this many columns, `logits` of which are unembedded."""
-        c, m = self.config, max(1, round(rows * columns))
-        seconds = c.n_layers * sum(self.product(m, k, n) for k, n in self.layer)
-        flops = sum(2 * m * k * n for k, n in self.layer) * c.n_layers
-        attention = c.n_layers * rows * c.n_heads * c.head_dim * 2 * columns * (columns + 1)  # causal
-        seconds *= 1 + attention / flops
-        return seconds + (self.product(max(1, round(rows * logits)), *self.last) if logits else 0.0)
+    def forward(self, rows: int, columns: float, read: float, logits: bool = True) -> float:
+        """Of one forward pass, as `flops.forward` counts it, at the rates of the layers' products."""
+        m = max(1, round(rows * columns))
+        seconds = sum(self.product(m, k, n) for k, n in self.layer) / sum(2 * m * k * n for k, n in self.layer)
+        seconds *= flops.forward(self.config, rows, columns, read, logits=False)
+        return seconds + (self.product(max(1, round(rows * read)), *self.words) if logits else 0.0)
 
-    def training(self, rows: int, columns: int, logits: int) -> float:
+    def training(self, rows: int, columns: int, read: int, logits: bool = True) -> float:
         """Of one forward and backward pass."""
-        return 3 * self.forward(rows, columns, logits)
+        return 3 * self.forward(rows, columns, read, logits)
 
     def decoding(self, rows: int, prompt: int, new: int, tokens: float) -> float:
         """Of a prefill and `tokens` new tokens, sampled for all rows at once."""
         c = self.config
-        maps = [*(c.n_layers * self.layer), self.last]
+        maps = [*(c.n_layers * self.layer), self.words]
         kept = 2 * c.n_layers * c.n_kv_heads * c.head_dim * self.dtype.itemsize  # bytes of a token in the cache
         cache = rows * kept * (prompt + tokens / rows / 2)  # bytes, on average over the steps
         weights = self.dtype.itemsize * sum(k * n for k, n in maps)

@@ -37,18 +37,35 @@ def tuning(config):
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("name", ["gpt", "llama", "qwen3"])
 def test_a_train_step_is_what_a_hand_counts(name, remat):
-    config = dataclasses.replace(tiny.CONFIGS[name], n_layers=3, compute=transformer.Compute(remat=remat))
+    config = dataclasses.replace(tiny.CONFIGS[name], n_layers=3, compute=transformer.Compute(remat=remat, unroll=False))
     layer, last, logits = by_hand(config)
     again = 3 * (layer - last) if remat == "full" else 0
     assert flops.count(*tuning(config)).total == 3 * (3 * layer + logits) + again
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "qwen3"])
+def test_of_the_last_layer_written_out_no_more_than_is_asked_for_counts(name):
+    config = dataclasses.replace(tiny.CONFIGS[name], n_layers=3, compute=transformer.Compute(unroll=True))
+    layer, _, logits = by_hand(config)
+    qkv = 2 * ROWS * COLUMNS * config.d_model * (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    unasked = (layer - qkv) / COLUMNS  # of the last column
+    assert flops.count(*tuning(config)).total == 3 * (3 * layer + logits - unasked)
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "qwen3"])
 def test_the_formula_is_what_a_hand_counts_of_a_causal_pass(name):
     config = dataclasses.replace(tiny.CONFIGS[name], n_layers=3)
     layer, _, logits = by_hand(config)
-    hidden = 3 * 2 * ROWS * COLUMNS * config.n_heads * config.head_dim * (COLUMNS - 1)  # scores of later columns
-    assert flops.forward(config, ROWS, COLUMNS, COLUMNS - 1) == 3 * layer - hidden + logits
+    width = config.n_heads * config.head_dim
+    hidden = 2 * ROWS * COLUMNS * width * (COLUMNS - 1)  # of a layer: scores of later columns
+    whole = 3 * (layer - hidden)
+    assert flops.forward(config, ROWS, COLUMNS, COLUMNS, logits=False) == whole
+    qkv = 2 * ROWS * COLUMNS * config.d_model * (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    last = (layer - qkv) / COLUMNS  # of the last column, which sees all
+    assert flops.forward(config, ROWS, COLUMNS, 1, logits=False) == whole - (layer - hidden) + qkv + last
+    # The first column, which alone is not read here, sees itself.
+    first = last - 2 * ROWS * 2 * width * (COLUMNS - 1)
+    assert flops.forward(config, ROWS, COLUMNS, COLUMNS - 1) == whole - first + logits
 
 
 def test_the_peak_is_of_all_devices(monkeypatch):

@@ -52,7 +52,8 @@ def test_reward_round_trip(config, tmp_path):
     tokens, mask = jnp.array(tiny.random_tokens(0, 3, 6)), jnp.array(tiny.ragged(1, 3, 6))
     per_token = jax.jit(transformer.bind(heads.ScalarModel(config)))(params, tokens, mask)
     score = jax.jit(loaded.apply)(loaded.params, tokens, mask)
-    np.testing.assert_allclose(score, heads.at_last(per_token, mask), atol=1e-6)
+    last = np.max(np.arange(6) * np.asarray(mask), axis=1)
+    np.testing.assert_allclose(score, per_token[np.arange(3), last], atol=1e-6)
 
 
 def test_saving_over_a_directory_replaces_it(tmp_path):
