@@ -1,4 +1,4 @@
-"""gs:// paths, against a folder that stands in for the gcs."""
+"""gs:// paths, against a folder that stands in for the buckets."""
 
 import dataclasses
 import json

@@ -96,9 +96,10 @@ def test_layers_written_out_are_those_of_the_loop(config, remat, dropout):
         hidden = functools.partial(transformer.bind(transformer.Transformer(changed)), method="hidden")
 
         def loss(params):
-            each = [hidden(params, tokens, mask, keys, columns=asked)[0] for asked in (slice(0, -1), slice(4, 7), own)]
-            real = [transformer.pick(mask, asked)[..., None] for asked in (slice(0, -1), slice(4, 7), own)]
-            each = [jnp.where(here, x, 0.0) for here, x in zip(real, each, strict=True)]
+            each = []
+            for asked in (slice(0, -1), slice(4, 7), own):
+                x, _ = hidden(params, tokens, mask, keys, columns=asked)
+                each.append(jnp.where(transformer.pick(mask, asked)[..., None], x, 0.0))
             return sum(jnp.sum(x * noise[:, : x.shape[1]]) for x in each), each
 
         return jax.jit(jax.grad(loss, has_aux=True))(tiny.policy(changed))
