@@ -83,7 +83,7 @@ def reward_models(
     if any(other.config != first.config for other in others):
         raise InputError("the reward models of an ensemble differ in architecture: train them from the same model")
     params = layout.frozen(stacked([model.params for model in models], first.config))
-    return functools.partial(scoring(first.config, eos_id, pessimism, layout), params)
+    return functools.partial(scoring(first.config, eos_id, pessimism, layout, buckets), params)
 
 
 def stacked(params: Sequence[Params], config: transformer.Config) -> Params:
@@ -91,10 +91,13 @@ def stacked(params: Sequence[Params], config: transformer.Config) -> Params:
     return jax.tree.map(lambda *x: jnp.stack(x), *map(config.compute.freeze, params))
 
 
-def scoring(config: transformer.Config, eos_id: int, pessimism: float, layout: parallel.Layout) -> Callable:
+def scoring(
+    config: transformer.Config, eos_id: int, pessimism: float, layout: parallel.Layout, buckets: int = 1
+) -> Callable:
     """`score_responses` by models of this architecture, placed: it takes (params, episodes)."""
     apply_fn = transformer.bind(heads.ScalarModel(config))
-    return layout.step(functools.partial(score_responses, apply_fn=apply_fn, eos_id=eos_id, pessimism=pessimism))
+    settings: dict = {"apply_fn": apply_fn, "eos_id": eos_id, "pessimism": pessimism, "buckets": buckets}
+    return layout.step(functools.partial(score_responses, **settings))
 
 
 def token_model(model: Model, eos_id: int, layout: parallel.Layout = parallel.PMAP) -> Source:

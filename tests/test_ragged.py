@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import heads, parallel, ragged, rollout, scores, transformer
+from rlhf_jax import parallel, ragged, rollout, scores
 from rlhf_jax.types import InputError, Prompts
 from tests import test_grpo, test_ppo, tiny
 
@@ -61,11 +61,9 @@ def test_a_rollout_in_buckets_is_the_whole_one(cfg):
             config, place, critic_fn=test_ppo.CRITIC, max_new_tokens=8, temperature=1.0,
             eos_id=tuple(range(8)), buckets=buckets,
         )  # fmt: skip
-        judge = functools.partial(
-            scores.score_responses, apply_fn=transformer.bind(heads.ScalarModel(config)), eos_id=0, buckets=buckets
-        )
+        judge = scores.scoring(config, 0, 0.0, place, buckets)
         sampled = collect(params, params["policy"], place.rows(prompts), place.state(KEY), place.state(np.uint32(0)))
-        return place.gather(place.step(judge)(judges, sampled))
+        return place.gather(judge(judges, sampled))
 
     whole, parts = scored(1), scored(4 if cfg == parallel.Config() else 2)
     assert len(set(whole.response_mask.sum(axis=1).tolist())) > 4

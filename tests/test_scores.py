@@ -49,6 +49,14 @@ def test_a_reward_model_reads_through_the_first_eos():
     np.testing.assert_array_equal(found.tokens, sampled.tokens)
 
 
+def test_a_reward_model_reads_in_buckets():
+    sampled = parallel.shard(episodes())
+    whole, parts = (parallel.gather(scores.reward_models([reward(5)], EOS, buckets=n)(sampled)).score for n in (1, 2))
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
+    with pytest.raises(InputError, match="do not divide into 3 parts"):
+        scores.reward_models([reward(5)], EOS, buckets=3)(sampled)
+
+
 def test_an_ensemble_takes_its_disagreement_off_its_mean():
     sampled = parallel.shard(episodes())
     alone = [parallel.gather(scores.reward_models([reward(n)], EOS)(sampled)).score for n in (5, 6, 7)]
