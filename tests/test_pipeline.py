@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_jax.data import pipeline
+from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.types import InputError, Prompts, Rankings, Tokens
 
@@ -87,6 +87,33 @@ def test_text_packs_each_document_once_and_whole(tokenizer):
     expected = [tokenizer(row["text"])["input_ids"] + end for row in TEXTS]
     expected += [whole[at : at + 32] for at in range(0, len(whole), 32)]
     assert sorted(ids for ids, _ in found) == sorted(expected)
+
+
+def text_of(rows, tokenizer):
+    return list(pipeline.text(rows, tokenizer, length=24, batch=4, seed=3, epochs=1))
+
+
+def test_documents_are_tokenised_once(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "some.txt").write_text("\n\n".join(row["text"] for row in TEXTS))
+    rows = builders.source(str(tmp_path / "some.txt"), "text", data_dir=tmp_path / "data")
+    part = builders.source(str(tmp_path / "some.txt[:50%]"), "text", data_dir=tmp_path / "data")
+    expected, expected_part = text_of(TEXTS, tokenizer), text_of(TEXTS[:20], tokenizer)
+    other = tokenizer_lib.train(["dog"] * 3, 258, tmp_path / "tokenizer")
+    expected_other = text_of(TEXTS, other)
+    assert all(map(same, text_of(rows, tokenizer), expected))
+    assert all(map(same, text_of(part, tokenizer), expected_part))  # a slice has its own
+    assert all(map(same, text_of(rows, other), expected_other))  # as has another tokenizer
+    monkeypatch.setattr(tokenizer_lib, "encode", None)
+    for again, first in ((rows, expected), (part, expected_part)):
+        assert all(map(same, text_of(again, tokenizer), first))
+    assert all(map(same, text_of(rows, other), expected_other))
+
+
+def test_documents_are_read_where_nothing_can_be_kept(tokenizer, tmp_path):
+    (tmp_path / "some.txt").write_text("\n\n".join(row["text"] for row in TEXTS))
+    rows = builders.source(str(tmp_path / "some.txt"), "text", data_dir=tmp_path / "data")
+    rows.folder = tmp_path / "some.txt" / "no folder"
+    assert all(map(same, text_of(rows, tokenizer), text_of(TEXTS, tokenizer)))
 
 
 def test_text_is_packed_densely(tokenizer):

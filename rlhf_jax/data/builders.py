@@ -47,11 +47,14 @@ _ROLES = ("system", "user", "assistant")
 class Rows:
     """The rows of one split: `len`, indexing and iteration (many times faster than one index after another).
 
-    `counts` is what their builder counted, of the whole source, as {what: how many}.
+    `counts` is what their builder counted, of the whole source, as {what: how many}. `folder` is for what is derived
+    from these very rows and takes long to make again.
     """
 
-    def __init__(self, records: Any, to_row: Callable[[dict[str, Any], int], Row], counts: dict[str, int]):
-        self._records, self._to_row, self.counts = records, to_row, counts
+    def __init__(
+        self, records: Any, to_row: Callable[[dict[str, Any], int], Row], counts: dict[str, int], folder: Path
+    ):
+        self._records, self._to_row, self.counts, self.folder = records, to_row, counts, folder
 
     def __len__(self) -> int:
         return len(self._records)
@@ -399,7 +402,11 @@ def stored(make: Callable[[], Builder], where: str, split: str) -> Rows:
     counts = dict(builder.info.metadata or {})
     if counts:
         print(f"{where}: {'; '.join(f'{n} {what}' for what, n in counts.items())}")
-    return Rows(records, lambda record, _: json.loads(record["row"]), counts)
+    return Rows(records, lambda record, _: json.loads(record["row"]), counts, _derived(builder, split))
+
+
+def _derived(builder: tfds.core.DatasetBuilder, split: str) -> Path:
+    return Path(builder.data_dir) / "derived" / split
 
 
 # -- TFDS --------------------------------------------------------------------------------------------------------------
@@ -478,7 +485,8 @@ def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
         # An empty text is no mistake of the user's here: the pipelines refuse and count it.
         return row if row == {"text": ""} else check(kind, row, where)
 
-    return Rows(_records(make, f"data {spec!r}", split)[1], to_row, {})
+    builder, records = _records(make, f"data {spec!r}", split)
+    return Rows(records, to_row, {}, _derived(builder, split) / (field or ""))
 
 
 def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.DatasetBuilder]:

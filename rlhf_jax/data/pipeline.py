@@ -13,8 +13,12 @@ turn, after a leading system message if it has one, and counts as truncated. Tex
 so that the batches of one process are those of many, laid side by side.
 """
 
+import contextlib
 import dataclasses
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grain
@@ -85,13 +89,13 @@ def text(
 
     A longer document goes on in further segments. All tokens are targets but the first of each segment.
     """
-    documents = tokenizer_lib.encode(tokenizer, [row["text"] for row in source], special=True)
-    end = np.int32(tokenizer.eos_token_id)
-    ended = [np.append(ids, end) for ids in documents if len(ids)]
-    pieces = [ids[at : at + length] for ids in ended for at in range(0, len(ids), length)]
+    ids, lengths = _documents(source, tokenizer)
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+    ended = [(end - size, end) for end, size in zip(ends, lengths.tolist(), strict=True) if size > 1]
+    pieces = [ids[at : min(at + length, end)] for start, end in ended for at in range(start, end, length)]
     targets = [np.ones(len(ids), bool) for ids in pieces]
     fill = _packed(pieces, targets, _pack([len(ids) for ids in pieces], length), length, tokenizer)
-    counts = Counts(len(ended), empty=len(documents) - len(ended))
+    counts = Counts(len(ended), empty=len(lengths) - len(ended))
     return _stream("text", *fill, counts, batch, seed, epochs, process_index, process_count)
 
 
@@ -234,6 +238,35 @@ def _prompts(
         return Prompts(tokens=tokens, mask=mask, index=row)
 
     return fill, len(kept), counts
+
+
+def _documents(source: Iterable[Row], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all documents, each ended by EOS, one after another; and how many each has.
+
+    Those of `builders.Rows` are kept beside them, and mapped into memory when they are asked for again.
+    """
+    folder = getattr(source, "folder", None)
+    file = folder / f"tokens-{tokenizer_lib.fingerprint(tokenizer)}.npy" if folder else None
+    if file and file.is_file():
+        kept = np.asarray(np.load(file, mmap_mode="r"))
+    else:
+        documents = tokenizer_lib.encode(tokenizer, [row["text"] for row in source], special=True)
+        end = np.array([tokenizer.eos_token_id], np.int32)
+        header = np.array([len(documents), *(len(document) + 1 for document in documents)], np.int32)
+        kept = np.concatenate([header, *(part for document in documents for part in (document, end))])
+        if file:
+            _keep(file, kept)
+    _, lengths, ids = np.split(kept, [1, 1 + kept[0]])
+    return ids, lengths
+
+
+def _keep(file: Path, array: np.ndarray) -> None:
+    """Writes a file that is not there or whole, if it can be written at all: a data set may be on a read-only disk."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as partial:  # by whoever else does so at this time
+            np.save(Path(partial) / file.name, array)
+            os.replace(Path(partial) / file.name, file)
 
 
 def _lacks_text(row: Row) -> bool:

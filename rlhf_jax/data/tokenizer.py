@@ -11,6 +11,7 @@ token and the padding as well, which is safe because masks are explicit everywhe
 id.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -145,6 +146,12 @@ def pad_id(tokenizer: Tokenizer) -> int:
 def prompt_text(prompt: Prompt) -> str:
     """What a prompt asks: the text itself, or the content of its last message."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Of all that the ids of a text depend on."""
+    made_of = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, tokenizers.__version__
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
