@@ -131,7 +131,7 @@ def main(cfg: Config) -> dict[str, float]:
     source = functools.partial(builders.source, kind="rankings", data_dir=cfg.data_dir)
     read = functools.partial(pipeline.rankings, tokenizer=tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed)
     train, held_out = source(cfg.data), source(cfg.held_out) if cfg.held_out else None
-    batches, sample = read(train, epochs=cfg.epochs), read(train, epochs=1)
+    batches = read(train, epochs=cfg.epochs)
     measured = read(held_out, epochs=1) if held_out else None
     print(f"{cfg.data}: {batches.counts}")
     if measured:
@@ -157,7 +157,7 @@ def main(cfg: Config) -> dict[str, float]:
 
     def normalized(trained: Params) -> Params:
         """With mean 0 and standard deviation 1 on the training answers: samples of the reference, ranked or not."""
-        score, rank, _ = scored(trained, sample)
+        score, rank, _ = scored(trained, read(train, epochs=1))
         return reward_lib.normalize(trained, float(score[rank >= 0].mean()), float(score[rank >= 0].std()))
 
     streams = {"data": iter(batches)}

@@ -64,6 +64,8 @@ def prepare() -> None:
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax and Grain narrate, and print errors that they raise too
     if jax.config.values["jax_compilation_cache_dir"] is None:  # what was compiled once is found by later stages
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rlhf_jax"))
+    if jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 1.0:  # as it comes: most programs are smaller
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def run_stage(stages: Mapping[str, tuple[Callable[[Any], Any], Any]], args: Sequence[str] | None = None) -> Any:

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from rlhf_jax import hosts, log
 
@@ -102,6 +101,9 @@ def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, ..
 
 def _grid(count: int):
     """A figure and its `count` axes, row by row."""
+    from matplotlib.figure import Figure  # a third of a second, before a step, of runs that draw at their end
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     columns = _columns(count)
     rows = max(1, -(-count // columns))
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
@@ -128,7 +130,7 @@ def _running_mean(step: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.n
     return np.convolve(step, kernel, mode="valid"), np.convolve(value, kernel, mode="valid")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Any, path: Path) -> Path:
     if hosts.first():
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)

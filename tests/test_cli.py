@@ -137,6 +137,23 @@ def test_a_fresh_process_says_nothing_of_its_own(tmp_path):
     assert (done.stdout, done.stderr, done.returncode) == ("4\n", "", 0)
 
 
+def test_a_second_start_compiles_nothing(tmp_path):
+    """Not even what takes no time to compile."""
+    code = """
+import jax
+from rlhf_jax import cli
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpartition("/")[2]))
+cli.prepare()
+jax.jit(lambda x: x + 1)(1.0)
+print(events.count("cache_hits"), events.count("cache_misses"))
+"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env |= {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+    said = [subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for _ in range(2)]
+    assert [one.stdout for one in said] == ["0 1\n", "1 0\n"], said
+
+
 def test_help_opens_with_the_experiment(monkeypatch, capsys):
     module = types.ModuleType("__main__", "Does it help?")
     module.__spec__ = importlib.machinery.ModuleSpec("experiments.fork", None)
