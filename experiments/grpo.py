@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments import ppo
-from rlhf_jax import checkpoint, cli, models, optim, parallel, runs, transformer, updates
+from rlhf_jax import checkpoint, cli, flops, models, optim, parallel, runs, transformer, updates
 from rlhf_jax import grpo as grpo_lib
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.types import InputError, Leaf, Params, Prompts, Rollout, TrainState, check_positive, named_key
@@ -116,7 +116,8 @@ def main(
     def sample(params: dict[str, Params], batch: Prompts, first: Leaf) -> Rollout:
         return collect(params, reference, layout.rows(batch), keys, first)
 
-    rates = functools.partial(ppo.speeds, cfg, cfg.algorithm, policy.config, rewards=judges)
+    peak = flops.peak(cfg.compute.dtype)
+    rates = functools.partial(ppo.speeds, cfg, cfg.algorithm, policy.config, rewards=judges, peak=peak)
     loop = sample, score, step_fn, rates
     return ppo.train(cfg, cfg.algorithm, policy, layout, state, *loop, rows, prompts, cfg.algorithm.group)
 

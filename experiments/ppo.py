@@ -226,9 +226,8 @@ def main(cfg: Config, score_text: ScoreText | None = None) -> TrainState:
     def step(state: TrainState, episodes: Rollout, text: Tokens | None) -> tuple[TrainState, Metrics]:
         return step_fn(state, base, episodes, text)
 
-    rates = functools.partial(
-        speeds, cfg, cfg.ppo, policy.config, critic=judged, rewards=[one.config for one in rewards]
-    )
+    known: dict = {"critic": judged, "rewards": [one.config for one in rewards], "peak": flops.peak(cfg.compute.dtype)}
+    rates = functools.partial(speeds, cfg, cfg.ppo, policy.config, **known)
     policy = dataclasses.replace(policy, params=None)  # as they were loaded, models would fill the memory
     del rewards, judge, held, others
     export = lambda trained: lora_lib.merge(layout.get(base["policy"]), trained, cfg.lora)
@@ -243,9 +242,10 @@ def speeds(
     *,
     critic: transformer.Config | None = None,
     rewards: Sequence[transformer.Config] = (),
+    peak: float,
 ) -> dict[str, float]:
     """Tokens a second of each part of a step, and what it computes in tera-operations a second and as a share of the
-    devices' peak, by `flops.forward`: from the step's metrics, for `log.start`.
+    devices' `flops.peak`, by `flops.forward`: from the step's metrics, for `log.start`.
 
     "generate" counts new tokens, and computes what reference and critic say of them too; "score" counts prompts and
     responses, "update" both as often as they are learnt from, and pretraining text.
@@ -262,7 +262,6 @@ def speeds(
         "score": (cfg.batch * tokens, sum(scalar(judge, 1) for judge in rewards)),
         "update": (cfg.batch * tokens * settings.epochs + text[0] * text[1], 3 * learnt),
     }
-    peak = flops.peak(cfg.compute.dtype)
     found: dict[str, float] = {}
     for part, (count, operations) in parts.items():
         seconds = max(values[f"seconds/{part}"], 1e-9)

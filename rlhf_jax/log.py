@@ -59,8 +59,9 @@ def start(
     line, by default the first three; `at_most` bounds metrics by name; `skip_bad` steps in a row may have a loss or
     gradient norm that is not finite; `derive` makes further metrics of a step's. The record of a step before which
     something was compiled has "seconds/compile". `profile` steps, after the first three, are traced into `profile/`
-    there, for TensorBoard and Perfetto (ui.perfetto.dev). Metrics are converted when `every` writes have come together
-    or `Run.PATIENCE` seconds have passed. Under several processes all check the metrics, and the first one writes.
+    there, for TensorBoard and Perfetto (ui.perfetto.dev). Metrics are converted when those of `every` steps wait for it
+    or `Run.PATIENCE` seconds have passed, and always while the devices are at work on a later step. Under several
+    processes all check the metrics, and the first one writes.
     """
     client = _import_wandb() if wandb else None
     main = jax.process_index() == 0
@@ -137,8 +138,8 @@ class Run:
         self._pending.append((step, time.time(), {**metrics, **spent}))
         if self._traced:
             self._trace()
-        if len(self._pending) >= self._every or time.monotonic() - self._flushed > self.PATIENCE:
-            self.flush()
+        if len(self._pending) > self._every or time.monotonic() - self._flushed > self.PATIENCE:
+            self._convert(len(self._pending) - 1)  # the devices are at work on the last, and shall not wait for this
 
     def _trace(self) -> None:
         """Begins or ends the trace, when what was handed to the devices before is done."""
@@ -159,7 +160,12 @@ class Run:
         step with a metric of `MUST_BE_FINITE` that is not (unless it may be skipped), or one above its bound; its line
         is written before, and the lines of later steps are not.
         """
-        pending, self._pending = self._pending, []
+        self._convert(len(self._pending))
+        return self._last
+
+    def _convert(self, count: int) -> None:
+        """`flush` of the first so many that are pending."""
+        pending, self._pending = self._pending[:count], self._pending[count:]
         for step, when, metrics in jax.device_get(pending):
             values = {name: _number(name, value) for name, value in metrics.items()}
             values |= self._derive(values)
@@ -181,9 +187,9 @@ class Run:
             self._bar.set_postfix_str("  ".join(f"{k} {v:.4g}" for k, v in self._shown.items()), refresh=False)
             self._bar.update(int(step) - self._bar.n)
         self._flushed = time.monotonic()
-        return self._last
 
     def _stop(self, step: int, why: str) -> NoReturn:
+        self._pending = []
         good = checkpoint.latest(self.directory / CHECKPOINTS, before=step)
         last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise BrokenRunError(f"step {step}: {why}; {last}")

@@ -61,8 +61,9 @@ def test_metrics_stay_on_the_device_until_there_are_enough(tmp_path):
                 run.write(i, step(run_value(i)))
         assert log.read(tmp_path) == []
         run.write(3, step(run_value(3)))
-        assert [row["step"] for row in log.read(tmp_path)] == [0, 1, 2, 3]
+        assert log.read(tmp_path) == []
         run.write(4, step(run_value(4)))
+        assert [row["step"] for row in log.read(tmp_path)] == [0, 1, 2, 3]  # with the next one under way
         run.flush()
         assert log.read(tmp_path)[-1]["grad_norm"] == 8.0
 
@@ -75,23 +76,26 @@ def test_one_transfer_a_batch(tmp_path, monkeypatch):
     calls = []
     real = jax.device_get
     monkeypatch.setattr(log.jax, "device_get", lambda tree: calls.append(tree) or real(tree))
-    with log.start(tmp_path, Config(), total=6, every=3) as run:
-        for i in range(1, 7):
+    with log.start(tmp_path, Config(), total=7, every=3) as run:
+        for i in range(1, 8):
             run.write(i, {"loss/a": jnp.float32(i), "loss/b": jnp.float32(i)})
         assert len(calls) == 2
 
 
-def test_slow_steps_are_recorded_at_once(tmp_path, monkeypatch):
+def test_slow_steps_are_recorded_when_the_next_is_under_way(tmp_path, monkeypatch):
     monkeypatch.setattr(log.Run, "PATIENCE", 0.0)
     with log.start(tmp_path, Config(), total=2, every=100) as run:
         run.write(1, {"loss/a": 0.5})
+        assert log.read(tmp_path) == []
+        run.write(2, {"loss/a": 0.5})
         assert len(log.read(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("name", ["loss/value", "grad_norm", "grad_norm/policy"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, name, value):
-    with pytest.raises(log.BrokenRunError) as raised, log.start(tmp_path, Config(), total=9) as run:
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, name, value, every):
+    with pytest.raises(log.BrokenRunError) as raised, log.start(tmp_path, Config(), total=9, every=every) as run:
         run.write(4, {"loss/policy": jnp.float32(0.5), "kl": jnp.float32(0.25)})
         run.write(5, {"loss/policy": jnp.float32(0.5), name: jnp.float32(value)})
         run.write(6, {"loss/policy": jnp.float32(0.5)})
