@@ -40,6 +40,7 @@ class Config:
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     length: int = 36  # tokens of prompt and answer; prompts with a longer answer are refused
     batch: int = 16  # prompts a step, over all devices
+    buckets: int = 1  # parts of like length in which prompts are learnt from, each as wide as it needs
     epochs: int = 1  # passes over the rankings
     lr: float = 5e-4  # peak learning rate, cosine to 10 % of it
     dropout: float = 0.0  # residual dropout
@@ -55,7 +56,7 @@ class Config:
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
-        check_positive(self, "length", "batch", "epochs")
+        check_positive(self, "length", "batch", "buckets", "epochs")
 
 
 def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
@@ -109,8 +110,9 @@ def build(
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
     noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(config, dropout=cfg.dropout)))
     settings: dict = {"apply_fn": noisy, "lora": cfg.lora, "tx": tx, "cfg": cfg.reward}
-    settings["microbatches"] = cfg.devices.microbatches
-    scores = functools.partial(reward_lib.scores, apply_fn=transformer.bind(heads.ScalarModel(config)))
+    settings |= {"microbatches": cfg.devices.microbatches, "buckets": cfg.buckets}
+    reading: dict = {"apply_fn": transformer.bind(heads.ScalarModel(config)), "buckets": cfg.buckets}
+    scores = functools.partial(reward_lib.scores, **reading)
     return tx, layout.step(functools.partial(train_step, **settings), donate=(0,)), layout.step(scores)
 
 

@@ -1,8 +1,8 @@
 """Responses of different lengths, without computing what is padding.
 
 Rows are put in the order of their lengths and computed in parts, each as wide as its longest row needs: one of a few
-widths, for each of which the computation is compiled. Arrays are [B, ..N] with responses of N columns at the end, or
-[B]. What comes out is what whole rows give, but for rounding.
+widths, for each of which the computation is compiled. Arrays are [B, ..., ..N] with N columns at the end of the last
+axis that may be padding, or [B]. What comes out is what whole rows give, but for rounding.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def order(live: Bool[Array, "B N"], parts: int) -> Int[Array, "B"]:
 
 def narrow(tree: T, columns: int, width: int) -> T:
     """Arrays without the last `columns - width` columns."""
-    return jax.tree.map(lambda x: x[:, : x.shape[1] - columns + width] if x.ndim > 1 else x, tree)
+    return jax.tree.map(lambda x: x[..., : x.shape[-1] - columns + width] if x.ndim > 1 else x, tree)
 
 
 def as_wide_as_needed(
@@ -42,7 +42,7 @@ def as_wide_as_needed(
 ) -> Callable[..., Result]:
     """`compute(rows, *others)` of rows without the columns at the end in which none of them is `live(rows)`.
 
-    Its results must not have the width as a shape.
+    The others stay as they are. Its results must not have the width as a shape.
     """
 
     def computed(rows: T, *others: Any) -> Result:

@@ -1,6 +1,7 @@
 """Reward models from comparisons: Bradley-Terry over K-way rankings (arXiv:2203.02155, eq. 1) and best-of-n choice."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from rlhf_jax import optim, parallel
+from rlhf_jax import optim, parallel, ragged
 from rlhf_jax.logprobs import masked_mean, precise
 from rlhf_jax.types import InputError, Metrics, Params, Rankings, TrainState
 
@@ -127,12 +128,18 @@ def pairwise_accuracy(score: Float[Array, "B K"], rank: Int[Array, "B K"]) -> Fl
 
 
 def scores(
-    params: Params, batch: Rankings, apply_fn: Callable, keys: Array | None = None, axis: str | None = None
+    params: Params,
+    batch: Rankings,
+    apply_fn: Callable,
+    keys: Array | None = None,
+    buckets: int = 1,
+    axis: str | None = None,
 ) -> Float[Array, "B K"]:
-    """One forward pass a response, by a bound `heads.ScalarModel`."""
+    """One forward pass a response, by a bound `heads.ScalarModel`; without keys in so many `buckets`, see `ragged`."""
     rows, responses, length = batch.tokens.shape
     tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
-    return apply_fn(params, tokens, mask, keys, method="last").reshape(rows, responses)
+    judge = lambda tokens, mask: apply_fn(params, tokens, mask, keys, method="last")
+    return ragged.read(judge, mask, buckets, tokens, mask).reshape(rows, responses)
 
 
 def train_step(
@@ -143,20 +150,35 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config = Config(),
     microbatches: int = 1,
+    buckets: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update of the reward model on the global batch of rankings, whose prompts are spread over `axis`."""
+    """One update of the reward model on the global batch of rankings, whose prompts are spread over `axis`.
+
+    Prompts with their responses are learnt from in so many `buckets`, see `ragged`.
+    """
     rows, responses, _ = batch.tokens.shape
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), rows * responses, axis)
     count = parallel.psum(jnp.sum(jnp.any(better(batch.rank), axis=(1, 2))), axis)
 
-    def objective(params: Params, batch: Rankings, keys: Array) -> tuple[Array, tuple[Array, ...]]:
+    def objective(
+        params: Params, padded: tuple[Array, Array], other: tuple[Array, Array], keys: Array
+    ) -> tuple[Array, tuple[Array, ...]]:
+        (tokens, mask), (start, rank) = padded, other
+        batch = Rankings(tokens=tokens, mask=mask, start=start, rank=rank)
         score = scores(params, batch, apply_fn, keys.reshape(-1))
-        value = loss(score, batch.rank, cfg, count)
-        return value, (value, *correct_pairs(score, batch.rank))
+        value = loss(score, rank, cfg, count)
+        return value, (value, *correct_pairs(score, rank))
 
-    share = lambda rows: jax.grad(objective, has_aux=True)(state.params, *rows)
-    grads, found = parallel.accumulate(share, (batch, keys.reshape(rows, responses)), microbatches)
+    share: Callable = functools.partial(jax.grad(objective, has_aux=True), state.params)
+    mine = (batch.tokens, batch.mask), (batch.start, batch.rank), keys.reshape(rows, responses)
+    parts = buckets * microbatches
+    if buckets > 1:
+        live = lambda padded: jnp.any(padded[1], axis=1)
+        index = ragged.order(live(mine[0]), parts)
+        mine = jax.tree.map(lambda x: x[index], mine)
+        share = ragged.as_wide_as_needed(share, live, buckets)
+    grads, found = parallel.accumulate(lambda rows: share(*rows), mine, parts)
     grads, (value, correct, pairs) = parallel.psum((grads, jax.tree.map(jnp.sum, found)), axis)
     metrics = {
         f"loss/{cfg.loss}": value,

@@ -130,6 +130,19 @@ class RewardK:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardRagged:
+    """One step on comparisons of responses of geometric lengths, beside as many parts of whole rows."""
+
+    pairs: int = 64
+    prompt: int = 32
+    max_new: int = 64
+    mean: float = 33.0  # tokens of a response that is not cut
+    buckets: int = 8
+    warmup_steps: int = 2
+    timed_steps: int = 6
+
+
+@dataclasses.dataclass(frozen=True)
 class Ppo:
     """One iteration a repetition: sample, score by three models, update policy and critic."""
 
@@ -152,7 +165,7 @@ class Ppo:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    only: str = "sft,decode,decode_ragged,reward,ppo,reward_k9,ppo_ragged,packing"  # workloads
+    only: str = "sft,decode,decode_ragged,reward,ppo,reward_k9,reward_ragged,ppo_ragged,packing"  # workloads
     device: Literal["cpu", "gpu", "tpu"] | None = None  # None is the best there is
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk
     preset: str | None = None  # a model of transformer.PRESETS instead of the Llama below
@@ -170,6 +183,7 @@ class Config:
     reward: Reward = Reward()
     ppo: Ppo = Ppo()
     reward_k9: RewardK = RewardK()
+    reward_ragged: RewardRagged = RewardRagged()
     ppo_ragged: Ppo = Ppo(new=64, eos_fraction=0.03, buckets=8)
     packing: Packing = Packing()
 
@@ -429,11 +443,11 @@ def init(module: Any, seed: int) -> Any:
 class Trainer:
     """Steps of one kind on batches of one shape; holds the state."""
 
-    def __init__(self, step: Callable, module: Any, cfg: Config) -> None:
+    def __init__(self, step: Callable, module: Any, cfg: Config, **settings: Any) -> None:
         tx = optim.adamw(cfg.learning_rate)
         self.state = parallel.replicate(optim.init(init(module, 0), tx, jax.random.key(1)))
         apply_fn = transformer.bind(module)
-        self.step = parallel.pmap(functools.partial(step, apply_fn=apply_fn, tx=tx), donate=(0,))
+        self.step = parallel.pmap(functools.partial(step, apply_fn=apply_fn, tx=tx, **settings), donate=(0,))
 
     def __call__(self, batch: Any) -> Any:
         self.state, metrics = self.step(self.state, parallel.shard(batch))
@@ -522,6 +536,34 @@ def reward_k9_workload(config: transformer.Config, cfg: Config) -> Workload:
         timed=w.timed_steps,
         repeat=repeat,
         floor=lambda limits, count: limits.training(sequences, w.length, 1, logits=False),
+        more=more,
+    )
+
+
+def reward_ragged_workload(config: transformer.Config, cfg: Config) -> Workload:
+    w = cfg.reward_ragged
+    new = np.minimum(np.random.default_rng(1).geometric(1 / w.mean, (w.pairs, 2)), w.max_new)
+    batch = rankings(config, w.pairs, 2, w.prompt + w.max_new)
+    batch = batch.replace(mask=np.arange(w.prompt + w.max_new) < w.prompt + new[..., None])
+    scalar, times = heads.ScalarModel(config), []
+    train = Trainer(reward.train_step, scalar, cfg, buckets=w.buckets)
+    whole = Trainer(reward.train_step, scalar, cfg, microbatches=w.buckets)
+
+    def repeat(i: int) -> tuple[float, float]:
+        taken = clock(2 * w.pairs, lambda: train(batch))
+        times.append((taken[1], clock(2 * w.pairs, lambda: whole(batch))[1]))
+        return taken
+
+    def more() -> dict[str, float]:
+        ours, padded = (statistics.median(column) for column in zip(*times[w.warmup_steps :], strict=True))
+        return {"times_padded": padded / ours}
+
+    return Workload(
+        unit="sequences_per_s",
+        warmup=w.warmup_steps,
+        timed=w.timed_steps,
+        repeat=repeat,
+        floor=lambda limits, count: limits.training(2 * w.pairs, w.prompt + new.mean(), 1, logits=False),
         more=more,
     )
 
@@ -721,7 +763,7 @@ class Limits:
         seconds *= flops.forward(self.config, rows, columns, read, logits=False)
         return seconds + (self.product(max(1, round(rows * read)), *self.words) if logits else 0.0)
 
-    def training(self, rows: int, columns: int, read: int, logits: bool = True) -> float:
+    def training(self, rows: int, columns: float, read: int, logits: bool = True) -> float:
         """Of one forward and backward pass."""
         return 3 * self.forward(rows, columns, read, logits)
 
@@ -754,6 +796,7 @@ WORKLOADS: dict[str, Callable[[transformer.Config, Config], Workload]] = {
     "reward": reward_workload,
     "ppo": ppo_workload,
     "reward_k9": reward_k9_workload,
+    "reward_ragged": reward_ragged_workload,
     "ppo_ragged": functools.partial(ppo_workload, ragged=True),
     "packing": packing_workload,
 }

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import heads, optim, reward, transformer
+from rlhf_jax import heads, optim, parallel, reward, transformer
 from rlhf_jax.types import InputError, Rankings
 from tests import tiny
 from tests.oracles import Case
@@ -146,6 +147,45 @@ def test_score_is_read_at_the_last_real_token():
         tiny.scalar(), rows.tokens[row, response : response + 1, :length], jnp.ones((1, length), bool)
     )[0, -1]
     np.testing.assert_allclose(score[row, response], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=2, tensor=2)], ids=["pmap", "mesh"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_step_in_buckets_is_the_whole_one(cfg, microbatches):
+    """With dropout too: what is dropped of a row does not depend on how wide it is."""
+    place, length = parallel.layout(cfg), 14
+    apply_fn = transformer.bind(heads.ScalarModel(dataclasses.replace(tiny.GPT, dropout=0.2)))
+    tokens = tiny.random_tokens(0, 64, 3, length)
+    ends = 2 + np.arange(64)[:, None] % 7 + np.arange(3)[None]  # of 2 to 10 tokens: the last columns are of no row
+    rank = np.broadcast_to(np.array([1, 0, 2], np.int32), (64, 3))
+    rows = Rankings(tokens=tokens, mask=np.arange(length) < ends[..., None], start=np.ones(64, np.int32), rank=rank)
+    found = []
+    for buckets in (1, 4 if cfg == parallel.Config() and microbatches == 1 else 2):
+        settings = {"apply_fn": apply_fn, "buckets": buckets}
+        step = functools.partial(reward.train_step, tx=TX, microbatches=microbatches, **settings)
+        state = place.state(optim.init(tiny.scalar(), TX, jax.random.key(0)))
+        scored = place.gather(place.step(functools.partial(reward.scores, **settings))(state.params, place.rows(rows)))
+        state, metrics = place.step(step)(state, place.rows(rows))
+        found.append((scored, place.get(state.params), place.get(metrics)))
+    tiny.assert_close(found[0], found[1], atol=1e-5)
+
+
+def test_a_step_in_buckets_computes_no_column_that_all_lack(monkeypatch):
+    widths = []
+
+    def apply_fn(params, tokens, mask, keys, method):
+        jax.debug.callback(lambda: widths.append(tokens.shape), ordered=False)
+        return params["a"] * jnp.sum(jnp.where(mask, tokens, 0), axis=1).astype(jnp.float32)
+
+    tokens = np.ones((8, 2, 8), np.int32)
+    mask = np.arange(8) < np.array([1, 2, 3, 4, 5, 6, 8, 8])[:, None, None] + np.array([0, -1])[:, None]
+    rank = np.broadcast_to(np.array([0, 1], np.int32), (8, 2))
+    rows = Rankings(tokens=tokens, mask=mask, start=np.zeros(8, np.int32), rank=rank)
+    state = optim.init({"a": jnp.float32(1.0)}, TX, jax.random.key(0))
+    step = functools.partial(reward.train_step, apply_fn=apply_fn, tx=TX, buckets=4)
+    jax.block_until_ready(jax.jit(step)(state, tiny.arrays(rows)))
+    jax.effects_barrier()
+    assert sorted(widths) == [(4, 2), (4, 4), (4, 6), (4, 8)]
 
 
 def test_a_step_takes_the_loss_it_is_given():
