@@ -31,7 +31,7 @@ class Compute:
     # What the backward pass computes again, a layer at a time: nothing, all but matrix products with weights, or all.
     remat: Literal["none", "dots", "full"] = "none"
     frozen: Literal["float32", "bfloat16"] = "float32"  # of the parameters of models that are not trained
-    attention: Literal["auto", "plain", "flash"] = "auto"  # flash is TPUs' kernel, and auto where there is one
+    attention: Literal["auto", "plain", "flash"] = "auto"  # flash is TPUs' or GPUs' kernel, auto is where one serves
     chunk: int = 0  # columns whose logits exist at a time where log-probabilities are computed; 0 is all of them
     # Whether the program has each layer written out and no loop: faster, and longer to compile. None is where a CPU
     # computes at most 12 layers and remat is none, which its compiler heeds in a loop alone.
@@ -329,11 +329,25 @@ def attend(
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
 
 
-def blockwise(config: Config, queries: int, keys: int) -> bool:
-    """Whether attention of so many columns is `attention.flash`, of what is being traced."""
-    if queries != keys or config.window is not None or config.compute.attention == "plain":
-        return False
-    return config.compute.attention == "flash" or attention.worthwhile(queries)
+def kernel(config: Config, queries: int, keys: int) -> Literal["splash", "cudnn"] | None:
+    """Which kernel of `attention` serves so many columns, in what is being traced; None is `attend`.
+
+    Raises InputError where one is asked for that does not serve.
+    """
+    wanted = config.compute.attention
+    if queries != keys or wanted == "plain" or (wanted == "auto" and not attention.worthwhile(queries)):
+        return None
+    if parallel.platform() != "gpu":
+        return "splash" if config.window is None else None
+    dtype, cap, size = config.compute.dtype, config.attention_cap, config.head_dim
+    if dtype == "bfloat16" and cap is None and size in range(8, 129, 8):
+        return "cudnn"
+    if wanted == "auto":
+        return None
+    raise InputError(
+        "attention=flash on a GPU is of bfloat16, without a cap, with at most 128 features a head, a multiple of 8;"
+        f" this model has {dtype}, a cap of {cap} and {size} features: use auto or plain"
+    )
 
 
 def capped(x: Array, cap: float | None) -> Array:
@@ -369,11 +383,14 @@ class Attention(nn.Module):
         if c.window is not None:
             far = jnp.isin(layer, jnp.array(c.full_layers, jnp.int32))
             mask = jnp.where(far, view.attend, view.near) if c.full_layers else view.near
-        if blockwise(c, query.shape[1], key.shape[2]):
-            scale = (c.query_size or c.head_dim) ** -0.5
-            mixed = attention.flash(query, key, value, view.segment, scale, c.attention_cap)
-        else:
-            mixed = attend(query, key, value, pick(mask, columns), c)
+        scale = (c.query_size or c.head_dim) ** -0.5
+        match kernel(c, query.shape[1], key.shape[2]):
+            case "splash":
+                mixed = attention.splash(query, key, value, view.segment, scale, c.attention_cap)
+            case "cudnn":
+                mixed = attention.cudnn(query, key, value, mask, scale)
+            case None:
+                mixed = attend(query, key, value, pick(mask, columns), c)
         std = 0.02 / (2 * c.n_layers) ** 0.5
         out = Linear(c, (groups, shared, c.head_dim), (c.d_model,), std, c.bias == "all", name="out")
         return out(mixed), cache
@@ -489,7 +506,7 @@ class Transformer(nn.Module):
             (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)
         else:
             # Of the last layer only what is asked for, unless that takes dropout of all, or is no faster.
-            whole = (keys is not None and self.config.dropout > 0) or blockwise(self.config, *(tokens.shape[1],) * 2)
+            whole = (keys is not None and self.config.dropout > 0) or kernel(self.config, *(tokens.shape[1],) * 2)
             asked, columns = (EVERY, columns) if whole else (columns, EVERY)
             for layer, params in enumerate(layers):
                 last = layer == self.config.n_layers - 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def arrays(rows, columns, groups, shared, size, dtype):
 
 @pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
 @pytest.mark.parametrize(("shared", "cap", "size"), [(1, None, 8), (2, 2.0, 6)])
-def test_flash_is_plain_attention(segment, shared, cap, size):
+def test_splash_is_plain_attention(segment, shared, cap, size):
     config = dataclasses.replace(tiny.LLAMA, query_size=7, attention_cap=cap)
     segment = jnp.array(segment)
     *inputs, cotangent = arrays(2, 150, 2, shared, size, jnp.float32)
@@ -42,14 +43,48 @@ def test_flash_is_plain_attention(segment, shared, cap, size):
     def plain(query, key, value):
         return transformer.attend(query, key, value, transformer.causal(segment), config)
 
-    def flash(query, key, value):
-        return attention.flash(query, key, value, segment, 7**-0.5, cap, interpret=True)
+    def splash(query, key, value):
+        return attention.splash(query, key, value, segment, 7**-0.5, cap, interpret=True)
 
     results = []
-    for function in (plain, flash):
+    for function in (plain, splash):
         mixed, pull = jax.vjp(lambda *x, f=function: jnp.where(real, f(*x), 0.0), *inputs)
         results.append((mixed, *pull(cotangent)))
     tiny.assert_close(results[1], results[0], atol=2e-5)
+
+
+ON_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN computes on GPUs alone")
+
+
+@pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "atol"),
+    [("xla", jnp.float32, 2e-5), pytest.param("cudnn", jnp.bfloat16, 0.1, marks=ON_GPU)],
+)
+@pytest.mark.parametrize("window", [None, 5])
+def test_cudnn_is_plain_attention(segment, implementation, dtype, atol, window):
+    """What cuDNN is asked for is, by XLA's own implementation on other devices."""
+    config = dataclasses.replace(tiny.LLAMA, query_size=7)
+    segment = jnp.array(segment)
+    *inputs, cotangent = arrays(2, 150, 2, 2, 8, dtype)
+    real = (segment > 0)[..., None, None, None]
+    mask = transformer.causal(segment)
+    if window is not None:
+        at = jnp.arange(150)
+        mask &= (at[:, None] - at[None] < window)[None]
+
+    def plain(query, key, value):
+        return transformer.attend(query, key, value, mask, config)
+
+    def cudnn(query, key, value):
+        return attention.cudnn(query, key, value, mask, 7**-0.5, implementation)
+
+    results = []
+    for function in (plain, cudnn):
+        mixed, pull = jax.vjp(lambda *x, f=function: jnp.where(real, f(*x), 0.0), *inputs)
+        results.append((mixed, *pull(cotangent)))
+    tiny.assert_close(results[1], results[0], atol=atol)
+    assert all(bool(jnp.isfinite(x).all()) for x in results[1])
 
 
 def traced(compute, columns, cache=False, **settings):
@@ -81,9 +116,47 @@ def test_auto_is_the_kernel_on_a_tpu(monkeypatch):
         traced(transformer.Compute(attention="flash"), 300, window=5)
 
 
+def test_what_serves_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    bfloat16 = functools.partial(transformer.Compute, dtype="bfloat16")
+    kernel = lambda columns, compute, **settings: transformer.kernel(
+        dataclasses.replace(tiny.LLAMA, compute=compute, **{"head_dim": 64} | settings), columns, columns
+    )
+    assert kernel(300, bfloat16()) is None  # the first device is a CPU
+    for capability, serves in (("9.0", "cudnn"), ("12.1", "cudnn"), ("7.5", None), ("gfx942", None)):
+        monkeypatch.setattr(jax, "devices", lambda c=capability: [types.SimpleNamespace(compute_capability=c)])
+        assert kernel(300, bfloat16()) == serves
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    assert kernel(300, bfloat16(), window=5) == "cudnn"
+    assert kernel(100, bfloat16()) is None
+    assert kernel(100, bfloat16(attention="flash")) == "cudnn"
+    assert kernel(300, bfloat16(attention="plain")) is None
+    for compute, settings in (
+        (transformer.Compute(), {}),
+        (bfloat16(), {"attention_cap": 2.0}),
+        (bfloat16(), {"head_dim": 12}),
+        (bfloat16(), {"head_dim": 256}),
+    ):
+        assert kernel(300, compute, **settings) is None
+        with pytest.raises(InputError, match="attention=flash on a GPU is of bfloat16, without a cap"):
+            kernel(300, dataclasses.replace(compute, attention="flash"), **settings)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_model_with_cudnn_is_the_model(left, monkeypatch):
+    monkeypatch.setattr(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla"))
+    config = dataclasses.replace(tiny.LLAMA, query_size=5, window=6, full_layers=(1,))
+    tokens, mask = tiny.arrays((tiny.random_tokens(1, 2, 20), tiny.ragged(2, 2, 20, left=left)))
+    logits = []
+    for name in (None, "cudnn"):
+        monkeypatch.setattr(transformer, "kernel", lambda *_, name=name: name)
+        logits.append(transformer.bind(transformer.Transformer(config))(tiny.policy(config), tokens, mask))
+    np.testing.assert_allclose(*(x[mask] for x in logits), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt"])
 def test_a_model_with_the_kernel_is_the_model(name, monkeypatch):
-    monkeypatch.setattr(attention, "flash", functools.partial(attention.flash, interpret=True))
+    monkeypatch.setattr(attention, "splash", functools.partial(attention.splash, interpret=True))
     config = dataclasses.replace(tiny.CONFIGS[name], query_size=5, attention_cap=0.7)
     tokens, mask = tiny.arrays((tiny.random_tokens(1, 2, 20), tiny.ragged(2, 2, 20, left=True)))
     logits = [
@@ -95,18 +168,22 @@ def test_a_model_with_the_kernel_is_the_model(name, monkeypatch):
     np.testing.assert_allclose(*(x[mask] for x in logits), rtol=0, atol=2e-5)
 
 
-def test_over_a_mesh_each_device_has_its_rows_and_heads():
+@pytest.mark.parametrize("name", ["splash", "cudnn"])
+def test_over_a_mesh_each_device_has_its_rows_and_heads(name):
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
     *inputs, _ = arrays(4, 140, 2, 2, 8, jnp.float32)
     segment = jnp.asarray(tiny.ragged(4, 4, 140))
-    kernel = functools.partial(attention.flash, scale=0.4, interpret=True)
+    kernel, last = {
+        "splash": (functools.partial(attention.splash, scale=0.4, interpret=True), segment),
+        "cudnn": (functools.partial(attention.cudnn, scale=0.4, implementation="xla"), transformer.causal(segment)),
+    }[name]
 
     def spread(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return kernel(*args)
 
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
-    placed = [jax.device_put(x, rows) for x in (*inputs, segment)]
+    placed = [jax.device_put(x, rows) for x in (*inputs, last)]
     compiled = jax.jit(spread).lower(*placed).compile()
-    np.testing.assert_allclose(compiled(*placed), kernel(*inputs, segment), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(compiled(*placed), kernel(*inputs, last), rtol=0, atol=1e-5)
     assert "tensor" in str(compiled.output_shardings.spec)

@@ -118,7 +118,7 @@ def test_a_kernel_counts_as_what_it_computes():
     shape = jax.ShapeDtypeStruct((2, 256, 3, 2, 8), jnp.float32)
     per_head = jax.ShapeDtypeStruct((2, 3, 256, 8), jnp.float32)
     segment = jax.ShapeDtypeStruct((2, 256), jnp.int32)
-    kernel = functools.partial(attention.flash, scale=1.0)
+    kernel = functools.partial(attention.splash, scale=1.0)
     assert flops.count(kernel, shape, per_head, per_head, segment).total == 2 * 2 * (2 * 3 * 2) * 256 * 256 * 8
 
 
