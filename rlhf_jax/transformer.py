@@ -7,6 +7,7 @@ how many of them there are.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -28,7 +29,8 @@ class Compute:
     """How a model is computed, whatever its architecture."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk; parameters, norms, softmax and logits are float32
-    # What the backward pass computes again, a layer at a time: nothing, all but matrix products with weights, or all.
+    # What the backward pass computes again, a layer at a time: norms and activations, all but matrix products with
+    # weights, or all.
     remat: Literal["none", "dots", "full"] = "none"
     frozen: Literal["float32", "bfloat16"] = "float32"  # of the parameters of models that are not trained
     attention: Literal["auto", "plain", "flash"] = "auto"  # flash is TPUs' or GPUs' kernel, auto is where one serves
@@ -254,6 +256,11 @@ def dropout(x: Float[Array, "B T D"], keys: Array | None, site: int | Array, rat
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
+# What is cheap to compute and as large as what it is computed from is computed again in the backward pass, which would
+# else read back intermediates from memory, several of each.
+again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm of [B, T, ..., D] over the last axis, in float32."""
 
@@ -264,14 +271,19 @@ class Norm(nn.Module):
         c = self.config
         along = (1,) * (x.ndim - 1) + x.shape[-1:]
         scale = self.param("scale", nn.initializers.zeros if c.unit_offset else nn.initializers.ones, x.shape[-1:])
-        x = x.astype(jnp.float32)
-        if c.norm == "layernorm":
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
-        x = x * (scale + 1.0 if c.unit_offset else scale).reshape(along)
-        if c.norm == "layernorm":
-            x = x + self.param("bias", nn.initializers.zeros, along[-1:]).reshape(along)
-        return x.astype(c.compute.dtype)
+        bias = self.param("bias", nn.initializers.zeros, along[-1:]) if c.norm == "layernorm" else None
+
+        def normed(x: Array, scale: Array, bias: Array | None) -> Array:
+            x = x.astype(jnp.float32)
+            if bias is not None:
+                x = x - jnp.mean(x, axis=-1, keepdims=True)
+            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
+            x = x * (scale + 1.0 if c.unit_offset else scale).reshape(along)
+            if bias is not None:
+                x = x + bias.reshape(along)
+            return x.astype(c.compute.dtype)
+
+        return again(normed)(x, scale, bias)
 
 
 class Linear(nn.Module):
@@ -407,7 +419,8 @@ class MLP(nn.Module):
         gated, biased = c.mlp != "gelu", c.bias == "all"
         hidden = Linear(c, (c.d_model,), (2, c.d_ff) if gated else (c.d_ff,), 0.02, biased, name="up")(x)
         activation = jax.nn.silu if c.mlp == "swiglu" else jax.nn.gelu  # its default is the tanh form
-        hidden = activation(hidden[..., 0, :]) * hidden[..., 1, :] if gated else activation(hidden)
+        active = lambda x: activation(x[..., 0, :]) * x[..., 1, :] if gated else activation(x)
+        hidden = again(active)(hidden)
         return Linear(c, (c.d_ff,), (c.d_model,), 0.02 / (2 * c.n_layers) ** 0.5, biased, name="down")(hidden)
 
 

@@ -81,6 +81,24 @@ def test_rematerialisation_changes_memory_and_no_gradient(config):
     tiny.assert_close(gradients["none"], gradients["full"], atol=1e-3)
 
 
+def test_the_backward_pass_keeps_what_products_take_and_yield():
+    """Of norms and activations it keeps no intermediates."""
+
+    def kept(n_layers, compute):
+        config = transformer.gpt(n_layers, 64, 2, vocab_size=64, max_length=64, compute=compute)
+        tokens = jax.ShapeDtypeStruct((64, 8), jnp.int32)
+        hidden = functools.partial(transformer.bind(transformer.Transformer(config)), method="hidden")
+        loss = lambda params, tokens: jnp.sum(hidden(params, tokens, tokens)[0])
+        compiled = jax.jit(jax.grad(loss)).lower(transformer.parameter_shapes(config), tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    compute = transformer.Compute(unroll=False)
+    widths = (kept(12, compute) - kept(4, compute)) / 8 / (64 * 8 * 4 * 64)  # of the model, a token and layer
+    residuals, normed, heads, mixed, up, active = 2, 2, 3, 1, 4, 4
+    weights = 2 * 8 / 64
+    assert widths == pytest.approx(residuals + normed + heads + mixed + up + active + weights, abs=1.5)
+
+
 @EVERY
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
