@@ -35,6 +35,7 @@ class Config:
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
+    prompt_widths: int = 1  # of rollouts: prompts of like length share one, which is as wide as they need
     max_new_tokens: int = 16  # tokens of an answer
     text_length: int = 64  # tokens in a row of pretraining text
     batch: int = 64  # episodes a step, over all devices: a multiple of the group
@@ -57,8 +58,8 @@ class Config:
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
-        positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
-        check_positive(self, *positive, "samples")
+        positive = "prompt_length", "prompt_widths", "max_new_tokens", "text_length", "batch", "text_batch", "steps"
+        check_positive(self, *positive, "samples_every", "samples")
         if self.batch % self.algorithm.group:
             raise InputError(f"batch={self.batch}: expected a multiple of the group of {self.algorithm.group} answers")
 
@@ -99,9 +100,8 @@ def main(
     models.check_vocabularies({cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True)))
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
     score = ppo.scorer(rewards, score_text, rows, tokenizer, layout, buckets=cfg.algorithm.buckets)
-    prompts = pipeline.prompts(
-        rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch // cfg.algorithm.group, seed=cfg.seed
-    )
+    wide = {"length": cfg.prompt_length, "widths": cfg.prompt_widths}
+    prompts = pipeline.prompts(rows, tokenizer, **wide, batch=cfg.batch // cfg.algorithm.group, seed=cfg.seed)
     print(f"{cfg.data}: {prompts.counts}")
 
     tx, collect, step_fn = build(cfg, policy.config, tokenizer.eos_token_id, layout, train_step)

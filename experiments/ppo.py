@@ -71,6 +71,7 @@ class Config:
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
+    prompt_widths: int = 1  # of rollouts: prompts of like length share one, which is as wide as they need
     max_new_tokens: int = 16  # tokens of an answer
     text_length: int = 64  # tokens in a row of pretraining text
     batch: int = 64  # episodes a step, over all devices
@@ -93,8 +94,8 @@ class Config:
     wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
-        positive = "prompt_length", "max_new_tokens", "text_length", "batch", "text_batch", "steps", "samples_every"
-        check_positive(self, *positive, "samples")
+        positive = "prompt_length", "prompt_widths", "max_new_tokens", "text_length", "batch", "text_batch", "steps"
+        check_positive(self, *positive, "samples_every", "samples")
         if not self.reward and self.critic == "reward":
             raise InputError("critic=reward starts as a reward model: name one by --reward, or use --critic policy")
         if self.pessimism and len(self.reward) < 2:
@@ -206,7 +207,8 @@ def main(cfg: Config, score_text: ScoreText | None = None) -> TrainState:
     models.check_vocabularies({cfg.init: policy} | others)
     rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
     score = scorer(rewards, score_text, rows, tokenizer, layout, cfg.pessimism, cfg.ppo.buckets)
-    prompts = pipeline.prompts(rows, tokenizer, length=cfg.prompt_length, batch=cfg.batch, seed=cfg.seed)
+    wide = {"length": cfg.prompt_length, "widths": cfg.prompt_widths}
+    prompts = pipeline.prompts(rows, tokenizer, **wide, batch=cfg.batch, seed=cfg.seed)
     print(f"{cfg.data}: {prompts.counts}")
     judge = rewards[0] if cfg.critic == "reward" else None
     judged = judge.config if judge else None

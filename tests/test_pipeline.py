@@ -1,5 +1,6 @@
 """Tests of rlhf_jax.data.pipeline: what stands in the batches, in which order, and how a position is restored."""
 
+import functools
 import itertools
 import json
 
@@ -47,6 +48,9 @@ MAKE = {
     ),
     "prompts": lambda tokenizer, **o: pipeline.prompts(
         PROMPTS, tokenizer, **{"length": 32, "batch": 4, "seed": 3, **o}
+    ),
+    "prompts of several widths": lambda tokenizer, **o: pipeline.prompts(
+        PROMPTS, tokenizer, **{"length": 32, "widths": 4, "batch": 4, "seed": 3, **o}
     ),
 }
 KINDS = pytest.mark.parametrize("kind", MAKE)
@@ -252,6 +256,29 @@ def test_dialogues_are_shortened_by_no_more_than_needed(tokenizer):
         pipeline.every_prompt([{"prompt": whole}], tokenizer, length=prompt_length(tokenizer, kept) - 1)
 
 
+@pytest.mark.parametrize("epochs", [1, 3, None])
+def test_prompts_of_like_length_share_a_width(tokenizer, epochs):
+    rows = [{"prompt": says(n, 1 + n % 12)} for n in range(90)]
+    sizes = [len(tokenizer_lib.render_prompt(tokenizer, row["prompt"])) for row in rows]
+    read = functools.partial(pipeline.prompts, rows, tokenizer, length=25, batch=4, seed=3, epochs=epochs)
+    count = 50 if epochs is None else -(-90 * epochs // 4)
+    batches = list(itertools.islice(read(widths=5), count))
+    assert len(batches) == count
+    for batch in batches:
+        assert batch.tokens.shape == batch.mask.shape == (4, 5 * -(-batch.mask.sum(axis=1).max() // 5))
+        for row, index in zip(batch.tokens, batch.index, strict=True):
+            assert index < 0 or row[-sizes[index] :].tolist() == tokenizer_lib.render_prompt(
+                tokenizer, rows[index]["prompt"]
+            )
+    said = np.concatenate([batch.index for batch in batches])
+    if epochs is not None:
+        assert (np.bincount(said[said >= 0], minlength=90) == epochs).all()  # each row once an epoch
+    columns = lambda batches: sum(batch.tokens.shape[1] for batch in batches)
+    assert columns(batches) < 0.75 * columns(itertools.islice(read(), count))
+    widths = [batch.tokens.shape[1] for batch in batches[:8]]
+    assert len(set(widths)) > 2 and widths != sorted(widths)
+
+
 def test_a_prompt_of_text_is_never_shortened(tokenizer):
     rows = [{"prompt": says(0, 9)}, {"prompt": "a"}]
     _, counts = pipeline.every_prompt(rows, tokenizer, length=prompt_length(tokenizer, rows[0]["prompt"]) - 1)
@@ -352,10 +379,11 @@ def test_processes_hold_the_parts_of_each_batch(tokenizer, kind):
 
 @KINDS
 def test_too_few_rows(tokenizer, kind):
-    with pytest.raises(InputError, match=rf"{kind}: \d+ usable rows are fewer than a batch of 64; .* rows kept"):
+    rows = kind.split()[0]
+    with pytest.raises(InputError, match=rf"{rows}: \d+ usable rows are fewer than a batch of 64; .* rows kept"):
         MAKE[kind](tokenizer, batch=64)
-    with pytest.raises(InputError, match=f"{kind}: 0 usable rows"):
-        getattr(pipeline, kind)([], tokenizer, length=8, batch=1, seed=0)
+    with pytest.raises(InputError, match=f"{rows}: 0 usable rows"):
+        getattr(pipeline, rows)([], tokenizer, length=8, batch=1, seed=0)
 
 
 def test_packing_fits_and_leaves_out_nothing():

@@ -15,6 +15,7 @@ so that the batches of one process are those of many, laid side by side.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ import grain
 import jax
 import numpy as np
 
+from rlhf_jax import ragged
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.types import InputError, Prompts, Rankings, Tokens
@@ -199,45 +201,49 @@ def prompts(
     batch: int,
     seed: int,
     epochs: int | None = None,
+    widths: int = 1,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Batches[Prompts]:
     """Prompts padded on the left to `length`; empty and longer ones are refused. `index` is the row of the source.
 
     Of a dialogue that is too long the last turns are the prompt; it is refused if the user's last does not fit.
+    With more than one of `widths`, prompts of like length share a batch, which is padded to the least that is enough
+    of so many equal steps up to `length`.
     """
-    fill, kept, counts = _prompts(source, tokenizer, length)
-    return _stream("prompts", fill, kept, counts, batch, seed, epochs, process_index, process_count)
+    fill, sizes, counts = _prompts(source, tokenizer, length)
+    wanted: dict[str, Any] = {"sizes": sizes, "widths": ragged.widths(length, widths)} if widths > 1 else {}
+    return _stream("prompts", fill, len(sizes), counts, batch, seed, epochs, process_index, process_count, **wanted)
 
 
 def every_prompt(source: Iterable[Row], tokenizer: Tokenizer, *, length: int) -> tuple[Prompts, Counts]:
     """All usable prompts at once, in the order of the source. Raises InputError when there are none."""
-    fill, kept, counts = _prompts(source, tokenizer, length)
-    if not kept:
+    fill, sizes, counts = _prompts(source, tokenizer, length)
+    if not len(sizes):
         raise InputError(f"prompts: none can be used, with up to {length} tokens; {counts}")
-    return fill(np.arange(kept)), counts
+    return fill(np.arange(len(sizes))), counts
 
 
 def _prompts(
     source: Iterable[Row], tokenizer: Tokenizer, length: int
-) -> tuple[Callable[[np.ndarray], Prompts], int, Counts]:
-    """How to fill a batch of prompts, and how many those are."""
+) -> tuple[Callable[..., Prompts], np.ndarray, Counts]:
+    """How to fill a batch of prompts, and how many tokens each has."""
     kept, counts = _answered([{"prompt": row["prompt"]} for row in source], tokenizer, length)
     pad = tokenizer_lib.pad_id(tokenizer)
 
-    def fill(index: np.ndarray) -> Prompts:
-        shape = (len(index), length)
+    def fill(index: np.ndarray, width: int = length) -> Prompts:
+        shape = (len(index), width)
         tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
         row = np.full(len(index), -1, np.int32)
         for b, n in enumerate(index):
             # A row to fill up with is a real prompt: a policy has nothing to say after none at all.
             source_row, x, _ = kept[max(n, 0)]
-            tokens[b, length - len(x) :] = x
-            mask[b, length - len(x) :] = True
+            tokens[b, width - len(x) :] = x
+            mask[b, width - len(x) :] = True
             row[b] = source_row if n >= 0 else -1
         return Prompts(tokens=tokens, mask=mask, index=row)
 
-    return fill, len(kept), counts
+    return fill, np.array([len(x) for _, x, _ in kept], int), counts
 
 
 def _documents(source: Iterable[Row], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -394,9 +400,22 @@ def _packed(
     return fill, len(plan)
 
 
+WINDOW = 8  # batches among which rows are exchanged
+
+
+def _alike(batches: grain.MapDataset, sizes: np.ndarray, number: int, _: Any) -> np.ndarray:
+    """Batch `number`, where each WINDOW batches deal out their rows by size, to each other in an order of chance."""
+    first = number - number % WINDOW
+    window = [batches[n] for n in range(first, min(first + WINDOW, len(batches)))]
+    rows = np.concatenate(window)
+    rows = rows[np.argsort(sizes[rows], kind="stable")]
+    parts = np.split(rows, np.cumsum([len(part) for part in window[:-1]]))
+    return parts[np.random.default_rng(first).permutation(len(parts))[number - first]]
+
+
 def _stream(
     kind: str,
-    fill: Callable[[np.ndarray], T],
+    fill: Callable[..., T],
     rows: int,
     counts: Counts,
     batch: int,
@@ -404,8 +423,13 @@ def _stream(
     epochs: int | None,
     process_index: int | None,
     process_count: int | None,
+    sizes: np.ndarray | None = None,
+    widths: Sequence[int] = (),
 ) -> Batches[T]:
-    """Shuffles, repeats and batches row numbers, and fills this process's part of each batch."""
+    """Shuffles, repeats and batches row numbers, and fills this process's part of each batch.
+
+    With the `sizes` of rows, those of like size share a batch, and `fill` is told the least of `widths` for them.
+    """
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
     if batch % count:
@@ -415,9 +439,12 @@ def _stream(
 
     def part(numbers: np.ndarray) -> T:
         whole = np.pad(numbers, (0, batch - len(numbers)), constant_values=-1)
-        return fill(whole.reshape(count, -1)[index])
+        width = () if sizes is None else (widths[np.searchsorted(widths, sizes[numbers].max())],)
+        return fill(whole.reshape(count, -1)[index], *width)
 
     numbers = grain.MapDataset.range(rows).seed(seed).shuffle().repeat(epochs).batch(batch)
+    if sizes is not None:
+        numbers = numbers.map_with_index(functools.partial(_alike, numbers, sizes))
     return Batches(
         # One thread prepares the next batches while the step runs.
         numbers.map(part).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),
