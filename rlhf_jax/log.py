@@ -223,7 +223,7 @@ class Run:
         try:
             if self._traced.start <= self._written < self._traced.stop:
                 jax.profiler.stop_trace()
-            if self._written < self._traced.start:
+            if self._traced and self._written < self._traced.start:
                 print(f"nothing is traced: the run ended before its step {self._traced.start + 1}")
             self.flush()
         finally:
