@@ -24,12 +24,11 @@ BLOCK = 512  # columns of the largest one
 
 
 def worthwhile(columns: int) -> bool:
-    """Whether a kernel is to be had, on what the step is traced for, and so many columns are worth a block of it."""
-    platform = parallel.platform()
-    return columns > LANES and (platform == "tpu" or (platform == "gpu" and _compute_capability() >= 8.0))
+    """Whether what the step is traced for may have a kernel, and so many columns are worth a block of it."""
+    return parallel.platform() in ("tpu", "gpu") and columns > LANES
 
 
-def _compute_capability() -> float:
+def compute_capability() -> float:
     """Of this machine's first device; 0 unless that is a GPU by NVIDIA."""
     said = str(getattr(jax.devices()[0], "compute_capability", ""))
     return float(said) if re.fullmatch(r"\d+\.\d+", said) else 0.0

@@ -97,8 +97,6 @@ class Config:
             raise InputError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.position == "rope" and self.head_dim % 2:
             raise InputError(f"RoPE rotates pairs of features: head_dim={self.head_dim} must be even")
-        if self.window is not None and self.compute.attention == "flash":
-            raise InputError("attention=flash has no window, which this model has: use auto or plain")
 
 
 def gpt(n_layers: int, d_model: int, n_heads: int, **settings) -> Config:
@@ -346,20 +344,23 @@ def kernel(config: Config, queries: int, keys: int) -> Literal["splash", "cudnn"
 
     Raises InputError where one is asked for that does not serve.
     """
-    wanted = config.compute.attention
+    c, wanted = config, config.compute.attention
     if queries != keys or wanted == "plain" or (wanted == "auto" and not attention.worthwhile(queries)):
         return None
-    if parallel.platform() != "gpu":
-        return "splash" if config.window is None else None
-    dtype, cap, size = config.compute.dtype, config.attention_cap, config.head_dim
-    if dtype == "bfloat16" and cap is None and size in range(8, 129, 8):
-        return "cudnn"
-    if wanted == "auto":
-        return None
-    raise InputError(
-        "attention=flash on a GPU is of bfloat16, without a cap, with at most 128 features a head, a multiple of 8;"
-        f" this model has {dtype}, a cap of {cap} and {size} features: use auto or plain"
-    )
+    name: Literal["splash", "cudnn"] = "cudnn" if parallel.platform() == "gpu" else "splash"
+    if name == "cudnn":
+        capability = attention.compute_capability()
+        serves = c.compute.dtype == "bfloat16" and c.head_dim in range(8, 129, 8) and c.attention_cap is None
+        serves = serves and capability >= 8.0
+        why = (
+            "takes bfloat16, at most 128 features a head by eights, no cap, and compute capability 8.0 or more: here"
+            f" are {c.compute.dtype}, {c.head_dim}, {c.attention_cap} and {capability}"
+        )
+    else:
+        serves, why = c.window is None, "has no window, which this model has"
+    if not serves and wanted == "flash":
+        raise InputError(f"attention=flash {why}; use auto or plain")
+    return name if serves else None
 
 
 def capped(x: Array, cap: float | None) -> Array:

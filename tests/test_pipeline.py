@@ -279,6 +279,17 @@ def test_prompts_of_like_length_share_a_width(tokenizer, epochs):
     assert len(set(widths)) > 2 and widths != sorted(widths)
 
 
+@pytest.mark.parametrize("count", [8, 12, 20])
+def test_prompts_of_several_widths_meet_themselves_no_sooner(tokenizer, count):
+    """Few prompts do not come together in a batch of theirs, epoch after epoch."""
+    rows = [{"prompt": says(n, 1 + n % 7)} for n in range(count)]
+    read = functools.partial(pipeline.prompts, rows, tokenizer, length=25, batch=4, widths=5)
+    batches = [batch.index for batch in itertools.islice(read(seed=3), 4 * count)]
+    assert all(len(set(batch.tolist())) == 4 for batch in batches)
+    other = [batch.index for batch in itertools.islice(read(seed=4), 4 * count)]
+    assert any((x != y).any() for x, y in zip(batches, other, strict=True))
+
+
 def test_a_prompt_of_text_is_never_shortened(tokenizer):
     rows = [{"prompt": says(0, 9)}, {"prompt": "a"}]
     _, counts = pipeline.every_prompt(rows, tokenizer, length=prompt_length(tokenizer, rows[0]["prompt"]) - 1)

@@ -403,14 +403,26 @@ def _packed(
 WINDOW = 8  # batches among which rows are exchanged
 
 
-def _alike(batches: grain.MapDataset, sizes: np.ndarray, number: int, _: Any) -> np.ndarray:
-    """Batch `number`, where each WINDOW batches deal out their rows by size, to each other in an order of chance."""
-    first = number - number % WINDOW
-    window = [batches[n] for n in range(first, min(first + WINDOW, len(batches)))]
-    rows = np.concatenate(window)
-    rows = rows[np.argsort(sizes[rows], kind="stable")]
-    parts = np.split(rows, np.cumsum([len(part) for part in window[:-1]]))
-    return parts[np.random.default_rng(first).permutation(len(parts))[number - first]]
+def _alike(numbers: grain.MapDataset, sizes: np.ndarray, batch: int, seed: int) -> grain.MapDataset:
+    """The same stream, in which WINDOW batches of an epoch at a time deal out their rows to each other by size.
+
+    Their order is of chance, so that sizes do not rise. No row comes before its epoch begins, or after it ends.
+    """
+    rows, span = len(sizes), WINDOW * batch
+
+    @functools.lru_cache(maxsize=2)
+    def window(first: int) -> np.ndarray:
+        here = np.array([numbers[n] for n in range(first, first + min(span, rows - first % rows))])
+        here = here[np.argsort(sizes[here], kind="stable")]
+        whole = len(here) - len(here) % batch
+        parts = np.random.default_rng((seed, first)).permutation(here[:whole].reshape(-1, batch))
+        return np.append(parts, here[whole:])
+
+    def dealt(index: int, _: Any) -> Any:
+        place = index % rows % span
+        return window(index - place)[place]
+
+    return numbers.map_with_index(dealt)
 
 
 def _stream(
@@ -442,9 +454,10 @@ def _stream(
         width = () if sizes is None else (widths[np.searchsorted(widths, sizes[numbers].max())],)
         return fill(whole.reshape(count, -1)[index], *width)
 
-    numbers = grain.MapDataset.range(rows).seed(seed).shuffle().repeat(epochs).batch(batch)
+    numbers = grain.MapDataset.range(rows).seed(seed).shuffle().repeat(epochs)
     if sizes is not None:
-        numbers = numbers.map_with_index(functools.partial(_alike, numbers, sizes))
+        numbers = _alike(numbers, sizes, batch, seed)
+    numbers = numbers.batch(batch)
     return Batches(
         # One thread prepares the next batches while the step runs.
         numbers.map(part).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),
