@@ -171,8 +171,8 @@ def _forward(
 ) -> tuple[Array, Cache]:
     """Logits [B, V] after the last of these columns."""
     apply_fn = bind(Transformer(config))
-    hidden, cache = apply_fn(params, tokens, mask, None, cache, layers, method="hidden")
-    return apply_fn(params, hidden[:, -1:], method="unembed")[:, 0], cache
+    last, cache = apply_fn(params, tokens, mask, None, cache, layers, slice(-1, None), method="hidden")
+    return apply_fn(params, last, method="unembed")[:, 0], cache
 
 
 def _choose(logits: Array, uniform: Array, temperature: float, top_k: int, top_p: float) -> tuple[Array, Array]:
@@ -244,16 +244,16 @@ def _generate(
     def ended(token: Array) -> Array:
         return jnp.isin(token, jnp.array(ends, jnp.int32)) if ends else jnp.zeros(token.shape, bool)
 
-    logits, cache = _forward(config, params, tokens, mask, Cache.empty(config, batch, prompt_columns + max_new_tokens))
-    uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(max_new_tokens))
-    token, logp = choose(logits, uniform[:, 0])
-    empty = jnp.zeros((batch, max_new_tokens))
-    sample = Sample(
-        tokens=jnp.full(empty.shape, ends[0] if ends else 0, jnp.int32).at[:, 0].set(token),
-        mask=empty.astype(bool).at[:, 0].set(True),
-        logp=empty.at[:, 0].set(logp),
-    )
-    rows = _Rows(jnp.arange(batch), ended(token), token, uniform, sample, cache)
+    def prefill(params: Params, layers: list[Params] | None, cache: Cache, uniform: Array) -> _Rows:
+        logits, cache = _forward(config, params, tokens, mask, cache, layers)
+        token, logp = choose(logits, uniform[:, 0])
+        empty = jnp.zeros((batch, max_new_tokens))
+        sample = Sample(
+            tokens=jnp.full(empty.shape, ends[0] if ends else 0, jnp.int32).at[:, 0].set(token),
+            mask=empty.astype(bool).at[:, 0].set(True),
+            logp=empty.at[:, 0].set(logp),
+        )
+        return _Rows(jnp.arange(batch), ended(token), token, uniform, sample, cache)
 
     def extend(params: Params, layers: list[Params] | None, carry: tuple[Array, _Rows]) -> tuple[Array, _Rows]:
         n, rows = carry
@@ -269,10 +269,11 @@ def _generate(
         sample = Sample(put(old.tokens, token), put(old.mask, live), put(old.logp, logp))
         return n + 1, rows.replace(done=rows.done | ended(token), token=token, sample=sample, cache=cache)
 
-    def on_cpu(params: Params, rows: _Rows) -> Sample:
+    def on_cpu(params: Params, cache: Cache, uniform: Array) -> Sample:
         """Whenever half the rows have ended, the others go on by themselves. No layer is cut out of a stack: a copy."""
         layers = layers_of(params, config)
-        rows, n, sample = rows.replace(cache=rows.cache.apart()), jnp.int32(1), rows.sample
+        rows = prefill(params, layers, cache.apart(), uniform)
+        n, sample = jnp.int32(1), rows.sample
         sizes = [batch]
         while ends and sizes[-1] >= FEWEST and len(sizes) < LOOPS:
             sizes.append(sizes[-1] // 2)
@@ -287,16 +288,18 @@ def _generate(
             sample = jax.tree.map(lambda whole, x, number=rows.number: whole.at[number].set(x), sample, rows.sample)
         return sample
 
-    def elsewhere(params: Params, rows: _Rows) -> Sample:
+    def elsewhere(params: Params, cache: Cache, uniform: Array) -> Sample:
         """All rows go on until the last has ended: leaving some out would move the others between devices."""
 
         def unfinished(carry: tuple[Array, _Rows]) -> Array:
             return (carry[0] < max_new_tokens) & ~jnp.all(carry[1].done)
 
-        start = (jnp.int32(1), rows)
+        start = (jnp.int32(1), prefill(params, None, cache, uniform))
         return jax.lax.while_loop(unfinished, functools.partial(extend, params, None), start)[1].sample
 
-    return jax.lax.platform_dependent(params, rows, cpu=on_cpu, default=elsewhere)
+    cache = Cache.empty(config, batch, prompt_columns + max_new_tokens)
+    uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(max_new_tokens))
+    return jax.lax.platform_dependent(params, cache, uniform, cpu=on_cpu, default=elsewhere)
 
 
 FEWEST, LOOPS = 32, 4  # rows of which half are worth a loop of their own, and the most loops: each is compiled

@@ -194,7 +194,7 @@ class Cache(struct.PyTreeNode):
 class View(struct.PyTreeNode):
     """What every layer needs to know of the rows."""
 
-    position: Leaf  # [B, T] int32, tokens before this one in its document
+    turn: Any  # cosine and sine of RoPE's angles, [B, T, head_dim / 2] each; None without RoPE
     attend: Leaf  # [B, T, S] bool
     near: Leaf  # [B, T, S] bool, the same within the window; None without one
     segment: Leaf  # [B, T] of these columns
@@ -238,10 +238,22 @@ def frequencies(config: Config) -> np.ndarray:
     return frequency.astype(np.float32)
 
 
-def rope(x: Float[Array, "B T G R H"], position: Int[Array, "B T"], frequency: Array) -> Float[Array, "B T G R H"]:
+Turn = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
+
+
+def turns(position: Int[Array, "B T"], length: int, config: Config) -> Turn:
+    """Cosine and sine of RoPE's angles at these positions, of which none but padding's is `length` or more.
+
+    Read out of a table: XLA for CPU would compute cosines again in each layer, wherever something is turned.
+    """
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies(config)[None]
+    cos, sin = (jnp.take(table, position, axis=0, mode="clip") for table in (jnp.cos(angle), jnp.sin(angle)))
+    return cos, sin
+
+
+def rope(x: Float[Array, "B T G R H"], turn: Turn) -> Float[Array, "B T G R H"]:
     """Rotary positions (arXiv:2104.09864), feature i paired with feature i + head_dim / 2. Float32 inside."""
-    angle = position[..., None, None, None].astype(jnp.float32) * frequency[None, None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (part[:, :, None, None] for part in turn)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -380,14 +392,14 @@ class Attention(nn.Module):
         c = self.config
         groups, shared = c.n_kv_heads, c.n_heads // c.n_kv_heads
         qkv = Linear(c, (c.d_model,), (groups, shared + 2, c.head_dim), 0.02, c.bias != "none", name="qkv")(x)
-        query, key, value = pick(qkv[..., :shared, :], columns), qkv[..., shared, :], qkv[..., shared + 1, :]
+        query, key, value = jax.lax.split(qkv, (shared, 1, 1), axis=3)
+        query = pick(query, columns)
         if c.qk_norm:
             query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
         if c.position == "rope":
-            frequency = jnp.asarray(frequencies(c))
-            query = rope(query, pick(view.position, columns), frequency)
-            key = rope(key[..., None, :], view.position, frequency)[..., 0, :]
-        key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
+            query = rope(query, jax.tree.map(lambda part: pick(part, columns), view.turn))
+            key = rope(key, view.turn)
+        key, value = (x[..., 0, :].transpose(0, 2, 1, 3) for x in (key, value))
         if cache is not None:
             cache = cache.put(layer, key, value)
             if view.attend.shape[2] != key.shape[2]:  # not a prefill: look back at the cache
@@ -515,7 +527,8 @@ class Transformer(nn.Module):
             x = x + self.position_table[position]
         x = dropout(x.astype(self.config.compute.dtype), keys, 0, self.config.dropout)
         x = parallel.constrain(x, parallel.ROWS, "tensor")
-        view = View(position=position, attend=attend, near=near, segment=segment, keys=keys)
+        turn = turns(position, attend.shape[2], self.config) if self.config.position == "rope" else None
+        view = View(turn=turn, attend=attend, near=near, segment=segment, keys=keys)
         if layers is None:
             (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)
         else:
