@@ -1,8 +1,10 @@
 """Generation with a key/value cache: one prefill, then a loop that stops when every row has ended.
 
 On CPU, whose time goes with the number of rows, the loop is several, each over half the rows of the one before.
+No step of the loop copies or converts weights.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
@@ -31,6 +33,10 @@ class Sample(struct.PyTreeNode):
     tokens: Leaf  # [B, N] int32
     mask: Leaf  # [B, N] bool, the EOS counts
     logp: Leaf  # [B, N] float32 under the distribution that was sampled from, 0 at padding
+
+    def put(self, rows: Int[Array, "R"], sample: "Sample") -> "Sample":
+        """With these rows from another."""
+        return jax.tree.map(lambda whole, x: whole.at[rows].set(x), self, sample)
 
 
 def left_pad(tokens: Int[Array, "B P"], mask: Bool[Array, "B P"]) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
@@ -175,6 +181,19 @@ def _forward(
     return apply_fn(params, last, method="unembed")[:, 0], cache
 
 
+def _converted(config: Config, params: Params) -> tuple[Config, Params]:
+    """The same model, its matrices already in the type that they are multiplied in."""
+    dtype = config.compute.dtype
+
+    def convert(path: tuple, x: Array) -> Array:
+        return x.astype(dtype) if path[-1].key.startswith("kernel") else x
+
+    blocks = jax.tree_util.tree_map_with_path(convert, params["blocks"])
+    table = params["embedding" if config.tie_embeddings else "unembedding"].astype(dtype)
+    config = dataclasses.replace(config, tie_embeddings=False)  # what is looked up stays as it was
+    return config, {**params, "blocks": blocks, "unembedding": table}
+
+
 def _choose(logits: Array, uniform: Array, temperature: float, top_k: int, top_p: float) -> tuple[Array, Array]:
     """A token of each row and its log-probability."""
     if temperature == 0.0:
@@ -239,6 +258,7 @@ def _generate(
 ) -> Sample:
     batch, prompt_columns = tokens.shape
     tokens, mask = left_pad(tokens, mask)
+    config, params = _converted(config, params)
     choose = functools.partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def ended(token: Array) -> Array:
@@ -269,13 +289,16 @@ def _generate(
         sample = Sample(put(old.tokens, token), put(old.mask, live), put(old.logp, logp))
         return n + 1, rows.replace(done=rows.done | ended(token), token=token, sample=sample, cache=cache)
 
-    def on_cpu(params: Params, cache: Cache, uniform: Array) -> Sample:
-        """Whenever half the rows have ended, the others go on by themselves. No layer is cut out of a stack: a copy."""
+    def written_out(params: Params, cache: Cache, uniform: Array, loops: int) -> Sample:
+        """Layers by themselves: XLA for CPU and GPU copies what is cut out of a stack, in each step.
+
+        Whenever half the rows have ended, the others go on by themselves, in up to so many loops.
+        """
         layers = layers_of(params, config)
         rows = prefill(params, layers, cache.apart(), uniform)
         n, sample = jnp.int32(1), rows.sample
         sizes = [batch]
-        while ends and sizes[-1] >= FEWEST and len(sizes) < LOOPS:
+        while ends and sizes[-1] >= FEWEST and len(sizes) < loops:
             sizes.append(sizes[-1] // 2)
         for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
             if size < batch:
@@ -285,11 +308,11 @@ def _generate(
                 return (carry[0] < max_new_tokens) & (jnp.sum(~carry[1].done) > smaller)
 
             n, rows = jax.lax.while_loop(unfinished, functools.partial(extend, params, layers), (n, rows))
-            sample = jax.tree.map(lambda whole, x, number=rows.number: whole.at[number].set(x), sample, rows.sample)
+            sample = rows.sample if size == batch else sample.put(rows.number, rows.sample)
         return sample
 
-    def elsewhere(params: Params, cache: Cache, uniform: Array) -> Sample:
-        """All rows go on until the last has ended: leaving some out would move the others between devices."""
+    def stacked(params: Params, cache: Cache, uniform: Array) -> Sample:
+        """A loop over the layers, which TPUs read where they lie."""
 
         def unfinished(carry: tuple[Array, _Rows]) -> Array:
             return (carry[0] < max_new_tokens) & ~jnp.all(carry[1].done)
@@ -297,9 +320,12 @@ def _generate(
         start = (jnp.int32(1), prefill(params, None, cache, uniform))
         return jax.lax.while_loop(unfinished, functools.partial(extend, params, None), start)[1].sample
 
+    # Elsewhere than on CPU all rows go on until the last has ended: leaving some out would move the others between
+    # devices.
+    on_cpu, on_gpu = (functools.partial(written_out, loops=loops) for loops in (LOOPS, 1))
     cache = Cache.empty(config, batch, prompt_columns + max_new_tokens)
     uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(max_new_tokens))
-    return jax.lax.platform_dependent(params, cache, uniform, cpu=on_cpu, default=elsewhere)
+    return jax.lax.platform_dependent(params, cache, uniform, cpu=on_cpu, tpu=stacked, default=on_gpu)
 
 
 FEWEST, LOOPS = 32, 4  # rows of which half are worth a loop of their own, and the most loops: each is compiled

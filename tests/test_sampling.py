@@ -79,18 +79,55 @@ def test_rows_that_have_ended_are_left_out_without_a_trace(config):
     assert 0.25 < together.mask.mean() < 0.75
 
 
+def fresh(monkeypatch):
+    """Has `generate` traced anew."""
+    again = jax.jit(sampling._generate.__wrapped__, static_argnums=(0, *range(5, 10)))
+    monkeypatch.setattr(sampling, "_generate", again)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "default"])
 @EVERY
-def test_stacked_layers_sample_the_same(config, monkeypatch):
-    """What other devices run: a scan over layers, on one cache."""
+def test_other_devices_sample_the_same(config, platform, monkeypatch):
+    """TPUs by a scan over layers, on one cache; GPUs layer by layer, but all rows to the end."""
     tokens, mask = tiny.random_tokens(0, 32, 6), tiny.ragged(1, 32, 6)
-    apart = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
-    monkeypatch.setattr(
-        sampling, "_generate", jax.jit(sampling._generate.__wrapped__, static_argnums=(0, *range(5, 10)))
-    )
-    stacked = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
-    tiny.assert_close(apart, stacked, atol=1e-5)
-    assert not apart.mask.all()
+    here = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **run: run[platform](*args))
+    fresh(monkeypatch)
+    there = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
+    tiny.assert_close(here, there, atol=1e-5)
+    assert not here.mask.all()
+
+
+@EVERY
+def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
+    tokens, mask = tiny.random_tokens(0, 8, 6), tiny.ragged(1, 8, 6)
+    before = generate(config, tokens, mask, eos_id=EOS)
+    monkeypatch.setattr(sampling, "_converted", lambda config, params: (config, params))
+    fresh(monkeypatch)
+    tiny.assert_close(before, generate(config, tokens, mask, eos_id=EOS), atol=0)
+
+
+def within_loops(jaxpr, inside=False):
+    """Every equation in the body of a loop, on any platform."""
+    for eqn in jaxpr.eqns:
+        if inside:
+            yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if inner := getattr(value, "jaxpr", value if hasattr(value, "eqns") else None):
+                yield from within_loops(inner, inside or eqn.primitive.name in ("while", "scan"))
+
+
+@BOTH
+def test_no_step_converts_weights(config):
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
+    step = functools.partial(sampling.generate, transformer.Transformer(config), max_new_tokens=4, eos_id=EOS)
+    args = tiny.policy(config), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), jax.random.key(0)
+    made = list(within_loops(jax.make_jaxpr(step)(*args).jaxpr))
+    assert any(eqn.primitive.name == "dot_general" for eqn in made)
+    converted = [eqn.invars[0].aval for eqn in made if eqn.primitive.name == "convert_element_type"]
+    smallest = config.d_model**2  # words of a matrix, which no activation of one row and two columns has
+    assert not [x for x in converted if x.size >= smallest and x.dtype == jnp.float32]
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the compiler for another device lays it out otherwise")
