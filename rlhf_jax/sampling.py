@@ -1,7 +1,7 @@
 """Generation with a key/value cache: one prefill, then a loop that stops when every row has ended.
 
 On CPU, whose time goes with the number of rows, the loop is several, each over half the rows of the one before.
-No step of the loop copies or converts weights.
+No step of `generate`'s loop copies or converts weights.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax import parallel
 from rlhf_jax.transformer import Cache, Config, Transformer, bind, layers_of
 from rlhf_jax.types import InputError, Leaf, Params
 
@@ -33,10 +34,6 @@ class Sample(struct.PyTreeNode):
     tokens: Leaf  # [B, N] int32
     mask: Leaf  # [B, N] bool, the EOS counts
     logp: Leaf  # [B, N] float32 under the distribution that was sampled from, 0 at padding
-
-    def put(self, rows: Int[Array, "R"], sample: "Sample") -> "Sample":
-        """With these rows from another."""
-        return jax.tree.map(lambda whole, x: whole.at[rows].set(x), self, sample)
 
 
 def left_pad(tokens: Int[Array, "B P"], mask: Bool[Array, "B P"]) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
@@ -296,8 +293,7 @@ def _generate(
         """
         layers = layers_of(params, config)
         rows = prefill(params, layers, cache.apart(), uniform)
-        n, sample = jnp.int32(1), rows.sample
-        sizes = [batch]
+        n, sizes = jnp.int32(1), [batch]
         while ends and sizes[-1] >= FEWEST and len(sizes) < loops:
             sizes.append(sizes[-1] // 2)
         for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
@@ -308,11 +304,14 @@ def _generate(
                 return (carry[0] < max_new_tokens) & (jnp.sum(~carry[1].done) > smaller)
 
             n, rows = jax.lax.while_loop(unfinished, functools.partial(extend, params, layers), (n, rows))
-            sample = rows.sample if size == batch else sample.put(rows.number, rows.sample)
+            if size == batch:
+                sample = rows.sample
+            else:
+                sample = jax.tree.map(lambda whole, x, number=rows.number: whole.at[number].set(x), sample, rows.sample)
         return sample
 
     def stacked(params: Params, cache: Cache, uniform: Array) -> Sample:
-        """A loop over the layers, which TPUs read where they lie."""
+        """A loop over the layers, which TPUs read where they lie; on a mesh it gathers one at a time."""
 
         def unfinished(carry: tuple[Array, _Rows]) -> Array:
             return (carry[0] < max_new_tokens) & ~jnp.all(carry[1].done)
@@ -325,7 +324,8 @@ def _generate(
     on_cpu, on_gpu = (functools.partial(written_out, loops=loops) for loops in (LOOPS, 1))
     cache = Cache.empty(config, batch, prompt_columns + max_new_tokens)
     uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(max_new_tokens))
-    return jax.lax.platform_dependent(params, cache, uniform, cpu=on_cpu, tpu=stacked, default=on_gpu)
+    default = stacked if parallel.on_mesh() else on_gpu
+    return jax.lax.platform_dependent(params, cache, uniform, cpu=on_cpu, tpu=stacked, default=default)
 
 
 FEWEST, LOOPS = 32, 4  # rows of which half are worth a loop of their own, and the most loops: each is compiled

@@ -36,7 +36,7 @@ class Compute:
     attention: Literal["auto", "plain", "flash"] = "auto"  # flash is TPUs' or GPUs' kernel, auto is where one serves
     chunk: int = 0  # columns whose logits exist at a time where log-probabilities are computed; 0 is all of them
     # Whether the program has each layer written out and no loop: faster, and longer to compile. None is where a CPU
-    # computes at most 12 layers and remat is none, which its compiler heeds in a loop alone.
+    # computes at most 12 layers and remat is none, which its compiler heeds in a loop alone. Sampling has its own way.
     unroll: bool | None = None
 
     def __post_init__(self) -> None:
@@ -156,12 +156,19 @@ class Cache(struct.PyTreeNode):
     value: Leaf  # as key
     mask: Leaf  # [B, S] bool, columns that hold a real token
     column: Leaf  # [] int32, the next column to fill
+    turns: Any  # `turns` of S positions; None without RoPE
 
     @classmethod
     def empty(cls, config: Config, rows: int, columns: int) -> "Cache":
         shape = (config.n_layers, rows, config.n_kv_heads, columns, config.head_dim)
         zeros = jnp.zeros(shape, config.compute.dtype)
-        return cls(key=zeros, value=zeros, mask=jnp.zeros((rows, columns), bool), column=jnp.int32(0))
+        return cls(
+            key=zeros,
+            value=zeros,
+            mask=jnp.zeros((rows, columns), bool),
+            column=jnp.int32(0),
+            turns=turns(columns, config),
+        )
 
     def apart(self) -> "Cache":
         """Each layer as an array of its own, of the very shape that attention multiplies by: XLA for CPU copies
@@ -238,20 +245,20 @@ def frequencies(config: Config) -> np.ndarray:
     return frequency.astype(np.float32)
 
 
-Turn = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
+def turns(length: int, config: Config) -> tuple[Float[Array, "N F"], Float[Array, "N F"]] | None:
+    """Cosine and sine of RoPE's angles at the first `length` positions; None without RoPE.
 
-
-def turns(position: Int[Array, "B T"], length: int, config: Config) -> Turn:
-    """Cosine and sine of RoPE's angles at these positions, of which none but padding's is `length` or more.
-
-    Read out of a table: XLA for CPU would compute cosines again in each layer, wherever something is turned.
+    A table to look positions up in: XLA for CPU would compute cosines again wherever something is turned.
     """
+    if config.position != "rope":
+        return None
     angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies(config)[None]
-    cos, sin = (jnp.take(table, position, axis=0, mode="clip") for table in (jnp.cos(angle), jnp.sin(angle)))
-    return cos, sin
+    return jnp.cos(angle), jnp.sin(angle)
 
 
-def rope(x: Float[Array, "B T G R H"], turn: Turn) -> Float[Array, "B T G R H"]:
+def rope(
+    x: Float[Array, "B T G R H"], turn: tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
+) -> Float[Array, "B T G R H"]:
     """Rotary positions (arXiv:2104.09864), feature i paired with feature i + head_dim / 2. Float32 inside."""
     cos, sin = (part[:, :, None, None] for part in turn)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -527,7 +534,8 @@ class Transformer(nn.Module):
             x = x + self.position_table[position]
         x = dropout(x.astype(self.config.compute.dtype), keys, 0, self.config.dropout)
         x = parallel.constrain(x, parallel.ROWS, "tensor")
-        turn = turns(position, attend.shape[2], self.config) if self.config.position == "rope" else None
+        table = turns(tokens.shape[1], self.config) if cache is None else cache.turns
+        turn = jax.tree.map(lambda part: jnp.take(part, position, axis=0, mode="clip"), table)  # padding's may be any
         view = View(turn=turn, attend=attend, near=near, segment=segment, keys=keys)
         if layers is None:
             (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)

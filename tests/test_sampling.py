@@ -80,8 +80,9 @@ def test_rows_that_have_ended_are_left_out_without_a_trace(config):
 
 
 def fresh(monkeypatch):
-    """Has `generate` traced anew."""
-    again = jax.jit(sampling._generate.__wrapped__, static_argnums=(0, *range(5, 10)))
+    """Has `generate` traced anew, which for the same function it would not be."""
+    run = sampling._generate.__wrapped__
+    again = jax.jit(lambda *args: run(*args), static_argnums=(0, *range(5, 10)))
     monkeypatch.setattr(sampling, "_generate", again)
 
 
