@@ -293,7 +293,7 @@ def _generate(
         """
         layers = layers_of(params, config)
         rows = prefill(params, layers, cache.apart(), uniform)
-        n, sizes = jnp.int32(1), [batch]
+        n, sample, sizes = jnp.int32(1), rows.sample, [batch]
         while ends and sizes[-1] >= FEWEST and len(sizes) < loops:
             sizes.append(sizes[-1] // 2)
         for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
@@ -304,10 +304,7 @@ def _generate(
                 return (carry[0] < max_new_tokens) & (jnp.sum(~carry[1].done) > smaller)
 
             n, rows = jax.lax.while_loop(unfinished, functools.partial(extend, params, layers), (n, rows))
-            if size == batch:
-                sample = rows.sample
-            else:
-                sample = jax.tree.map(lambda whole, x, number=rows.number: whole.at[number].set(x), sample, rows.sample)
+            sample = jax.tree.map(lambda whole, x, number=rows.number: whole.at[number].set(x), sample, rows.sample)
         return sample
 
     def stacked(params: Params, cache: Cache, uniform: Array) -> Sample:
@@ -319,8 +316,7 @@ def _generate(
         start = (jnp.int32(1), prefill(params, None, cache, uniform))
         return jax.lax.while_loop(unfinished, functools.partial(extend, params, None), start)[1].sample
 
-    # Elsewhere than on CPU all rows go on until the last has ended: leaving some out would move the others between
-    # devices.
+    # On GPUs all rows go on until the last has ended: each further loop would be compiled, layer by layer.
     on_cpu, on_gpu = (functools.partial(written_out, loops=loops) for loops in (LOOPS, 1))
     cache = Cache.empty(config, batch, prompt_columns + max_new_tokens)
     uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(max_new_tokens))
