@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import evaluate, ppo, pretrain, rank, reward, sft
-from rlhf_jax import cli, parallel, plots, runs, transformer
+from rlhf_jax import models, runs
+from rlhf_jax.devices import parallel
+from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import InputError
 
 
@@ -28,7 +30,7 @@ class Config:
     out: Path = Path("runs/quickstart")  # run directory; each stage has a folder in it
     data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
     best_of: int = 4  # answers among which best-of-n picks, at least 2
-    compute: transformer.Compute = transformer.Compute()  # of every stage
+    compute: models.Compute = models.Compute()  # of every stage
     devices: parallel.Config = parallel.Config()  # likewise
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()

@@ -7,7 +7,7 @@ Parent:  evaluate
 from pathlib import Path
 
 from experiments.evaluate import Config, main
-from rlhf_jax import cli
+from rlhf_jax.runs import cli
 
 CONFIG = Config(model=Path("runs/sft/model"), reward=Path("runs/reward/model"), best_of=16)
 

@@ -17,9 +17,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import checkpoint, cli, log, models, optim, parallel, plots, rollout, runs, transformer
-from rlhf_jax import dpo as dpo_lib
-from rlhf_jax.data import builders, pipeline
+from rlhf_jax import models, runs
+from rlhf_jax.algorithms import dpo as dpo_lib
+from rlhf_jax.algorithms import optim
+from rlhf_jax.data import pipeline, sources
+from rlhf_jax.devices import parallel
+from rlhf_jax.rollouts import rollout
+from rlhf_jax.runs import checkpoint, cli, log, plots
 from rlhf_jax.types import TrainState, check_positive, named_key
 
 
@@ -39,7 +43,7 @@ class Config:
     warmup: int = 8  # steps of linear warm-up
     dropout: float = 0.0  # residual dropout
     dpo: dpo_lib.Config = dpo_lib.Config(beta=0.2)
-    compute: transformer.Compute = transformer.Compute()
+    compute: models.Compute = models.Compute()
     devices: parallel.Config = parallel.Config()
     skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
     saves: checkpoint.Config = checkpoint.Config()
@@ -51,11 +55,11 @@ class Config:
 
 
 def build(
-    cfg: Config, config: transformer.Config, layout: parallel.Layout, steps: int
+    cfg: Config, config: models.Config, layout: parallel.Layout, steps: int
 ) -> tuple[optax.GradientTransformation, Callable]:
     """The optimiser of so many steps, and the train step, placed: it takes (state, batch, reference)."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps, cfg.warmup), skip_bad=cfg.skip_bad > 0)
-    apply_fn = transformer.bind(transformer.Transformer(dataclasses.replace(config, dropout=cfg.dropout)))
+    apply_fn = models.bind(models.Transformer(dataclasses.replace(config, dropout=cfg.dropout)))
     settings: dict = {"apply_fn": apply_fn, "tx": tx, "cfg": cfg.dpo, "microbatches": cfg.devices.microbatches}
     return tx, layout.step(functools.partial(dpo_lib.train_step, **settings), donate=(0,))
 
@@ -66,7 +70,7 @@ def main(cfg: Config) -> TrainState:
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     models.check_length(model.config, length=cfg.length)
-    rows = builders.source(cfg.data, "rankings", data_dir=cfg.data_dir)
+    rows = sources.rows(cfg.data, "rankings", data_dir=cfg.data_dir)
     sizes = {"length": cfg.length, "batch": cfg.batch, "epochs": cfg.epochs}
     batches = pipeline.rankings(rows, models.tokenizer_of(model), **sizes, seed=cfg.seed)
     print(f"{cfg.data}: {batches.counts}")
@@ -92,6 +96,7 @@ def main(cfg: Config) -> TrainState:
                     saves.save(layout.get(state), streams, run.flush())
         state = layout.get(state)
         models.save(model, state.params, cfg.out / "model")
+        runs.share(cfg.out / "model")
         trained = dataclasses.replace(model, params=state.params)
         asked = [row["prompt"] for row in itertools.islice(rows, 8)]
         key = named_key(cfg.seed, "dpo/samples")

@@ -16,9 +16,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rlhf_jax import best_of_n, cli, models, parallel, rollout, runs, scores, sft, transformer
-from rlhf_jax.data import builders, pipeline
+from rlhf_jax import models, runs
+from rlhf_jax.algorithms import best_of_n, sft
+from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data.world import World
+from rlhf_jax.devices import parallel
+from rlhf_jax.rollouts import rollout, scores
+from rlhf_jax.runs import cli
 from rlhf_jax.types import InputError, Prompts, Rollout, check_positive, named_key
 
 
@@ -41,7 +45,7 @@ class Config:
     text_length: int = 64  # tokens in a row of text
     batch: int = 256  # answers, or rows of text, at once, over all devices
     world: int = 0  # seed of the world that the model was trained on
-    compute: transformer.Compute = transformer.Compute()
+    compute: models.Compute = models.Compute()
     devices: parallel.Config = parallel.Config()
 
     def __post_init__(self) -> None:
@@ -58,16 +62,16 @@ class Config:
         check_positive(self, *positive)
 
 
-def measuring(config: transformer.Config, layout: parallel.Layout) -> Callable:
+def measuring(config: models.Config, layout: parallel.Layout) -> Callable:
     """`sft.evaluate` by a model of this architecture, placed: it takes (params, batch)."""
-    apply_fn = transformer.bind(transformer.Transformer(config))
+    apply_fn = models.bind(models.Transformer(config))
     return layout.step(functools.partial(sft.evaluate, apply_fn=apply_fn))
 
 
 def held_out_nll(cfg: Config, model: models.Model, layout: parallel.Layout) -> float:
     """Mean negative log-likelihood of held-out pretraining text, nats a token."""
     models.check_length(model.config, text_length=cfg.text_length)
-    rows = builders.source(f"world:seed={cfg.world},rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
+    rows = sources.rows(f"world:seed={cfg.world},rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
     tokenizer = models.tokenizer_of(model)
     batches = pipeline.text(rows, tokenizer, length=cfg.text_length, batch=cfg.batch, seed=0, epochs=1)
     step = measuring(model.config, layout)
@@ -101,7 +105,7 @@ def main(cfg: Config) -> dict:
     model = models.load(cfg.model, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
     world = World.generate(cfg.world)
-    rows = builders.source(
+    rows = sources.rows(
         f"world:seed={cfg.world},rows={cfg.prompts}", "prompts", data_dir=cfg.data_dir, split="held_out"
     )
     prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)

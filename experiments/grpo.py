@@ -17,9 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from experiments import ppo
-from rlhf_jax import checkpoint, cli, flops, models, optim, parallel, runs, transformer, updates
-from rlhf_jax import grpo as grpo_lib
-from rlhf_jax.data import builders, pipeline
+from rlhf_jax import models, runs
+from rlhf_jax.algorithms import grpo as grpo_lib
+from rlhf_jax.algorithms import optim, updates
+from rlhf_jax.analysis import flops
+from rlhf_jax.data import pipeline, sources
+from rlhf_jax.devices import parallel
+from rlhf_jax.runs import checkpoint, cli
 from rlhf_jax.types import InputError, Leaf, Params, Prompts, Rollout, TrainState, check_positive, named_key
 
 
@@ -48,7 +52,7 @@ class Config:
     algorithm: grpo_lib.Config = grpo_lib.Config(
         minibatches=4, group=4, kl_coef=0.2, kl_in="reward", ptx_coef=3.0, unfinished_score=-1.0
     )
-    compute: transformer.Compute = transformer.Compute()
+    compute: models.Compute = models.Compute()
     devices: parallel.Config = parallel.Config()
     samples_every: int = 20  # steps between tables of samples
     samples: int = 8  # episodes in a table
@@ -66,7 +70,7 @@ class Config:
 
 def build(
     cfg: Config,
-    config: transformer.Config,
+    config: models.Config,
     eos_id: int | tuple[int, ...],
     layout: parallel.Layout,
     train_step: Callable,
@@ -75,7 +79,7 @@ def build(
     updates_a_step = cfg.algorithm.epochs * cfg.algorithm.minibatches
     schedule = optim.schedule(cfg.schedule, cfg.lr, cfg.steps * updates_a_step, cfg.warmup)
     tx = optim.adamw(schedule, cfg.adam, skip_bad=cfg.skip_bad > 0)
-    settings: dict[str, Any] = {"policy_fn": transformer.bind(transformer.Transformer(config)), "tx": tx}
+    settings: dict[str, Any] = {"policy_fn": models.bind(models.Transformer(config)), "tx": tx}
     settings |= {"cfg": cfg.algorithm, "microbatches": cfg.devices.microbatches}
     step_fn = layout.step(functools.partial(train_step, **settings), donate=(0,))
     return tx, ppo.collecting(cfg, cfg.algorithm, config, eos_id, layout), step_fn
@@ -98,7 +102,7 @@ def main(
     rewards = [models.load_reward(path, **given) for path in cfg.reward]
     tokenizer = models.tokenizer_of(policy)
     models.check_vocabularies({cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True)))
-    rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
+    rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
     score = ppo.scorer(rewards, score_text, rows, tokenizer, layout, buckets=cfg.algorithm.buckets)
     wide = {"length": cfg.prompt_length, "widths": cfg.prompt_widths}
     prompts = pipeline.prompts(rows, tokenizer, **wide, batch=cfg.batch // cfg.algorithm.group, seed=cfg.seed)

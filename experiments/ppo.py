@@ -18,28 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import (
-    best_of_n,
-    checkpoint,
-    cli,
-    flops,
-    heads,
-    log,
-    models,
-    optim,
-    parallel,
-    plots,
-    rollout,
-    runs,
-    scores,
-    timing,
-    transformer,
-)
-from rlhf_jax import lora as lora_lib
-from rlhf_jax import ppo as ppo_lib
-from rlhf_jax import updates as updates_lib
-from rlhf_jax.data import builders, pipeline
+from rlhf_jax import models, runs
+from rlhf_jax.algorithms import best_of_n, optim
+from rlhf_jax.algorithms import ppo as ppo_lib
+from rlhf_jax.algorithms import updates as updates_lib
+from rlhf_jax.analysis import flops
+from rlhf_jax.data import builders, pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.devices import parallel
+from rlhf_jax.models import heads
+from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.rollouts import rollout, scores
+from rlhf_jax.runs import checkpoint, cli, log, plots, timing
 from rlhf_jax.types import (
     InputError,
     Leaf,
@@ -84,7 +74,7 @@ class Config:
     adam: optim.Adam = optim.Adam()
     ppo: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0)
     lora: lora_lib.Config = lora_lib.Config()  # of policy and critic
-    compute: transformer.Compute = transformer.Compute()
+    compute: models.Compute = models.Compute()
     devices: parallel.Config = parallel.Config()
     samples_every: int = 20  # steps between tables of samples
     samples: int = 8  # episodes in a table
@@ -142,8 +132,8 @@ def scorer(
 
 def build(
     cfg: Config,
-    config: transformer.Config,
-    judge: transformer.Config | None,
+    config: models.Config,
+    judge: models.Config | None,
     eos_id: int | tuple[int, ...],
     layout: parallel.Layout,
 ) -> tuple[optax.GradientTransformation, Callable, Callable]:
@@ -159,7 +149,7 @@ def build(
 
     tx = ppo_lib.optimizer(adam(cfg.lr), adam(cfg.critic_lr))
     critic_fn = heads.critic(judge) if judge else heads.shared_critic(config)
-    policy_fn = transformer.bind(transformer.Transformer(config))
+    policy_fn = models.bind(models.Transformer(config))
     settings: dict[str, Any] = {"policy_fn": policy_fn, "critic_fn": critic_fn, "lora": cfg.lora, "tx": tx}
     settings |= {"cfg": cfg.ppo, "microbatches": cfg.devices.microbatches}
     step_fn = layout.step(functools.partial(train_step, **settings), donate=(0,))
@@ -169,7 +159,7 @@ def build(
 def collecting(
     cfg: Any,
     settings: updates_lib.Config,
-    config: transformer.Config,
+    config: models.Config,
     eos_id: int | tuple[int, ...],
     layout: parallel.Layout,
     **more: Any,
@@ -205,7 +195,7 @@ def main(cfg: Config, score_text: ScoreText | None = None) -> TrainState:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.init}: take the model that it came from")
     others = dict(zip(cfg.reward, rewards, strict=True)) | ({cfg.reference: held} if cfg.reference else {})
     models.check_vocabularies({cfg.init: policy} | others)
-    rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
+    rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
     score = scorer(rewards, score_text, rows, tokenizer, layout, cfg.pessimism, cfg.ppo.buckets)
     wide = {"length": cfg.prompt_length, "widths": cfg.prompt_widths}
     prompts = pipeline.prompts(rows, tokenizer, **wide, batch=cfg.batch, seed=cfg.seed)
@@ -239,11 +229,11 @@ def main(cfg: Config, score_text: ScoreText | None = None) -> TrainState:
 def speeds(
     cfg: Any,
     settings: updates_lib.Config,
-    policy: transformer.Config,
+    policy: models.Config,
     values: dict[str, Any],
     *,
-    critic: transformer.Config | None = None,
-    rewards: Sequence[transformer.Config] = (),
+    critic: models.Config | None = None,
+    rewards: Sequence[models.Config] = (),
     peak: float,
 ) -> dict[str, float]:
     """Tokens a second of each part of a step, and what it computes in tera-operations a second and as a share of the
@@ -297,7 +287,7 @@ def train(
     streams = {"prompts": iter(prompts)}
     if cfg.text is not None:
         models.check_length(policy.config, text_length=cfg.text_length)
-        text = builders.source(cfg.text, "text", data_dir=cfg.data_dir)
+        text = sources.rows(cfg.text, "text", data_dir=cfg.data_dir)
         sizes = {"length": cfg.text_length, "batch": cfg.text_batch}
         streams["text"] = iter(pipeline.text(text, tokenizer, **sizes, seed=cfg.seed + 1))
     shown = ("reward/score", "kl/reference")
@@ -332,6 +322,7 @@ def train(
                 saves.save(layout.get(state), streams, run.flush())
     state = layout.get(state)
     models.save(policy, export(state.opt_state.get("ema", state.params["policy"])), cfg.out / "model")
+    runs.share(cfg.out / "model")
     plots.curves(
         cfg.out,
         {

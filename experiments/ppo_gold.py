@@ -8,9 +8,9 @@ import dataclasses
 from pathlib import Path
 
 from experiments import ppo
-from rlhf_jax import cli
 from rlhf_jax.data.tokenizer import Prompt, prompt_text
 from rlhf_jax.data.world import World
+from rlhf_jax.runs import cli
 from rlhf_jax.types import TrainState
 
 

@@ -7,7 +7,7 @@ Parent:  ppo
 from pathlib import Path
 
 from experiments.ppo import Config, main
-from rlhf_jax import cli
+from rlhf_jax.runs import cli
 
 CONFIG = Config(text=None, out=Path("runs/ppo_no_ptx"))
 

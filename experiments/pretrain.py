@@ -15,8 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import checkpoint, cli, hosts, log, models, optim, parallel, plots, rollout, runs, sft, transformer
-from rlhf_jax.data import builders, pipeline, tokenizer
+from rlhf_jax import models, runs
+from rlhf_jax.algorithms import optim, sft
+from rlhf_jax.data import builders, pipeline, sources, tokenizer
+from rlhf_jax.devices import hosts, parallel
+from rlhf_jax.rollouts import rollout
+from rlhf_jax.runs import checkpoint, cli, log, plots
 from rlhf_jax.types import TrainState, check_positive, named_key
 
 
@@ -37,7 +41,7 @@ class Config:
     lr: float = 3e-3  # peak learning rate, cosine to 10 % of it
     warmup: int = 60  # steps of linear warm-up
     weight_decay: float = 0.1  # of matrices
-    compute: transformer.Compute = transformer.Compute()
+    compute: models.Compute = models.Compute()
     devices: parallel.Config = parallel.Config()
     skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
     saves: checkpoint.Config = checkpoint.Config(every=500)
@@ -54,20 +58,18 @@ def new_model(cfg: Config, rows: builders.Rows) -> models.Model:
     with tempfile.TemporaryDirectory() as spare:  # every process trains the same, and one keeps it
         kept = cfg.out / "tokenizer" if hosts.first() else Path(spare)
         tok = tokenizer.train(texts, cfg.vocab_size, kept)
-    config = dataclasses.replace(transformer.preset(cfg.preset), vocab_size=len(tok), compute=cfg.compute)
-    module = transformer.Transformer(config)
+    config = dataclasses.replace(models.preset(cfg.preset), vocab_size=len(tok), compute=cfg.compute)
+    module = models.Transformer(config)
     ones = jnp.ones((1, 2), jnp.int32)
     params = jax.jit(module.init)(named_key(cfg.seed, "pretrain/init"), ones, ones)["params"]
-    return models.Model(config, params, tok, transformer.bind(module))
+    return models.Model(config, params, tok, models.bind(module))
 
 
-def build(
-    cfg: Config, config: transformer.Config, layout: parallel.Layout
-) -> tuple[optax.GradientTransformation, Callable]:
+def build(cfg: Config, config: models.Config, layout: parallel.Layout) -> tuple[optax.GradientTransformation, Callable]:
     """The optimiser, and the train step, placed: it takes (state, batch)."""
     schedule = optim.cosine(cfg.lr, cfg.steps, cfg.warmup)
     tx = optim.adamw(schedule, weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
-    apply_fn = transformer.bind(transformer.Transformer(config))
+    apply_fn = models.bind(models.Transformer(config))
     settings = {"apply_fn": apply_fn, "tx": tx, "microbatches": cfg.devices.microbatches}
     return tx, layout.step(functools.partial(sft.train_step, **settings), donate=(0,))
 
@@ -75,7 +77,7 @@ def build(
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
     runs.claim(cfg.out, cfg)
-    rows = builders.source(cfg.data, "text", data_dir=cfg.data_dir)
+    rows = sources.rows(cfg.data, "text", data_dir=cfg.data_dir)
     layout = parallel.layout(cfg.devices)
     load = functools.partial(models.load, compute=cfg.compute, place=layout.sharding)
     model = load(cfg.init) if cfg.init else new_model(cfg, rows)
@@ -99,6 +101,7 @@ def main(cfg: Config) -> TrainState:
                     saves.save(layout.get(state), streams, run.flush())
         state = layout.get(state)
         models.save(model, state.params, cfg.out / "model")
+        runs.share(cfg.out / "model")
         trained = dataclasses.replace(model, params=state.params)
         begun = [" ".join(row["text"].split()[:8]) for row in itertools.islice(rows, 8)]
         run.samples(

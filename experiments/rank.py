@@ -15,9 +15,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rlhf_jax import cli, models, parallel, rollout, runs, transformer
-from rlhf_jax.data import builders, labelers, pipeline
-from rlhf_jax.data.world import World
+from rlhf_jax import models, runs
+from rlhf_jax.data import pipeline, sources
+from rlhf_jax.data.world import World, labelers
+from rlhf_jax.devices import parallel
+from rlhf_jax.rollouts import rollout
+from rlhf_jax.runs import cli
 from rlhf_jax.types import InputError, check_positive, named_key
 
 
@@ -40,7 +43,7 @@ class Config:
     temperature: float = 1.0  # of the answers
     batch: int = 256  # answers sampled at once, over all devices
     world: int = 0  # seed of the world that the prompts are of
-    compute: transformer.Compute = transformer.Compute()
+    compute: models.Compute = models.Compute()
     devices: parallel.Config = parallel.Config()
 
     def __post_init__(self) -> None:
@@ -65,7 +68,7 @@ def main(cfg: Config) -> dict[str, float]:
     for split, (skip, count) in sizes.items():
         rng = random.Random(f"{cfg.seed}/{split}")
         spec = f"world:seed={cfg.world},rows={skip + count}"
-        rows = builders.source(spec, "prompts", data_dir=cfg.data_dir, split=f"{split}[{skip}:]")
+        rows = sources.rows(spec, "prompts", data_dir=cfg.data_dir, split=f"{split}[{skip}:]")
         prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
         times = [rng.randint(cfg.least, cfg.most) for _ in prompts.index]
         repeated = jax.tree.map(lambda x, times=times: np.repeat(x, times, axis=0), prompts)

@@ -15,8 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from experiments import sft
-from rlhf_jax import best_of_n, cli, models, parallel, rollout, runs, scores, transformer
-from rlhf_jax.data import builders, pipeline
+from rlhf_jax import models, runs
+from rlhf_jax.algorithms import best_of_n
+from rlhf_jax.data import pipeline, sources
+from rlhf_jax.devices import parallel
+from rlhf_jax.rollouts import rollout, scores
+from rlhf_jax.runs import cli
 from rlhf_jax.types import InputError, TrainState, check_positive, named_key
 
 
@@ -37,7 +41,7 @@ class Config:
     max_new_tokens: int = 16  # tokens of an answer
     temperature: float = 1.0  # of the answers
     batch: int = 256  # answers at once, over all devices
-    compute: transformer.Compute = transformer.Compute()  # of sampling and of fine-tuning
+    compute: models.Compute = models.Compute()  # of sampling and of fine-tuning
     devices: parallel.Config = parallel.Config()  # likewise
     sft: "sft.Config" = sft.Config(lr=3e-4, epochs=1)
 
@@ -68,7 +72,7 @@ def pick(cfg: Config) -> None:
     judge = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
     models.check_vocabularies({cfg.init: model, cfg.reward: judge})
     tokenizer = models.tokenizer_of(model)
-    rows = builders.source(cfg.data, "prompts", data_dir=cfg.data_dir)
+    rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
     some = itertools.islice(rows, cfg.prompts)
     prompts, counts = pipeline.every_prompt(some, tokenizer, length=cfg.prompt_length)
     print(f"{cfg.data}: {counts}")

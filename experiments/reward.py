@@ -20,11 +20,16 @@ import jax
 import numpy as np
 import optax
 
-from rlhf_jax import calibration, checkpoint, cli, heads, hosts, log, models, optim, parallel, plots, runs, transformer
-from rlhf_jax import lora as lora_lib
-from rlhf_jax import reward as reward_lib
-from rlhf_jax.data import builders, pipeline
+from rlhf_jax import models, runs
+from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms import reward as reward_lib
+from rlhf_jax.analysis import calibration
+from rlhf_jax.data import builders, pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.devices import hosts, parallel
+from rlhf_jax.models import heads
+from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.runs import checkpoint, cli, log, plots
 from rlhf_jax.types import Metrics, Params, Rankings, TrainState, check_positive, named_key
 
 
@@ -48,7 +53,7 @@ class Config:
     reward: reward_lib.Config = reward_lib.Config()
     lora: lora_lib.Config = lora_lib.Config()
     normalize_first: bool = False  # gain and bias before training too, as Ziegler et al. 2019
-    compute: transformer.Compute = transformer.Compute()
+    compute: models.Compute = models.Compute()
     devices: parallel.Config = parallel.Config()
     skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
     saves: checkpoint.Config = checkpoint.Config()
@@ -104,19 +109,19 @@ def train_step(
 
 
 def build(
-    cfg: Config, config: transformer.Config, layout: parallel.Layout, steps: int
+    cfg: Config, config: models.Config, layout: parallel.Layout, steps: int
 ) -> tuple[optax.GradientTransformation, Callable, Callable]:
     """The optimiser of so many steps, the train step on (state, base, batch), and scores of (params, batch), placed."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
-    noisy = transformer.bind(heads.ScalarModel(dataclasses.replace(config, dropout=cfg.dropout)))
+    noisy = models.bind(heads.ScalarModel(dataclasses.replace(config, dropout=cfg.dropout)))
     settings: dict = {"apply_fn": noisy, "lora": cfg.lora, "tx": tx, "cfg": cfg.reward}
     settings |= {"microbatches": cfg.devices.microbatches, "buckets": cfg.buckets}
-    reading: dict = {"apply_fn": transformer.bind(heads.ScalarModel(config)), "buckets": cfg.buckets}
+    reading: dict = {"apply_fn": models.bind(heads.ScalarModel(config)), "buckets": cfg.buckets}
     scores = functools.partial(reward_lib.scores, **reading)
     return tx, layout.step(functools.partial(train_step, **settings), donate=(0,)), layout.step(scores)
 
 
-def split(cfg: Config, config: transformer.Config, policy: Params) -> tuple[Params, Params]:
+def split(cfg: Config, config: models.Config, policy: Params) -> tuple[Params, Params]:
     """What is trained, from a language model's parameters, and the frozen base."""
     params = heads.from_policy(policy, config, named_key(cfg.seed, "reward/head"))
     trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
@@ -130,7 +135,7 @@ def main(cfg: Config) -> dict[str, float]:
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     models.check_length(model.config, length=cfg.length)
     tokenizer = models.tokenizer_of(model)
-    source = functools.partial(builders.source, kind="rankings", data_dir=cfg.data_dir)
+    source = functools.partial(sources.rows, kind="rankings", data_dir=cfg.data_dir)
     read = functools.partial(pipeline.rankings, tokenizer=tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed)
     train, held_out = source(cfg.data), source(cfg.held_out) if cfg.held_out else None
     batches = read(train, epochs=cfg.epochs)
@@ -181,10 +186,11 @@ def main(cfg: Config) -> dict[str, float]:
                 if saves.due(step):
                     saves.save(layout.get(state), streams, run.flush())
         params = lora_lib.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
-        last = jax.jit(functools.partial(transformer.bind(heads.ScalarModel(model.config)), method="last"))
+        last = jax.jit(functools.partial(models.bind(heads.ScalarModel(model.config)), method="last"))
         score_fn = lambda tokens, mask: hosts.whole(last(params, tokens, mask))
         run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, score_fn, cfg.length))
     models.save(model, params, cfg.out / "model")
+    runs.share(cfg.out / "model")
     plots.curves(cfg.out, {"loss (nats)": [name], "training accuracy (share of pairs)": ["reward/accuracy"]})
     if measured is None:
         return {}

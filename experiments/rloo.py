@@ -8,8 +8,8 @@ import dataclasses
 from pathlib import Path
 
 from experiments import grpo
-from rlhf_jax import cli
-from rlhf_jax import rloo as rloo_lib
+from rlhf_jax.algorithms import rloo as rloo_lib
+from rlhf_jax.runs import cli
 from rlhf_jax.types import TrainState
 
 

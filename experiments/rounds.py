@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import evaluate, ppo, rank, reward
-from rlhf_jax import cli, parallel, plots, runs, transformer
+from rlhf_jax import models, runs
+from rlhf_jax.devices import parallel
+from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import check_positive
 
 
@@ -28,7 +30,7 @@ class Config:
     init: Path = Path("runs/sft/model")  # fine-tuned model: where the policy starts, and the reference
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     rounds: int = 3  # turns of policy and labelers
-    compute: transformer.Compute = transformer.Compute()  # of every stage
+    compute: models.Compute = models.Compute()  # of every stage
     devices: parallel.Config = parallel.Config()  # likewise
     rank: "rank.Config" = rank.Config(prompts=1200, held_out=128)
     reward: "reward.Config" = reward.Config()

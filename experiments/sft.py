@@ -20,9 +20,13 @@ import jax
 import numpy as np
 import optax
 
-from rlhf_jax import checkpoint, cli, hosts, log, models, optim, parallel, plots, rollout, runs, sft, transformer
-from rlhf_jax import lora as lora_lib
-from rlhf_jax.data import builders, pipeline
+from rlhf_jax import models, runs
+from rlhf_jax.algorithms import optim, sft
+from rlhf_jax.data import pipeline, sources
+from rlhf_jax.devices import hosts, parallel
+from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.rollouts import rollout
+from rlhf_jax.runs import checkpoint, cli, log, plots
 from rlhf_jax.types import Metrics, Params, Tokens, TrainState, check_positive, named_key
 
 
@@ -44,7 +48,7 @@ class Config:
     dropout: float = 0.1  # residual dropout
     weight_decay: float = 0.0  # of matrices
     lora: lora_lib.Config = lora_lib.Config()
-    compute: transformer.Compute = transformer.Compute()
+    compute: models.Compute = models.Compute()
     devices: parallel.Config = parallel.Config()
     skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
     saves: checkpoint.Config = checkpoint.Config()
@@ -63,11 +67,11 @@ def train_step(
 
 
 def build(
-    cfg: Config, config: transformer.Config, layout: parallel.Layout, steps: int
+    cfg: Config, config: models.Config, layout: parallel.Layout, steps: int
 ) -> tuple[optax.GradientTransformation, Callable]:
     """The optimiser of so many steps, and the train step, placed: it takes (state, base, batch)."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
-    apply_fn = transformer.bind(transformer.Transformer(dataclasses.replace(config, dropout=cfg.dropout)))
+    apply_fn = models.bind(models.Transformer(dataclasses.replace(config, dropout=cfg.dropout)))
     settings = {"apply_fn": apply_fn, "lora": cfg.lora, "tx": tx, "microbatches": cfg.devices.microbatches}
     return tx, layout.step(functools.partial(train_step, **settings), donate=(0,))
 
@@ -85,7 +89,7 @@ def main(cfg: Config) -> TrainState:
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     models.check_length(model.config, length=cfg.length)
     tokenizer = models.tokenizer_of(model)
-    rows = builders.source(cfg.data, "demonstrations", data_dir=cfg.data_dir)
+    rows = sources.rows(cfg.data, "demonstrations", data_dir=cfg.data_dir)
     # Dropout goes by a row's place in the batch: a process takes its share of demonstrations and text together.
     whole: dict[str, Any] = {"process_index": 0, "process_count": 1}
     batches = pipeline.demonstrations(
@@ -95,7 +99,7 @@ def main(cfg: Config) -> TrainState:
     steps = batches.steps
     streams = {"data": iter(batches)}
     if cfg.text is not None:
-        text_rows = builders.source(cfg.text, "text", data_dir=cfg.data_dir)
+        text_rows = sources.rows(cfg.text, "text", data_dir=cfg.data_dir)
         streams["text"] = iter(
             pipeline.text(text_rows, tokenizer, length=cfg.length, batch=cfg.text_batch, seed=cfg.seed + 1, **whole)
         )
@@ -118,6 +122,7 @@ def main(cfg: Config) -> TrainState:
         state = layout.get(state)
         model = dataclasses.replace(model, params=lora_lib.merge(layout.get(base), state.params, cfg.lora))
         models.save(model, model.params, cfg.out / "model")
+        runs.share(cfg.out / "model")
         asked = [row["prompt"] if "prompt" in row else row["messages"][:-1] for row in itertools.islice(rows, 8)]
         key = named_key(cfg.seed, "sft/samples")
         run.samples(steps, rollout.say(model, asked, key, length=cfg.length, layout=layout))

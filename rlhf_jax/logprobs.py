@@ -83,6 +83,12 @@ def response_mask(tokens: Int[Array, "B N"], eos_id: int) -> Bool[Array, "B N"]:
     return jnp.cumsum(is_eos, axis=-1) - is_eos == 0
 
 
+def last_index(mask: Bool[Array, "B T"]) -> Array:
+    """Column of each row's last valid token, -1 in an empty row. [B] int32."""
+    columns = jnp.arange(mask.shape[1], dtype=jnp.int32)
+    return jnp.max(jnp.where(mask, columns[None], -1), axis=1)
+
+
 def masked_mean(x: Shaped[Array, "..."], mask: Bool[Array, "..."], count: Array | None = None) -> Float[Array, ""]:
     """Sum of `x` where `mask`, over `count`.
 

@@ -33,7 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import cli, flops, heads, optim, parallel, plots, ppo, reward, rollout, sampling, scores, sft, transformer
+from rlhf_jax import models
+from rlhf_jax.algorithms import optim, ppo, reward, sft
+from rlhf_jax.analysis import flops
+from rlhf_jax.devices import parallel
+from rlhf_jax.models import heads
+from rlhf_jax.rollouts import rollout, sampling, scores
+from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import InputError, Prompts, Rankings, Tokens, TrainState, check_positive
 
 FIRST = 5  # smaller token ids are special
@@ -168,7 +174,7 @@ class Config:
     only: str = "sft,decode,decode_ragged,reward,ppo,reward_k9,reward_ragged,ppo_ragged,packing"  # workloads
     device: Literal["cpu", "gpu", "tpu"] | None = None  # None is the best there is
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk
-    preset: str | None = None  # a model of transformer.PRESETS instead of the Llama below
+    preset: str | None = None  # a model of models.PRESETS instead of the Llama below
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
     peer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # NAME=PYTHON:SCRIPT, any number of times
     rounds: int = 2  # in each of which every workload runs once, here and at every peer
@@ -388,13 +394,13 @@ class Workload:
     more: Callable[[], dict[str, float]] = dict  # what else there is to say, after the timing
 
 
-def architecture(cfg: Config) -> transformer.Config:
+def architecture(cfg: Config) -> models.Config:
     """The model's config."""
-    compute = transformer.Compute(dtype=cfg.dtype, remat=cfg.remat)
+    compute = models.Compute(dtype=cfg.dtype, remat=cfg.remat)
     if cfg.preset is not None:
-        return dataclasses.replace(transformer.preset(cfg.preset), compute=compute)
+        return dataclasses.replace(models.preset(cfg.preset), compute=compute)
     m = cfg.model
-    return transformer.llama(
+    return models.llama(
         m.layers,
         m.hidden,
         m.heads,
@@ -425,11 +431,11 @@ def clock(amount: float, run: Callable[[], Any]) -> tuple[float, float]:
     return amount, time.perf_counter() - start
 
 
-def random_ids(config: transformer.Config, *shape: int) -> np.ndarray:
+def random_ids(config: models.Config, *shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(FIRST, config.vocab_size, shape, dtype=np.int32)
 
 
-def end_ids(config: transformer.Config, fraction: float) -> tuple[int, ...]:
+def end_ids(config: models.Config, fraction: float) -> tuple[int, ...]:
     """The last `fraction` of the vocabulary; without any, a token that there is not."""
     count = round(fraction * config.vocab_size)
     return tuple(range(config.vocab_size - count, config.vocab_size)) or (config.vocab_size,)
@@ -446,7 +452,7 @@ class Trainer:
     def __init__(self, step: Callable, module: Any, cfg: Config, **settings: Any) -> None:
         tx = optim.adamw(cfg.learning_rate)
         self.state = parallel.replicate(optim.init(init(module, 0), tx, jax.random.key(1)))
-        apply_fn = transformer.bind(module)
+        apply_fn = models.bind(module)
         self.step = parallel.pmap(functools.partial(step, apply_fn=apply_fn, tx=tx, **settings), donate=(0,))
 
     def __call__(self, batch: Any) -> Any:
@@ -454,11 +460,11 @@ class Trainer:
         return metrics
 
 
-def sft_workload(config: transformer.Config, cfg: Config) -> Workload:
+def sft_workload(config: models.Config, cfg: Config) -> Workload:
     w = cfg.sft
     tokens = random_ids(config, w.batch, w.target_tokens + 1)
     batch = Tokens(tokens=tokens, segment=np.ones_like(tokens), target=np.ones_like(tokens, bool))
-    train = Trainer(sft.train_step, transformer.Transformer(config), cfg)
+    train = Trainer(sft.train_step, models.Transformer(config), cfg)
     return Workload(
         unit="tokens_per_s",
         warmup=w.warmup_steps,
@@ -475,12 +481,12 @@ def documents(w: Packing) -> np.ndarray:
     return np.cumsum(starts, axis=1, dtype=np.int32)
 
 
-def packing_workload(config: transformer.Config, cfg: Config) -> Workload:
+def packing_workload(config: models.Config, cfg: Config) -> Workload:
     w = cfg.packing
     tokens, segment = random_ids(config, w.batch, w.length), documents(w)
     target = np.pad(segment[:, 1:] == segment[:, :-1], ((0, 0), (1, 0)))
     batch = Tokens(tokens=tokens, segment=segment, target=target)
-    train = Trainer(sft.train_step, transformer.Transformer(config), cfg)
+    train = Trainer(sft.train_step, models.Transformer(config), cfg)
     return Workload(
         unit="tokens_per_s",
         warmup=w.warmup_steps,
@@ -490,13 +496,13 @@ def packing_workload(config: transformer.Config, cfg: Config) -> Workload:
     )
 
 
-def rankings(config: transformer.Config, prompts: int, responses: int, length: int) -> Rankings:
+def rankings(config: models.Config, prompts: int, responses: int, length: int) -> Rankings:
     tokens = random_ids(config, prompts, responses, length)
     rank = np.broadcast_to(np.arange(responses, dtype=np.int32), (prompts, responses))
     return Rankings(tokens=tokens, mask=np.ones_like(tokens, bool), start=np.zeros(prompts, np.int32), rank=rank)
 
 
-def reward_workload(config: transformer.Config, cfg: Config) -> Workload:
+def reward_workload(config: models.Config, cfg: Config) -> Workload:
     w = cfg.reward
     batch = rankings(config, w.pairs, 2, w.length)
     train = Trainer(reward.train_step, heads.ScalarModel(config), cfg)
@@ -509,7 +515,7 @@ def reward_workload(config: transformer.Config, cfg: Config) -> Workload:
     )
 
 
-def reward_k9_workload(config: transformer.Config, cfg: Config) -> Workload:
+def reward_k9_workload(config: models.Config, cfg: Config) -> Workload:
     """Beside it, in turn, as many sequences as pairs of two."""
     w = cfg.reward_k9
     pairs, sequences = w.prompts * w.responses * (w.responses - 1) // 2, w.prompts * w.responses
@@ -540,7 +546,7 @@ def reward_k9_workload(config: transformer.Config, cfg: Config) -> Workload:
     )
 
 
-def reward_ragged_workload(config: transformer.Config, cfg: Config) -> Workload:
+def reward_ragged_workload(config: models.Config, cfg: Config) -> Workload:
     w = cfg.reward_ragged
     new = np.minimum(np.random.default_rng(1).geometric(1 / w.mean, (w.pairs, 2)), w.max_new)
     batch = rankings(config, w.pairs, 2, w.prompt + w.max_new)
@@ -568,14 +574,14 @@ def reward_ragged_workload(config: transformer.Config, cfg: Config) -> Workload:
     )
 
 
-def prompts_of(config: transformer.Config, rows: int, length: int) -> Prompts:
+def prompts_of(config: models.Config, rows: int, length: int) -> Prompts:
     tokens = random_ids(config, rows, length)
     return Prompts(tokens=tokens, mask=np.ones_like(tokens, bool), index=np.arange(rows, dtype=np.int32))
 
 
-def sampler(config: transformer.Config, new: int, ends: tuple[int, ...]) -> Callable[[Prompts, int], sampling.Sample]:
+def sampler(config: models.Config, new: int, ends: tuple[int, ...]) -> Callable[[Prompts, int], sampling.Sample]:
     """Samples a response to each prompt of a batch, with the noise of a seed."""
-    module = transformer.Transformer(config)
+    module = models.Transformer(config)
 
     def step(params: Any, prompts: Prompts, seed: jax.Array, axis: str | None) -> sampling.Sample:
         keys = parallel.row_keys(jax.random.key(seed), prompts.tokens.shape[0], axis)
@@ -585,7 +591,7 @@ def sampler(config: transformer.Config, new: int, ends: tuple[int, ...]) -> Call
     return lambda prompts, seed: run(params, parallel.shard(prompts), parallel.replicate(np.uint32(seed)))
 
 
-def decode_workload(config: transformer.Config, cfg: Config) -> Workload:
+def decode_workload(config: models.Config, cfg: Config) -> Workload:
     w = cfg.decode
     prompts, sample = prompts_of(config, w.batch, w.prompt), sampler(config, w.new, ())
     return Workload(
@@ -597,7 +603,7 @@ def decode_workload(config: transformer.Config, cfg: Config) -> Workload:
     )
 
 
-def decode_ragged_workload(config: transformer.Config, cfg: Config) -> Workload:
+def decode_ragged_workload(config: models.Config, cfg: Config) -> Workload:
     """The better of the batch sizes is found in the warm-up."""
     w = cfg.decode_ragged
     sample = sampler(config, w.max_new, end_ids(config, w.eos_fraction))
@@ -629,9 +635,9 @@ def decode_ragged_workload(config: transformer.Config, cfg: Config) -> Workload:
 class Iterations:
     """PPO iterations against a random reward model, as `experiments.ppo` runs them; holds the state."""
 
-    def __init__(self, config: transformer.Config, cfg: Config, w: Ppo, padded: bool = False) -> None:
-        policy, scalar = transformer.Transformer(config), heads.ScalarModel(config)
-        policy_fn, critic_fn = transformer.bind(policy), heads.critic(config)
+    def __init__(self, config: models.Config, cfg: Config, w: Ppo, padded: bool = False) -> None:
+        policy, scalar = models.Transformer(config), heads.ScalarModel(config)
+        policy_fn, critic_fn = models.bind(policy), heads.critic(config)
         fields = {field.name for field in dataclasses.fields(ppo.Config)} & {f.name for f in dataclasses.fields(w)}
         settings = ppo.Config(**{name: getattr(w, name) for name in fields}, stop_at_eos=not padded)
         tx = ppo.optimizer(optim.adamw(cfg.learning_rate), optim.adamw(cfg.learning_rate))
@@ -654,7 +660,7 @@ class Iterations:
             )
         )
         score = functools.partial(
-            scores.score_responses, apply_fn=transformer.bind(scalar), eos_id=ends[0], buckets=settings.buckets
+            scores.score_responses, apply_fn=models.bind(scalar), eos_id=ends[0], buckets=settings.buckets
         )
         self.score = functools.partial(parallel.pmap(score), judge)
         train = functools.partial(ppo.train_step, policy_fn=policy_fn, critic_fn=critic_fn, tx=tx, cfg=settings)
@@ -680,7 +686,7 @@ class Iterations:
         return [after - before for before, after in zip(times, [*times[1:], time.perf_counter()], strict=True)]
 
 
-def ppo_workload(config: transformer.Config, cfg: Config, ragged: bool = False) -> Workload:
+def ppo_workload(config: models.Config, cfg: Config, ragged: bool = False) -> Workload:
     w = cfg.ppo_ragged if ragged else cfg.ppo
     iterations = Iterations(config, cfg, w)
     padded = Iterations(config, cfg, dataclasses.replace(w, buckets=1), padded=True) if ragged else None
@@ -719,7 +725,7 @@ def ppo_workload(config: transformer.Config, cfg: Config, ragged: bool = False) 
 class Limits:
     """The least seconds that the model's matrix products and reads take on this device, at rates that are measured."""
 
-    def __init__(self, config: transformer.Config) -> None:
+    def __init__(self, config: models.Config) -> None:
         self.config, c = config, config
         width, ff = c.n_heads * c.head_dim, c.d_ff if c.mlp == "gelu" else 2 * c.d_ff
         maps = [
@@ -789,7 +795,7 @@ def best_of(run: Callable[[], Any], repeats: int = 5, least: float = 0.05) -> fl
     return min(times)
 
 
-WORKLOADS: dict[str, Callable[[transformer.Config, Config], Workload]] = {
+WORKLOADS: dict[str, Callable[[models.Config, Config], Workload]] = {
     "sft": sft_workload,
     "decode": decode_workload,
     "decode_ragged": decode_ragged_workload,

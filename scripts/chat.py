@@ -16,8 +16,10 @@ from typing import Literal
 
 import jax
 
-from rlhf_jax import cli, models, sampling, transformer
+from rlhf_jax import models
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.rollouts import sampling
+from rlhf_jax.runs import cli
 from rlhf_jax.types import check_positive, named_key
 
 
@@ -37,7 +39,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    model = models.load(cfg.model, cfg.dtype, transformer.Compute(cfg.dtype))
+    model = models.load(cfg.model, cfg.dtype, models.Compute(cfg.dtype))
     tokenizer = models.tokenizer_of(model)
     stops = tokenizer_lib.stop_ids(cfg.model, tokenizer)
     context = model.config.max_length

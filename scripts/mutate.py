@@ -73,7 +73,7 @@ MUTANTS = [
         ("jnp.maximum(count, 1)", "x.size"),
     ),
     *mutants(
-        "advantages",
+        "algorithms/advantages",
         "token_rewards",
         ("-kl_coef", "kl_coef"),
         ("jnp.where(mask, -kl_coef", "jnp.where(mask | True, -kl_coef"),
@@ -82,7 +82,7 @@ MUTANTS = [
         ("mask if score_mask is None else score_mask", "mask"),
     ),
     *mutants(
-        "advantages",
+        "algorithms/advantages",
         "gae",
         ("reward + gamma * next_value", "reward + next_value"),
         ("gamma * lam * advantage", "lam * advantage"),
@@ -94,7 +94,7 @@ MUTANTS = [
         ("advantage.T + value", "advantage.T"),
     ),
     *mutants(
-        "advantages",
+        "algorithms/advantages",
         "whiten",
         ("masked_mean(x, mask)", "jnp.mean(x)"),
         ("jnp.sum(mask) - ddof", "jnp.sum(mask)"),
@@ -104,78 +104,84 @@ MUTANTS = [
         ("jax.lax.rsqrt(variance + 1e-8)", "1 / (variance + 1e-8)"),
     ),
     *mutants(
-        "advantages",
+        "algorithms/advantages",
         "group_normalize",
         ("jnp.mean(reward, axis=1, keepdims=True)", "jnp.mean(reward, axis=0, keepdims=True)"),
         ("ddof=ddof", "ddof=1 - ddof"),
         ("+ 1e-4", "+ 1e-1"),
     ),
     *mutants(
-        "advantages",
+        "algorithms/advantages",
         "leave_one_out",
         ("(size / (size - 1))", "1"),
         ("axis=1, keepdims=True", "axis=0, keepdims=True"),
         ("(reward - jnp.mean", "(reward + jnp.mean"),
     ),
     *mutants(
-        "sft",
+        "algorithms/sft",
         "next_token_loss",
         ("-token_logprobs", "token_logprobs"),
         ("mask, count)", "mask | True, count)"),
         ("mask, count)", "mask)"),
     ),
     *mutants(
-        "sft",
+        "algorithms/sft",
         "loss",
         ("-logp, batch.target[:, 1:]", "-logp, batch.target[:, :-1]"),
         ("-logp, batch.target[:, 1:]", "logp, batch.target[:, 1:]"),
         ("batch.segment, keys", "batch.segment > 0, keys"),
     ),
     *mutants(
-        "sft",
+        "algorithms/sft",
         "evaluate",
         ("mask = batch.target[:, 1:]", "mask = batch.target[:, :-1]"),
         ("jnp.where(mask, logp, 0.0)", "logp"),
     ),
     *mutants(
-        "reward",
+        "algorithms/reward",
         "better",
         ("<", "<="),
         ("present = rank >= 0", "present = rank >= -1"),
         ("rank[:, :, None] < rank[:, None, :]", "rank[:, :, None] > rank[:, None, :]"),
     ),
-    *mutants("reward", "pair_mean", ("/ jnp.maximum(pairs, 1)", ""), ("pairs > 0, count", "pairs >= 0, count")),
     *mutants(
-        "reward",
+        "algorithms/reward", "pair_mean", ("/ jnp.maximum(pairs, 1)", ""), ("pairs > 0, count", "pairs >= 0, count")
+    ),
+    *mutants(
+        "algorithms/reward",
         "bradley_terry_loss",
         ("margins(score, pair) - margin", "margins(score, pair) + margin"),
         ("-(1 - label_smoothing)", "-1"),
         ("jax.nn.log_sigmoid(-difference)", "jax.nn.log_sigmoid(difference)"),
         ("pair_mean(loss, pair, count)", "pair_mean(loss, pair, None)"),
     ),
-    *mutants("reward", "margins", ("score[:, :, None] - score[:, None, :]", "score[:, None, :] - score[:, :, None]")),
-    *mutants("reward", "centring_loss", ("score[:, :, None] + score", "score[:, :, None] - score")),
-    *mutants("reward", "choice_loss", ("-chosen", "chosen"), ("best[:, None]", "0 * best[:, None]")),
     *mutants(
-        "reward",
+        "algorithms/reward",
+        "margins",
+        ("score[:, :, None] - score[:, None, :]", "score[:, None, :] - score[:, :, None]"),
+    ),
+    *mutants("algorithms/reward", "centring_loss", ("score[:, :, None] + score", "score[:, :, None] - score")),
+    *mutants("algorithms/reward", "choice_loss", ("-chosen", "chosen"), ("best[:, None]", "0 * best[:, None]")),
+    *mutants(
+        "algorithms/reward",
         "ranked_choice_loss",
         ("jnp.argmin", "jnp.argmax"),
         ("jnp.any(better(rank), axis=(1, 2))", "best >= 0"),
     ),
     *mutants(
-        "reward",
+        "algorithms/reward",
         "correct_pairs",
         ("0.5 * (1 + jnp.sign(margin))", "(margin >= 0)"),
         ("0.5 * (1 + jnp.sign(margin))", "0.5 * (1 - jnp.sign(margin))"),
     ),
     *mutants(
-        "reward",
+        "algorithms/reward",
         "normalize",
         ('params["bias"] - mean', 'params["bias"] + mean'),
         ('params["kernel"] / std', 'params["kernel"] * std'),
     ),
     *mutants(
-        "ppo",
+        "algorithms/ppo",
         "policy_loss",
         ("plain = -advantage * ratio", "plain = advantage * ratio"),
         ("jnp.clip(ratio, 1 - clip, 1 + clip)", "ratio"),
@@ -188,14 +194,14 @@ MUTANTS = [
         ("masked_mean(surrogate, mask, count)", "masked_mean(surrogate, mask)"),
     ),
     *mutants(
-        "ppo",
+        "algorithms/ppo",
         "penalty_policy_loss",
         ("ratio - 1 - log_ratio", "ratio - 1 + log_ratio"),
         ("+ beta * kl", "- beta * kl"),
         ("advantage, 0.0) * ratio", "advantage, 0.0) * log_ratio"),
     ),
     *mutants(
-        "ppo",
+        "algorithms/ppo",
         "value_loss",
         ("0.5 * masked_mean", "masked_mean"),
         ("jnp.maximum(plain, clipped)", "jnp.minimum(plain, clipped)"),
@@ -203,29 +209,29 @@ MUTANTS = [
         ("jnp.clip(value, value_old - clip, value_old + clip)", "jnp.clip(value, target - clip, target + clip)"),
     ),
     *mutants(
-        "ppo",
+        "algorithms/ppo",
         "adapt_kl_coef",
         ("kl / target - 1.0", "1.0 - kl / target"),
         ("n / horizon", "1 / horizon"),
         ("-0.2, 0.2", "-2.0, 2.0"),
     ),
     *mutants(
-        "dpo",
+        "algorithms/dpo",
         "sigmoid_terms",
         ("-(1 - label_smoothing)", "(1 - label_smoothing)"),
         ("(beta * h)", "(h)"),
         ("(-beta * h)", "(beta * h)"),
     ),
-    *mutants("dpo", "ipo_terms", ("0.5 / beta", "1 / beta")),
+    *mutants("algorithms/dpo", "ipo_terms", ("0.5 / beta", "1 / beta")),
     *mutants(
-        "dpo",
+        "algorithms/dpo",
         "loss",
         ("(logp_rejected - ref_rejected)", "(logp_rejected + ref_rejected)"),
         ("(logp_chosen - ref_chosen) - ", "(logp_chosen - ref_chosen) + "),
     ),
-    *mutants("dpo", "sequence_logprobs", ("jnp.where(mask, logp, 0.0)", "logp"), ("jnp.sum(", "jnp.mean(")),
+    *mutants("algorithms/dpo", "sequence_logprobs", ("jnp.where(mask, logp, 0.0)", "logp"), ("jnp.sum(", "jnp.mean(")),
     *mutants(
-        "grpo",
+        "algorithms/grpo",
         "loss",
         ("value * count / total", "value"),
         ('"k3"', '"k2"'),
@@ -233,41 +239,52 @@ MUTANTS = [
         ("batch.advantage[:, None] * weight", "batch.advantage[:, None]"),
     ),
     *mutants(
-        "grpo", "weights", ("mask / jnp.maximum(length, 1)", "mask * 1.0"), ("jnp.sum(length > 0)", "jnp.sum(mask)")
+        "algorithms/grpo",
+        "weights",
+        ("mask / jnp.maximum(length, 1)", "mask * 1.0"),
+        ("jnp.sum(length > 0)", "jnp.sum(mask)"),
     ),
-    *mutants("rloo", "experience", ("score - cfg.kl_coef", "score + cfg.kl_coef")),
-    *mutants("rloo", "loss", ("jnp.where(mask, x, 0.0)", "x"), ("rollout.logp))", "logp))")),
-    *mutants("best_of_n", "kl", ("(n - 1) / n", "(n - 1)"), ("math.log(n) -", "math.log(n) +")),
-    *mutants("best_of_n", "select", ("np.argmax", "np.argmin"), ("n * np.arange", "np.arange")),
-    *mutants("best_of_n", "picking", ("- 2 * np.ptp", "+ 2 * np.ptp"), ("episodes.ended, ", "~episodes.ended, ")),
+    *mutants("algorithms/rloo", "experience", ("score - cfg.kl_coef", "score + cfg.kl_coef")),
+    *mutants("algorithms/rloo", "loss", ("jnp.where(mask, x, 0.0)", "x"), ("rollout.logp))", "logp))")),
+    *mutants("algorithms/best_of_n", "kl", ("(n - 1) / n", "(n - 1)"), ("math.log(n) -", "math.log(n) +")),
+    *mutants("algorithms/best_of_n", "select", ("np.argmax", "np.argmin"), ("n * np.arange", "np.arange")),
     *mutants(
-        "best_of_n",
+        "algorithms/best_of_n", "picking", ("- 2 * np.ptp", "+ 2 * np.ptp"), ("episodes.ended, ", "~episodes.ended, ")
+    ),
+    *mutants(
+        "algorithms/best_of_n",
         "expected",
         ("math.comb(below, n - 1)", "math.comb(below, n)"),
         ("np.argsort(score", "np.argsort(-score"),
     ),
-    *mutants("overoptimization", "reinforcement", ("- beta * d", "+ beta * d"), ("np.log(", "np.log2(")),
-    *mutants("overoptimization", "best_of_n", ("alpha - beta * d", "alpha - beta")),
+    *mutants("analysis/overoptimization", "reinforcement", ("- beta * d", "+ beta * d"), ("np.log(", "np.log2(")),
+    *mutants("analysis/overoptimization", "best_of_n", ("alpha - beta * d", "alpha - beta")),
     *mutants(
-        "lora",
+        "models/lora",
         "split",
         ("inputs**-0.5", "inputs"),
         ("fold_in(key, n)", "fold_in(key, 0)"),
         ("path[-2] in cfg.kernels", "True"),
     ),
     *mutants(
-        "lora",
+        "models/lora",
         "attach",
         ("cfg.alpha / cfg.rank", "cfg.alpha * cfg.rank"),
         ('"kernel_b" and cfg.rank', '"kernel_b" and 0'),
     ),
-    *mutants("lora", "merge", ("kernel + change", "kernel - change")),
-    *mutants("parallel", "accumulate", ("jax.tree.map(jnp.add, total, grads)", "grads")),
-    *mutants("parallel", "row_keys", ("first + row_index(rows, axis)", "row_index(rows, None)")),
-    *mutants("optim", "cosine", ("final_fraction * peak", "final_fraction"), ("alpha=final_fraction", "alpha=0.0")),
+    *mutants("models/lora", "merge", ("kernel + change", "kernel - change")),
+    *mutants("devices/parallel", "accumulate", ("jax.tree.map(jnp.add, total, grads)", "grads")),
+    *mutants("devices/parallel", "row_keys", ("first + row_index(rows, axis)", "row_index(rows, None)")),
+    *mutants(
+        "algorithms/optim", "cosine", ("final_fraction * peak", "final_fraction"), ("alpha=final_fraction", "alpha=0.0")
+    ),
 ]
 
-EXTRA = {"logprobs": ["test_gradients"], "advantages": ["test_gradients"], "rloo": ["test_grpo"]}  # beside the module's
+EXTRA = {
+    "logprobs": ["algorithms/test_gradients"],
+    "algorithms/advantages": ["algorithms/test_gradients"],
+    "algorithms/rloo": ["algorithms/test_grpo"],
+}  # beside the module's
 
 
 def changed(mutant: Mutant) -> str:
@@ -298,7 +315,8 @@ def passes(module: str, source: str, cache: Path) -> bool:
         if (shared := ROOT.parent / "shared").is_dir():
             (Path(folder) / "shared").symlink_to(shared)
         (copy / "rlhf_jax" / f"{module}.py").write_text(source)
-        names = [f"test_{module}", *EXTRA.get(module, [])]
+        room, _, name = module.rpartition("/")
+        names = [f"{room}/test_{name}".lstrip("/"), *EXTRA.get(module, [])]
         tests = [f"tests/{name}.py" for name in names if (copy / "tests" / f"{name}.py").exists()]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         # What a mutant leaves alone is compiled once for all of them.
@@ -316,7 +334,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="names of functions or of modules")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     args = parser.parse_args()
-    chosen = [m for m in MUTANTS if not args.only or {m.function, m.module} & set(args.only)]
+    chosen = [m for m in MUTANTS if not args.only or {m.function, m.module.rpartition("/")[2]} & set(args.only)]
     for mutant in chosen:
         changed(mutant)  # so that one that no longer fits the source is reported at once
     if not chosen:

@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rlhf_jax import checkpoint, cli, log, preemption
+from rlhf_jax.devices import preemption
+from rlhf_jax.runs import checkpoint, cli, log
 from rlhf_jax.types import InputError, check_positive
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,9 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-from rlhf_jax import cli
-from rlhf_jax.data import builders, pipeline
+from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.runs import cli
 from rlhf_jax.types import check_positive
 
 
@@ -32,7 +32,7 @@ def main(cfg: Config) -> None:
     special = {"EOS": tokenizer.eos_token_id, "BOS": tokenizer.bos_token_id, "padding": tokenizer_lib.pad_id(tokenizer)}
     names = {use: "none" if i is None else f"{tokenizer.convert_ids_to_tokens(i)} {i}" for use, i in special.items()}
     print(", ".join(f"{use} {name}" for use, name in names.items()))
-    source = builders.source(cfg.data, "demonstrations", data_dir=cfg.data_dir)
+    source = sources.rows(cfg.data, "demonstrations", data_dir=cfg.data_dir)
     for number, row in enumerate(itertools.islice(source, cfg.rows), start=1):
         batches = pipeline.demonstrations([row], tokenizer, length=cfg.length, batch=1, seed=0, epochs=1)
         for batch in batches:

@@ -2,7 +2,7 @@
 # Runs every check: lint, format, types, tests. Sets up its own environment, and is quick when that is there.
 #
 #   scripts/test.sh                       everything
-#   scripts/test.sh tests/test_ppo.py     the checks, and these tests; any arguments go to pytest
+#   scripts/test.sh tests/algorithms/test_ppo.py     the checks, and these tests; any arguments go to pytest
 #   scripts/test.sh --fast                only the tests that are not marked slow
 #   PYTHON=python3.12 scripts/test.sh     under another interpreter, in an environment of its own
 set -euo pipefail

@@ -28,52 +28,45 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import (
-    assistant,
-    dpo,
-    evaluate,
-    grpo,
-    gsm8k_evaluate,
-    ppo,
-    ppo_gold,
-    pretrain,
-    rank,
-    rejection,
-    reward,
-    rloo,
-    sft,
-)
-from rlhf_jax import cli, families, heads, lora, optim, parallel, rollout, scores, tpu, transformer, updates
-from rlhf_jax import grpo as grpo_lib
-from rlhf_jax import rloo as rloo_lib
+from experiments import assistant, dpo, evaluate, grpo, ppo, ppo_gold, pretrain, rank, rejection, reward, rloo, sft
+from experiments.published import gsm8k_evaluate
+from rlhf_jax import models
+from rlhf_jax.algorithms import grpo as grpo_lib
+from rlhf_jax.algorithms import optim, updates
+from rlhf_jax.algorithms import rloo as rloo_lib
+from rlhf_jax.analysis import tpu
+from rlhf_jax.devices import parallel
+from rlhf_jax.models import families, heads, lora
+from rlhf_jax.rollouts import rollout, scores
+from rlhf_jax.runs import cli
 from rlhf_jax.types import InputError, Params, Prompts, Rankings, Rollout, Tokens
 
 EOS = 0  # any token will do
 SAID = 8  # rows that `rollout.say` answers at the end of a stage
 
-Models = Callable[[Path], transformer.Config]  # the architecture that a model directory has, or would have
+Models = Callable[[Path], models.Config]  # the architecture that a model directory has, or would have
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
-def architecture(path: Path, compute: transformer.Compute, made_by: Callable[[str], Any]) -> transformer.Config:
+def architecture(path: Path, compute: models.Compute, made_by: Callable[[str], Any]) -> models.Config:
     """Of a model directory, of a preset, or of what the experiment would make in whose run directory it lies.
 
     `made_by(name)` is that one's configuration, None if there is none. Raises InputError where nothing is known.
     """
-    if str(path) in transformer.PRESETS:
-        config = transformer.preset(str(path))
+    if str(path) in models.PRESETS:
+        config = models.preset(str(path))
     elif path.exists():
         config = families.load_config(path)
     else:
         maker = made_by(path.parent.name)
-        if isinstance(maker, transformer.Config):
+        if isinstance(maker, models.Config):
             config = maker
         elif maker is None:
-            raise InputError(f"{path} is neither a model directory nor a preset: {', '.join(transformer.PRESETS)}")
+            raise InputError(f"{path} is neither a model directory nor a preset: {', '.join(models.PRESETS)}")
         elif isinstance(maker, pretrain.Config) and maker.init is None:
-            config = dataclasses.replace(transformer.preset(maker.preset), vocab_size=maker.vocab_size)
+            config = dataclasses.replace(models.preset(maker.preset), vocab_size=maker.vocab_size)
         else:
             config = architecture(maker.init, compute, made_by)
     return dataclasses.replace(config, compute=compute)
@@ -93,7 +86,7 @@ def maker_of(recipe: Any, stage: str, name: str) -> Any:
     size = lambda stage: stage.partition("-")[2]
     if name in recipe.STAGES and not size(name):
         return recipe.STAGES[name][1]
-    return transformer.preset(recipe.MODELS[size(name if name in recipe.STAGES else stage)])
+    return models.preset(recipe.MODELS[size(name if name in recipe.STAGES else stage)])
 
 
 # Shapes ---------------------------------------------------------------------------------------------------------------
@@ -116,10 +109,10 @@ def rankings(rows: int, responses: int, columns: int) -> Rankings:
     return Rankings(tokens=of(*shape), mask=of(*shape, dtype=bool), start=of(rows), rank=of(rows, responses))
 
 
-def scalar_shapes(config: transformer.Config) -> Params:
+def scalar_shapes(config: models.Config) -> Params:
     """Parameters of a reward model or critic."""
     make = lambda policy: heads.from_policy(policy, config, jax.random.key(0))
-    return jax.eval_shape(make, transformer.parameter_shapes(config))
+    return jax.eval_shape(make, models.parameter_shapes(config))
 
 
 def key_shape() -> Any:
@@ -179,7 +172,7 @@ def begin(tx: optax.GradientTransformation) -> Callable:
     return lambda params: optim.init(params, tx, jax.random.key(0))
 
 
-def counted(place: Place, config: transformer.Config, cfg: Any, rows: int) -> float | None:
+def counted(place: Place, config: models.Config, cfg: Any, rows: int) -> float | None:
     """`tpu.train_bytes` of a stage that learns from rows of text, where it applies."""
     adapted = getattr(cfg, "lora", lora.Config()).rank
     if not isinstance(place.layout, parallel.Mesh) or config.compute.remat != "full" or adapted:
@@ -187,7 +180,7 @@ def counted(place: Place, config: transformer.Config, cfg: Any, rows: int) -> fl
     return tpu.train_bytes(config, place.layout.mesh.shape, rows, cfg.length, cfg.devices.microbatches)
 
 
-def said(place: Place, config: transformer.Config, length: int, params: Params, *held: Any) -> tpu.Program:
+def said(place: Place, config: models.Config, length: int, params: Params, *held: Any) -> tpu.Program:
     """The samples at the end of a stage, by `rollout.say`."""
     half, rows = min(length, config.max_length) // 2, place.chips * -(-SAID // place.chips)
     step = rollout.answering(config, place.layout, max_new_tokens=half, temperature=1.0, eos_id=EOS)
@@ -196,10 +189,10 @@ def said(place: Place, config: transformer.Config, length: int, params: Params, 
 
 
 def pretraining(cfg: pretrain.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
-    made = dataclasses.replace(transformer.preset(cfg.preset), vocab_size=cfg.vocab_size, compute=cfg.compute)
+    made = dataclasses.replace(models.preset(cfg.preset), vocab_size=cfg.vocab_size, compute=cfg.compute)
     config = models(cfg.init) if cfg.init else made
     tx, step = pretrain.build(cfg, config, place.layout)
-    state = place.state(begin(tx), transformer.parameter_shapes(config))
+    state = place.state(begin(tx), models.parameter_shapes(config))
     batch = place.rows(tokens(cfg.batch, cfg.length))
     train = program("train", step, (state, batch), cfg.batch * cfg.length)
     yield dataclasses.replace(train, counted=counted(place, config, cfg, cfg.batch))
@@ -213,7 +206,7 @@ def on_mesh(place: Place, *trees: Any) -> tuple:
 
 def tuning(cfg: sft.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
     config = models(cfg.init)
-    shapes = transformer.parameter_shapes(config)
+    shapes = models.parameter_shapes(config)
     tx, step = sft.build(cfg, config, place.layout, steps=100)
     state, base = place.state(functools.partial(sft.start, cfg, tx), shapes)
     rows = cfg.batch + (cfg.text_batch if cfg.text else 0)
@@ -227,7 +220,7 @@ def tuning(cfg: sft.Config, models: Models, place: Place) -> Iterator[tpu.Progra
 def judging(cfg: reward.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
     config = models(cfg.init)
     tx, step, scored = reward.build(cfg, config, place.layout, steps=100)
-    trained, frozen = jax.eval_shape(functools.partial(reward.split, cfg, config), transformer.parameter_shapes(config))
+    trained, frozen = jax.eval_shape(functools.partial(reward.split, cfg, config), models.parameter_shapes(config))
     state, base = place.state(begin(tx), trained), place.state(lambda x: x, frozen)
     shape = cfg.batch, place.responses, cfg.length
     batch, count = place.rows(rankings(*shape)), math.prod(shape)
@@ -238,7 +231,7 @@ def judging(cfg: reward.Config, models: Models, place: Place) -> Iterator[tpu.Pr
 
 def preferring(cfg: dpo.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
     config = models(cfg.init)
-    shapes = transformer.parameter_shapes(config)
+    shapes = models.parameter_shapes(config)
     tx, step = dpo.build(cfg, config, place.layout, steps=100)
     state = place.state(begin(tx), shapes)
     reference = place.frozen(cfg.compute.freeze, shapes)
@@ -251,7 +244,7 @@ def improving(cfg: ppo.Config, models: Models, place: Place) -> Iterator[tpu.Pro
     config, judges = models(cfg.init), [models(path) for path in cfg.reward]
     judge = judges[0] if cfg.critic == "reward" else None
     tx, collect, step = ppo.build(cfg, config, judge, EOS, place.layout)
-    shapes = transformer.parameter_shapes(config)
+    shapes = models.parameter_shapes(config)
     critic = scalar_shapes(judge) if judge else jax.eval_shape(lambda: heads.fresh(config))
     state, base = place.state(functools.partial(ppo.start, cfg, tx), shapes, critic)
     shared = cfg.lora.rank and cfg.reference is None
@@ -264,7 +257,7 @@ def improving(cfg: ppo.Config, models: Models, place: Place) -> Iterator[tpu.Pro
 
 def grouping(cfg: grpo.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
     config = models(cfg.init)
-    shapes = transformer.parameter_shapes(config)
+    shapes = models.parameter_shapes(config)
     algorithm = rloo_lib if isinstance(cfg, rloo.Config) else grpo_lib
     tx, collect, step = grpo.build(cfg, config, EOS, place.layout, algorithm.train_step)
     begin = lambda policy: updates.init({"policy": policy}, tx, cfg.algorithm, jax.random.key(0))
@@ -279,7 +272,7 @@ def rolling(
     cfg: Any,
     settings: updates.Config,
     pessimism: float,
-    judges: list[transformer.Config],
+    judges: list[models.Config],
     place: Place,
     collect: Callable,
     step: Callable,
@@ -306,7 +299,7 @@ def rolling(
     yield program("train", step, train(episodes, text), learnt, held)
 
 
-def scorer(judges: list[transformer.Config], pessimism: float, place: Place) -> tuple[Params, Callable | None]:
+def scorer(judges: list[models.Config], pessimism: float, place: Place) -> tuple[Params, Callable | None]:
     """The parameters of the reward models, and the step that scores by them."""
     if not judges:
         return {}, None
@@ -317,7 +310,7 @@ def scorer(judges: list[transformer.Config], pessimism: float, place: Place) -> 
 
 def measured(
     cfg: Any,
-    config: transformer.Config,
+    config: models.Config,
     reference: Params,
     params: Params,
     judge: Path | None,
@@ -338,7 +331,7 @@ def measured(
 
 def evaluating(cfg: evaluate.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
     config = models(cfg.model)
-    shapes = transformer.parameter_shapes(config)
+    shapes = models.parameter_shapes(config)
     params = place.state(lambda x: x, shapes)
     reference = place.again(params) if cfg.best_of > 1 else place.state(lambda x: x, shapes)
     yield from measured(cfg, config, reference, params, cfg.reward, models, place)
@@ -349,7 +342,7 @@ def evaluating(cfg: evaluate.Config, models: Models, place: Place) -> Iterator[t
 
 def rejecting(cfg: rejection.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
     config = models(cfg.init)
-    params = place.state(lambda x: x, transformer.parameter_shapes(config))
+    params = place.state(lambda x: x, models.parameter_shapes(config))
     yield from measured(cfg, config, place.again(params), params, cfg.reward, models, place)
     yield from tuning(rejection.tuning(cfg), models, place)
 
@@ -358,7 +351,7 @@ def answering(cfg: rank.Config | gsm8k_evaluate.Config, models: Models, place: P
     config = models(cfg.init if isinstance(cfg, rank.Config) else cfg.model)
     sizes = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
     step = rollout.answering(config, place.layout, **sizes, eos_id=EOS)
-    params = place.state(lambda x: x, transformer.parameter_shapes(config))
+    params = place.state(lambda x: x, models.parameter_shapes(config))
     args = params, place.rows(prompts(cfg.batch, cfg.prompt_length)), place.keys, place.first
     yield program("sample", step, args, cfg.batch * (cfg.prompt_length + cfg.max_new_tokens))
 

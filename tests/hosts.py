@@ -74,7 +74,7 @@ def ends(running: list[subprocess.Popen], timeout: float) -> list[tuple[int, str
 
 def difference(stage: str, one: Path, other: Path) -> float:
     """The largest difference of a metric, relative where it is above 1; infinite where samples or rankings differ."""
-    from rlhf_jax import log
+    from rlhf_jax.runs import log
     from tests.quickstart import metrics_of
 
     if stage == "rank":
@@ -97,7 +97,7 @@ def child(start: Path, out: Path, stage: str, *flags: str) -> None:
     """One of the processes."""
     import importlib
 
-    from rlhf_jax import cli
+    from rlhf_jax.runs import cli
 
     cli.run(importlib.import_module(f"experiments.{stage}").main, config(stage, start, out), list(flags))
 
@@ -114,7 +114,8 @@ def count(cfg: Count) -> None:
     """One of the processes of it."""
     import jax.numpy as jnp
 
-    from rlhf_jax import checkpoint, parallel
+    from rlhf_jax.devices import parallel
+    from rlhf_jax.runs import checkpoint
     from rlhf_jax.types import TrainState
 
     def add(state: TrainState, axis: str | None) -> TrainState:
@@ -141,7 +142,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "child":
         child(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
     elif sys.argv[1] == "count":
-        from rlhf_jax import cli
+        from rlhf_jax.runs import cli
 
         cli.run(count, Count(), sys.argv[2:])
     else:

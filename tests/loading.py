@@ -9,14 +9,15 @@ import struct
 import sys
 from pathlib import Path
 
-from rlhf_jax import families, models, transformer
+from rlhf_jax import models
+from rlhf_jax.models import families
 
 
 def make(path: Path, size: int) -> int:
     """A checkpoint of at least `size` bytes; returns how many."""
-    config = transformer.llama(1, 1024, 16, 8, 2816, vocab_size=16000, max_length=1024)
-    layers = 1 + max(0, size - 4 * transformer.parameter_count(config)) // (4 * 1024 * (2 * 1024 + 2 * 512 + 3 * 2816))
-    config = transformer.llama(layers, 1024, 16, 8, 2816, vocab_size=16000, max_length=1024)
+    config = models.llama(1, 1024, 16, 8, 2816, vocab_size=16000, max_length=1024)
+    layers = 1 + max(0, size - 4 * models.parameter_count(config)) // (4 * 1024 * (2 * 1024 + 2 * 512 + 3 * 2816))
+    config = models.llama(layers, 1024, 16, 8, 2816, vocab_size=16000, max_length=1024)
     families.hf_config(config, False, "float32", None).save_pretrained(path)
     header, end = {}, 0
     for *_, tensors in models._layout(config, scalar=False):

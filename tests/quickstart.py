@@ -3,8 +3,8 @@
 import pytest
 
 from experiments import assistant, evaluate, ppo, pretrain, rank, reward, sft
-from rlhf_jax import cli, log
-from rlhf_jax import ppo as ppo_lib
+from rlhf_jax.algorithms import ppo as ppo_lib
+from rlhf_jax.runs import cli, log
 
 LENGTHS = {"prompt_length": 40, "max_new_tokens": 8}
 TINY = assistant.Config(

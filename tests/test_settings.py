@@ -15,35 +15,28 @@ import optax
 import pytest
 from flax import linen as nn
 
-from experiments import (
-    dpo,
-    evaluate,
-    grpo,
-    ppo,
-    pretrain,
-    rank,
-    rejection,
-    reward,
-    rounds,
-    sentiment,
-    sft,
-)
-from rlhf_jax import heads, log, lora, models, optim, parallel, plots, rollout, runs, sampling, transformer, types
-from rlhf_jax import reward as reward_lib
-from rlhf_jax import sft as sft_lib
-from rlhf_jax.data import builders, pipeline
-from tests import test_sentiment
+from experiments import dpo, evaluate, grpo, ppo, pretrain, rank, rejection, reward, rounds, sft
+from experiments.papers import sentiment
+from rlhf_jax import models, runs, types
+from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms import reward as reward_lib
+from rlhf_jax.algorithms import sft as sft_lib
+from rlhf_jax.data import pipeline, sources
+from rlhf_jax.devices import parallel
+from rlhf_jax.models import heads, lora
+from rlhf_jax.rollouts import rollout, sampling
+from rlhf_jax.runs import log, plots
+from tests.experiments import test_sentiment
 from tests.quickstart import LENGTHS
 
 LATER = {"out", "saves", "samples_every", "samples"}
 ASKED = {
-    builders: ["source"],
+    sources: ["rows"],
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
-    models: ["load", "load_reward"],
+    models: ["load", "load_reward", "bind", "preset"],
     heads: ["critic", "shared_critic"],
     optim: ["adamw", "schedule", "cosine"],
     parallel: ["layout", "pmap"],
-    transformer: ["bind", "preset"],
     reward_lib: ["normalize"],
 }
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "grpo": grpo, "dpo": dpo}
@@ -109,8 +102,8 @@ def another(value):
         return dataclasses.replace(value, b2=0.5)
     if isinstance(value, parallel.Config):
         return parallel.Config(microbatches=2)
-    if isinstance(value, transformer.Compute):
-        return transformer.Compute(dtype="bfloat16")
+    if isinstance(value, models.Compute):
+        return models.Compute(dtype="bfloat16")
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **{"ptx_coef": 7.0} if hasattr(value, "ptx_coef") else {})
     raise NotImplementedError(value)
@@ -194,7 +187,7 @@ def test_answers_are_sampled_as_the_algorithm_scores_them(name, done, tmp_path, 
 def other_settings(name, quick, tmp_path):
     """As `settings`, of an experiment that asks other things of the library."""
     base, tuned, judge = (quick.out / part / "model" for part in ("pretrain", "sft", "reward"))
-    compute = transformer.Compute(dtype="bfloat16")
+    compute = models.Compute(dtype="bfloat16")
     link = tmp_path / "judge"
     link.symlink_to(judge)
     if name == "rank":

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import transformer
+from rlhf_jax import models
 
-GPT = transformer.gpt(2, 16, 2, vocab_size=31, max_length=24)
-LLAMA = transformer.llama(2, 16, 4, 2, 24, vocab_size=31, max_length=24)
-_SCALING = transformer.RopeScaling(factor=4.0, low=1.0, high=4.0, original_length=12)
+GPT = models.gpt(2, 16, 2, vocab_size=31, max_length=24)
+LLAMA = models.llama(2, 16, 4, 2, 24, vocab_size=31, max_length=24)
+_SCALING = models.RopeScaling(factor=4.0, low=1.0, high=4.0, original_length=12)
 CONFIGS = {  # every family that there is, with each of its settings
     "gpt": GPT,
     "llama": LLAMA,
@@ -29,19 +29,19 @@ CONFIGS = {  # every family that there is, with each of its settings
 }
 
 
-def policy(config: transformer.Config = GPT, seed: int = 0):
+def policy(config: models.Config = GPT, seed: int = 0):
     """Parameters of a language model, large enough that errors show."""
-    return _policy(dataclasses.replace(config, dropout=0.0, compute=transformer.Compute()), seed)
+    return _policy(dataclasses.replace(config, dropout=0.0, compute=models.Compute()), seed)
 
 
 @functools.cache
-def _policy(config: transformer.Config, seed: int):
+def _policy(config: models.Config, seed: int):
     rng = np.random.default_rng(seed)
-    shapes = transformer.parameter_shapes(config)
+    shapes = models.parameter_shapes(config)
     return jax.tree.map(lambda x: jnp.array(rng.normal(0.0, 0.15, x.shape), x.dtype), shapes)
 
 
-def scalar(config: transformer.Config = GPT, seed: int = 5):
+def scalar(config: models.Config = GPT, seed: int = 5):
     """Parameters of a reward model or critic."""
     kernel = np.random.default_rng(seed).normal(0.0, 0.25, config.d_model)
     trunk = policy(dataclasses.replace(config, tie_embeddings=True), seed)

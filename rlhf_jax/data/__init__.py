@@ -1,1 +1,1 @@
-"""Data: TFDS builders for storage, Grain for iteration, and the embedded assistant world."""
+"""Where rows come from and how they become batches: sources, formats, tokenizers, pipelines, the embedded world."""

@@ -20,27 +20,23 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
-import importlib
 import io
 import json
-import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from rlhf_jax import hosts
-from rlhf_jax.data.tokenizer import EOS, Message, Prompt
+from rlhf_jax.data.tokenizer import Message, Prompt
+from rlhf_jax.devices import hosts
 from rlhf_jax.types import InputError
 
 Kind = Literal["text", "demonstrations", "rankings", "prompts"]
 Row = dict[str, Any]
 
-_FILES = (".jsonl", ".jsonl.gz", ".txt")
 _ROLES = ("system", "user", "assistant")
 
 
@@ -68,39 +64,6 @@ class Rows:
         for start in range(0, len(self), 1024):
             indices = range(start, min(start + 1024, len(self)))
             yield from map(self._to_row, self._records.__getitems__(indices), indices)
-
-
-def source(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -> Rows:
-    """The rows that `spec` names, prepared under `data_dir` on first use.
-
-    `spec` is one of
-
-    - "world" or, for instance, "world:seed=3,rows=1000": the embedded world, with splits "train" and "held_out";
-    - the path of a .jsonl file of rows, or of a .txt file of documents that lines `<|endoftext|>` (or, where there is
-      none, empty lines) separate; the first may be gzipped (.jsonl.gz). It has the one split "train";
-    - a published format and the path of a file in it, such as "hh:train.jsonl.gz": `formats` lists them;
-    - the name of a TFDS data set, such as "imdb_reviews" or "glue/sst2", with the field to read where it has several
-      of text and none named "text": "glue/mrpc:sentence1".
-
-    each with a slice of TFDS behind it where only some of the rows are meant: "hh:train.jsonl.gz[:90%]".
-
-    `split` may have such a slice itself: "train[:90%]". Raises InputError, and leaves nothing prepared, on a bad row.
-    """
-    from rlhf_jax.data import formats
-
-    if sliced := re.fullmatch(r"(.+)(\[[^\[\]]*\])", spec):
-        spec, part = sliced.groups()
-        if "[" in split:
-            raise InputError(f"data {spec + part!r}: rows of {split!r} are a slice already, and have no further one")
-        split += part
-    name, _, rest = spec.partition(":")
-    if name == "world":
-        return _world(spec, kind, Path(data_dir), split)
-    if name in formats.NAMES and rest.endswith(formats.FILES):
-        return formats.source(spec, kind, Path(data_dir), split)
-    if spec.endswith(_FILES):
-        return _file(Path(spec), kind, Path(data_dir), split)
-    return _published(spec, kind, Path(data_dir), split)
 
 
 # -- checking rows -----------------------------------------------------------------------------------------------------
@@ -259,22 +222,7 @@ class FileConfig(Config):
     path: Path = Path()
 
 
-class LocalFile(Builder):
-    """Rows of one local file."""
-
-    def rows(self) -> Iterator[Row]:
-        """Each line's row, or each document."""
-        path, kind = self.builder_config.path, self.builder_config.kind
-        empty = True
-        checked = (check(kind, row, where) for where, row in json_values(path))
-        for row in _documents(path) if path.suffix == ".txt" else checked:
-            empty = False
-            yield row
-        if empty:
-            raise InputError(f"{path}: expected rows of {kind}, got an empty file")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The numbered lines of a UTF-8 file that may be gzipped."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         number = 0
@@ -294,7 +242,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def json_values(path: Path) -> Iterator[tuple[str, Any]]:
     """Each line's value, or each element of the list that a .json file may hold, with where it stands."""
-    lines = _lines(path)
+    lines = numbered_lines(path)
     if path.name.removesuffix(".gz").endswith(".json"):
         text = "".join(line for _, line in lines)
         if text.lstrip().startswith("["):
@@ -316,14 +264,6 @@ def json_values(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, line {number}", value
 
 
-def _documents(path: Path) -> Iterator[Row]:
-    text = "".join(line for _, line in _lines(path))
-    pieces = text.split(EOS) if EOS in text else re.split(r"\n\s*\n", text)
-    for piece in pieces:
-        if document := piece.strip():
-            yield {"text": document}
-
-
 def file_digest(path: Path) -> str:
     """What names the file's content."""
     if not path.is_file():
@@ -332,80 +272,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:24]
 
 
-def _file(path: Path, kind: Kind, data_dir: Path, split: str) -> Rows:
-    digest = file_digest(path)
-    if path.suffix == ".txt" and kind != "text":
-        raise InputError(f"{path}: {kind} are read from a .jsonl file, a .txt file holds documents alone")
-    config = FileConfig(name=f"{kind}{path.suffix}-{digest}", path=path, kind=kind)
-    return stored(lambda: LocalFile(config=config, data_dir=data_dir), str(path), split)
-
-
-@dataclasses.dataclass(eq=False)
-class WorldConfig(Config):
-    """Which sample of which world."""
-
-    seed: int = 0  # of the world
-    n_rows: int = 10_000
-
-
-class AssistantWorld(Builder):
-    """Rows that the embedded world generates; no two kinds or splits are the same sample of it."""
-
-    def rows(self) -> Iterator[Row]:
-        """A sample of the world."""
-        from rlhf_jax.data import labelers
-        from rlhf_jax.data.world import World
-
-        config = self.builder_config
-        world, n, held_out = World.generate(config.seed), config.n_rows, config.split == "held_out"
-        rows: Iterator[Row]
-        match config.kind:
-            case "text":
-                rows = ({"text": text} for text in world.corpus(n, seed=int(held_out)))
-            case "demonstrations":
-                rows = world.demonstrations(n, seed=2 + held_out)
-            case "rankings":  # by the same people, whichever the split
-                rows = labelers.rankings(world, n, seed=4, held_out=held_out)
-            case "prompts":
-                rows = world.prompt_rows(n, seed=5, held_out=held_out)
-        for number, row in enumerate(rows):
-            yield check(config.kind, row, f"world, row {number}")
-
-
-def _world(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
-    options = {"seed": 0, "rows": 10_000}
-    for option in filter(None, spec.partition(":")[2].split(",")):
-        name, _, value = option.partition("=")
-        if name not in options or not value.isdecimal():
-            raise InputError(f"data {spec!r}: expected, for instance, world:seed=3,rows=1000, got {option!r}")
-        options[name] = int(value)
-    if options["rows"] < 1:
-        raise InputError(f"data {spec!r}: expected at least 1 row")
-    base = split.partition("[")[0]
-    if base not in ("train", "held_out"):
-        raise InputError(f"data {spec!r}: no rows in split {split!r}; there are train, held_out")
-    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("world.py", "labelers.py"))
-    digest = hashlib.sha256(code).hexdigest()[:12]
-    config = WorldConfig(
-        name=f"{kind}-seed{options['seed']}-{options['rows']}-{base}-{digest}",
-        kind=kind,
-        seed=options["seed"],
-        n_rows=options["rows"],
-        split=base,
-    )
-    return stored(lambda: AssistantWorld(config=config, data_dir=data_dir), f"data {spec!r}", split)
-
-
 def stored(make: Callable[[], Builder], where: str, split: str) -> Rows:
     """The rows of a builder, prepared first if need be."""
-    builder, records = _records(make, where, split)
+    builder, records = open_records(make, where, split)
     counts = dict(builder.info.metadata or {})
     if counts:
         print(f"{where}: {'; '.join(f'{n} {what}' for what, n in counts.items())}")
-    return Rows(records, lambda record, _: json.loads(record["row"]), counts, _derived(builder, split))
+    return Rows(records, lambda record, _: json.loads(record["row"]), counts, derived_folder(builder, split))
 
 
-def _derived(builder: tfds.core.DatasetBuilder, split: str) -> Path:
+def derived_folder(builder: tfds.core.DatasetBuilder, split: str) -> Path:
     return Path(builder.data_dir) / "derived" / split
 
 
@@ -413,7 +289,7 @@ def _derived(builder: tfds.core.DatasetBuilder, split: str) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps from the terminal what TFDS prints while it prepares."""
     tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -425,14 +301,14 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _records(
+def open_records(
     make: Callable[[], tfds.core.DatasetBuilder], where: str, split: str
 ) -> tuple[tfds.core.DatasetBuilder, Any]:
     """A builder and the records of a split, prepared first if need be.
 
     TFDS puts them in their place only when complete.
     """
-    with hosts.first_before_others(), _quiet():
+    with hosts.first_before_others(), quiet():
         builder = make()
         if not builder.is_prepared():
             try:
@@ -458,74 +334,3 @@ def _records(
                 f"{where}: no rows in split {split!r}; there are {', '.join(builder.info.splits)}"
             ) from error
     return builder, records
-
-
-def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
-    name, field = spec, None
-    if match := re.fullmatch(r"(.+):([A-Za-z_]\w*)", spec):  # a version, name:1.0.0, starts with a digit
-        name, field = match.groups()
-    make = _find(name, spec, data_dir)
-    features = make().info.features
-    if not isinstance(features, tfds.features.FeaturesDict):
-        raise InputError(f"data {spec!r}: its rows have no named fields")
-    strings = sorted(key for key, x in features.items() if x.shape == () and x.np_dtype == np.object_)
-    if kind in ("text", "prompts"):
-        field = field or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
-        if field not in strings:
-            raise InputError(f"data {spec!r}: name the text field, as in {name}:{(strings or ['field'])[0]};"
-                             f" there are {', '.join(strings) or 'none'}")  # fmt: skip
-        target = {"text": "text", "prompts": "prompt"}[kind]
-
-    def to_row(record: dict[str, Any], index: int) -> Row:
-        where = f"data {spec!r}, split {split}, row {index}"
-        try:
-            row = {target: record[field].decode()} if field else {key: _plain(x) for key, x in record.items()}
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: expected UTF-8, got bytes that are not") from error
-        # An empty text is no mistake of the user's here: the pipelines refuse and count it.
-        return row if row == {"text": ""} else check(kind, row, where)
-
-    builder, records = _records(make, f"data {spec!r}", split)
-    return Rows(records, to_row, {}, _derived(builder, split) / (field or ""))
-
-
-def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.DatasetBuilder]:
-    def make() -> tfds.core.DatasetBuilder:
-        return tfds.builder(name, data_dir=data_dir)
-
-    if not re.fullmatch(r"\w+(/[\w.\-]+)?(:[\d.]+)?", name):
-        raise InputError(
-            f"data {spec!r}: expected world, a TFDS name, or a path that ends in {', '.join(_FILES)};"
-            " or a published format and a path, as in hh:PATH"
-        )
-    try:
-        with _quiet():
-            try:
-                make()
-            except tfds.core.registered.DatasetNotFoundError:
-                # Without TensorFlow TFDS gives up before it has imported these, where glue and others are.
-                for module in ("text", "question_answering", "summarization", "translate", "structured"):
-                    with contextlib.suppress(ImportError):
-                        importlib.import_module(f"tensorflow_datasets.{module}")
-                make()
-    except tfds.core.registered.DatasetNotFoundError as error:
-        raise InputError(f"data {spec!r}: neither world nor a {'/'.join(_FILES)} file nor a known TFDS name") from error
-    except ValueError as error:
-        raise InputError(f"data {spec!r}: {str(error).strip().partition(chr(10))[0]}") from error
-    return make
-
-
-def _plain(value: Any) -> Any:
-    """A decoded TFDS feature as JSON would have it: text, numbers, lists, and a list of objects for columns."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, dict):
-        columns = {key: _plain(column) for key, column in value.items()}
-        if columns and all(isinstance(column, list) for column in columns.values()):
-            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-        return columns
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(x) for x in value]
-    return value

@@ -259,7 +259,7 @@ class FormatFile(builders.Builder):
 
 
 def source(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
-    """The rows of `spec`, as above; `builders.source` leads here."""
+    """The rows of `spec`, as above; `sources.rows` leads here."""
     name, _, rest = spec.partition(":")
     has = "rankings" if name in RANKINGS else "demonstrations"
     if kind not in (has, "prompts"):

@@ -2,7 +2,7 @@
 
 `score_text(rows)` scores the responses of PPO by the answers that the rows of prompts carry:
 
-    rows = builders.source("gsm8k:train.jsonl", "prompts", data_dir=cfg.data_dir)
+    rows = sources.rows("gsm8k:train.jsonl", "prompts", data_dir=cfg.data_dir)
     ppo.main(cfg, gsm8k.score_text(rows))
 """
 

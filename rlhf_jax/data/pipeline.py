@@ -26,13 +26,13 @@ import grain
 import jax
 import numpy as np
 
-from rlhf_jax import ragged
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.devices import ragged
 from rlhf_jax.types import InputError, Prompts, Rankings, Tokens
 
 T = TypeVar("T")
-Row = dict[str, Any]  # as `builders.source` returns them
+Row = dict[str, Any]  # as `sources.rows` returns them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,30 @@
+"""Does a reward model learn which of two answers people found less harmful? (arXiv:2204.05862)
+
+The dialogues hold abuse, and questions that invite it: they are data here. Turns that do not fit `length` are dropped,
+the oldest first; rows whose last turns do not fit are refused; both are counted.
+
+Data:    hh:PATH, a .jsonl.gz file as in the folders of Anthropic/hh-rlhf at Hugging Face; the full set of these is
+         harmless-base/train.jsonl.gz and its test.jsonl.gz.
+Run:     python -m experiments.published.reward_hh --init runs/tinystories/model
+Parent:  reward
+Result:  from the tiny model of `tinystories`, on 995 dialogues of harmless-base (5 more were refused as malformed): 742
+         of the first 80 % kept (274 truncated, 54 too long), one epoch; 60.3 % of 179 held-out comparisons, give or
+         take 3.7, where chance has 50 %. Of those, where the preferred answer is the shorter by more than some ten
+         tokens it is right on 76 % of 88, where it is the longer on 43 % of 61: it learnt mostly to like short ones.
+"""
+
+from pathlib import Path
+
+from experiments.reward import Config, main
+from rlhf_jax.runs import cli
+
+CONFIG = Config(
+    out=Path("runs/reward_hh"),
+    init=Path("runs/tinystories/model"),
+    data="hh:../shared/data/hh_harmless.jsonl.gz[:80%]",
+    held_out="hh:../shared/data/hh_harmless.jsonl.gz[80%:]",
+    length=256,
+)
+
+if __name__ == "__main__":
+    cli.run(main, CONFIG)

@@ -1,0 +1,1 @@
+"""Studies: several runs of the experiments, compared over seeds."""

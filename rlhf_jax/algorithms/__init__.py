@@ -1,0 +1,1 @@
+"""The papers, as pure functions: losses, train steps, and what they share."""

@@ -1,0 +1,134 @@
+"""Direct preference optimisation (arXiv:2305.18290): learning from rankings without a reward model or sampling.
+
+The policy is its own reward model: a response's implicit reward is beta times how much likelier it is than under the
+reference. Rankings of K responses give all their pairs, as they do in `reward`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms.reward import better, correct_pairs, margins, pair_mean
+from rlhf_jax.devices import parallel
+from rlhf_jax.types import InputError, Metrics, Params, Rankings, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the algorithm."""
+
+    beta: float = 0.1  # strength of the KL constraint that the loss stands for
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # logistic, or the square of arXiv:2310.12036
+    label_smoothing: float = 0.0  # probability that a pair's label is wrong; sigmoid only
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise InputError(f"beta={self.beta}: expected more than 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise InputError(f"label_smoothing={self.label_smoothing}: expected a probability in [0, 0.5)")
+        if self.loss == "ipo" and self.label_smoothing:
+            raise InputError("label_smoothing has no effect with loss=ipo: leave it out")
+
+
+def sigmoid_terms(h: Float[Array, "*pairs"], beta: float, label_smoothing: float = 0.0) -> Float[Array, "*pairs"]:
+    """`-(1 - ls) ln sigmoid(beta h) - ls ln sigmoid(-beta h)`.
+
+    h is by how many nats the chosen response is likelier than the rejected one, in excess of what the reference says.
+    """
+    terms = -(1 - label_smoothing) * jax.nn.log_sigmoid(beta * h)
+    return terms - label_smoothing * jax.nn.log_sigmoid(-beta * h) if label_smoothing else terms
+
+
+def ipo_terms(h: Float[Array, "*pairs"], beta: float) -> Float[Array, "*pairs"]:
+    """`(h - 1 / (2 beta))^2` (arXiv:2310.12036, eq. 17)."""
+    return jnp.square(h - 0.5 / beta)
+
+
+def loss(
+    logp_chosen: Float[Array, "B"],
+    logp_rejected: Float[Array, "B"],
+    ref_chosen: Float[Array, "B"],
+    ref_rejected: Float[Array, "B"],
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Float[Array, ""]:
+    """Mean of `sigmoid_terms` over pairs, from sequence log-probabilities.
+
+    `label_smoothing` is the probability that a label is flipped (arXiv:2305.18290, eq. 7; conservative DPO).
+    """
+    h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
+    return jnp.mean(sigmoid_terms(h, beta, label_smoothing))
+
+
+def ipo_loss(
+    logp_chosen: Float[Array, "B"],
+    logp_rejected: Float[Array, "B"],
+    ref_chosen: Float[Array, "B"],
+    ref_rejected: Float[Array, "B"],
+    beta: float,
+) -> Float[Array, ""]:
+    """Mean of `ipo_terms` over pairs, from sequence log-probabilities."""
+    return jnp.mean(ipo_terms((logp_chosen - ref_chosen) - (logp_rejected - ref_rejected), beta))
+
+
+def sequence_logprobs(logp: Float[Array, "*rows T"], mask: Bool[Array, "*rows T"]) -> Float[Array, "*rows"]:
+    """Log-probability of a whole sequence: the sum over its tokens, not their mean."""
+    return jnp.sum(jnp.where(mask, logp, 0.0), axis=-1)
+
+
+def response_logprobs(
+    params: Params, batch: Rankings, apply_fn: Callable, keys: Array | None = None
+) -> Float[Array, "B K"]:
+    """Log-probability of each whole response given its prompt, nats."""
+    rows, responses, length = batch.tokens.shape
+    tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
+    logp = apply_fn(params, tokens, mask, keys, method="logprobs")[0].reshape(rows, responses, -1)
+    said = batch.mask[:, :, 1:] & (jnp.arange(1, length)[None, None] >= batch.start[:, None, None])
+    return sequence_logprobs(logp, said)
+
+
+def train_step(
+    state: TrainState,
+    batch: Rankings,
+    reference: Params,
+    *,
+    apply_fn: Callable,
+    tx: optax.GradientTransformation,
+    cfg: Config,
+    microbatches: int = 1,
+    axis: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update on the global batch of rankings: mean over each prompt's pairs, then over prompts.
+
+    `apply_fn` is a bound `Transformer`; the reference is evaluated without dropout.
+    """
+    keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.rank.size, axis)
+    count = parallel.psum(jnp.sum(jnp.any(better(batch.rank), axis=(1, 2))), axis)
+
+    def objective(params: Params, batch: Rankings, keys: Array) -> tuple[Array, Metrics]:
+        gain = response_logprobs(params, batch, apply_fn, keys.reshape(-1)) - response_logprobs(
+            reference, batch, apply_fn
+        )
+        pair = better(batch.rank)
+        h = margins(gain, pair)
+        terms = ipo_terms(h, cfg.beta) if cfg.loss == "ipo" else sigmoid_terms(h, cfg.beta, cfg.label_smoothing)
+        correct, pairs = correct_pairs(gain, batch.rank)
+        value = pair_mean(terms, pair, count)
+        return value, {"loss/dpo": value, "correct": correct, "pairs": pairs, "margin": pair_mean(h, pair, count)}
+
+    share = lambda rows: jax.grad(objective, has_aux=True)(state.params, *rows)
+    grads, found = parallel.accumulate(share, (batch, keys.reshape(batch.rank.shape)), microbatches)
+    grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, found)), axis)
+    metrics = {
+        "loss/dpo": metrics["loss/dpo"],
+        "reward/accuracy": metrics["correct"] / jnp.maximum(metrics["pairs"], 1),
+        "reward/margin": cfg.beta * metrics["margin"],
+        "grad_norm": optax.tree.norm(grads),
+    }
+    return optim.apply_gradients(state, grads, tx), metrics

@@ -1,0 +1,92 @@
+"""REINFORCE leave-one-out (arXiv:2402.14740): a response is one action, and its baseline the other responses' reward.
+
+The reward is the score less `kl_coef` times the response's KL to the reference. With one update a rollout the gradient
+is REINFORCE's; with more, the ratio of the whole response to the policy that sampled it is clipped as in PPO.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from rlhf_jax.algorithms import updates
+from rlhf_jax.algorithms.advantages import leave_one_out
+from rlhf_jax.algorithms.grpo import Experience, groups, live
+from rlhf_jax.algorithms.ppo import policy_loss
+from rlhf_jax.devices import parallel
+from rlhf_jax.types import InputError, Metrics, Params, Rollout, Tokens, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(updates.Config):
+    """Settings of the algorithm."""
+
+    group: int = 4  # responses to a prompt, in consecutive rows of the rollout
+    kl_coef: float = 0.03  # reward per nat of KL to the reference
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group < 2:
+            raise InputError(f"group={self.group}: expected at least 2 responses, each the other's baseline")
+
+
+def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
+    """The advantages of a whole rollout."""
+    score = updates.response_score(rollout, cfg)
+    reward = score - cfg.kl_coef * updates.response_kl(rollout)
+    advantage = leave_one_out(groups(reward, cfg.group)).reshape(-1)
+    metrics = updates.describe(rollout, score) | {"reward/total": jnp.mean(reward)}
+    return Experience(rollout=rollout, advantage=advantage), metrics
+
+
+def totals(batch: Experience) -> updates.Totals:
+    """How many tokens there are, and how many responses."""
+    mask = batch.rollout.response_mask
+    return {"tokens": jnp.sum(mask), "responses": jnp.sum(jnp.any(mask, axis=1))}
+
+
+def loss(
+    params: dict[str, Params],
+    batch: Experience,
+    text: Tokens | None,
+    totals: updates.Totals,
+    *,
+    policy_fn: Callable,
+    cfg: Config,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The share of these rows in: the clipped surrogate of whole responses, mean over them, and `updates.extras`."""
+    rollout = batch.rollout
+    mask = rollout.response_mask
+    logp, entropy = updates.forward(params["policy"], rollout, policy_fn, cfg)
+    whole, whole_old = (jnp.sum(jnp.where(mask, x, 0.0), axis=1, keepdims=True) for x in (logp, rollout.logp))
+    some = jnp.any(mask, axis=1, keepdims=True)
+    value, found = policy_loss(whole, whole_old, batch.advantage[:, None], some, cfg.clip, count=totals["responses"])
+    metrics = {"loss/policy": value} | {f"policy/{name}": x for name, x in found.items()}
+    more, found = updates.extras(params["policy"], entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
+    return value + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
+
+
+def train_step(
+    state: TrainState,
+    rollout: Rollout,
+    text: Tokens | None = None,
+    *,
+    policy_fn: Callable,
+    tx: optax.GradientTransformation,
+    cfg: Config,
+    microbatches: int = 1,
+    axis: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """All epochs and minibatches on one rollout, in one compiled call. `state` is from `updates.init`.
+
+    Rows `g * group .. (g + 1) * group - 1` of the global batch are the responses to one prompt.
+    """
+    rollout = parallel.all_gather(rollout, axis)
+    batch, metrics = experience(rollout, cfg)
+    loss_fn = functools.partial(loss, policy_fn=policy_fn, cfg=cfg)
+    settings = {"live_fn": live, "tx": tx, "cfg": cfg, "microbatches": microbatches, "axis": axis}
+    state, found = updates.apply(state, batch, text, loss_fn=loss_fn, totals_fn=totals, **settings)
+    return state, metrics | found

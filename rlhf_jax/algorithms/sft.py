@@ -1,0 +1,70 @@
+"""Next-token learning: pretraining on raw text, and supervised fine-tuning on demonstrations.
+
+The two differ in which tokens are targets: all but the first of each document, or those of the completion alone.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax.algorithms import optim
+from rlhf_jax.devices import parallel
+from rlhf_jax.logprobs import masked_mean, token_logprobs
+from rlhf_jax.types import Metrics, Params, Tokens, TrainState
+
+
+def next_token_loss(
+    logits: Float[Array, "B T V"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    count: Array | None = None,
+) -> Float[Array, ""]:
+    """Cross-entropy in nats, `-ln p(targets[b, t])` under logits[b, t], mean over all counted tokens of the batch.
+
+    Long rows weigh more than short ones. `count` replaces the number of counted tokens, see `masked_mean`.
+    """
+    return masked_mean(-token_logprobs(logits, targets), mask, count)
+
+
+def loss(
+    params: Params, batch: Tokens, apply_fn: Callable, keys: Array | None = None, count: Array | None = None
+) -> Float[Array, ""]:
+    """`next_token_loss` of a batch of text; `keys` [B] turn dropout on."""
+    logp, _ = apply_fn(params, batch.tokens, batch.segment, keys, method="logprobs")
+    return masked_mean(-logp, batch.target[:, 1:], count)
+
+
+def train_step(
+    state: TrainState,
+    batch: Tokens,
+    *,
+    apply_fn: Callable,
+    tx: optax.GradientTransformation,
+    microbatches: int = 1,
+    axis: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update on the global batch, whose rows are spread over `axis`; `apply_fn` is a bound `Transformer`.
+
+    The metrics are of the parameters before the update.
+    """
+    keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.tokens.shape[0], axis)
+    count = parallel.psum(jnp.sum(batch.target[:, 1:]), axis)
+
+    def share(rows: tuple[Tokens, Array]) -> tuple[Params, Array]:
+        value, grads = jax.value_and_grad(loss)(state.params, rows[0], apply_fn, rows[1], count)
+        return grads, value
+
+    grads, values = parallel.accumulate(share, (batch, keys), microbatches)
+    grads, value = parallel.psum((grads, jnp.sum(values)), axis)
+    metrics = {"loss/next_token": value, "grad_norm": optax.tree.norm(grads), "tokens": count.astype(jnp.float32)}
+    return optim.apply_gradients(state, grads, tx), metrics
+
+
+def evaluate(params: Params, batch: Tokens, *, apply_fn: Callable, axis: str | None = None) -> tuple[Array, Array]:
+    """Sum of the negative log-likelihood in nats over the global batch's target tokens, and their number."""
+    mask = batch.target[:, 1:]
+    logp, _ = apply_fn(params, batch.tokens, batch.segment, method="logprobs")
+    return parallel.psum((-jnp.sum(jnp.where(mask, logp, 0.0)), jnp.sum(mask)), axis)

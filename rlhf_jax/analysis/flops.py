@@ -1,0 +1,164 @@
+"""Floating-point operations of a step: counted in its traced program, before XLA changes anything, or by a formula.
+
+A product of matrices [m, k] and [k, n] counts 2 m k n; what a loop repeats counts as often as it runs, and what a
+rematerialised backward pass computes again counts again. All else (softmax, norms, activations) is left out: beside the
+products it is small, and other units compute it.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from rlhf_jax import models
+
+PASSES = {  # of a TPU's matrix unit, which multiplies bfloat16, over a float32 product of this precision
+    jax.lax.Precision.DEFAULT: 1,
+    jax.lax.Precision.HIGH: 3,
+    jax.lax.Precision.HIGHEST: 6,
+}
+
+
+PEAKS = {  # dense bfloat16 products a second, by `jax.Device.device_kind`; of the makers' tables
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Operations of all devices together."""
+
+    total: float = 0.0
+    passes: float = 0.0  # the same, each as often as the matrix unit of a TPU has to go over it
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.total + other.total, self.passes + other.passes)
+
+    def __mul__(self, times: int) -> "Flops":
+        return Flops(self.total * times, self.passes * times)
+
+
+def count(step: Callable, *args: Any) -> Flops:
+    """Of one call of a step, which may be mapped over devices; `args` may be shapes. A while-loop counts its bound."""
+    return _count(jax.make_jaxpr(step)(*args).jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> Flops:
+    total = Flops()
+    for eqn in jaxpr.eqns:
+        match eqn.primitive.name:
+            case "dot_general":
+                total += _product(eqn)
+            case "scan":
+                total += _count(eqn.params["jaxpr"].jaxpr) * eqn.params["length"]
+            case "while":
+                total += _count(eqn.params["body_jaxpr"].jaxpr) * _bound(eqn)
+            case "shard_map":
+                total += _count(eqn.params["jaxpr"]) * eqn.params["mesh"].size
+            case "cond":
+                total += max((_count(branch.jaxpr) for branch in _branches(eqn)), key=lambda x: x.total)
+            case "pallas_call":
+                total += _kernel(eqn)
+            case _:
+                for inner in _inner(eqn):
+                    total += _count(inner)
+    return total
+
+
+def _product(eqn: core.JaxprEqn) -> Flops:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left: Any = eqn.invars[0].aval
+    result: Any = eqn.outvars[0].aval
+    flops = 2.0 * math.prod(result.shape) * math.prod(left.shape[axis] for axis in contracted)
+    precision = eqn.params["precision"]
+    single = left.dtype.itemsize > 2
+    passes = PASSES[precision[0] if isinstance(precision, tuple) else jax.lax.Precision.DEFAULT] if single else 1
+    return Flops(flops, flops * passes)
+
+
+def _kernel(eqn: core.JaxprEqn) -> Flops:
+    """A Pallas kernel: its body, once for each point of the grid."""
+    return _count(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
+
+
+def _bound(eqn: core.JaxprEqn) -> int:
+    """How often a while-loop runs at most, where its condition says `counter < constant`; else 1."""
+    condition = eqn.params["cond_jaxpr"].jaxpr
+    carried = condition.invars[eqn.params["cond_nconsts"] :]
+    first = eqn.invars[eqn.params["cond_nconsts"] + eqn.params["body_nconsts"] :]
+    for test in condition.eqns:
+        if test.primitive.name == "lt" and isinstance(test.invars[1], core.Literal) and test.invars[0] in carried:
+            start = first[carried.index(test.invars[0])]
+            return int(test.invars[1].val) - (int(start.val) if isinstance(start, core.Literal) else 0)
+    return 1
+
+
+def _branches(eqn: core.JaxprEqn) -> tuple:
+    """Those that may be taken: where it depends on the platform, a TPU's."""
+    platforms = eqn.params.get("branches_platforms") or [None] * len(eqn.params["branches"])
+    own = [n for n, names in enumerate(platforms) if names and "tpu" in names]
+    others = [n for n, names in enumerate(platforms) if names is None] or range(len(platforms))
+    return tuple(eqn.params["branches"][n] for n in own or others)
+
+
+def _inner(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    for value in eqn.params.values():
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
+
+
+def forward(
+    config: models.Config, rows: float | int, columns: float | int, read: float | int, logits: bool = True
+) -> float:
+    """Of the model's forward pass over rows of so many columns, each of which sees those before it and itself.
+
+    The last `read` columns of a row are all that is asked of the last layer, and are unembedded if `logits`. A backward
+    pass takes twice as much again. What an implementation does beyond it (padding, scores that a mask hides, more of
+    the last layer, rematerialisation) is not counted: it is for utilisation.
+    """
+    c = config
+    width = c.n_heads * c.head_dim
+    seen = c.d_model * (width + 2 * c.n_kv_heads * c.head_dim)  # of each column, for others to see it
+    beyond = c.d_model * (width + (2 if c.mlp == "gelu" else 3) * c.d_ff)
+    # With query . key and weights . value, of the columns that one sees.
+    layer = lambda read: columns * seen + read * (beyond + width * (2 * columns - read + 1))
+    words = read * c.d_model * c.vocab_size if logits else 0
+    return float(2 * rows * ((c.n_layers - 1) * layer(columns) + layer(read) + words))
+
+
+def peak(dtype: Any) -> float:
+    """Products a second of all devices: of PEAKS, or what one reaches on a large product, times their number."""
+    device = jax.devices()[0]
+    known = PEAKS.get(device.device_kind) if jnp.dtype(dtype) == jnp.bfloat16 else None
+    return jax.device_count() * (known or _measured(jnp.dtype(dtype), device.platform == "cpu"))
+
+
+@functools.cache
+def _measured(dtype: Any, small: bool) -> float:
+    size = 1024 if small else 8192
+    x = jnp.zeros((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        return time.perf_counter() - start
+
+    # Devices that are made of one CPU share its cores, which the product had to itself.
+    return 2 * size**3 / min(seconds() for _ in range(5)) / (jax.device_count() if small else 1)

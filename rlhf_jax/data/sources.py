@@ -1,0 +1,208 @@
+"""Where rows come from: the embedded world, local files, published formats, any TFDS data set by its name."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from rlhf_jax.data import builders, formats
+from rlhf_jax.data import world as world_lib
+from rlhf_jax.data.builders import Kind, Row, Rows, check
+from rlhf_jax.data.tokenizer import EOS
+from rlhf_jax.data.world import labelers
+from rlhf_jax.types import InputError
+
+_FILES = (".jsonl", ".jsonl.gz", ".txt")
+
+
+def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -> Rows:
+    """The rows that `spec` names, prepared under `data_dir` on first use.
+
+    `spec` is one of
+
+    - "world" or, for instance, "world:seed=3,rows=1000": the embedded world, with splits "train" and "held_out";
+    - the path of a .jsonl file of rows, or of a .txt file of documents that lines `<|endoftext|>` (or, where there is
+      none, empty lines) separate; the first may be gzipped (.jsonl.gz). It has the one split "train";
+    - a published format and the path of a file in it, such as "hh:train.jsonl.gz": `formats` lists them;
+    - the name of a TFDS data set, such as "imdb_reviews" or "glue/sst2", with the field to read where it has several
+      of text and none named "text": "glue/mrpc:sentence1".
+
+    each with a slice of TFDS behind it where only some of the rows are meant: "hh:train.jsonl.gz[:90%]".
+
+    `split` may have such a slice itself: "train[:90%]". Raises InputError, and leaves nothing prepared, on a bad row.
+    """
+    if sliced := re.fullmatch(r"(.+)(\[[^\[\]]*\])", spec):
+        spec, part = sliced.groups()
+        if "[" in split:
+            raise InputError(f"data {spec + part!r}: rows of {split!r} are a slice already, and have no further one")
+        split += part
+    name, _, rest = spec.partition(":")
+    if name == "world":
+        return _world(spec, kind, Path(data_dir), split)
+    if name in formats.NAMES and rest.endswith(formats.FILES):
+        return formats.source(spec, kind, Path(data_dir), split)
+    if spec.endswith(_FILES):
+        return _file(Path(spec), kind, Path(data_dir), split)
+    return _published(spec, kind, Path(data_dir), split)
+
+
+class LocalFile(builders.Builder):
+    """Rows of one local file."""
+
+    def rows(self) -> Iterator[Row]:
+        """Each line's row, or each document."""
+        path, kind = self.builder_config.path, self.builder_config.kind
+        empty = True
+        checked = (check(kind, row, where) for where, row in builders.json_values(path))
+        for row in _documents(path) if path.suffix == ".txt" else checked:
+            empty = False
+            yield row
+        if empty:
+            raise InputError(f"{path}: expected rows of {kind}, got an empty file")
+
+
+def _documents(path: Path) -> Iterator[Row]:
+    text = "".join(line for _, line in builders.numbered_lines(path))
+    pieces = text.split(EOS) if EOS in text else re.split(r"\n\s*\n", text)
+    for piece in pieces:
+        if document := piece.strip():
+            yield {"text": document}
+
+
+def _file(path: Path, kind: Kind, data_dir: Path, split: str) -> Rows:
+    digest = builders.file_digest(path)
+    if path.suffix == ".txt" and kind != "text":
+        raise InputError(f"{path}: {kind} are read from a .jsonl file, a .txt file holds documents alone")
+    config = builders.FileConfig(name=f"{kind}{path.suffix}-{digest}", path=path, kind=kind)
+    return builders.stored(lambda: LocalFile(config=config, data_dir=data_dir), str(path), split)
+
+
+@dataclasses.dataclass(eq=False)
+class WorldConfig(builders.Config):
+    """Which sample of which world."""
+
+    seed: int = 0  # of the world
+    n_rows: int = 10_000
+
+
+class AssistantWorld(builders.Builder):
+    """Rows that the embedded world generates; no two kinds or splits are the same sample of it."""
+
+    def rows(self) -> Iterator[Row]:
+        """A sample of the world."""
+        config = self.builder_config
+        world, n, held_out = world_lib.World.generate(config.seed), config.n_rows, config.split == "held_out"
+        rows: Iterator[Row]
+        match config.kind:
+            case "text":
+                rows = ({"text": text} for text in world.corpus(n, seed=int(held_out)))
+            case "demonstrations":
+                rows = world.demonstrations(n, seed=2 + held_out)
+            case "rankings":  # by the same people, whichever the split
+                rows = labelers.rankings(world, n, seed=4, held_out=held_out)
+            case "prompts":
+                rows = world.prompt_rows(n, seed=5, held_out=held_out)
+        for number, row in enumerate(rows):
+            yield check(config.kind, row, f"world, row {number}")
+
+
+def _world(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
+    options = {"seed": 0, "rows": 10_000}
+    for option in filter(None, spec.partition(":")[2].split(",")):
+        name, _, value = option.partition("=")
+        if name not in options or not value.isdecimal():
+            raise InputError(f"data {spec!r}: expected, for instance, world:seed=3,rows=1000, got {option!r}")
+        options[name] = int(value)
+    if options["rows"] < 1:
+        raise InputError(f"data {spec!r}: expected at least 1 row")
+    base = split.partition("[")[0]
+    if base not in ("train", "held_out"):
+        raise InputError(f"data {spec!r}: no rows in split {split!r}; there are train, held_out")
+    code = b"".join(path.read_bytes() for path in sorted(Path(world_lib.__file__).parent.glob("*.py")))
+    digest = hashlib.sha256(code).hexdigest()[:12]
+    config = WorldConfig(
+        name=f"{kind}-seed{options['seed']}-{options['rows']}-{base}-{digest}",
+        kind=kind,
+        seed=options["seed"],
+        n_rows=options["rows"],
+        split=base,
+    )
+    return builders.stored(lambda: AssistantWorld(config=config, data_dir=data_dir), f"data {spec!r}", split)
+
+
+def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
+    name, field = spec, None
+    if match := re.fullmatch(r"(.+):([A-Za-z_]\w*)", spec):  # a version, name:1.0.0, starts with a digit
+        name, field = match.groups()
+    make = _find(name, spec, data_dir)
+    features = make().info.features
+    if not isinstance(features, tfds.features.FeaturesDict):
+        raise InputError(f"data {spec!r}: its rows have no named fields")
+    strings = sorted(key for key, x in features.items() if x.shape == () and x.np_dtype == np.object_)
+    if kind in ("text", "prompts"):
+        field = field or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
+        if field not in strings:
+            raise InputError(f"data {spec!r}: name the text field, as in {name}:{(strings or ['field'])[0]};"
+                             f" there are {', '.join(strings) or 'none'}")  # fmt: skip
+        target = {"text": "text", "prompts": "prompt"}[kind]
+
+    def to_row(record: dict[str, Any], index: int) -> Row:
+        where = f"data {spec!r}, split {split}, row {index}"
+        try:
+            row = {target: record[field].decode()} if field else {key: _plain(x) for key, x in record.items()}
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: expected UTF-8, got bytes that are not") from error
+        # An empty text is no mistake of the user's here: the pipelines refuse and count it.
+        return row if row == {"text": ""} else check(kind, row, where)
+
+    builder, records = builders.open_records(make, f"data {spec!r}", split)
+    return Rows(records, to_row, {}, builders.derived_folder(builder, split) / (field or ""))
+
+
+def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.DatasetBuilder]:
+    def make() -> tfds.core.DatasetBuilder:
+        return tfds.builder(name, data_dir=data_dir)
+
+    if not re.fullmatch(r"\w+(/[\w.\-]+)?(:[\d.]+)?", name):
+        raise InputError(
+            f"data {spec!r}: expected world, a TFDS name, or a path that ends in {', '.join(_FILES)};"
+            " or a published format and a path, as in hh:PATH"
+        )
+    try:
+        with builders.quiet():
+            try:
+                make()
+            except tfds.core.registered.DatasetNotFoundError:
+                # Without TensorFlow TFDS gives up before it has imported these, where glue and others are.
+                for module in ("text", "question_answering", "summarization", "translate", "structured"):
+                    with contextlib.suppress(ImportError):
+                        importlib.import_module(f"tensorflow_datasets.{module}")
+                make()
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise InputError(f"data {spec!r}: neither world nor a {'/'.join(_FILES)} file nor a known TFDS name") from error
+    except ValueError as error:
+        raise InputError(f"data {spec!r}: {str(error).strip().partition(chr(10))[0]}") from error
+    return make
+
+
+def _plain(value: Any) -> Any:
+    """A decoded TFDS feature as JSON would have it: text, numbers, lists, and a list of objects for columns."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        columns = {key: _plain(column) for key, column in value.items()}
+        if columns and all(isinstance(column, list) for column in columns.values()):
+            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+        return columns
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(x) for x in value]
+    return value

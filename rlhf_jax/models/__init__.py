@@ -1,0 +1,26 @@
+"""Networks and model directories: `load`, `load_reward` and `save` are where to begin."""
+
+from rlhf_jax.models.config import PRESETS, Compute, Config, RopeScaling, gpt, llama, preset
+from rlhf_jax.models.directory import Model, check_length, check_vocabularies, load, load_reward, save, tokenizer_of
+from rlhf_jax.models.transformer import Transformer, bind, parameter_count, parameter_shapes
+
+__all__ = [
+    "PRESETS",
+    "Compute",
+    "Config",
+    "Model",
+    "RopeScaling",
+    "Transformer",
+    "bind",
+    "check_length",
+    "check_vocabularies",
+    "gpt",
+    "llama",
+    "load",
+    "load_reward",
+    "parameter_count",
+    "parameter_shapes",
+    "preset",
+    "save",
+    "tokenizer_of",
+]

@@ -1,0 +1,101 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.algorithms import advantages
+from rlhf_jax.logprobs import response_mask
+from tests.oracles import Case
+
+MASK = jnp.array([[True, True, False], [False, True, True], [False, False, False]])
+
+
+def test_last_index():
+    np.testing.assert_array_equal(advantages.last_index(MASK), [1, 2, -1])
+
+
+def test_token_rewards_by_hand():
+    kl = jnp.array([[0.5, -0.25, 9.0], [9.0, 1.5, 0.5], [9.0, 9.0, 9.0]])
+    reward = advantages.token_rewards(jnp.array([0.75, -1.25, 3.0]), kl, MASK, 0.2)
+    np.testing.assert_allclose(reward, [[-0.1, 0.8, 0.0], [0.0, -0.3, -1.35], [0.0, 0.0, 0.0]], rtol=1e-6)
+
+
+def test_a_score_lands_where_it_is_told_to():
+    kl, later = jnp.full((3, 3), 0.5), jnp.array([[False, False, True], [True, False, False], [False, False, False]])
+    reward = advantages.token_rewards(jnp.array([0.75, -1.25, 3.0]), kl, MASK, 0.2, later)
+    np.testing.assert_allclose(reward, [[-0.1, -0.1, 0.75], [-1.25, -0.1, -0.1], [0.0, 0.0, 0.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["token_reward_mask", "token_reward_eos", "token_reward_eos_pad_is_eos"])
+def test_token_rewards_oracle(name):
+    case = Case(name)
+    mask = case["mask"] if "mask" in case.raw["inputs"] else response_mask(case["tokens"], case["eos_id"])
+    kl = case["logp"] - case["logp_ref"]
+    reward = advantages.token_rewards(case["score"], kl, mask, case["beta"])
+    case.check(reward=reward, last_index=advantages.last_index(mask), kl=jnp.where(mask, kl, 0))
+
+
+def test_gae_by_hand():
+    reward = jnp.array([[0.5, -1.5, 7.0]])
+    value = jnp.array([[0.25, 0.75, 7.0]])
+    advantage, target = advantages.gae(reward, value, MASK[:1], gamma=0.5, lam=0.5)
+    # delta = [.5 + .5 * .75 - .25, -1.5 - .75] = [.625, -2.25]; A_0 = .625 + .25 * -2.25.
+    np.testing.assert_allclose(advantage, [[0.0625, -2.25, 0.0]])
+    np.testing.assert_allclose(target, [[0.3125, -1.5, 0.0]])
+
+
+@pytest.mark.parametrize("name", ["gae_gamma_1.0_lambda_0.95", "gae_gamma_1.0_lambda_1.0", "gae_gamma_0.9_lambda_0.95"])
+def test_gae_oracle(name):
+    case = Case(name)
+    advantage, target = advantages.gae(case["reward"], case["value"], case["mask"], case["gamma"], case["lam"])
+    case.check(advantage=advantage, **{"return": target})
+
+
+def test_gae_of_a_padded_row_is_that_of_the_slice():
+    rng = np.random.default_rng(0)
+    reward, value = rng.normal(size=(2, 1, 7)).astype(np.float32)
+    mask = np.zeros((1, 7), bool)
+    mask[:, 2:6] = True
+    padded = advantages.gae(jnp.array(reward), jnp.array(value), jnp.array(mask), 0.9, 0.8)
+    alone = advantages.gae(jnp.array(reward[:, 2:6]), jnp.array(value[:, 2:6]), jnp.ones((1, 4), bool), 0.9, 0.8)
+    np.testing.assert_allclose(padded[0][:, 2:6], alone[0], rtol=1e-6)
+    np.testing.assert_allclose(padded[1][:, 2:6], alone[1], rtol=1e-6)
+
+
+def test_whiten_by_hand():
+    x = jnp.array([[1.0, 2.5, 9.0], [9.0, -0.5, 4.0], [9.0, 9.0, 9.0]])
+    mean, std = 1.75, np.sqrt(2.8125)
+    expected = np.where(MASK, (np.asarray(x) - mean) / std, 0)
+    np.testing.assert_allclose(advantages.whiten(x, MASK), expected, rtol=1e-6)
+    bessel = np.where(MASK, (np.asarray(x) - mean) / np.sqrt(2.8125 * 4 / 3), 0)
+    np.testing.assert_allclose(advantages.whiten(x, MASK, ddof=1), bessel, rtol=1e-6)
+    kept = np.where(MASK, (np.asarray(x) - mean) / std + mean, 0)
+    np.testing.assert_allclose(advantages.whiten(x, MASK, shift_mean=False), kept, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["", "small_variance_", "single_valid_"])
+@pytest.mark.parametrize("mean", ["shift", "keep_mean"])
+def test_whiten_oracle(kind, mean):
+    case = Case(f"whiten_{kind}{mean}")
+    case.check(whitened=advantages.whiten(case["x"], case["mask"], case["shift_mean"]))
+
+
+def test_group_baselines_by_hand():
+    reward = jnp.array([[0.5, -1.5, 1.0]])
+    np.testing.assert_allclose(advantages.leave_one_out(reward), [[0.75, -2.25, 1.5]], rtol=1e-6)
+    std = np.std([0.5, -1.5, 1.0])
+    np.testing.assert_allclose(
+        advantages.group_normalize(reward), [np.array([0.5, -1.5, 1.0]) / (std + 1e-4)], rtol=1e-5
+    )
+
+
+def test_group_baselines_oracle():
+    for name, ddof in (("grpo_advantage_population_std", 0), ("grpo_advantage_sample_std", 1)):
+        case = Case(name)
+        case.check(advantage=advantages.group_normalize(case["reward"], ddof))
+    case = Case("rloo_advantage")
+    case.check(advantage=advantages.leave_one_out(case["reward"]))
+
+
+def test_leave_one_out_needs_two():
+    with pytest.raises(ValueError, match="at least two"):
+        advantages.leave_one_out(jnp.ones((3, 1)))

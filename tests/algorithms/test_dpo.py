@@ -1,0 +1,104 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import dpo, optim
+from rlhf_jax.types import InputError, Rankings
+from tests import tiny
+from tests.oracles import Case
+
+
+def test_by_hand():
+    terms = [jnp.array([x]) for x in (-3.5, -4.0, -4.5, -3.0)]  # margin = .5 * ((-3.5 + 4.5) - (-4 + 3)) = 1
+    np.testing.assert_allclose(dpo.loss(*terms, beta=0.5), np.log1p(np.exp(-1.0)), rtol=1e-6)
+    smoothed = 0.9 * np.log1p(np.exp(-1.0)) + 0.1 * np.log1p(np.exp(1.0))
+    np.testing.assert_allclose(dpo.loss(*terms, beta=0.5, label_smoothing=0.1), smoothed, rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", ["0.0", "0.1"])
+def test_oracle(smoothing):
+    case = Case(f"dpo_label_smoothing_{smoothing}")
+    args = [case[k] for k in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
+    loss, (chosen, rejected) = jax.value_and_grad(dpo.loss, argnums=(0, 1))(
+        *args, case["beta"], case["label_smoothing"]
+    )
+    case.check(loss=loss, grad_policy_chosen=chosen, grad_policy_rejected=rejected)
+
+
+def test_ipo_oracle():
+    case = Case("ipo")
+    args = [case[k] for k in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
+    loss, (chosen, rejected) = jax.value_and_grad(dpo.ipo_loss, argnums=(0, 1))(*args, case["beta"])
+    case.check(loss=loss, grad_policy_chosen=chosen, grad_policy_rejected=rejected)
+
+
+def test_from_tokens_oracle():
+    case = Case("dpo_from_tokens")
+    sums = {
+        f"{model}_{which}_sum": dpo.sequence_logprobs(case[f"{model}_{which}"], case[f"{which}_mask"])
+        for model in ("policy", "ref")
+        for which in ("chosen", "rejected")
+    }
+    case.check(loss=dpo.loss(*sums.values(), case["beta"]), **sums)
+
+
+# The step -------------------------------------------------------------------------------------------------------------
+
+POLICY = models.bind(models.Transformer(tiny.GPT))
+TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
+STEP = functools.partial(dpo.train_step, apply_fn=POLICY, tx=TX)
+LOGPROBS = jax.jit(functools.partial(dpo.response_logprobs, apply_fn=POLICY))
+
+
+def batch(seed: int, rows: int = 8, responses: int = 4) -> Rankings:
+    """Prompts of 2 to 4 tokens, each the same in all its responses; ties, absent responses, a prompt without a pair."""
+    rng = np.random.default_rng(seed)
+    start = rng.integers(2, 5, rows).astype(np.int32)
+    tokens = tiny.random_tokens(seed, rows, responses, 9)
+    tokens[:, :, :4] = np.where(np.arange(4) < start[:, None, None], tokens[:, :1, :4], tokens[:, :, :4])
+    length = rng.integers(start[:, None] + 1, 10, (rows, responses))
+    rank = rng.integers(0, 3, (rows, responses)).astype(np.int32)
+    rank[rng.random(rank.shape) < 0.2] = -1
+    rank[0] = 1
+    mask = (np.arange(9) < length[..., None]) & (rank >= 0)[..., None]
+    return tiny.arrays(Rankings(tokens=tokens, mask=mask, start=start, rank=rank))
+
+
+def test_a_response_is_scored_without_its_prompt():
+    rows = batch(0)
+    found = LOGPROBS(tiny.policy(), rows)
+    row, k = np.argwhere(rows.rank >= 0)[-1]
+    tokens, start, length = rows.tokens[row, k], int(rows.start[row]), int(rows.mask[row, k].sum())
+    logp = jax.nn.log_softmax(jax.jit(POLICY)(tiny.policy(), tokens[None, :length], jnp.ones((1, length), bool))[0])
+    expected = sum(float(logp[t - 1, tokens[t]]) for t in range(start, length))
+    np.testing.assert_allclose(found[row, k], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("cfg", [dpo.Config(0.3, label_smoothing=0.1), dpo.Config(0.3, "ipo")], ids=["sigmoid", "ipo"])
+def test_a_step_averages_pairs_then_prompts(cfg):
+    rows, policy, reference = batch(1), tiny.policy(), tiny.policy(seed=3)
+    _, metrics = jax.jit(functools.partial(STEP, cfg=cfg))(optim.init(policy, TX, jax.random.key(0)), rows, reference)
+    gain = np.subtract(*(LOGPROBS(params, rows) for params in (policy, reference)))
+    losses, correct = [], []
+    for score, rank in zip(gain, rows.rank, strict=True):
+        pairs = [(i, j) for i in range(4) for j in range(4) if 0 <= rank[i] < rank[j]]
+        h = np.array([score[i] - score[j] for i, j in pairs])
+        terms = (
+            (h - 1 / 0.6) ** 2
+            if cfg.loss == "ipo"
+            else 0.9 * np.log1p(np.exp(-0.3 * h)) + 0.1 * np.log1p(np.exp(0.3 * h))
+        )
+        correct += list(h > 0)
+        losses += [terms.mean()] if pairs else []
+    np.testing.assert_allclose(metrics["loss/dpo"], np.mean(losses), rtol=1e-4)
+    np.testing.assert_allclose(metrics["reward/accuracy"], np.mean(correct), rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"beta": 0.0}, {"loss": "ipo", "label_smoothing": 0.1}])
+def test_settings_that_cannot_be(settings):
+    with pytest.raises(InputError):
+        dpo.Config(**settings)

@@ -1,0 +1,198 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import grpo, optim, ppo, rloo, updates
+from rlhf_jax.types import InputError
+from tests import tiny
+from tests.algorithms.test_ppo import EPISODES, LOGPROBS, N, episodes
+
+POLICY = models.bind(models.Transformer(tiny.GPT))
+TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
+ALGORITHMS = {
+    "grpo": (grpo.train_step, grpo.Config(epochs=2, minibatches=2, group=4)),
+    "grpo-reward": (
+        grpo.train_step,
+        grpo.Config(minibatches=2, group=4, kl_in="reward", scale=False, mean="token", entropy_coef=0.1),
+    ),
+    "rloo": (rloo.train_step, rloo.Config(epochs=2, minibatches=2, group=4)),
+}
+BOTH = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+def init(cfg):
+    return updates.init({"policy": tiny.policy()}, TX, cfg, jax.random.key(0))
+
+
+def step(name):
+    train_step, cfg = ALGORITHMS[name]
+    return functools.partial(train_step, policy_fn=POLICY, tx=TX, cfg=cfg), cfg
+
+
+@functools.cache
+def compiled(name):
+    return jax.jit(step(name)[0])
+
+
+@BOTH
+def test_the_first_pass_has_ratio_one(name):
+    _, cfg = step(name)
+    logp = LOGPROBS(tiny.policy(), EPISODES.tokens, EPISODES.mask)
+    sampled = EPISODES.replace(logp=jnp.where(EPISODES.response_mask, logp, 0.0))
+    assert compiled(name)(init(cfg), sampled)[1]["ratio/first_error"] < 1e-4
+    off = sampled.replace(logp=sampled.logp.at[0, 0].add(0.1))
+    assert compiled(name)(init(cfg), off)[1]["ratio/first_error"] > 0.05
+
+
+def totals(module, batch, cfg):
+    return module.totals(batch, cfg) if module is grpo else module.totals(batch)
+
+
+def gradient(module, cfg, rollout):
+    """Of the loss of a whole rollout, at the policy that sampled it."""
+    batch, _ = module.experience(rollout, cfg)
+    count = totals(module, batch, cfg)
+    loss = lambda p: module.loss({"policy": p}, batch, None, count, policy_fn=POLICY, cfg=cfg)[0]
+    return jax.jit(jax.grad(loss))(tiny.policy())
+
+
+def on_policy(seed: int = 0):
+    sampled = episodes(seed)
+    logp = LOGPROBS(tiny.policy(), sampled.tokens, sampled.mask)
+    return sampled.replace(logp=jnp.where(sampled.response_mask, logp, 0.0))
+
+
+def reinforce(weight):
+    """Gradient of -sum(weight * logp)."""
+    sampled = on_policy()
+
+    def objective(params):
+        return -jnp.sum(jnp.where(sampled.response_mask, weight * LOGPROBS(params, sampled.tokens, sampled.mask), 0.0))
+
+    return jax.jit(jax.grad(objective))(tiny.policy())
+
+
+def test_rloo_is_reinforce_with_the_others_as_baseline():
+    sampled, cfg = on_policy(), rloo.Config(group=4, kl_coef=0.5)
+    kl = np.sum((sampled.logp - sampled.logp_ref) * sampled.response_mask, axis=1)
+    reward = (np.asarray(sampled.score) - 0.5 * kl).reshape(-1, 4)
+    advantage = (reward - (reward.sum(1, keepdims=True) - reward) / 3).reshape(-1, 1)
+    tiny.assert_close(gradient(rloo, cfg, sampled), reinforce(advantage / 16), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("mean", ["sequence", "token"])
+def test_grpo_weighs_tokens_as_it_says(scale, mean):
+    sampled = on_policy()
+    cfg = grpo.Config(group=4, kl_coef=0.0, scale=scale, mean=mean)
+    score = np.asarray(sampled.score).reshape(-1, 4)
+    advantage = score - score.mean(1, keepdims=True)
+    if scale:
+        advantage = advantage / (score.std(1, keepdims=True) + 1e-4)
+    lengths = np.asarray(sampled.response_mask).sum(1)
+    per_token = 1 / (16 * lengths) if mean == "sequence" else np.full(16, 1 / lengths.sum())
+    expected = reinforce((advantage.reshape(-1) * per_token)[:, None])
+    tiny.assert_close(gradient(grpo, cfg, sampled), expected, atol=1e-5)
+
+
+def test_grpo_adds_k3_to_the_loss_or_k1_to_the_reward():
+    sampled = on_policy()
+    d = np.asarray((sampled.logp - sampled.logp_ref) * sampled.response_mask)
+    lengths = np.asarray(sampled.response_mask).sum(1)
+    for mean, weight in {"sequence": 1 / (16 * lengths[:, None]), "token": 1 / lengths.sum()}.items():
+        cfg = grpo.Config(group=4, kl_coef=0.3, mean=mean)
+        batch, _ = grpo.experience(sampled, cfg)
+        value, metrics = jax.jit(functools.partial(grpo.loss, policy_fn=POLICY, cfg=cfg))(
+            {"policy": tiny.policy()}, batch, None, totals(grpo, batch, cfg)
+        )
+        k3 = np.sum((np.exp(-d) - 1 + d) * weight)
+        np.testing.assert_allclose(metrics["loss/kl"], k3, rtol=1e-4)
+        np.testing.assert_allclose(value, metrics["loss/policy"] + 0.3 * k3, rtol=1e-4)
+    batch, _ = grpo.experience(sampled, grpo.Config(group=4, kl_coef=0.3, kl_in="reward", scale=False))
+    reward = (np.asarray(sampled.score) - 0.3 * d.sum(1)).reshape(-1, 4)
+    np.testing.assert_allclose(batch.advantage, (reward - reward.mean(1, keepdims=True)).reshape(-1), atol=1e-5)
+
+
+def test_rloo_clips_the_ratio_of_whole_responses():
+    sampled = on_policy()
+    cfg = rloo.Config(group=2, kl_coef=0.0, clip=0.2)
+    # The policy that sampled is off by .1 a token: responses of two tokens or more are beyond the clip.
+    off = sampled.replace(logp=jnp.where(sampled.response_mask, sampled.logp - 0.1, 0.0))
+    batch, _ = rloo.experience(off, cfg)
+    _, metrics = jax.jit(functools.partial(rloo.loss, policy_fn=POLICY, cfg=cfg))(
+        {"policy": tiny.policy()}, batch, None, totals(rloo, batch, cfg)
+    )
+    lengths = np.asarray(off.response_mask).sum(1)
+    beyond = (np.exp(0.1 * lengths) > 1.2) & (np.asarray(batch.advantage) > 0)
+    np.testing.assert_allclose(metrics["policy/clip_fraction"], beyond.mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.2, 0.5])
+@pytest.mark.parametrize("module", [grpo, rloo])
+def test_the_clip_bounds_the_ratio(module, clip):
+    """The policy that sampled is off by .3 a token, up or down: GRPO clips each token's ratio, RLOO the response's."""
+    sampled = on_policy()
+    shift = np.where(np.arange(16) % 2, 0.3, -0.3)
+    sampled = sampled.replace(logp=sampled.logp - jnp.array(shift[:, None], jnp.float32) * sampled.response_mask)
+    cfg = module.Config(group=4, kl_coef=0.0, clip=clip)
+    batch, _ = module.experience(sampled, cfg)
+    value, _ = jax.jit(functools.partial(module.loss, policy_fn=POLICY, cfg=cfg))(
+        {"policy": tiny.policy()}, batch, None, totals(module, batch, cfg)
+    )
+    ratio = np.exp(shift if module is grpo else shift * np.asarray(sampled.response_mask).sum(axis=1))
+    advantage = np.asarray(batch.advantage)
+    expected = np.maximum(-advantage * ratio, -advantage * np.clip(ratio, 1 - clip, 1 + clip)).mean()
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("module", "group"), [(grpo, 1), (rloo, 1)])
+def test_a_group_of_one_is_refused(module, group):
+    with pytest.raises(InputError, match="group=1"):
+        module.Config(group=group)
+
+
+def test_episodes_that_do_not_divide_into_groups():
+    with pytest.raises(InputError, match="16 episodes do not divide into groups of 5"):
+        rloo.experience(EPISODES, rloo.Config(group=5))
+
+
+def test_unfinished_responses_are_scored_as_told():
+    cfg = grpo.Config(group=4, unfinished_score=-2.0, scale=False)
+    _, metrics = grpo.experience(EPISODES, cfg)
+    expected = np.where(EPISODES.ended, EPISODES.score, -2.0).mean()
+    np.testing.assert_allclose(metrics["reward/score"], expected, rtol=1e-5)
+
+
+def test_ppo_without_value_or_lambda_is_a_policy_gradient_too():
+    """With a critic that knows nothing, lambda 1 and no whitening, PPO's first gradient is REINFORCE's."""
+    sampled = on_policy().replace(value=jnp.zeros((16, N)))
+    cfg = ppo.Config(lam=1.0, whiten_advantages=None, kl_coef=0.0, value_coef=0.0)
+    batch, _ = ppo.experience(sampled, jnp.float32(0.0), cfg)
+    critic_fn = lambda params, tokens, mask, start: jnp.zeros_like(tokens[:, start:-1], jnp.float32)
+    loss = functools.partial(ppo.loss, policy_fn=POLICY, critic_fn=critic_fn, cfg=cfg)
+    grad = jax.jit(jax.grad(lambda p: loss({"policy": p, "critic": ()}, batch, None, ppo.totals(batch))[0]))(
+        tiny.policy()
+    )
+    count = np.asarray(sampled.response_mask).sum()
+    tiny.assert_close(grad, reinforce(np.asarray(sampled.score)[:, None] / count), atol=1e-5)
+    assert optax.tree.norm(grad) > 0
+
+
+def test_what_padding_holds_reaches_no_gradient():
+    """After the end of a response stands a token that the policy all but excludes: its k3 would overflow."""
+    sampled = on_policy()
+    cfg = grpo.Config(group=4, kl_coef=1.0)
+
+    def policy_fn(params, tokens, mask, **kwargs):
+        logp, entropy = POLICY(params, tokens, mask, **kwargs)
+        return jnp.where(sampled.response_mask, logp, logp - 200.0), entropy
+
+    batch, _ = grpo.experience(sampled, cfg)
+    count = totals(grpo, batch, cfg)
+    loss = lambda p: grpo.loss({"policy": p}, batch, None, count, policy_fn=policy_fn, cfg=cfg)[0]
+    assert jnp.isfinite(optax.tree.norm(jax.jit(jax.grad(loss))(tiny.policy())))

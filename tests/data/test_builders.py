@@ -1,0 +1,305 @@
+"""Tests of rlhf_jax.data.builders: each kind of source, what is prepared anew and what is not, and every bad row."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from rlhf_jax.data import builders, sources
+from rlhf_jax.types import InputError
+
+USER = [{"role": "user", "content": "ask"}]
+REPLY = {"role": "assistant", "content": "say"}
+
+
+def write(path, *rows):
+    """A JSON Lines file of rows, or of lines as they are."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def load(path, kind, **options):
+    return list(sources.rows(str(path), kind, data_dir=path.parent / "store", **options))
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "expected"),
+    [
+        ("text", {"text": " Ümläut\n", "id": 3}, {"text": " Ümläut\n"}),
+        ("demonstrations", {"prompt": "p", "completion": ""}, {"prompt": "p", "completion": ""}),
+        ("demonstrations", {"prompt": USER, "completion": "c"}, {"prompt": USER, "completion": "c"}),
+        ("demonstrations", {"prompt": USER, "completion": [REPLY]}, {"prompt": USER, "completion": "say"}),
+        ("demonstrations", {"messages": [*USER, REPLY] * 2, "n": 1}, {"messages": [*USER, REPLY] * 2}),
+        (
+            "rankings",
+            {"prompt": "p", "responses": ["a", "b", ""], "ranks": [1, 0, 1]},
+            {"prompt": "p", "responses": ["a", "b", ""], "ranks": [1, 0, 1]},
+        ),
+        (
+            "rankings",
+            {"prompt": USER, "chosen": [REPLY], "rejected": "b"},
+            {"prompt": USER, "responses": ["say", "b"], "ranks": [0, 1]},
+        ),
+        ("prompts", {"prompt": "", "answer": 4}, {"prompt": ""}),
+        ("prompts", {"prompt": [{"role": "system", "content": "s"}, *USER]}, None),
+    ],
+)
+def test_rows_come_back_in_their_canonical_shape(tmp_path, kind, row, expected):
+    write(tmp_path / "data.jsonl", row)
+    assert load(tmp_path / "data.jsonl", kind) == [expected or row]
+
+
+def test_rows_keep_their_order_and_are_random_access(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"text": f"row {n}"}) + "\n\n" for n in range(2500))
+    rows = sources.rows(str(path), "text", data_dir=tmp_path)
+    assert len(rows) == 2500
+    assert [row["text"] for row in rows] == [f"row {n}" for n in range(2500)]
+    assert rows[7] == {"text": "row 7"} and rows[-1] == {"text": "row 2499"}
+    with pytest.raises(IndexError):
+        rows[2500]
+    part = sources.rows(str(path), "text", data_dir=tmp_path, split="train[80%:]")
+    assert [row["text"] for row in part] == [f"row {n}" for n in range(2000, 2500)]
+
+
+def test_text_file_of_documents(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("One.\n\nStill one.\n<|endoftext|>\nTwo.\n<|endoftext|>\n")
+    assert load(path, "text") == [{"text": "One.\n\nStill one."}, {"text": "Two."}]
+    path.write_text("One.\nStill one.\n\n \nTwo.\n")
+    assert load(path, "text") == [{"text": "One.\nStill one."}, {"text": "Two."}]
+    with pytest.raises(InputError, match=r"stories\.txt: prompts are read from a \.jsonl"):
+        load(path, "prompts")
+
+
+def test_unchanged_file_is_reused_and_a_changed_one_prepared_anew(tmp_path, monkeypatch):
+    path = tmp_path / "data.jsonl"
+    write(path, {"text": "a"})
+    prepared = []
+    rows = sources.LocalFile.rows
+    monkeypatch.setattr(sources.LocalFile, "rows", lambda self: prepared.append(1) or rows(self))
+    assert load(path, "text") == load(path, "text") == [{"text": "a"}]
+    assert len(prepared) == 1
+    write(path, {"text": "b"})
+    assert load(path, "text") == [{"text": "b"}]
+    assert len(prepared) == 2
+
+
+def test_preparing_is_quiet_and_writes_array_record(tmp_path, capfd):
+    write(tmp_path / "data.jsonl", {"text": "a"})
+    load(tmp_path / "data.jsonl", "text")
+    assert capfd.readouterr() == ("", "")
+    assert len(list((tmp_path / "store").rglob("*.array_record*"))) == 1
+
+
+BAD = [
+    ("text", "{", "line 2: expected a JSON object, got '{'"),
+    ("text", "[" * 100_000, "line 2: expected a JSON object, got '\\[\\["),
+    ("text", [1, 2], r"line 2: expected a JSON object, got \[1, 2\]"),
+    ("text", {"txt": "a"}, r"line 2, field text: missing; the row has \['txt'\]"),
+    ("text", {"text": 5}, "line 2, field text: expected text, got 5"),
+    ("text", {"text": None}, "line 2, field text: expected text, got None"),
+    ("text", {"text": ""}, "line 2, field text: expected some text, got an empty string"),
+    ("text", '{"text": "\\ud800"}', "line 2, field text: expected Unicode text"),
+    ("prompts", {"prompt": 5}, "line 2, field prompt: expected text or a list of messages, got 5"),
+    ("prompts", {"prompt": []}, "line 2, field prompt: expected a list of messages"),
+    ("prompts", {"prompt": ["hi"]}, r"line 2, field prompt\[0\]: expected .* got 'hi'"),
+    ("prompts", {"prompt": [*USER, {"role": "bot", "content": ""}]}, r"prompt\[1\], field role: .* got 'bot'"),
+    ("prompts", {"prompt": [{"role": "user"}]}, r"line 2, field prompt\[0\], field content: missing"),
+    ("prompts", {"prompt": [*USER, REPLY]}, "line 2, field prompt: expected its last message to come from the user"),
+    ("demonstrations", {"prompt": "p"}, "line 2, field completion: missing"),
+    ("demonstrations", {"completion": "c"}, "line 2, field prompt: missing"),
+    ("demonstrations", {"prompt": "p", "completion": [REPLY]}, "line 2, field completion: expected text, got"),
+    ("demonstrations", {"prompt": USER, "completion": USER}, "line 2, field completion: expected one assistant"),
+    ("demonstrations", {"messages": USER}, "line 2, field messages: expected a conversation that ends"),
+    ("demonstrations", {"messages": [REPLY]}, "line 2, field messages: expected a conversation that ends, not begins"),
+    ("rankings", {"prompt": "p", "chosen": "a"}, "line 2, field rejected: missing"),
+    ("rankings", {"prompt": "p"}, "line 2, field responses: missing"),
+    ("rankings", {"prompt": "p", "responses": ["a"], "ranks": [0]}, r"field responses: .* at least 2, got \['a'\]"),
+    ("rankings", {"prompt": "p", "responses": "ab", "ranks": [0, 1]}, "field responses: .* at least 2, got 'ab'"),
+    ("rankings", {"prompt": "p", "responses": ["a", 1], "ranks": [0, 1]}, r"field responses\[1\]: expected text"),
+    ("rankings", {"prompt": "p", "responses": ["a", "b"]}, "line 2, field ranks: missing"),
+    *[
+        ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": ranks}, "field ranks: expected 2 integers")
+        for ranks in ([0], [0, 1, 2], [0, 1.0], [True, 0], ["0", "1"], [-1, 0], 0, [0, 2**31])
+    ],
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "message"), BAD)
+def test_bad_row_is_named_in_one_line_and_nothing_is_prepared(tmp_path, kind, row, message):
+    good = {"text": "t", "prompt": "p", "completion": "c", "chosen": "a", "rejected": "b"}
+    path = tmp_path / "data.jsonl"
+    write(path, good, row)
+    for _ in range(2):  # the second time it must not be taken for prepared
+        with pytest.raises(InputError, match=message) as error:
+            load(path, kind)
+        assert str(error.value).startswith(f"{path}, line 2") and "\n" not in str(error.value)
+    assert not list((tmp_path / "store").rglob("*.array_record*"))
+
+
+def test_rows_nested_as_deeply_as_can_be_read(tmp_path):
+    path = tmp_path / "data.jsonl"
+    for depth in range(800, 1000, 2):
+        write(path, f'{{"text": {"[" * depth}{"]" * depth}}}')
+        with pytest.raises(InputError, match=r"line 1.*: expected (text|a JSON object), got"):
+            [builders.check("text", row, where) for where, row in builders.json_values(path)]
+
+
+def test_unreadable_files(tmp_path):
+    path = tmp_path / "data.jsonl"
+    with pytest.raises(InputError, match=r"data\.jsonl: no such file"):
+        load(path, "text")
+    for content in (b"", b"\n \n"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="expected rows of text, got an empty file"):
+            load(path, "text")
+    path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    with pytest.raises(InputError, match="line 2: expected UTF-8, got byte 0xe9"):
+        load(path, "text")
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}')
+    assert load(path, "text") == [{"text": "a"}]
+    packed = tmp_path / "data.jsonl.gz"
+    for content in (b'{"text": "a"}', gzip.compress(b'{"text": "a"}\n' * 999)[:-9]):
+        packed.write_bytes(content)
+        with pytest.raises(InputError, match=r"line \d+: cannot be read"):
+            load(packed, "text")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("data.csv", "expected world, a TFDS name, or a path that ends in"),
+        ("no_such_data_set", "neither world nor a .* file nor a known TFDS name"),
+        ("glue/no_such_config", "glue/no_such_config"),
+        ("world:rows=many", "expected, for instance, world:seed=3,rows=1000, got 'rows=many'"),
+        ("world:lines=3", "got 'lines=3'"),
+        ("world:rows=0", "at least 1 row"),
+    ],
+)
+def test_unknown_spec(tmp_path, spec, message):
+    with pytest.raises(InputError, match=message) as error:
+        sources.rows(spec, "text", data_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_split(tmp_path):
+    path = tmp_path / "data.jsonl"
+    write(path, {"text": "a"})
+    for split in ("test", "train[", "train[5:2]", "train[1:]"):
+        with pytest.raises(InputError, match=r"no rows in split '.*'; there are train"):
+            load(path, "text", split=split)
+    with pytest.raises(InputError, match="there are train, held_out"):
+        sources.rows("world", "text", data_dir=tmp_path, split="test")
+
+
+def test_a_slice_of_a_source(tmp_path):
+    path = tmp_path / "data.jsonl"
+    write(path, *({"chosen": f"\n\nHuman: {n}\n\nAssistant: a", "rejected": f"\n\nHuman: {n}\n\nAssistant: b"}
+                  for n in range(10)))  # fmt: skip
+    asked = lambda part: [
+        int(row["prompt"][0]["content"]) for row in sources.rows(f"hh:{path}{part}", "prompts", data_dir=tmp_path)
+    ]
+    assert (asked("[:80%]"), asked("[8:]"), asked("")) == ([*range(8)], [8, 9], [*range(10)])
+    assert len(sources.rows("world:rows=20[:5]", "prompts", data_dir=tmp_path, split="held_out")) == 5
+    with pytest.raises(InputError, match=r"no rows in split 'train\[12:\]'"):
+        asked("[12:]")
+    with pytest.raises(InputError, match=r"\[:5\]': rows of 'train\[:9\]' are a slice already"):
+        sources.rows(f"hh:{path}[:5]", "prompts", data_dir=tmp_path, split="train[:9]")
+
+
+@pytest.mark.parametrize("kind", ["text", "demonstrations", "rankings", "prompts"])
+def test_world(tmp_path, kind):
+    def rows(spec, split="train"):
+        return list(sources.rows(spec, kind, data_dir=tmp_path, split=split))
+
+    train = rows("world:rows=20,seed=1")
+    assert len(train) == 20
+    assert all(builders.check(kind, row, "row") == row for row in train)
+    assert rows("world:rows=20,seed=1") == train
+    assert rows("world:rows=20,seed=2") != train
+    assert len(rows("world:rows=20,seed=1", "held_out[:50%]")) == 10
+    assert all(row not in train for row in rows("world:rows=20,seed=1", "held_out") if kind == "prompts")
+
+
+class Published(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A data set as others publish them, known to TFDS by its files alone."""
+
+    VERSION = tfds.core.Version("2.0.0")
+    name = "published"
+    FEATURES = None
+    ROWS = None
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(self.FEATURES))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield from enumerate(self.ROWS)
+
+
+@pytest.fixture
+def publish(tmp_path):
+    def make(features, *rows, file_format="array_record"):
+        new = type("Published", (Published,), {"FEATURES": features, "ROWS": rows}, skip_registration=True)
+        with builders.quiet():
+            new(data_dir=tmp_path).download_and_prepare(file_format=file_format)
+
+    return make
+
+
+TEXT = tfds.features.Text()
+
+
+def test_published_text(tmp_path, publish):
+    publish({"text": TEXT, "title": TEXT, "label": tfds.features.ClassLabel(num_classes=2)},
+            {"text": "naïve", "title": "t", "label": 1})  # fmt: skip
+    for spec in ("published", "published:2.0.0", "published:text"):
+        assert list(sources.rows(spec, "text", data_dir=tmp_path, split="test")) == [{"text": "naïve"}]
+    assert sources.rows("published:title", "prompts", data_dir=tmp_path)[0] == {"prompt": "t"}
+    with pytest.raises(InputError, match=r"name the text field, as in published:text; there are text, title"):
+        sources.rows("published:label", "text", data_dir=tmp_path)
+    with pytest.raises(InputError, match=r"no rows in split .*; there are (train, test|test, train)"):
+        sources.rows("published", "text", data_dir=tmp_path, split="validation")
+    with pytest.raises(InputError, match="split train, row 0, field prompt: missing"):
+        sources.rows("published", "demonstrations", data_dir=tmp_path)[0]["prompt"]
+
+
+def test_published_field_is_detected_or_asked_for(tmp_path, publish):
+    publish({"sentence": TEXT, "n": tfds.features.Scalar(np.int64)}, {"sentence": "s", "n": 1})
+    assert list(sources.rows("published", "text", data_dir=tmp_path)) == [{"text": "s"}]
+
+
+def test_published_with_two_strings(tmp_path, publish):
+    publish({"left": TEXT, "right": TEXT}, {"left": "l", "right": ""})
+    with pytest.raises(InputError, match="as in published:left; there are left, right"):
+        sources.rows("published", "text", data_dir=tmp_path)
+    assert list(sources.rows("published:right", "text", data_dir=tmp_path)) == [{"text": ""}]
+
+
+def test_published_rankings(tmp_path, publish):
+    publish(
+        {
+            "prompt": tfds.features.Sequence({"role": TEXT, "content": TEXT}),
+            "responses": tfds.features.Sequence(TEXT),
+            "ranks": tfds.features.Sequence(tfds.features.Scalar(np.int64)),
+        },
+        {"prompt": USER, "responses": ["a", "b"], "ranks": [1, 0]},
+    )
+    assert list(sources.rows("published", "rankings", data_dir=tmp_path)) == [
+        {"prompt": USER, "responses": ["a", "b"], "ranks": [1, 0]}
+    ]
+
+
+def test_published_name_that_cannot_be_fetched(tmp_path, monkeypatch):
+    def fail(self, **_):
+        raise ConnectionError("no route to host\nat all")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(InputError, match=r"'glue/sst2': cannot be prepared \(ConnectionError: no route to host\)"):
+        sources.rows("glue/sst2", "text", data_dir=tmp_path)

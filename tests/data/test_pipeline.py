@@ -1,0 +1,407 @@
+"""Tests of rlhf_jax.data.pipeline: what stands in the batches, in which order, and how a position is restored."""
+
+import functools
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import pipeline, sources
+from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.types import InputError, Prompts, Rankings, Tokens
+
+WORDS = "the cat sat on a mat and ate two fish while nobody was looking at it".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tokenizer_lib.train([" ".join(WORDS)] * 3, 300, tmp_path_factory.mktemp("tokenizer"))
+
+
+def says(n, words):
+    """Some words that no other row says."""
+    return f"{n}: " + " ".join(WORDS[(n + k) % len(WORDS)] for k in range(words))
+
+
+TEXTS = [{"text": says(n, 1 + n % 13)} for n in range(40)]
+DEMONSTRATIONS = [{"prompt": says(n, 1 + n % 3), "completion": says(100 + n, 1 + n % 5)} for n in range(20)] + [
+    {"messages": [{"role": "user", "content": says(n, 2)}, {"role": "assistant", "content": says(100 + n, n % 4 + 1)}]}
+    for n in range(20, 40)
+]
+RANKINGS = [
+    {
+        "prompt": says(n, 2),
+        "responses": [says(100 * n + k, 1 + k) for k in range(2 + n % 3)],
+        "ranks": [(n + k) % 3 for k in range(2 + n % 3)],
+    }
+    for n in range(13)
+]
+PROMPTS = [{"prompt": says(n, 1 + n % 5)} for n in range(13)]
+MAKE = {
+    "text": lambda tokenizer, **o: pipeline.text(TEXTS, tokenizer, **{"length": 24, "batch": 4, "seed": 3, **o}),
+    "demonstrations": lambda tokenizer, **o: pipeline.demonstrations(
+        DEMONSTRATIONS, tokenizer, **{"length": 64, "batch": 4, "seed": 3, **o}
+    ),
+    "rankings": lambda tokenizer, **o: pipeline.rankings(
+        RANKINGS, tokenizer, **{"length": 64, "batch": 4, "seed": 3, **o}
+    ),
+    "prompts": lambda tokenizer, **o: pipeline.prompts(
+        PROMPTS, tokenizer, **{"length": 32, "batch": 4, "seed": 3, **o}
+    ),
+    "prompts of several widths": lambda tokenizer, **o: pipeline.prompts(
+        PROMPTS, tokenizer, **{"length": 32, "widths": 4, "batch": 4, "seed": 3, **o}
+    ),
+}
+KINDS = pytest.mark.parametrize("kind", MAKE)
+
+
+def leaves(batch):
+    return {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+
+
+def same(one, other):
+    return all(np.array_equal(x, leaves(other)[name]) for name, x in leaves(one).items())
+
+
+def segments(batches):
+    """(ids, targets) of each segment."""
+    for batch in batches:
+        for tokens, segment, target in zip(batch.tokens, batch.segment, batch.target, strict=True):
+            assert (np.diff(segment[segment > 0]) >= 0).all() and not target[segment == 0].any()
+            for number in range(1, segment.max() + 1):
+                assert (segment == number).any()
+                yield tokens[segment == number].tolist(), target[segment == number].tolist()
+
+
+def test_text_packs_each_document_once_and_whole(tokenizer):
+    long = " ".join(WORDS * 3)
+    data = pipeline.text([*TEXTS, {"text": ""}, {"text": long}], tokenizer, length=32, batch=2, seed=0, epochs=1)
+    assert data.counts == pipeline.Counts(kept=41, empty=1)
+    batches = list(data)
+    assert len(batches) == data.steps
+    for batch in batches:
+        assert isinstance(batch, Tokens)
+        assert batch.tokens.shape == batch.segment.shape == batch.target.shape == (2, 32)
+        assert (batch.tokens.dtype, batch.segment.dtype, batch.target.dtype) == (np.int32, np.int32, bool)
+    found = list(segments(batches))
+    assert all(target == [False] + [True] * (len(ids) - 1) for ids, target in found)
+    end = [tokenizer.eos_token_id]
+    whole = tokenizer(long)["input_ids"] + end
+    expected = [tokenizer(row["text"])["input_ids"] + end for row in TEXTS]
+    expected += [whole[at : at + 32] for at in range(0, len(whole), 32)]
+    assert sorted(ids for ids, _ in found) == sorted(expected)
+
+
+def text_of(rows, tokenizer):
+    return list(pipeline.text(rows, tokenizer, length=24, batch=4, seed=3, epochs=1))
+
+
+def test_documents_are_tokenised_once(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "some.txt").write_text("\n\n".join(row["text"] for row in TEXTS))
+    rows = sources.rows(str(tmp_path / "some.txt"), "text", data_dir=tmp_path / "data")
+    part = sources.rows(str(tmp_path / "some.txt[:50%]"), "text", data_dir=tmp_path / "data")
+    expected, expected_part = text_of(TEXTS, tokenizer), text_of(TEXTS[:20], tokenizer)
+    other = tokenizer_lib.train(["dog"] * 3, 258, tmp_path / "tokenizer")
+    expected_other = text_of(TEXTS, other)
+    assert all(map(same, text_of(rows, tokenizer), expected))
+    assert all(map(same, text_of(part, tokenizer), expected_part))  # a slice has its own
+    assert all(map(same, text_of(rows, other), expected_other))  # as has another tokenizer
+    monkeypatch.setattr(tokenizer_lib, "encode", None)
+    for again, first in ((rows, expected), (part, expected_part)):
+        assert all(map(same, text_of(again, tokenizer), first))
+    assert all(map(same, text_of(rows, other), expected_other))
+
+
+def test_documents_are_read_where_nothing_can_be_kept(tokenizer, tmp_path):
+    (tmp_path / "some.txt").write_text("\n\n".join(row["text"] for row in TEXTS))
+    rows = sources.rows(str(tmp_path / "some.txt"), "text", data_dir=tmp_path / "data")
+    rows.folder = tmp_path / "some.txt" / "no folder"
+    assert all(map(same, text_of(rows, tokenizer), text_of(TEXTS, tokenizer)))
+
+
+def test_text_is_packed_densely(tokenizer):
+    batches = list(pipeline.text(TEXTS * 20, tokenizer, length=64, batch=1, seed=0, epochs=1))
+    assert np.mean([batch.segment > 0 for batch in batches]) > 0.97
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_demonstrations_learn_the_completion_alone(tokenizer, pack):
+    data = MAKE["demonstrations"](tokenizer, epochs=1, pack=pack)
+    assert data.counts == pipeline.Counts(kept=40)
+    assert data.rows == 40 if not pack else data.rows < 30
+    expected = []
+    for row in DEMONSTRATIONS:
+        prompt = row["prompt"] if "prompt" in row else row["messages"][:1]
+        completion = row["completion"] if "prompt" in row else row["messages"][1]["content"]
+        start = tokenizer_lib.render_prompt(tokenizer, prompt)
+        end = tokenizer_lib.render_completion(tokenizer, prompt, completion)
+        expected.append((start + end, [False] * len(start) + [True] * len(end)))
+    assert sorted(segments(data)) == sorted(expected)
+
+
+def test_demonstrations_can_learn_all_tokens(tokenizer):
+    data = MAKE["demonstrations"](tokenizer, epochs=1, completion_only=False)
+    found = list(segments(data))
+    assert len(found) == 40 and all(target == [False] + [True] * (len(ids) - 1) for ids, target in found)
+
+
+def test_demonstrations_truncate_and_refuse(tokenizer):
+    def ids(text):
+        return tokenizer(text)["input_ids"]
+
+    rows = [
+        {"prompt": "a b", "completion": "c"},
+        {"prompt": "a b", "completion": "the cat sat on a mat and ate two fish"},
+        {"prompt": "the cat sat on a mat and ate two fish", "completion": "c"},
+        {"prompt": " \n", "completion": "c"},
+        {"prompt": "a", "completion": ""},
+        {"prompt": [{"role": "user", "content": ""}], "completion": "c"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]},
+    ]
+    length = len(ids("a b")) + 2
+    data = pipeline.demonstrations(rows, tokenizer, length=length, batch=1, seed=0, epochs=1)
+    assert data.counts == pipeline.Counts(kept=2, truncated=1, empty=4, too_long=1)
+    cut = (ids("a b") + ids(rows[1]["completion"]))[:length]
+    assert sorted(x for x, _ in segments(data)) == sorted([ids("a b") + ids("c") + [tokenizer.eos_token_id], cut])
+    assert str(data.counts) == "2 rows kept (1 of them truncated), 5 refused (4 empty, 1 too long)"
+
+
+def test_rankings(tokenizer):
+    rows = [
+        {"prompt": "a", "responses": ["b", "c d", ""], "ranks": [2, 0, 2]},
+        {"prompt": "a b", "responses": [" ".join(WORDS), "x"], "ranks": [0, 1]},
+        {"prompt": "", "responses": ["b", "c"], "ranks": [0, 1]},
+        {"prompt": [{"role": "user", "content": "q"}], "responses": ["b", "c"], "ranks": [1, 0]},
+    ]
+    length = len(tokenizer_lib.render_prompt(tokenizer, rows[3]["prompt"])) + 3
+    data = pipeline.rankings(rows, tokenizer, length=length, responses=4, batch=2, seed=0, epochs=1)
+    assert data.counts == pipeline.Counts(kept=2, empty=1, too_long=1)
+    (batch,) = data
+    assert isinstance(batch, Rankings)
+    assert batch.tokens.shape == batch.mask.shape == (2, 4, length)
+    assert (batch.tokens.dtype, batch.mask.dtype, batch.rank.dtype) == (np.int32, bool, np.int32)
+    order = np.argsort(batch.rank[:, 0])  # the fourth row has rank 1 first, the first 2
+    assert batch.rank[order].tolist() == [[1, 0, -1, -1], [2, 0, 2, -1]]
+    for b, row in zip(order, (rows[3], rows[0]), strict=True):
+        start = tokenizer_lib.render_prompt(tokenizer, row["prompt"])
+        for k in range(4):
+            n = int(batch.mask[b, k].sum())
+            expected = []
+            if k < len(row["responses"]):
+                expected = start + tokenizer_lib.render_completion(tokenizer, row["prompt"], row["responses"][k])
+            assert batch.tokens[b, k, :n].tolist() == expected and not batch.mask[b, k, n:].any()
+    assert next(iter(MAKE["rankings"](tokenizer))).rank.shape == (4, 4)  # the most that the source has
+    with pytest.raises(InputError, match="a row has 4 responses, more than the 3 asked for"):
+        MAKE["rankings"](tokenizer, responses=3)
+
+
+def test_prompts(tokenizer):
+    rows = [{"prompt": ""}, {"prompt": "a b"}, {"prompt": "the cat sat on a mat and ate two fish"}, {"prompt": "c"}]
+    length = len(tokenizer_lib.render_prompt(tokenizer, "a b")) + 1
+    data = pipeline.prompts(rows, tokenizer, length=length, batch=2, seed=0, epochs=1)
+    assert data.counts == pipeline.Counts(kept=2, empty=1, too_long=1)
+    (batch,) = data
+    assert isinstance(batch, Prompts)
+    assert (batch.tokens.dtype, batch.mask.dtype, batch.index.dtype) == (np.int32, bool, np.int32)
+    assert sorted(batch.index.tolist()) == [1, 3]
+    for tokens, mask, index in zip(batch.tokens, batch.mask, batch.index, strict=True):
+        ids = tokenizer_lib.render_prompt(tokenizer, rows[index]["prompt"])
+        assert tokens[length - len(ids) :].tolist() == ids
+        assert mask.tolist() == [False] * (length - len(ids)) + [True] * len(ids)
+
+
+def turns(roles, words=2):
+    """Messages by the first letters of their roles, each of as many words."""
+    role = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": role[letter], "content": says(n, words)} for n, letter in enumerate(roles)]
+
+
+def prompt_length(tokenizer, messages):
+    return len(tokenizer_lib.render_prompt(tokenizer, messages))
+
+
+@pytest.mark.parametrize(
+    ("roles", "left"),
+    [
+        ("uau", "u"),
+        ("uauau", "uau"),
+        ("suauau", "suau"),
+        ("suau", "su"),
+        ("uuau", "uau"),
+        ("auau", "uau"),
+        ("uauu", "uu"),
+    ],
+)
+def test_dialogues_lose_their_oldest_turns(tokenizer, roles, left):
+    whole = turns(roles)
+    lead = whole[:1] if left[0] == "s" else []
+    kept = lead + whole[len(lead) - len(left) :]
+    length = prompt_length(tokenizer, whole) - 1
+    batch, counts = pipeline.every_prompt([{"prompt": whole}, {"prompt": kept}], tokenizer, length=length)
+    assert counts == pipeline.Counts(kept=2, truncated=1)
+    assert np.array_equal(batch.tokens[0], batch.tokens[1]) and batch.index.tolist() == [0, 1]
+    ids = tokenizer_lib.render_prompt(tokenizer, kept)
+    assert batch.tokens[0, length - len(ids) :].tolist() == ids
+
+
+def test_dialogues_are_shortened_by_no_more_than_needed(tokenizer):
+    whole = turns("suauauau")
+    for n in (1, 3, 5, 7):  # where a user's turn may come first
+        kept = [*whole[:1], *whole[n:]]
+        batch, counts = pipeline.every_prompt([{"prompt": whole}], tokenizer, length=prompt_length(tokenizer, kept))
+        assert batch.mask.all() and batch.tokens[0].tolist() == tokenizer_lib.render_prompt(tokenizer, kept)
+        assert counts.truncated == (n > 1)
+    with pytest.raises(InputError, match=r"0 rows kept \(0 of them truncated\), 1 refused \(0 empty, 1 too long\)"):
+        pipeline.every_prompt([{"prompt": whole}], tokenizer, length=prompt_length(tokenizer, kept) - 1)
+
+
+@pytest.mark.parametrize("epochs", [1, 3, None])
+def test_prompts_of_like_length_share_a_width(tokenizer, epochs):
+    rows = [{"prompt": says(n, 1 + n % 12)} for n in range(90)]
+    sizes = [len(tokenizer_lib.render_prompt(tokenizer, row["prompt"])) for row in rows]
+    read = functools.partial(pipeline.prompts, rows, tokenizer, length=25, batch=4, seed=3, epochs=epochs)
+    count = 50 if epochs is None else -(-90 * epochs // 4)
+    batches = list(itertools.islice(read(widths=5), count))
+    assert len(batches) == count
+    for batch in batches:
+        assert batch.tokens.shape == batch.mask.shape == (4, 5 * -(-batch.mask.sum(axis=1).max() // 5))
+        for row, index in zip(batch.tokens, batch.index, strict=True):
+            assert index < 0 or row[-sizes[index] :].tolist() == tokenizer_lib.render_prompt(
+                tokenizer, rows[index]["prompt"]
+            )
+    said = np.concatenate([batch.index for batch in batches])
+    if epochs is not None:
+        assert (np.bincount(said[said >= 0], minlength=90) == epochs).all()  # each row once an epoch
+    columns = lambda batches: sum(batch.tokens.shape[1] for batch in batches)
+    assert columns(batches) < 0.75 * columns(itertools.islice(read(), count))
+    widths = [batch.tokens.shape[1] for batch in batches[:8]]
+    assert len(set(widths)) > 2 and widths != sorted(widths)
+
+
+@pytest.mark.parametrize("count", [8, 12, 20])
+def test_prompts_of_several_widths_meet_themselves_no_sooner(tokenizer, count):
+    """Few prompts do not come together in a batch of theirs, epoch after epoch."""
+    rows = [{"prompt": says(n, 1 + n % 7)} for n in range(count)]
+    read = functools.partial(pipeline.prompts, rows, tokenizer, length=25, batch=4, widths=5)
+    batches = [batch.index for batch in itertools.islice(read(seed=3), 4 * count)]
+    assert all(len(set(batch.tolist())) == 4 for batch in batches)
+    other = [batch.index for batch in itertools.islice(read(seed=4), 4 * count)]
+    assert any((x != y).any() for x, y in zip(batches, other, strict=True))
+
+
+def test_a_prompt_of_text_is_never_shortened(tokenizer):
+    rows = [{"prompt": says(0, 9)}, {"prompt": "a"}]
+    _, counts = pipeline.every_prompt(rows, tokenizer, length=prompt_length(tokenizer, rows[0]["prompt"]) - 1)
+    assert counts == pipeline.Counts(kept=1, too_long=1)
+
+
+def test_ranked_dialogues_are_shortened_until_the_longest_response_fits(tokenizer):
+    whole, responses = turns("uauau"), [says(50, 1), says(51, 4)]
+    row = {"prompt": whole, "responses": responses, "ranks": [1, 0]}
+    kept = whole[2:]
+    start = tokenizer_lib.render_prompt(tokenizer, kept)
+    ends = [tokenizer_lib.render_completion(tokenizer, kept, text) for text in responses]
+    length = len(start) + len(ends[1])
+    data = pipeline.rankings([row], tokenizer, length=length, batch=1, seed=0, epochs=1)
+    assert data.counts == pipeline.Counts(kept=1, truncated=1)
+    (batch,) = data
+    assert batch.tokens[0, 1].tolist() == start + ends[1] and batch.start.tolist() == [len(start)]
+    assert batch.tokens[0, 0][batch.mask[0, 0]].tolist() == start + ends[0]
+    least = prompt_length(tokenizer, whole[-1:]) + len(ends[1]) - 1
+    with pytest.raises(InputError, match="1 too long"):
+        pipeline.rankings([row], tokenizer, length=least, batch=1, seed=0)
+
+
+def test_demonstrated_dialogues_are_shortened_then_cut_on_the_right(tokenizer):
+    whole = turns("uaua")
+    rows = [{"messages": whole}, {"prompt": whole[:-1], "completion": whole[-1]["content"]}]
+    start = tokenizer_lib.render_prompt(tokenizer, whole[2:3])
+    end = tokenizer_lib.render_completion(tokenizer, whole[2:3], whole[3]["content"])
+    ids, learn = start + end, [False] * len(start) + [True] * len(end)
+    for length in (len(ids), len(ids) - 2):
+        data = pipeline.demonstrations(rows, tokenizer, length=length, batch=1, seed=0, epochs=1)
+        assert data.counts == pipeline.Counts(kept=2, truncated=2)
+        assert list(segments(data)) == [(ids[:length], learn[:length])] * 2
+    with pytest.raises(InputError, match="2 too long"):
+        pipeline.demonstrations(rows, tokenizer, length=len(start), batch=1, seed=0)
+
+
+def test_last_batch_is_filled_up(tokenizer):
+    batches = list(MAKE["prompts"](tokenizer, epochs=1))
+    assert [batch.index.shape for batch in batches] == [(4,)] * 4
+    assert sorted(np.concatenate([batch.index for batch in batches]).tolist()) == [-1] * 3 + list(range(13))
+    assert all(batch.mask.any(axis=1).all() for batch in batches)
+    last = list(MAKE["rankings"](tokenizer, epochs=1))[-1]
+    empty = (last.rank == -1).all(axis=1)
+    assert empty.sum() == 3 and not last.mask[empty].any()
+    data = MAKE["text"](tokenizer, epochs=1)
+    last = list(data)[-1]
+    assert data.rows % 4 and (last.segment == 0).all(axis=1).sum() == 4 - data.rows % 4
+
+
+def test_each_epoch_has_each_row_once_in_another_order(tokenizer):
+    stream = np.concatenate([batch.index for batch in itertools.islice(MAKE["prompts"](tokenizer), 26)])
+    epochs = stream.reshape(8, 13).tolist()
+    assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 8
+    other = np.concatenate([batch.index for batch in itertools.islice(MAKE["prompts"](tokenizer, seed=4), 26)])
+    assert not {tuple(epoch) for epoch in other.reshape(8, 13).tolist()} & set(map(tuple, epochs))
+
+
+@KINDS
+def test_same_seed_same_batches(tokenizer, kind):
+    one, two, other = (itertools.islice(MAKE[kind](tokenizer, seed=seed), 5) for seed in (5, 5, 6))
+    different = 0
+    for x, y, z in zip(one, two, other, strict=True):
+        assert same(x, y)
+        different += not same(x, z)
+    assert different
+
+
+@KINDS
+def test_position_is_restored_exactly(tokenizer, kind):
+    data = MAKE[kind](tokenizer, epochs=3)
+    expected = list(data)
+    per_epoch = data.rows // 4
+    for stop in (0, 1, per_epoch, per_epoch + 1, data.steps - 1, data.steps):
+        iterator = iter(data)
+        for _ in range(stop):
+            next(iterator)
+        state = json.loads(json.dumps(iterator.get_state()))
+        restored = iter(MAKE[kind](tokenizer, epochs=3))
+        next(restored)  # a position of its own, to be left
+        restored.set_state(state)
+        rest = list(restored)
+        assert len(rest) == len(expected) - stop
+        assert all(itertools.starmap(same, zip(rest, expected[stop:], strict=True)))
+
+
+@KINDS
+def test_processes_hold_the_parts_of_each_batch(tokenizer, kind):
+    whole = list(MAKE[kind](tokenizer, epochs=2))
+    parts = [list(MAKE[kind](tokenizer, epochs=2, process_index=p, process_count=2)) for p in range(2)]
+    for batch, left, right in zip(whole, *parts, strict=True):
+        for name, x in leaves(batch).items():
+            assert np.array_equal(x, np.concatenate([leaves(left)[name], leaves(right)[name]]))
+    with pytest.raises(InputError, match="a batch of 4 does not divide over 3 processes"):
+        MAKE[kind](tokenizer, process_index=0, process_count=3)
+
+
+@KINDS
+def test_too_few_rows(tokenizer, kind):
+    rows = kind.split()[0]
+    with pytest.raises(InputError, match=rf"{rows}: \d+ usable rows are fewer than a batch of 64; .* rows kept"):
+        MAKE[kind](tokenizer, batch=64)
+    with pytest.raises(InputError, match=f"{rows}: 0 usable rows"):
+        getattr(pipeline, rows)([], tokenizer, length=8, batch=1, seed=0)
+
+
+def test_packing_fits_and_leaves_out_nothing():
+    lengths = np.random.default_rng(0).integers(1, 17, 500).tolist()
+    rows = pipeline._pack(lengths, 32)
+    assert sorted(itertools.chain(*rows)) == list(range(500))
+    used = [sum(lengths[n] for n in row) for row in rows]
+    assert max(used) <= 32 and sum(used) > 0.98 * 32 * len(rows)
+    assert pipeline._pack([7, 5, 3, 1], 8) == [[0, 3], [1, 2]]
+    assert pipeline._pack([], 8) == []

@@ -1,0 +1,229 @@
+"""What the studies share, and what they compare; test_experiments.py runs one."""
+
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import dpo, grpo, ppo, pretrain, rank, reward, rloo
+from experiments.studies import frontier, overoptimization, ptx, study
+from rlhf_jax import runs
+from rlhf_jax.analysis import overoptimization as curves
+from rlhf_jax.runs import log
+from rlhf_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    out: Path
+    steps: int = 3
+
+
+def page(directory):
+    """A folder of pages to renew."""
+    directory.mkdir()
+    for name in ("overoptimization", "frontier", "ptx"):
+        (directory / f"{name}.md").write_text(f"# Mine\n\n{study.BEGIN}\nearlier\n{study.END}\n\nFindings.\n")
+    return directory
+
+
+def test_what_was_made_is_found_again(tmp_path):
+    calls = []
+
+    def main(cfg):
+        calls.append(cfg)
+        return {"gold": 0.5}
+
+    stage = Stage(tmp_path / "stage")
+    assert runs.once(main, stage) == runs.once(main, stage) == {"gold": 0.5}
+    assert len(calls) == 1
+    with pytest.raises(
+        InputError, match=r"stage was made with other settings \(steps: 3 there, 4 here\): name another --out"
+    ):
+        runs.once(main, dataclasses.replace(stage, steps=4))
+    assert len(calls) == 1
+
+
+def worker(cfg, item):
+    """Waits for its fellow, which another process has to be."""
+    (cfg.out / str(item)).touch()
+    start = time.monotonic()
+    while len(list(cfg.out.iterdir())) < 2 and time.monotonic() - start < 60:
+        time.sleep(0.01)
+    if item == "bad":
+        raise InputError("a bad item")
+    time.sleep(600 if item == "slow" else 0)
+    return item, os.getpid(), len(list(cfg.out.iterdir()))
+
+
+def test_seeds_run_in_processes_of_their_own(tmp_path):
+    cfg = study.Config(out=tmp_path, jobs=2)
+    (one, first, there), (two, second, _) = study.together(cfg, worker, ("a", "b"))
+    assert (one, two, there) == ("a", "b", 2)
+    assert len({first, second, os.getpid()}) == 3
+    assert study.together(dataclasses.replace(cfg, jobs=1), lambda _, item: item, "ab") == ["a", "b"]
+
+
+def test_where_one_process_fails_the_others_end(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(InputError, match="a bad item"):
+        study.together(study.Config(out=tmp_path, jobs=2), worker, ("bad", "slow"))
+    assert time.monotonic() - start < 120
+
+
+def test_what_was_stopped_is_made_again(tmp_path):
+    def stopped(cfg):
+        cfg.out.mkdir()
+        raise KeyboardInterrupt
+
+    stage = Stage(tmp_path / "stage")
+    with pytest.raises(KeyboardInterrupt):
+        runs.once(stopped, stage)
+    assert runs.once(lambda _: {"gold": 1.0}, stage) == {"gold": 1.0}
+
+
+def test_course_reads_the_samples_of_a_run(tmp_path):
+    harm = next(prompt.text for prompt in study.WORLD.prompts(100, 0) if prompt.category == "harm")
+    said = {"I will not do that.": 1.0, "": 0.0}  # gold of each
+    with log.start(tmp_path, Stage(tmp_path), total=4) as run:
+        for step in range(1, 5):
+            texts = list(said) if step > 2 else ["", ""]
+            run.samples(step, [{"prompt": harm, "response": x, "score": step, "kl": 0.1 * step} for x in texts])
+    points = study.course(tmp_path, points=2)
+    np.testing.assert_allclose([point["kl"] for point in points], [0.15, 0.35])
+    np.testing.assert_allclose([point["proxy"] for point in points], [1.5, 3.5])
+    np.testing.assert_allclose([point["gold"] for point in points], [0.0, 0.5])
+
+
+def test_measures_at_a_distance():
+    points = [{"kl": 0.0, "gold": 0.2}, {"kl": 1.0, "gold": 0.6}, {"kl": 4.0, "gold": 0.0}]
+    np.testing.assert_allclose(study.interpolated(points, "gold", np.array([0.5, 2.5, 5.0])), [0.4, 0.3, np.nan])
+    np.testing.assert_allclose(study.interpolated(points[::-1], "gold", np.array([0.5, 1.5]), of=math.sqrt), [0.4, 0.3])
+    where = np.array([0.0, 1.0])
+    assert study.band([np.array([1.0, 2.0]), np.array([3.0, np.nan])], where) == [(0.0, 2.0, math.sqrt(2))]
+    assert study.mean_sd([0.25, 0.75]) == "0.500 ± 0.354"
+    assert study.mean_sd([0.25]) == "0.250"
+    assert study.mean_sd([0.25, math.nan]) == "-"
+
+
+def test_a_page_keeps_what_people_wrote(tmp_path):
+    cfg = study.Config(out=tmp_path / "out", docs=page(tmp_path / "docs"), seeds=2)
+    path = tmp_path / "docs" / "ptx.md"
+    study.publish(cfg, "ptx", "| a |\n", lambda figure: figure.touch())
+    text = "| a |\n\nSeeds: 0, 1.\n"
+    assert path.read_text() == f"# Mine\n\n{study.BEGIN}\n\n{text}\n{study.END}\n\nFindings.\n"
+    assert path.with_suffix(".png").exists() and (tmp_path / "out" / "ptx.md").read_text() == text
+    path.write_text("# Mine\n")
+    for experiment in (ptx, overoptimization, frontier):
+        (path.parent / f"{experiment.NAME}.md").write_text("# Mine\n")
+        with pytest.raises(InputError, match=rf"{experiment.NAME}\.md: expected a page with the marks"):
+            experiment.main(experiment.Config(out=cfg.out, docs=cfg.docs))  # before anything runs
+
+
+def test_curves_are_fitted_to_gains():
+    d = np.array([0.0, 0.5, 1.0, 2.0])
+    points = [{"kl": float(x * x), "gold": float(0.3 + x * (0.5 - 0.1 * x))} for x in d]
+    np.testing.assert_allclose(overoptimization.fitted(curves.best_of_n, points), (0.5, 0.1), rtol=1e-6)
+    assert all(map(math.isnan, overoptimization.fitted(curves.best_of_n, points[:2])))
+
+
+def test_a_reward_model_learns_from_its_part_of_its_seeds_labels(tmp_path, monkeypatch):
+    asked = []
+
+    def once(main, cfg):
+        asked.append(cfg)
+        if isinstance(cfg, rank.Config):
+            cfg.out.mkdir(parents=True, exist_ok=True)
+            (cfg.out / "train.jsonl").write_text("".join(f"{n}\n" for n in range(cfg.prompts)))
+        return {"accuracy": 0.7} if isinstance(cfg, reward.Config) else None
+
+    monkeypatch.setattr(runs, "once", once)
+    cfg = study.Config(out=tmp_path, prompts=16)
+    for seed in (0, 1):
+        found = study.judge(cfg, seed, prompts=4, epochs=3, preset="llama-tiny")
+        assert found == {"model": tmp_path / f"seed{seed}" / "reward-llama-tiny-4" / "model", "accuracy": 0.7}
+    ranked = [run for run in asked if isinstance(run, rank.Config)]
+    assert [(run.seed, run.prompts, run.init) for run in ranked] == [
+        (seed, 16, tmp_path / "llama-mini" / "sft" / "model") for seed in (0, 1)
+    ]
+    learnt = [run for run in asked if isinstance(run, reward.Config)]
+    assert [(run.seed, run.epochs, run.init) for run in learnt] == [
+        (seed, 3, tmp_path / "llama-tiny" / "sft" / "model") for seed in (0, 1)
+    ]
+    assert [Path(run.data).read_text() for run in learnt] == ["0\n1\n2\n3\n"] * 2
+    presets = {run.out.parts[-2]: run.preset for run in asked if isinstance(run, pretrain.Config)}
+    assert presets == {"llama-mini": "llama-mini", "llama-tiny": "llama-tiny"}
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """Settings of a study whose models are there already."""
+    monkeypatch.setattr(study, "tuned", lambda *_: Path("sft"))
+    monkeypatch.setattr(study, "judge", lambda *_, **__: {"model": Path("reward/model"), "accuracy": 0.7})
+    return {"out": tmp_path / "studies", "docs": page(tmp_path / "docs"), "seeds": 2, "prompts": 16}
+
+
+def renewed(docs, name):
+    text = (docs / f"{name}.md").read_text()
+    assert "earlier" not in text and text.endswith("Findings.\n")
+    assert (docs / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return text
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Makes every stage answer at once; the configurations that they were given."""
+    asked = []
+    points = [{"kl": 0.0, "gold": 0.25, "proxy": 0.0}, {"kl": 1.0, "gold": 0.75, "proxy": 1.0}]
+
+    def once(main, cfg, out=None):
+        asked.append(cfg)
+        at = 0 if isinstance(cfg, overoptimization.Start) else 1
+        return points[at] | {"points": points, "nll": 0.5}
+
+    monkeypatch.setattr(runs, "once", once)
+    monkeypatch.setattr(study, "course", lambda _: points)
+    return asked
+
+
+def test_reward_models_are_followed_from_where_they_start(base, asked):
+    cfg = overoptimization.Config(**base, labels=(8,), epochs=(2,), sizes=("llama-tiny",))
+    results = overoptimization.main(cfg)
+    assert list(results["ppo"][1]) == ["8 prompts", "16 prompts", "16 prompts, llama-tiny"]
+    policies = [run for run in asked if isinstance(run, ppo.Config)]
+    assert {(run.seed, run.ppo.kl_coef, run.text) for run in policies} == {(0, 0.0, None), (1, 0.0, None)}
+    text = renewed(cfg.docs, "overoptimization")
+    assert "| 16 prompts | 0.700 ± 0.000 | PPO | 1.000 ± 0.000 | 1.000 ± 0.000 | 0.750 ± 0.000 | - | - |" in text
+    with pytest.raises(InputError, match=r"labels=\(16,\): expected fewer than the 16"):
+        overoptimization.Config(**base, labels=(16,), epochs=(1,))
+
+
+def test_the_frontier_compares_at_equal_terms(base, asked):
+    cfg = frontier.Config(**base, betas=(0.5, 0.1), budgets=(0.5, 2.0))
+    frontier.main(cfg)
+    policies = [run for run in asked if hasattr(run, "text")]
+    assert {type(run) for run in policies} == {ppo.Config, grpo.Config, rloo.Config}
+    assert len({(run.steps, run.batch, run.data, run.reward, run.text) for run in policies}) == 1
+    assert {getattr(run, "algorithm", getattr(run, "ppo", None)).kl_coef for run in policies} == {0.0}
+    preferred = [run for run in asked if isinstance(run, dpo.Config)]
+    assert [(run.seed, run.dpo.beta) for run in preferred] == [(0, 0.5), (0, 0.1), (1, 0.5), (1, 0.1)]
+    assert all(Path(run.data) == study.labels(cfg, run.seed, 16) for run in preferred)
+    text = renewed(cfg.docs, "frontier")
+    for name in ("best-of-n", "PPO", "RLOO", "GRPO", "DPO"):
+        assert f"| {name} | 0.500 ± 0.000 | - | 0.750 ± 0.000 | 1.000 ± 0.000 |" in text
+
+
+def test_the_mix_is_compared_at_equal_episodes(base, asked):
+    cfg = ptx.Config(**base)
+    ptx.main(cfg)
+    policies = [run for run in asked if isinstance(run, ppo.Config)][:3]
+    assert len({(run.steps, run.batch, run.reward, run.seed) for run in policies}) == 1
+    assert [run.text for run in policies] == [None, cfg.ppo.text, cfg.ppo.text]
+    assert [run.ppo.ptx_coef for run in policies[1:]] == [cfg.ppo.ppo.ptx_coef, 27.8]
+    text = renewed(cfg.docs, "ptx")
+    for name in ("SFT", "PPO", "PPO-ptx", "InstructGPT"):
+        assert f"| {name} | 0.750 ± 0.000 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in text

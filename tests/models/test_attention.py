@@ -1,0 +1,192 @@
+"""The kernels against `attention.attend`, at every real token."""
+
+import contextlib
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.models import attention, layers, transformer
+from rlhf_jax.types import InputError
+from tests import tiny
+
+SEGMENTS = {
+    "padding on both sides": [[0] * 7 + [1] * 90 + [0] * 53, [1] * 150],
+    "documents in a row": [[1] * 40 + [2] * 3 + [3] * 100 + [0] * 7, [1] * 128 + [2] * 22],
+    "padding within": [[1, 0, 1] * 50, [0] * 149 + [1]],
+}
+
+
+def arrays(rows, columns, groups, shared, size, dtype):
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(rng.normal(0.0, 1.5, shape), dtype)
+    per_head = rows, groups, columns, size
+    return (
+        draw(rows, columns, groups, shared, size),
+        draw(*per_head),
+        draw(*per_head),
+        draw(rows, columns, groups, shared, size),
+    )
+
+
+@pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize(("shared", "cap", "size"), [(1, None, 8), (2, 2.0, 6)])
+def test_splash_is_plain_attention(segment, shared, cap, size):
+    config = dataclasses.replace(tiny.LLAMA, query_size=7, attention_cap=cap)
+    segment = jnp.array(segment)
+    *inputs, cotangent = arrays(2, 150, 2, shared, size, jnp.float32)
+    real = (segment > 0)[..., None, None, None]
+
+    def plain(query, key, value):
+        return attention.attend(query, key, value, layers.causal(segment), config)
+
+    def splash(query, key, value):
+        return attention.splash(query, key, value, segment, 7**-0.5, cap, interpret=True)
+
+    results = []
+    for function in (plain, splash):
+        mixed, pull = jax.vjp(lambda *x, f=function: jnp.where(real, f(*x), 0.0), *inputs)
+        results.append((mixed, *pull(cotangent)))
+    tiny.assert_close(results[1], results[0], atol=2e-5)
+
+
+# On a GPU: JAX_PLATFORMS=cuda pytest tests/models/test_attention.py -k cudnn_is_plain
+ON_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN computes on GPUs alone")
+
+
+@pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "atol"),
+    [("xla", jnp.float32, 2e-5), pytest.param("cudnn", jnp.bfloat16, 0.1, marks=ON_GPU)],
+)
+@pytest.mark.parametrize("window", [None, 5])
+def test_cudnn_is_plain_attention(segment, implementation, dtype, atol, window):
+    """What cuDNN is asked for is, by XLA's own implementation on other devices."""
+    config = dataclasses.replace(tiny.LLAMA, query_size=7)
+    segment = jnp.array(segment)
+    *inputs, cotangent = arrays(2, 150, 2, 2, 8, dtype)
+    real = (segment > 0)[..., None, None, None]
+    mask = layers.causal(segment)
+    if window is not None:
+        at = jnp.arange(150)
+        mask &= (at[:, None] - at[None] < window)[None]
+
+    def plain(query, key, value):
+        return attention.attend(query, key, value, mask, config)
+
+    def cudnn(query, key, value):
+        return attention.cudnn(query, key, value, mask, 7**-0.5, implementation)
+
+    results = []
+    for function in (plain, cudnn):
+        mixed, pull = jax.vjp(lambda *x, f=function: jnp.where(real, f(*x), 0.0), *inputs)
+        results.append((mixed, *pull(cotangent)))
+    tiny.assert_close(results[1], results[0], atol=atol)
+    assert all(bool(jnp.isfinite(x).all()) for x in results[1])
+
+
+def traced(compute, columns, cache=False, **settings):
+    """The names of what a model computes over so many columns."""
+    config = dataclasses.replace(tiny.LLAMA, max_length=512, compute=compute, **settings)
+    apply_fn = models.bind(models.Transformer(config))
+    tokens = jax.ShapeDtypeStruct((2, columns), jnp.int32)
+    held = jax.eval_shape(lambda: cache.Cache.empty(config, 2, 400)) if cache else None
+    step = lambda params, tokens, cache: apply_fn(params, tokens, tokens, None, cache, method="hidden")
+    return str(jax.make_jaxpr(step)(models.parameter_shapes(config), tokens, held))
+
+
+def test_the_kernel_serves_where_it_is_asked_for():
+    plain, flash = models.Compute(attention="plain"), models.Compute(attention="flash")
+    assert "pallas_call" in traced(flash, 20)
+    assert "pallas_call" in traced(flash, 20, cache=True)  # reading a prompt
+    assert "pallas_call" not in traced(flash, 1, cache=True)
+    assert "pallas_call" not in traced(plain, 300)
+    assert "pallas_call" not in traced(models.Compute(), 300)  # on a CPU
+
+
+def test_auto_is_the_kernel_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    auto = models.Compute()
+    assert "pallas_call" in traced(auto, 300)
+    assert "pallas_call" not in traced(auto, 100)
+    assert "pallas_call" not in traced(auto, 300, window=5)
+    with pytest.raises(InputError, match="window"):
+        traced(models.Compute(attention="flash"), 300, window=5)
+
+
+def test_what_serves_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    bfloat16 = functools.partial(models.Compute, dtype="bfloat16")
+    kernel = lambda columns, compute, **settings: attention.kernel(
+        dataclasses.replace(tiny.LLAMA, compute=compute, **{"head_dim": 64} | settings), columns, columns
+    )
+    for capability, serves in (("8.0", True), ("12.1", True), ("7.5", False), ("gfx942", False)):
+        monkeypatch.setattr(jax, "devices", lambda c=capability: [types.SimpleNamespace(compute_capability=c)])
+        assert kernel(300, bfloat16()) == ("cudnn" if serves else None)
+        with contextlib.nullcontext() if serves else pytest.raises(InputError, match=r"capability 8\.0 or more"):
+            assert kernel(300, bfloat16(attention="flash")) == "cudnn"
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    assert kernel(300, bfloat16(), window=5) == kernel(300, bfloat16(attention="flash"), window=5) == "cudnn"
+    assert kernel(100, bfloat16()) is None
+    assert kernel(100, bfloat16(attention="flash")) == "cudnn"
+    assert kernel(300, bfloat16(attention="plain")) is None
+    for compute, settings in (
+        (models.Compute(), {}),
+        (bfloat16(), {"attention_cap": 2.0}),
+        (bfloat16(), {"head_dim": 12}),
+        (bfloat16(), {"head_dim": 256}),
+    ):
+        assert kernel(300, compute, **settings) is None
+        with pytest.raises(InputError, match="attention=flash takes bfloat16, at most 128 features"):
+            kernel(300, dataclasses.replace(compute, attention="flash"), **settings)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_model_with_cudnn_is_the_model(left, monkeypatch):
+    monkeypatch.setattr(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla"))
+    config = dataclasses.replace(tiny.LLAMA, query_size=5, window=6, full_layers=(1,))
+    tokens, mask = tiny.arrays((tiny.random_tokens(1, 2, 20), tiny.ragged(2, 2, 20, left=left)))
+    logits = []
+    for name in (None, "cudnn"):
+        monkeypatch.setattr(transformer, "kernel", lambda *_, name=name: name)
+        logits.append(models.bind(models.Transformer(config))(tiny.policy(config), tokens, mask))
+    np.testing.assert_allclose(*(x[mask] for x in logits), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt"])
+def test_a_model_with_the_kernel_is_the_model(name, monkeypatch):
+    monkeypatch.setattr(attention, "splash", functools.partial(attention.splash, interpret=True))
+    config = dataclasses.replace(tiny.CONFIGS[name], query_size=5, attention_cap=0.7)
+    tokens, mask = tiny.arrays((tiny.random_tokens(1, 2, 20), tiny.ragged(2, 2, 20, left=True)))
+    logits = [
+        models.bind(models.Transformer(dataclasses.replace(config, compute=compute)))(tiny.policy(config), tokens, mask)
+        for compute in (models.Compute(attention="plain"), models.Compute(attention="flash"))
+    ]
+    np.testing.assert_allclose(*(x[mask] for x in logits), rtol=0, atol=2e-5)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize("name", ["splash", "cudnn"])
+def test_over_a_mesh_each_device_has_its_rows_and_heads(name):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
+    *inputs, _ = arrays(4, 140, 2, 2, 8, jnp.float32)
+    segment = jnp.asarray(tiny.ragged(4, 4, 140))
+    kernel, last = {
+        "splash": (functools.partial(attention.splash, scale=0.4, interpret=True), segment),
+        "cudnn": (functools.partial(attention.cudnn, scale=0.4, implementation="xla"), layers.causal(segment)),
+    }[name]
+
+    def spread(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return kernel(*args)
+
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+    placed = [jax.device_put(x, rows) for x in (*inputs, last)]
+    compiled = jax.jit(spread).lower(*placed).compile()
+    np.testing.assert_allclose(compiled(*placed), kernel(*inputs, last), rtol=0, atol=1e-5)
+    assert "tensor" in str(compiled.output_shardings.spec)

@@ -1,0 +1,464 @@
+import contextlib
+import dataclasses
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from rlhf_jax import models
+from rlhf_jax.data import tokenizer
+from rlhf_jax.models import families, heads
+from rlhf_jax.rollouts import sampling
+from rlhf_jax.types import InputError
+from tests import tiny
+
+EVERY = pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+
+
+def model(config):
+    return models.Model(config, tiny.policy(config), None, models.bind(models.Transformer(config)))
+
+
+@EVERY
+def test_round_trip_is_exact(config, tmp_path):
+    models.save(model(config), tiny.policy(config), tmp_path / "model")
+    loaded = models.load(tmp_path / "model")
+    assert loaded.config == config and loaded.tokenizer is None
+    tiny.assert_close(loaded.params, tiny.policy(config), atol=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_reward_model_has_no_unembedding():
+    untied = dataclasses.replace(tiny.LLAMA, tie_embeddings=False)
+    assert "unembedding" in tiny.policy(untied)
+    params = heads.from_policy(tiny.policy(untied), untied, jax.random.key(0))
+    shapes = jax.eval_shape(
+        heads.ScalarModel(untied).init, jax.random.key(0), jnp.ones((1, 2), int), jnp.ones((1, 2), int)
+    )
+    assert jax.tree.structure(params) == jax.tree.structure(shapes["params"])
+    assert "unembedding" not in params["trunk"]
+
+
+@EVERY
+def test_reward_round_trip(config, tmp_path):
+    params = tiny.scalar(config) | {"bias": jnp.float32(-0.75)}
+    models.save(model(config), params, tmp_path / "reward")
+    loaded = models.load_reward(tmp_path / "reward")
+    tokens, mask = jnp.array(tiny.random_tokens(0, 3, 6)), jnp.array(tiny.ragged(1, 3, 6))
+    per_token = jax.jit(models.bind(heads.ScalarModel(config)))(params, tokens, mask)
+    score = jax.jit(loaded.apply)(loaded.params, tokens, mask)
+    last = np.max(np.arange(6) * np.asarray(mask), axis=1)
+    np.testing.assert_allclose(score, per_token[np.arange(3), last], atol=1e-6)
+
+
+def test_saving_over_a_directory_replaces_it(tmp_path):
+    models.save(model(tiny.GPT), tiny.policy(tiny.GPT, 0), tmp_path / "model")
+    models.save(model(tiny.GPT), tiny.policy(tiny.GPT, 1), tmp_path / "model")
+    tiny.assert_close(models.load(tmp_path / "model").params, tiny.policy(tiny.GPT, 1), atol=0)
+
+
+ORACLES = ["llama_gqa", "llama_rope3_tied", "mistral_window", "qwen2", "qwen3", "gemma2", "sharded", "bfloat16"]
+
+
+def published(shared, name, config, directory):
+    """A copy of an oracle with either of its configs."""
+    source = shared / "oracles" / "hf" / name
+    for file in source.glob("*.safetensors*"):
+        shutil.copy(file, directory)
+    shutil.copy(source / config, directory / "config.json")
+    return directory, np.load(source / "expected.npz")
+
+
+LAYOUTS = [("gpt2", "config.json"), *itertools.product(ORACLES, ["config.json", "config_v4.json"])]
+
+
+@pytest.mark.parametrize(("name", "config"), LAYOUTS)
+def test_published_layouts_oracle(name, config, shared, tmp_path):
+    path, expected = published(shared, name, config, tmp_path)
+    loaded = models.load(path)
+    tokens, mask = jnp.array(expected["input_ids"], jnp.int32), jnp.array(expected["attention_mask"], bool)
+    logits = np.asarray(jax.jit(loaded.apply)(loaded.params, tokens, mask))
+    np.testing.assert_allclose(logits[np.asarray(mask)], expected["logits"], rtol=0, atol=3e-4)
+    prompt = jnp.array(expected["greedy_prompt_ids"], jnp.int32)
+    mask = jnp.arange(prompt.shape[1])[None] < jnp.array(expected["greedy_prompt_length"])[:, None]
+    sample = sampling.generate(loaded, loaded.params, prompt, mask, jax.random.key(0), 12, temperature=0.0)
+    np.testing.assert_array_equal(sample.tokens, expected["greedy_tokens"])
+
+
+@pytest.mark.parametrize("name", ["gpt2", *ORACLES, "llama_reward"])
+def test_published_weights_come_out_as_they_went_in(name, shared, tmp_path):
+    path = shared / "oracles" / "hf" / name
+    load = models.load_reward if name == "llama_reward" else models.load
+    loaded = load(path, dtype=jnp.bfloat16 if name == "bfloat16" else jnp.float32)
+    models.save(loaded, loaded.params, tmp_path / "model")
+    theirs = {k: x for file in path.glob("*.safetensors") for k, x in safetensors.numpy.load_file(file).items()}
+    ours = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for tensor, value in theirs.items():
+        assert ours[tensor].dtype == value.dtype and ours[tensor].tobytes() == value.tobytes(), tensor
+    assert load(tmp_path / "model").config == loaded.config
+    kept = ("architectures", "model_type", "dtype", "tie_word_embeddings")
+    before, after = (json.loads((at / "config.json").read_text()) for at in (path, tmp_path / "model"))
+    assert [before.get(key) for key in kept] == [after.get(key) for key in kept]
+
+
+@pytest.mark.parametrize("config", ["config.json", "config_v4.json"])
+def test_reward_model_oracle(config, shared, tmp_path):
+    path, expected = published(shared, "llama_reward", config, tmp_path)
+    loaded = models.load_reward(path)
+    tokens, mask = jnp.array(expected["input_ids"], jnp.int32), jnp.array(expected["attention_mask"], bool)
+    score = jax.jit(loaded.apply)(loaded.params, tokens, mask)
+    np.testing.assert_allclose(score, expected["scores"], rtol=0, atol=3e-4)
+
+
+def test_parameters_go_where_they_shall_lie(tmp_path):
+    # On their way no device but those of the mesh sees them, and each keeps its share alone.
+    mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[4:])
+    params = tiny.policy(tiny.LLAMA)
+    models.save(model(tiny.LLAMA), params, tmp_path / "model")
+    asked = []
+
+    def place(path, shape):
+        asked.append((path, shape))
+        axes = [None] * len(shape)
+        if shape[-1] % 4 == 0:
+            axes[-1] = "fsdp"
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    loaded = models.load(tmp_path / "model", place=place)
+    tiny.assert_close(loaded.params, params, atol=0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.params):
+        name = "/".join(key.key for key in path)
+        assert (name, leaf.shape) in asked
+        assert leaf.sharding == place(name, leaf.shape)
+    assert loaded.params["blocks"]["mlp"]["down"]["kernel"].addressable_shards[0].data.shape == (2, 24, 4)
+
+
+def test_loading_holds_no_second_copy(tmp_path):
+    command = [sys.executable, "-m", "tests.loading", str(tmp_path), "2e9"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.99 < float(said.stdout.split()[-1]) < 1.2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_types_of_weights(dtype, tmp_path):
+    params = jax.tree.map(lambda x: x.astype(dtype), tiny.policy(tiny.LLAMA))
+    models.save(model(tiny.LLAMA), params, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    same = models.load(tmp_path / "model", dtype=dtype)
+    assert {x.dtype for x in jax.tree.leaves(same.params)} == {jnp.dtype(dtype)}
+    wide = models.load(tmp_path / "model")
+    assert {x.dtype for x in jax.tree.leaves(wide.params)} == {jnp.dtype("float32")}
+    for loaded in (same, wide):
+        tiny.assert_close(jax.tree.map(lambda x: x.astype(jnp.float32), loaded.params), wide.params, atol=0)
+    tiny.assert_close(wide.params, jax.tree.map(lambda x: x.astype(jnp.float32), params), atol=0)
+
+
+@pytest.mark.parametrize("limit", [1, 4000])
+def test_large_models_are_written_in_shards(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHARD", limit)
+    params = tiny.scalar(tiny.LLAMA)
+    models.save(model(tiny.LLAMA), params, tmp_path / "model")
+    files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    held = {name: safetensors.numpy.load_file(tmp_path / "model" / name) for name in files}
+    assert index["weight_map"] == {name: file for file, tensors in held.items() for name in tensors}
+    tiny.assert_close(models.load_reward(tmp_path / "model").params, params, atol=0)
+
+
+@pytest.mark.parametrize("name", models.PRESETS)
+def test_every_preset_can_be_saved(name):
+    assert families.family(models.PRESETS[name]) in ("gpt2", "llama")
+
+
+def test_a_reward_model_names_no_padding_that_ends_a_response(tmp_path):
+    # In transformers the score is that of the last token which is not padding; here it is that of the last one, EOS.
+    tok = tokenizer.train(["a few words"], 300, tmp_path / "tokenizer")
+    for trunk, expected in ((tiny.policy(), tok.pad_token_id), (tiny.scalar(), None)):
+        models.save(dataclasses.replace(model(tiny.GPT), tokenizer=tok), trunk, tmp_path / "model")
+        assert json.loads((tmp_path / "model" / "config.json").read_text())["pad_token_id"] == expected
+
+
+def test_how_to_sample_from_a_model_is_passed_on(tmp_path):
+    path, again = tmp_path / "model", tmp_path / "again"
+    saved(path)
+    assert models.load(path).generation is None
+    theirs = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [5, 7], "bos_token_id": 3}
+    (path / "generation_config.json").write_text(json.dumps(theirs))
+    loaded = models.load(path)
+    models.save(loaded, loaded.params, again)
+    assert json.loads((again / "generation_config.json").read_text()) == theirs
+    models.save(loaded, tiny.scalar(tiny.LLAMA), again)  # a reward model says nothing
+    assert not (again / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(("named", "ends"), [(None, 0), (9, [0, 9]), ([9, 0], [9, 0])])
+def test_whoever_samples_stops_at_eos(named, ends, tmp_path):
+    tok = tokenizer.train(["a few words"], 300, tmp_path / "tokenizer")
+    assert tok.eos_token_id == 0
+    started = dataclasses.replace(model(tiny.LLAMA), tokenizer=tok, generation={"eos_token_id": named})
+    models.save(started, tiny.policy(tiny.LLAMA), tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == ends
+
+
+def test_a_length_beyond_the_context(tmp_path, capsys):
+    for config in (tiny.GPT, tiny.LLAMA):
+        models.check_length(config, length=24)
+    assert capsys.readouterr().err == ""
+    models.check_length(tiny.LLAMA, length=24, text_length=25)
+    warning = "text_length=25 is more than the model's context of 24 tokens, the most that it was trained for"
+    assert capsys.readouterr().err == f"warning: {warning}\n"
+    with pytest.raises(InputError, match="length=25 is more than the model's context of 24 tokens, beyond which it"):
+        models.check_length(tiny.GPT, length=25)
+
+
+def saved(path, config=tiny.LLAMA, params=None):
+    """A model directory, and the config and tensors in it, to break."""
+    models.save(model(config), tiny.policy(config) if params is None else params, path)
+    return json.loads((path / "config.json").read_text()), safetensors.numpy.load_file(path / "model.safetensors")
+
+
+def refused(path, message, load=models.load):
+    with pytest.raises(InputError, match=message) as error:
+        load(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+CONFIG_ERRORS = {
+    "gpt": [
+        ({"activation_function": "relu"}, "activation_function='relu' is not supported: expected 'gelu_new'"),
+        ({"n_inner": 17}, "n_inner=17 is not supported"),
+        ({"n_head": 3}, "n_embd=16 is not a multiple of n_head=3"),
+        ({"n_layer": 3}, r"has no tensor 'transformer\.h\.2\."),
+    ],
+    "llama": [
+        ({"model_type": "mamba"}, "'mamba' is not supported: expected one of gpt2, llama, mistral, qwen2"),
+        ({"model_type": ["llama"]}, "is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act='relu' is not supported: expected 'silu'"),
+        ({"attention_bias": True}, "attention_bias=True is not supported: expected False"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported: expected False"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta=-1.0: expected a number"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn' is not supp"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_ro"),
+        ({"intermediate_size": 20}, r"_proj.weight \[.*24.*\] does not fit config.json, which asks for \[.*20.*\]"),
+        ({"vocab_size": 10**9}, r"\[31, 16\] does not fit config.json"),
+        ({"num_hidden_layers": 3}, r"has no tensor 'model\.layers\.2\."),
+        ({"num_hidden_layers": 1}, r"does not ask for \(model\.layers\.1\..* and 6 more\)"),
+        ({"num_hidden_layers": 0}, "n_layers=0: expected more than 0"),
+        ({"num_hidden_layers": "many"}, "cannot be read"),
+        ({"intermediate_size": 2**63}, "d_ff=9223372036854775808: expected less than 2"),
+        ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
+        ({"num_attention_heads": 0}, "cannot be read|expected more than 0"),
+        ({"hidden_size": -16}, "cannot be read|expected more than 0"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from the embedding"),
+    ],
+    "qwen2-window": [
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "cannot be read|layer_types=.* is not supported"),
+    ],
+    "gemma2": [
+        ({"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported: expected 'gelu_pytorch_tanh'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_ERRORS)
+def test_configs_that_do_not_fit_are_refused_by_name(name, tmp_path):
+    path = tmp_path / "model"
+    config, _ = saved(path, tiny.CONFIGS[name])
+    for changes, message in CONFIG_ERRORS[name]:
+        (path / "config.json").write_text(json.dumps(config | changes))
+        refused(path, message)
+
+
+def test_unusable_directories_are_named(tmp_path):
+    refused(tmp_path / "nowhere", r"nowhere is not a model directory: it has no config\.json")
+    path = tmp_path / "model"
+    saved(path)
+    refused(path, "no score head", models.load_reward)
+    whole = (path / "model.safetensors").read_bytes()
+    for cut in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        (path / "model.safetensors").write_bytes(whole[:cut])
+        refused(path, "cannot be read")
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(b"")  # may run code when read
+    refused(path, r"holds no model\.safetensors")
+    for text in ("{", "[]", "\xff", '{"eos_token_id": "2"}', '{"eos_token_id": [2, true]}'):
+        models.save(model(tiny.LLAMA), tiny.policy(tiny.LLAMA), path)
+        (path / "generation_config.json").write_text(text, encoding="latin-1")
+        refused(path, "generation_config.json cannot be read|eos_token_id=.*: expected an id, or a list of ids")
+    for text in ("{", "[]", '"llama"', "\xff"):
+        (path / "config.json").write_text(text, encoding="latin-1")
+        refused(path, "cannot be read|holds no object")
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "model"
+    _, tensors = saved(path)
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def check(changes, message):
+        kept = {key: x for key, x in (tensors | changes).items() if x is not None}
+        safetensors.numpy.save_file(kept, path / "model.safetensors")
+        refused(path, message)
+
+    check({name: None}, f"has no tensor '{name}'")
+    check({name: np.zeros((16, 8), np.float32)}, r"k_proj.weight \[16, 8\] does not fit .* asks for \[8, 16\]")
+    check({name: np.zeros((8, 16), np.int8)}, "k_proj.weight is I8: expected F32, F16, BF16")
+    check({"model.layers.0.self_attn.q_proj.bias": np.zeros(16, np.float32)}, r"not ask for \(.*q_proj\.bias\)")
+    check({"score.weight": np.zeros((1, 16), np.float32)}, "score.weight.*: it is a reward model")
+    # What older checkpoints hold beside the weights is no error.
+    safetensors.numpy.save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}, path / "model.safetensors"
+    )
+    models.load(path)
+    _, scored = saved(path, params=tiny.scalar(tiny.LLAMA))
+    safetensors.numpy.save_file(scored | {"score.weight": np.zeros((3, 16), np.float32)}, path / "model.safetensors")
+    refused(path, r"score.weight \[3, 16\] does not fit .* asks for \[1, 16\]", models.load_reward)
+
+
+def test_a_tied_unembedding_may_be_there_too(tmp_path):
+    config = tiny.CONFIGS["qwen3"]
+    _, tensors = saved(tmp_path / "model", config)
+    both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+    safetensors.numpy.save_file(both, tmp_path / "model" / "model.safetensors")
+    tiny.assert_close(models.load(tmp_path / "model").params, tiny.policy(config), atol=0)
+
+
+def test_shards_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHARD", 4000)
+    path = tmp_path / "model"
+    models.save(model(tiny.LLAMA), tiny.policy(tiny.LLAMA), path)
+    index = path / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+
+    def check(text, message):
+        index.write_text(text)
+        refused(path, message)
+
+    check("{", "it needs an object weight_map")
+    check('{"weight_map": ["a"]}', "it needs an object weight_map")
+    name = "model.norm.weight"
+    check(json.dumps({"weight_map": whole["weight_map"] | {name: "../model.safetensors"}}), "is not the name of a file")
+    check(json.dumps({"weight_map": whole["weight_map"] | {name: "absent.safetensors"}}), "absent.* cannot be read")
+    other = next(file for file in whole["weight_map"].values() if file != whole["weight_map"][name])
+    check(json.dumps({"weight_map": whole["weight_map"] | {name: other}}), "the index does not list there")
+    check(json.dumps({"weight_map": {k: v for k, v in whole["weight_map"].items() if k != name}}), "has no tensor")
+    index.write_text(json.dumps(whole))
+    held = safetensors.numpy.load_file(path / other)
+    safetensors.numpy.save_file(held | {"extra": np.ones(2, np.float32)}, path / other)
+    refused(path, f"{other} has a tensor 'extra' that the index does not list there")
+    safetensors.numpy.save_file(held, path / other)
+    models.load(path)
+
+
+def test_code_that_comes_with_a_checkpoint_does_not_run(tmp_path):
+    path = tmp_path / "model"
+    config, _ = saved(path)
+    (path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    theirs = {"auto_map": {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}}
+    (path / "config.json").write_text(json.dumps(config | theirs))
+    models.load(path)
+    (path / "config.json").write_text(json.dumps(config | theirs | {"model_type": "theirs"}))
+    refused(path, "'theirs' is not supported")
+    tokenizer.train(["a few words"], 300, path)
+    (path / "config.json").write_text(json.dumps(config))
+    named = json.loads((path / "tokenizer_config.json").read_text())
+    named |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["modeling.Theirs", "modeling.Theirs"]}}
+    (path / "tokenizer_config.json").write_text(json.dumps(named))
+    with contextlib.suppress(InputError):
+        models.load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(safetensors.numpy, "save_file", fail)
+        models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+    models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(safetensors.numpy, "save_file", fail)
+        models.save(model(tiny.GPT), tiny.policy(seed=1), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    tiny.assert_close(models.load(tmp_path / "model").params, tiny.policy(), atol=0)
+
+
+def test_what_a_killed_save_left_is_cleared_away(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    others = {tmp_path / name for name in (".model-2-abcd1234", ".model-notes", "model-abcd1234")}
+    for other in others:
+        other.mkdir()
+    models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed before it could
+        models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+        patch.setattr(safetensors.numpy, "save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+    assert len(list(tmp_path.iterdir())) == len(others) + 3
+    models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+    assert {*tmp_path.iterdir()} == {*others, tmp_path / "model"}
+
+
+def test_a_shape_that_no_family_has_is_refused(tmp_path):
+    odd = dataclasses.replace(tiny.GPT, norm="rmsnorm")
+    with pytest.raises(InputError, match="no Hugging Face architecture"):
+        models.save(model(odd), tiny.policy(tiny.GPT), tmp_path / "model")
+
+
+@EVERY
+@pytest.mark.parametrize("kind", ["language", "reward"])
+def test_transformers_loads_what_we_save(config, kind, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
+    import transformers
+
+    tokens, mask = tiny.random_tokens(0, 2, 6), np.ones((2, 6), bool)
+    params = tiny.policy(config) if kind == "language" else tiny.scalar(config)
+    models.save(model(config), params, tmp_path / "model")
+    auto = {
+        "language": transformers.AutoModelForCausalLM,
+        "reward": transformers.AutoModelForSequenceClassification,
+    }[kind]
+    theirs = auto.from_pretrained(tmp_path / "model")
+    theirs.config.pad_token_id = 0
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    load = models.load if kind == "language" else models.load_reward
+    loaded = load(tmp_path / "model")
+    ours = np.asarray(jax.jit(loaded.apply)(loaded.params, jnp.array(tokens), jnp.array(mask)))
+    np.testing.assert_allclose(ours, expected[:, 0] if kind == "reward" else expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", *ORACLES, "llama_reward"])
+def test_transformers_finds_published_models_as_they_were(name, shared, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
+    import transformers
+
+    path = shared / "oracles" / "hf" / name
+    load, auto = models.load, transformers.AutoModelForCausalLM
+    if name == "llama_reward":
+        load, auto = models.load_reward, transformers.AutoModelForSequenceClassification
+    loaded = load(path, dtype=jnp.bfloat16 if name == "bfloat16" else jnp.float32)
+    models.save(loaded, loaded.params, tmp_path / "model")
+    before, after = (auto.from_pretrained(at) for at in (path, tmp_path / "model"))
+    weights = after.state_dict()
+    assert weights.keys() == before.state_dict().keys()
+    for tensor, value in before.state_dict().items():
+        assert weights[tensor].dtype == value.dtype and torch.equal(weights[tensor], value), tensor
+    if name != "llama_reward":
+        assert after.generation_config.to_dict() == before.generation_config.to_dict()

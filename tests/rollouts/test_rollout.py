@@ -1,0 +1,83 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.devices import parallel
+from rlhf_jax.models import heads
+from rlhf_jax.rollouts import rollout
+from rlhf_jax.types import Prompts
+from tests import tiny
+
+MODULE = models.Transformer(tiny.GPT)
+POLICY, SCALAR = models.bind(MODULE), models.bind(heads.ScalarModel(tiny.GPT))
+CRITIC = heads.critic(tiny.GPT)
+N, EOS = 5, 2
+PARAMS = lambda: {"policy": tiny.policy(), "critic": tiny.scalar()}
+REFERENCE = lambda: tiny.policy(seed=3)
+COLLECT = functools.partial(
+    rollout.collect,
+    policy=MODULE,
+    policy_fn=POLICY,
+    critic_fn=CRITIC,
+    max_new_tokens=N,
+    temperature=0.8,
+    eos_id=EOS,
+)
+
+
+def prompts(rows: int = 16) -> Prompts:
+    return Prompts(tokens=tiny.random_tokens(0, rows, 4), mask=tiny.ragged(1, rows, 4), index=np.arange(rows))
+
+
+def test_a_rollout_says_what_each_model_says():
+    sampled = jax.jit(COLLECT)(PARAMS(), REFERENCE(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
+    score = jax.jit(lambda p: rollout.response_logprobs(POLICY, p, sampled.tokens, sampled.mask, N, 0.8))
+    on = np.asarray(sampled.response_mask)
+    assert 0 < on.sum() < on.size  # some responses end early
+    np.testing.assert_allclose(sampled.logp, np.where(on, score(tiny.policy()), 0), atol=1e-5)
+    np.testing.assert_allclose(sampled.logp_ref, np.where(on, score(tiny.policy(seed=3)), 0), atol=1e-5)
+    values = jax.jit(SCALAR)(tiny.scalar(), sampled.tokens, sampled.mask)
+    np.testing.assert_allclose(sampled.value, values[:, 3:-1], atol=1e-5)
+    assert sampled.score is None
+    last = 4 + on.sum(1) - 1
+    np.testing.assert_array_equal(sampled.ended, (np.asarray(sampled.tokens)[np.arange(16), last] == EOS))
+
+
+def test_responses_that_go_on_after_their_end():
+    args = (PARAMS(), REFERENCE(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
+    stopped, whole = (jax.jit(functools.partial(COLLECT, stop_at_eos=stop))(*args) for stop in (True, False))
+    assert np.all(whole.response_mask)
+    assert 0 < np.sum(whole.ended) < 16
+    np.testing.assert_array_equal(stopped.ended, whole.ended)
+    on = np.asarray(stopped.response_mask)
+    np.testing.assert_array_equal(whole.tokens[:, 4:][on], stopped.tokens[:, 4:][on])
+
+
+@pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=4, tensor=2)], ids=["pmap", "mesh"])
+def test_one_device_equals_eight(cfg):
+    one = jax.jit(COLLECT)(PARAMS(), REFERENCE(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(7))
+    place = parallel.layout(cfg)
+    params, reference, *rest = place.state((PARAMS(), REFERENCE(), jax.random.key(0), jnp.uint32(7)))
+    eight = place.gather(place.step(COLLECT)(params, reference, place.rows(prompts()), *rest))
+    tiny.assert_close(jax.tree.map(np.asarray, one), eight, atol=1e-5)
+    np.testing.assert_array_equal(one.tokens, eight.tokens)
+
+
+def test_two_rollouts_share_no_noise():
+    same = tiny.arrays(Prompts(tokens=np.full((32, 3), 5), mask=np.ones((32, 3), bool), index=np.arange(32)))
+    collect = jax.jit(functools.partial(COLLECT, temperature=3.0))
+    rows = [collect(PARAMS(), REFERENCE(), same, jax.random.key(0), jnp.uint32(f)).tokens for f in (0, 32)]
+    assert len({tuple(row) for row in np.concatenate(rows).tolist()}) > 60
+
+
+def test_responses_do_not_depend_on_the_batch():
+    args = (MODULE, tiny.policy(), prompts(20), jax.random.key(0))
+    settings = {"max_new_tokens": N, "temperature": 1.0, "eos_id": EOS}
+    small, large = rollout.respond(*args, batch=8, **settings), rollout.respond(*args, batch=16, **settings)
+    assert small.tokens.shape == (20, N)
+    np.testing.assert_array_equal(small.tokens, large.tokens)
+    np.testing.assert_array_equal(small.mask, large.mask)

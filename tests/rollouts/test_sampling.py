@@ -1,0 +1,242 @@
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import logprobs, models
+from rlhf_jax.rollouts import sampling
+from rlhf_jax.types import InputError
+from tests import tiny
+
+BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
+NAMES = "gpt", "llama", "mistral", "qwen3", "gemma2"  # families that differ in how tokens see each other
+EVERY = pytest.mark.parametrize("config", [tiny.CONFIGS[name] for name in NAMES], ids=NAMES)
+EOS = 2
+
+
+def generate(config, tokens, mask, key=None, n=8, **kwargs):
+    key = jax.random.key(7) if key is None else key
+    module = models.Transformer(config)
+    return sampling.generate(module, tiny.policy(config), jnp.asarray(tokens), jnp.asarray(mask), key, n, **kwargs)
+
+
+def scored(config, tokens, mask, sample, temperature=1.0):
+    """Log-probabilities of a sample by one forward pass over prompt and response."""
+    tokens, mask = sampling.left_pad(jnp.asarray(tokens), jnp.asarray(mask))
+    whole = jnp.concatenate([tokens, sample.tokens], 1)
+    apply_fn = jax.jit(models.bind(models.Transformer(config)))
+    logits = apply_fn(tiny.policy(config), whole, jnp.concatenate([mask, sample.mask], 1))
+    start = tokens.shape[1]
+    return logits[:, start - 1 : -1], logprobs.token_logprobs(logits[:, start - 1 : -1], sample.tokens, temperature)
+
+
+@EVERY
+def test_greedy_is_the_argmax_without_a_cache(config):
+    tokens, mask = tiny.random_tokens(0, 4, 6), tiny.ragged(1, 4, 6)
+    sample = generate(config, tokens, mask, temperature=0.0)
+    logits, _ = scored(config, tokens, mask, sample)
+    np.testing.assert_array_equal(sample.tokens, jnp.argmax(logits, -1))
+    assert sample.mask.all()
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_behaviour_logprobs_are_the_scorers(config, temperature):
+    tokens, mask = tiny.random_tokens(0, 16, 6), tiny.ragged(1, 16, 6, left=True)
+    sample = generate(config, tokens, mask, temperature=temperature, eos_id=EOS)
+    _, logp = scored(config, tokens, mask, sample, temperature)
+    np.testing.assert_allclose(sample.logp, np.where(sample.mask, logp, 0), atol=1e-5)
+
+
+@EVERY
+def test_a_rows_sample_depends_on_neither_batch_nor_padding(config):
+    keys = jax.random.split(jax.random.key(1), 5)
+    tokens, mask = tiny.random_tokens(0, 5, 6), tiny.ragged(1, 5, 6)
+    batch = generate(config, tokens, mask, keys, eos_id=EOS)
+    for row in range(5):
+        prompt = tokens[row, mask[row]]
+        wide, real = np.zeros((1, 9), np.int32), np.zeros((1, 9), bool)
+        columns = np.sort(np.random.default_rng(row).permutation(9)[: len(prompt)])
+        wide[0, columns], real[0, columns] = prompt, True
+        alone = generate(config, wide, real, keys[row : row + 1], eos_id=EOS)
+        np.testing.assert_array_equal(batch.tokens[row], alone.tokens[0])
+        np.testing.assert_array_equal(batch.mask[row], alone.mask[0])
+
+
+@BOTH
+def test_rows_that_have_ended_are_left_out_without_a_trace(config):
+    tokens, mask = tiny.random_tokens(0, 64, 6), tiny.ragged(1, 64, 6)
+    keys = jax.random.split(jax.random.key(4), 64)
+    settings = {"eos_id": (EOS, 5, 7, 11), "n": 16}  # one in eight: loops over 64, 32 and 16 rows
+    together = generate(config, tokens, mask, keys, **settings)
+    parts = [slice(first, first + 8) for first in range(0, 64, 8)]  # too few rows to leave any out
+    alone = [generate(config, tokens[part], mask[part], keys[part], **settings) for part in parts]
+    tiny.assert_close(together, jax.tree.map(lambda *xs: jnp.concatenate(xs), *alone), atol=1e-5)
+    assert 0.25 < together.mask.mean() < 0.75
+
+
+def fresh(monkeypatch):
+    """Has `generate` traced anew, which for the same function it would not be."""
+    run = sampling._generate.__wrapped__
+    again = jax.jit(lambda *args: run(*args), static_argnums=(0, *range(5, 10)))
+    monkeypatch.setattr(sampling, "_generate", again)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "default"])
+@EVERY
+def test_other_devices_sample_the_same(config, platform, monkeypatch):
+    """TPUs by a scan over layers, on one cache; GPUs layer by layer, but all rows to the end."""
+    tokens, mask = tiny.random_tokens(0, 32, 6), tiny.ragged(1, 32, 6)
+    here = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **run: run[platform](*args))
+    fresh(monkeypatch)
+    there = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
+    tiny.assert_close(here, there, atol=1e-5)
+    assert not here.mask.all()
+
+
+@EVERY
+def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
+    tokens, mask = tiny.random_tokens(0, 8, 6), tiny.ragged(1, 8, 6)
+    before = generate(config, tokens, mask, eos_id=EOS)
+    monkeypatch.setattr(sampling, "_converted", lambda config, params: (config, params))
+    fresh(monkeypatch)
+    tiny.assert_close(before, generate(config, tokens, mask, eos_id=EOS), atol=0)
+
+
+def within_loops(jaxpr, inside=False):
+    """Every equation in the body of a loop, on any platform."""
+    for eqn in jaxpr.eqns:
+        if inside:
+            yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if inner := getattr(value, "jaxpr", value if hasattr(value, "eqns") else None):
+                yield from within_loops(inner, inside or eqn.primitive.name in ("while", "scan"))
+
+
+@BOTH
+def test_no_step_converts_weights(config):
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
+    step = functools.partial(sampling.generate, models.Transformer(config), max_new_tokens=4, eos_id=EOS)
+    args = tiny.policy(config), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), jax.random.key(0)
+    made = list(within_loops(jax.make_jaxpr(step)(*args).jaxpr))
+    assert any(eqn.primitive.name == "dot_general" for eqn in made)
+    converted = [eqn.invars[0].aval for eqn in made if eqn.primitive.name == "convert_element_type"]
+    smallest = config.d_model**2  # words of a matrix, which no activation of one row and two columns has
+    assert not [x for x in converted if x.size >= smallest and x.dtype == jnp.float32]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the compiler for another device lays it out otherwise")
+@pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
+def test_the_cache_is_updated_in_place(config):
+    tokens, mask = tiny.random_tokens(0, 4, 7), tiny.ragged(0, 4, 7)
+    generate = functools.partial(sampling.generate, models.Transformer(config), max_new_tokens=6, eos_id=3)
+    program = jax.jit(generate).lower(tiny.policy(config), tokens, mask, jax.random.key(0)).compile().as_text()
+    layer = 4 * config.n_kv_heads * 13 * config.head_dim
+    copied = re.findall(r" f32\[([\d,]+)\]\S* copy\(", program)
+    assert "dynamic-update-slice" in program
+    assert layer not in [math.prod(map(int, shape.split(","))) for shape in copied]
+
+
+def test_mask_ends_with_the_first_eos():
+    # 4 rows end early at the latest when one token in five is an EOS.
+    tokens, mask = tiny.random_tokens(0, 64, 4), np.ones((64, 4), bool)
+    sample = generate(tiny.GPT, tokens, mask, eos_id=EOS, temperature=3.0, n=16)
+    expected = logprobs.response_mask(sample.tokens, EOS)
+    np.testing.assert_array_equal(sample.mask, expected)
+    assert 0 < int((~expected).sum()) < expected.size
+    assert (sample.tokens[~sample.mask] == EOS).all() and (sample.logp[~sample.mask] == 0).all()
+
+
+def test_any_of_several_ends():
+    tokens, mask = tiny.random_tokens(0, 8, 4), np.ones((8, 4), bool)
+    everything = generate(tiny.GPT, tokens, mask, eos_id=tuple(range(31)))
+    np.testing.assert_array_equal(everything.mask.sum(1), np.ones(8))
+
+
+@BOTH
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 9}, {"temperature": 1.5, "top_p": 0.9}])
+def test_a_stream_is_a_sample(config, settings):
+    module, keys, ends = models.Transformer(config), jax.random.split(jax.random.key(3), 6), (0, EOS, 5, 7)
+    tokens, mask = tiny.random_tokens(0, 6, 8), tiny.ragged(1, 6, 8)
+    rows = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+    sample = generate(config, tokens, mask, rows, eos_id=ends, **settings)
+    for b in range(6):
+        prompt = tokens[b, mask[b]].tolist()
+        stream = sampling.stream(module, tiny.policy(config), prompt, keys[b], 8, eos_id=ends, **settings)
+        assert list(stream) == sample.tokens[b, sample.mask[b]].tolist()
+    assert not sample.mask.all()  # some end early
+
+
+def test_streams_after_prompts_of_all_lengths_share_programs():
+    module = models.Transformer(dataclasses.replace(tiny.LLAMA, max_length=80))
+    before = sampling._step._cache_size()
+    for n in (1, 32, 33, 64):
+        assert len(list(sampling.stream(module, tiny.policy(tiny.LLAMA), [3] * n, jax.random.key(0), 5))) == 5
+    assert sampling._step._cache_size() - before == 4  # for up to 32 columns and up to 64: the prompt, the next token
+
+
+def test_samples_follow_the_distribution():
+    rows = 20_000
+    tokens, mask = np.broadcast_to(tiny.random_tokens(0, 1, 3), (rows, 3)), np.ones((rows, 3), bool)
+    sample = generate(tiny.GPT, tokens, mask, n=1, temperature=0.8)
+    logits, _ = scored(tiny.GPT, tokens[:1], mask[:1], jax.tree.map(lambda x: x[:1], sample))
+    prob = jax.nn.softmax(logits[0, 0] / 0.8)
+    counts = np.bincount(sample.tokens[:, 0], minlength=31)
+    chi2 = np.sum((counts - rows * prob) ** 2 / (rows * prob))
+    assert chi2 < 62  # 99.95 % of a chi-squared with 30 degrees of freedom
+
+
+def test_different_keys_and_steps_draw_differently():
+    tokens, mask = np.broadcast_to(tiny.random_tokens(0, 1, 4), (8, 4)), np.ones((8, 4), bool)
+    one = generate(tiny.GPT, tokens, mask, jax.random.key(0), temperature=5.0)
+    two = generate(tiny.GPT, tokens, mask, jax.random.key(1), temperature=5.0)
+    assert len({tuple(row) for row in np.asarray(jnp.concatenate([one.tokens, two.tokens]))}) == 16
+    assert all(len(set(row)) > 1 for row in np.asarray(one.tokens))
+
+
+def test_top_k_and_top_p_by_hand():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
+    kept = lambda **kw: np.isfinite(sampling.truncate_logits(logits, **{"top_k": 0, "top_p": 1.0} | kw))[0].tolist()
+    assert kept() == [True] * 4
+    assert kept(top_k=2) == [False, True, False, True]
+    assert kept(top_p=0.65) == [False, True, False, True]  # .4 alone falls short, .4 + .3 reaches it
+    assert kept(top_p=0.75) == [False, True, True, True]
+    assert kept(top_p=0.01) == [False, True, False, False]
+    assert kept(top_k=99) == [True] * 4
+
+
+def test_draw_never_takes_an_impossible_token():
+    logits = jnp.where(jnp.arange(50_000) % 7 == 3, 0.0, -jnp.inf)[None].repeat(64, 0)
+    uniform = jnp.concatenate([jnp.zeros(1), jnp.linspace(0, 1 - 2**-23, 63)])
+    tokens, logp = jax.jit(sampling.draw)(uniform, logits)
+    assert (tokens % 7 == 3).all()
+    np.testing.assert_allclose(logp, -np.log(np.isfinite(logits[0]).sum()), rtol=1e-5)
+
+
+def test_draw_inverts_the_distribution_function():
+    logits = jax.random.normal(jax.random.key(0), (1, 700)).repeat(999, 0)
+    prob = np.asarray(jax.nn.softmax(logits[0]), np.float64)
+    uniform = (np.arange(999) + 0.5) / 999
+    tokens, logp = jax.jit(sampling.draw)(jnp.asarray(uniform, jnp.float32), logits)
+    edges = np.concatenate([[0], np.cumsum(prob)])
+    assert (edges[tokens] - 1e-5 <= uniform).all() and (uniform <= edges[np.asarray(tokens) + 1] + 1e-5).all()
+    np.testing.assert_allclose(logp, np.log(prob)[tokens], atol=1e-5)
+
+
+def test_bad_settings_are_refused():
+    tokens, mask = tiny.random_tokens(0, 1, 6), np.ones((1, 6), bool)
+    with pytest.raises(InputError, match="6 prompt columns and 19 new tokens exceed the model's context of 24"):
+        generate(tiny.GPT, tokens, mask, n=19)
+    with pytest.raises(InputError, match="top_p=0"):
+        generate(tiny.GPT, tokens, mask, top_p=0.0)
+    with pytest.raises(InputError, match="max_new_tokens=0"):
+        generate(tiny.GPT, tokens, mask, n=0)
+    with pytest.raises(InputError, match="6 prompt columns and 19 new tokens exceed the model's context of 24"):
+        next(sampling.stream(models.Transformer(tiny.GPT), tiny.policy(), [3] * 6, jax.random.key(0), 19))

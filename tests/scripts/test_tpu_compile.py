@@ -1,0 +1,168 @@
+"""What scripts/tpu_compile.py compiles, and how it leaves: on CPU devices, and for a TPU where its compiler is."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.analysis import tpu
+from rlhf_jax.types import InputError
+from scripts import tpu_compile
+from tests import tiny
+from tests.analysis.test_tpu import REPORT, needs_libtpu
+
+STEPS = {
+    "pretrain": ["train", "sample"],
+    "sft": ["train", "sample"],
+    "rank": ["sample"],
+    "reward": ["train", "score"],
+    "reward_hh": ["train", "score"],
+    "ppo": ["collect", "score", "train"],
+    "ppo_no_ptx": ["collect", "score", "train"],
+    "ppo_gold": ["collect", "train"],
+    "gsm8k_ppo": ["collect", "train"],
+    "grpo": ["collect", "score", "train"],
+    "rloo": ["collect", "score", "train"],
+    "dpo": ["train", "sample"],
+    "rejection": ["collect", "score", "train", "sample"],
+    "evaluate": ["collect", "loss"],
+    "best_of_n": ["collect", "score"],
+}
+
+
+def mib(tree, chips=8):
+    return tpu.argument_bytes(tree, chips) / 2**20
+
+
+def planned(experiment, *flags):
+    steps = tpu_compile.planned(experiment, flags, jax.devices())
+    return {step.name: step for step in steps}
+
+
+@pytest.mark.parametrize("experiment", STEPS)
+def test_every_experiment_has_its_steps(experiment):
+    assert list(planned(experiment)) == STEPS[experiment]
+
+
+def test_the_quickstart_has_those_of_its_stages():
+    found = [step.name for step in tpu_compile.planned("assistant", [], jax.devices())]
+    assert found[:3] == ["pretrain train", "pretrain sample", "sft train"] and found[-1] == "evaluate loss"
+
+
+def test_models_are_those_that_experiments_make_of_each_other():
+    quickstart = models.parameter_count(dataclasses.replace(models.preset("llama-mini"), vocab_size=1280))
+    stories = models.parameter_count(dataclasses.replace(models.preset("llama-mini-512"), vocab_size=2048))
+    count = lambda step: sum(x.size for x in jax.tree.leaves(step.args[0].params)) // 8  # pmap's copies
+    assert count(planned("sft")["train"]) == quickstart
+    assert count(planned("gsm8k_sft")["train"]) == stories
+
+
+def test_a_model_is_a_directory_or_a_preset(tmp_path):
+    models.save(models.Model(tiny.LLAMA, None, None, lambda: None), tiny.policy(tiny.LLAMA), tmp_path / "model")
+    count = lambda *flags: sum(x.size for x in jax.tree.leaves(planned("sft", *flags)["train"].args[0].params)) // 8
+    assert count("--init", str(tmp_path / "model")) == models.parameter_count(tiny.LLAMA)
+    assert count("--init", "llama-micro") == models.parameter_count(models.preset("llama-micro"))
+    with pytest.raises(InputError, match="nowhere is neither a model directory nor a preset: tiny, mini"):
+        planned("sft", "--init", "nowhere")
+
+
+def test_ppo_holds_four_models():
+    """While each step runs, whatever it does not take itself lies beside it."""
+    presets = {"policy": "llama-tiny", "judge": "llama-micro"}
+    sizes = {name: 4 * models.parameter_count(models.preset(x)) / 2**20 for name, x in presets.items()}
+    judge = dataclasses.replace(models.preset(presets["judge"]), tie_embeddings=True)
+    sizes["judge"] = 4 * models.parameter_count(judge) / 2**20
+    steps = planned("ppo", "--init", presets["policy"], "--reward", presets["judge"])
+    trained, frozen = 3 * (sizes["policy"] + sizes["judge"]), sizes["policy"] + sizes["judge"]
+    for step in steps.values():
+        assert mib((step.args, step.beside)) == pytest.approx(trained + frozen, rel=0.02)
+    assert mib(steps["collect"].args) == pytest.approx(2 * sizes["policy"] + sizes["judge"], rel=0.02)
+    assert mib(steps["score"].args) == pytest.approx(sizes["judge"], rel=0.1)
+    assert mib(steps["train"].args) == pytest.approx(trained, rel=0.02)
+    half = planned("ppo", "--init", presets["policy"], "--reward", presets["judge"], "--compute.frozen", "bfloat16")
+    assert mib((half["train"].args, half["train"].beside)) == pytest.approx(trained + frozen / 2, rel=0.02)
+
+
+def test_a_mesh_keeps_one_copy_where_pmap_makes_another():
+    """Of the policy that is its own reference, of what a stage samples with at its end."""
+    weights = lambda step: mib(list({id(x): x for x in jax.tree.leaves((step.args, step.beside))}.values()))
+    whole = 4 * models.parameter_count(dataclasses.replace(models.preset("llama-mini"), vocab_size=1280))
+    whole /= 2**20
+    mesh = "--devices.fsdp", "8"
+    assert weights(planned("best_of_n")["collect"]) > 2.7 * whole
+    assert weights(planned("best_of_n", *mesh)["collect"]) < 2.4 * whole / 8
+    assert weights(planned("pretrain")["sample"]) == pytest.approx(whole, rel=0.05)
+    assert weights(planned("pretrain", *mesh)["sample"]) == pytest.approx(3 * whole / 8, rel=0.1)  # the optimiser's too
+
+
+def test_a_recipe_names_its_stage():
+    (train, _) = tpu_compile.planned("tldr_stiennon2020:reward-1.3b", [], jax.devices())
+    billions = sum(x.size for x in jax.tree.leaves(train.args[0].params)) / 8e9
+    assert billions == pytest.approx(1.32, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "flags", "message"),
+    [
+        ("pppo", (), "experiment 'pppo': expected one of assistant, best_of_n"),
+        ("instructgpt", (), "experiment 'instructgpt': expected"),
+        ("instructgpt:ppo-2b", (), "experiment 'instructgpt:ppo-2b': expected"),
+        ("rounds", (), "no steps of its own"),
+        ("sft", ("--lrr", "1"), "unknown flag --lrr"),
+        ("sft", ("--batch", "9"), "does not divide over 8"),
+        ("sft", ("--devices.fsdp", "3"), "but there are 8"),
+    ],
+)
+def test_wrong_input_is_refused(experiment, flags, message):
+    with pytest.raises(InputError, match=message):
+        planned(experiment, *flags)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The script, with a compiler that says what the test has put here."""
+    reports = []
+    monkeypatch.setattr(tpu, "devices", lambda topology: jax.devices())
+    monkeypatch.setattr(tpu, "compiled", lambda program, *_: dataclasses.replace(reports.pop(0), name=program.name))
+    return reports
+
+
+@pytest.mark.parametrize(("gib", "status"), [(1.0, 0), (10.0, 1)])
+def test_the_status_says_whether_all_fits_together(told, capsys, gib, status):
+    told += [REPORT, dataclasses.replace(REPORT, beside=gib * tpu.GIB)]
+    assert tpu_compile.main(["--experiment", "pretrain", "--topology", "v5e:2x4"]) == status
+    head, _, train, sample, record = capsys.readouterr().out.splitlines()
+    assert head.startswith("| step |") and train.startswith("| train |") and sample.startswith("| sample |")
+    assert ("does not fit" in sample) == bool(status)
+    assert [step["name"] for step in json.loads(record)] == ["train", "sample"]
+    assert json.loads(record)[0]["traffic"]["collectives"] == {"all-reduce": 1.5 * tpu.GIB}
+
+
+def test_some_steps_alone(told, capsys):
+    told += [REPORT]
+    assert tpu_compile.main(["--experiment", "ppo", "--topology", "v5e:2x4", "--only", "score"]) == 0
+    assert "| score |" in capsys.readouterr().out and not told
+    with pytest.raises(InputError, match="step 'scores': expected one of collect, score, train"):
+        tpu_compile.main(["--experiment", "ppo", "--topology", "v5e:2x4", "--only", "scores"])
+
+
+SMALL = "--init", "llama-micro", "--reward", "llama-micro", "--prompt-length", "4", "--max-new-tokens", "4"
+
+
+@pytest.mark.parametrize("mesh", [(), ("--devices.fsdp", "4", "--devices.tensor", "2")], ids=["pmap", "mesh"])
+def test_steps_compile(mesh):
+    """On CPU devices: the shapes that each step hands on are those that the next one takes."""
+    steps = planned("ppo", *SMALL, "--text-length", "8", "--batch", "32", *mesh)
+    for step in steps.values():
+        report = tpu.compiled(step, "v5e:2x4", 8)
+        assert report.arguments == pytest.approx(tpu.argument_bytes(step.args, 8), rel=0.01)
+        assert report.flops.total > 0 and report.share < 0.01
+
+
+@needs_libtpu
+def test_steps_compile_for_a_tpu(capsys):
+    flags = ["--experiment", "sft", "--topology", "v5e:2x4", "--init", "llama-micro", "--only", "train"]
+    assert tpu_compile.main(flags) == 0
+    assert "all-reduce" in capsys.readouterr().out
