@@ -12,26 +12,21 @@ import json
 import resource
 import time
 from pathlib import Path
-from typing import Any
 
 from experiments import evaluate, ppo, pretrain, rank, reward, sft
-from rlhf_jax import models, runs
-from rlhf_jax.devices import parallel
+from rlhf_jax import runs
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import InputError
 
 
 # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(runs.Stage):
     """Sizes of the stages are the defaults of their own files; `--ppo.steps 10` changes one."""
 
-    seed: int = 0  # of every stage
     out: Path = Path("runs/quickstart")  # run directory; each stage has a folder in it
-    data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
+    data_dir: Path | None = None  # type: ignore[assignment]  # where prepared data sets are kept; None is the folder "data" in `out`
     best_of: int = 4  # answers among which best-of-n picks, at least 2
-    compute: models.Compute = models.Compute()  # of every stage
-    devices: parallel.Config = parallel.Config()  # likewise
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config()
@@ -44,39 +39,59 @@ class Config:
             raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
 
 
-def stages(cfg: Config) -> dict[str, Any]:
-    """The configuration of each stage; raises InputError for a flag without effect."""
-    out = cfg.out
-    shared: dict[str, Any] = {
-        "seed": cfg.seed,
-        "data_dir": cfg.data_dir or out / "data",
-        "compute": cfg.compute,
-        "devices": cfg.devices,
-    }
-    answers: dict[str, Any] = {"temperature": cfg.ppo.ppo.temperature} | {
-        name: getattr(cfg.ppo, name) for name in ("prompt_length", "max_new_tokens")
-    }
-    base, tuned, judge, final = (out / stage / "model" for stage in ("pretrain", "sft", "reward", "ppo"))
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The configuration of each stage."""
 
-    rankings = {name: str(out / "rank" / f"{name}.jsonl") for name in ("train", "held_out")}
-    judged: dict[str, Any] = {"reference": tuned, "reward": judge, **answers, **shared}
-    given = cli.hand_down
-    return {
-        "pretrain": given("pretrain", cfg.pretrain, out=out / "pretrain", **shared),
-        "sft": given("sft", cfg.sft, init=base, out=out / "sft", **shared),
-        "rank": given("rank", cfg.rank, init=tuned, out=out / "rank", **answers, **shared),
-        "reward": given(
+    pretrain: "pretrain.Config"
+    sft: "sft.Config"
+    rank: "rank.Config"
+    reward: "reward.Config"
+    ppo: "ppo.Config"
+    evaluate: "evaluate.Config"
+
+
+def stages(cfg: Config) -> Stages:
+    """The configuration of each stage; raises InputError for a flag without effect."""
+    out, shared = cfg.out, dataclasses.replace(cfg, data_dir=cfg.data_dir or cfg.out / "data")
+    base, tuned, judge, final = (out / stage / "model" for stage in ("pretrain", "sft", "reward", "ppo"))
+    return Stages(
+        pretrain=cli.hand_down("pretrain", cfg.pretrain, shared, out=out / "pretrain"),
+        sft=cli.hand_down("sft", cfg.sft, shared, init=base, out=out / "sft"),
+        rank=cli.hand_down(
+            "rank",
+            cfg.rank,
+            shared,
+            init=tuned,
+            out=out / "rank",
+            temperature=cfg.ppo.algorithm.temperature,
+            prompt_length=cfg.ppo.prompt_length,
+            max_new_tokens=cfg.ppo.max_new_tokens,
+        ),
+        reward=cli.hand_down(
             "reward",
             cfg.reward,
+            shared,
             init=tuned,
             out=out / "reward",
-            data=rankings["train"],
-            held_out=rankings["held_out"],
-            **shared,
+            data=str(out / "rank" / "train.jsonl"),
+            held_out=str(out / "rank" / "held_out.jsonl"),
         ),
-        "ppo": given("ppo", cfg.ppo, init=tuned, reward=(judge,), out=out / "ppo", **shared),
-        "evaluate": given("evaluate", cfg.evaluate, model=final, best_of=1, out=None, **judged),
-    }
+        ppo=cli.hand_down("ppo", cfg.ppo, shared, init=tuned, reward=(judge,), out=out / "ppo"),
+        evaluate=cli.hand_down(
+            "evaluate",
+            cfg.evaluate,
+            shared,
+            model=final,
+            reference=tuned,
+            reward=judge,
+            best_of=1,
+            out=None,
+            temperature=cfg.ppo.algorithm.temperature,
+            prompt_length=cfg.ppo.prompt_length,
+            max_new_tokens=cfg.ppo.max_new_tokens,
+        ),
+    )
 
 
 def main(cfg: Config) -> dict:
@@ -85,19 +100,18 @@ def main(cfg: Config) -> dict:
     out = cfg.out
     runs.write_config(out, cfg)
     each = stages(cfg)  # before anything runs
-    base, tuned, final = each["sft"].init, each["ppo"].init, each["evaluate"].model
-    runs.once(pretrain.main, each["pretrain"])
-    runs.once(sft.main, each["sft"])
-    ranked = runs.once(rank.main, each["rank"])
-    learnt = runs.once(reward.main, each["reward"])
-    runs.once(ppo.main, each["ppo"])
-    last = each["evaluate"]
+    base, tuned, final = each.sft.init, each.ppo.init, each.evaluate.model
+    runs.once(pretrain.main, each.pretrain)
+    runs.once(sft.main, each.sft)
+    ranked = runs.once(rank.main, each.rank)
+    learnt = runs.once(reward.main, each.reward)
+    runs.once(ppo.main, each.ppo)
     print(f"\n== evaluate ({time.monotonic() - start:.0f} s)", flush=True)
 
     def assess(name: str, model: Path, best_of: int = 1) -> dict:
         print(f"{name}: ", end="", flush=True)
         to = out / "evaluate" / f"{name}.json"
-        return evaluate.main(dataclasses.replace(last, model=model, best_of=best_of, out=to))
+        return evaluate.main(dataclasses.replace(each.evaluate, model=model, best_of=best_of, out=to))
 
     results = {"base": assess("base", base), "SFT": assess("SFT", tuned), "PPO": assess("PPO", final)}
     picked = assess("best-of-n", tuned, cfg.best_of)

@@ -21,21 +21,19 @@ from rlhf_jax.algorithms import best_of_n, sft
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data.world import World
 from rlhf_jax.devices import parallel
-from rlhf_jax.rollouts import rollout, scores
+from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli
 from rlhf_jax.types import InputError, Prompts, Rollout, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(runs.Stage):
     """Defaults are for the assistant world on two CPU cores."""
 
-    seed: int = 0  # of sampling
     model: Path = Path("runs/ppo/model")  # model directory to evaluate
     reference: Path = Path("runs/sft/model")  # model directory to measure the KL divergence to
     reward: Path | None = None  # model directory of a reward model, for its score and for best-of-n
-    out: Path | None = None  # file for the result, JSON
-    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
+    out: Path | None = None  # type: ignore[assignment]  # file for the result, JSON
     prompts: int = 512  # held-out prompts
     texts: int = 1000  # held-out documents
     best_of: int = 1  # answers to each prompt, of which the reward model picks one; the KL is then to the model itself
@@ -45,8 +43,6 @@ class Config:
     text_length: int = 64  # tokens in a row of text
     batch: int = 256  # answers, or rows of text, at once, over all devices
     world: int = 0  # seed of the world that the model was trained on
-    compute: models.Compute = models.Compute()
-    devices: parallel.Config = parallel.Config()
 
     def __post_init__(self) -> None:
         positive = (
@@ -63,9 +59,8 @@ class Config:
 
 
 def measuring(config: models.Config, layout: parallel.Layout) -> Callable:
-    """`sft.evaluate` by a model of this architecture, placed: it takes (params, batch)."""
-    apply_fn = models.bind(models.Transformer(config))
-    return layout.step(functools.partial(sft.evaluate, apply_fn=apply_fn))
+    """`sft.evaluate` by a model of this architecture, compiled: it takes (params, batch)."""
+    return layout.step(functools.partial(sft.evaluate, logprobs_fn=models.logprobs_fn(config)))
 
 
 def held_out_nll(cfg: Config, model: models.Model, layout: parallel.Layout) -> float:
@@ -95,8 +90,20 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts, layout: paralle
     if cfg.best_of > 1 and not cfg.reward:
         raise InputError(f"best_of={cfg.best_of} needs a reward model to pick by: name one by --reward")
     key = named_key(cfg.seed, "evaluate")
-    settings: dict = {"batch": cfg.batch, "max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
-    return rollout.episodes(model, reference, prompts, key, score, **settings, layout=layout)
+    return rollout.episodes(
+        model,
+        prompts,
+        key,
+        sampling.Config(
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            eos_id=models.tokenizer_of(model).eos_token_id,
+        ),
+        batch=cfg.batch,
+        reference=reference,
+        score=score,
+        layout=layout,
+    )
 
 
 def main(cfg: Config) -> dict:
@@ -113,7 +120,7 @@ def main(cfg: Config) -> dict:
     sampled = episodes(cfg, model, best_of_n.repeat(prompts, cfg.best_of), layout)
     if cfg.best_of > 1:
         sampled = best_of_n.select(sampled, cfg.best_of)
-    texts = rollout.texts(tokenizer, sampled.tokens[:, -cfg.max_new_tokens :], sampled.response_mask)
+    texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
     asked = [rows[int(index)]["prompt"][-1]["content"] for index in sampled.index]
     gold = [world.gold(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
     by_category: dict[str, list[float]] = {}

@@ -10,34 +10,32 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from experiments import ppo
 from rlhf_jax import models, runs
+from rlhf_jax.algorithms import best_of_n, optim, updates
 from rlhf_jax.algorithms import grpo as grpo_lib
-from rlhf_jax.algorithms import optim, updates
-from rlhf_jax.analysis import flops
+from rlhf_jax.analysis import flops, rates
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
-from rlhf_jax.runs import checkpoint, cli
-from rlhf_jax.types import InputError, Leaf, Params, Prompts, Rollout, TrainState, check_positive, named_key
+from rlhf_jax.rollouts import rollout, sampling, scores
+from rlhf_jax.runs import cli, plots
+from rlhf_jax.types import InputError, TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(runs.Config):
     """Defaults are for the assistant world on two CPU cores."""
 
-    seed: int = 0  # of sampling and of the order of the data
     out: Path = Path("runs/grpo")  # run directory; the model goes to its folder "model"
-    init: Path = Path("runs/sft/model")  # model directory of the policy, and of the reference that holds it
+    init: Path = Path("runs/sft/model")  # model directory of the policy, and of the frozen reference
     reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models to average
     data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
-    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
     prompt_widths: int = 1  # of rollouts: prompts of like length share one, which is as wide as they need
     max_new_tokens: int = 16  # tokens of an answer
@@ -52,14 +50,8 @@ class Config:
     algorithm: grpo_lib.Config = grpo_lib.Config(
         minibatches=4, group=4, kl_coef=0.2, kl_in="reward", ptx_coef=3.0, unfinished_score=-1.0
     )
-    compute: models.Compute = models.Compute()
-    devices: parallel.Config = parallel.Config()
     samples_every: int = 20  # steps between tables of samples
     samples: int = 8  # episodes in a table
-    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
-    saves: checkpoint.Config = checkpoint.Config()
-    profile: int = 0  # steps to trace after the first three, into the folder profile
-    wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
         positive = "prompt_length", "prompt_widths", "max_new_tokens", "text_length", "batch", "text_batch", "steps"
@@ -75,55 +67,117 @@ def build(
     layout: parallel.Layout,
     train_step: Callable,
 ) -> tuple[optax.GradientTransformation, Callable, Callable]:
-    """The optimiser, `rollout.collect` and the train step on (state, episodes, text), placed."""
-    updates_a_step = cfg.algorithm.epochs * cfg.algorithm.minibatches
-    schedule = optim.schedule(cfg.schedule, cfg.lr, cfg.steps * updates_a_step, cfg.warmup)
+    """The optimiser, `rollout.collect` and the train step on (state, episodes, text), compiled."""
+    algorithm = cfg.algorithm
+    schedule = optim.schedule(cfg.schedule, cfg.lr, cfg.steps * algorithm.epochs * algorithm.minibatches, cfg.warmup)
     tx = optim.adamw(schedule, cfg.adam, skip_bad=cfg.skip_bad > 0)
-    settings: dict[str, Any] = {"policy_fn": models.bind(models.Transformer(config)), "tx": tx}
-    settings |= {"cfg": cfg.algorithm, "microbatches": cfg.devices.microbatches}
-    step_fn = layout.step(functools.partial(train_step, **settings), donate=(0,))
-    return tx, ppo.collecting(cfg, cfg.algorithm, config, eos_id, layout), step_fn
+    step = functools.partial(
+        train_step,
+        policy_fn=models.part("policy", models.logprobs_fn(config)),
+        tx=tx,
+        cfg=algorithm,
+        microbatches=cfg.devices.microbatches,
+    )
+    sampled = sampling.Config(
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=algorithm.temperature,
+        eos_id=eos_id,
+        stop_at_eos=algorithm.stop_at_eos,
+    )
+    return tx, rollout.collector(config, layout, sampled, buckets=algorithm.buckets), layout.step(step, donate=(0,))
 
 
 def main(
-    cfg: Config, train_step: Callable = grpo_lib.train_step, score_text: ppo.ScoreText | None = None
+    cfg: Config, train_step: Callable = grpo_lib.train_step, score_text: scores.ScoreText | None = None
 ) -> TrainState:
     """Train, and write the run directory. `train_step` is that of `grpo`, or of `rloo` with its settings.
 
     A `score_text(prompt, response)` takes the place of the reward models.
     """
     runs.claim(cfg.out, cfg)
-    ppo.check_scored(cfg.reward, score_text)
     if cfg.reward and score_text:
         raise InputError("reward has no effect on scores that are not reward models': leave it out")
-    layout = parallel.layout(cfg.devices)
-    given: dict[str, Any] = {"compute": cfg.compute, "place": layout.sharding}
-    policy = models.load(cfg.init, **given)
-    rewards = [models.load_reward(path, **given) for path in cfg.reward]
-    tokenizer = models.tokenizer_of(policy)
+    algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)
+    policy = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
+    rewards = [models.load_reward(path, compute=cfg.compute, place=layout.sharding) for path in cfg.reward]
     models.check_vocabularies({cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True)))
+    tokenizer = models.tokenizer_of(policy)
+
     rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
-    score = ppo.scorer(rewards, score_text, rows, tokenizer, layout, buckets=cfg.algorithm.buckets)
-    wide = {"length": cfg.prompt_length, "widths": cfg.prompt_widths}
-    prompts = pipeline.prompts(rows, tokenizer, **wide, batch=cfg.batch // cfg.algorithm.group, seed=cfg.seed)
+    prompts = pipeline.prompts(
+        rows,
+        tokenizer,
+        length=cfg.prompt_length,
+        widths=cfg.prompt_widths,
+        batch=cfg.batch // algorithm.group,
+        seed=cfg.seed,
+    )
     print(f"{cfg.data}: {prompts.counts}")
+    streams: dict[str, pipeline.Batches] = {"prompts": prompts}
+    updates_a_step = algorithm.epochs * algorithm.minibatches
+    if cfg.text is not None:
+        models.check_length(policy.config, text_length=cfg.text_length)
+        text = sources.rows(cfg.text, "text", data_dir=cfg.data_dir)
+        streams["text"] = pipeline.text(
+            text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
+        )
 
+    score = scores.scorer(rewards, score_text, rows, tokenizer, layout, buckets=algorithm.buckets)
     tx, collect, step_fn = build(cfg, policy.config, tokenizer.eos_token_id, layout, train_step)
-    state = updates.init({"policy": policy.params}, tx, cfg.algorithm, named_key(cfg.seed, "grpo/updates"))
+    state = updates.init({"policy": policy.params}, tx, algorithm, named_key(cfg.seed, "grpo/updates"))
+    # A copy, since steps use up the memory of what is trained.
     reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))
-    keys = layout.state(named_key(cfg.seed, "grpo/sampling"))
-
-    judges = [reward.config for reward in rewards]
+    key = layout.state(named_key(cfg.seed, "grpo/sampling"))
+    limits = runs.Limits(
+        show=("reward/score", "kl/reference"),
+        at_most={"ratio/first_error": updates.RATIO_ERROR[cfg.compute.dtype]},
+        derive=rates.Rates(
+            policy=policy.config,
+            critic=None,
+            rewards=tuple(reward.config for reward in rewards),
+            batch=cfg.batch,
+            epochs=algorithm.epochs,
+            text_rows=updates_a_step * cfg.text_batch if cfg.text else 0,
+            text_length=cfg.text_length,
+            peak=flops.peak(cfg.compute.dtype),
+        ),
+    )
     policy = dataclasses.replace(policy, params=None)  # as they were loaded, models would fill the memory
     del rewards
 
-    def sample(params: dict[str, Params], batch: Prompts, first: Leaf) -> Rollout:
-        return collect(params, reference, layout.rows(batch), keys, first)
-
-    peak = flops.peak(cfg.compute.dtype)
-    rates = functools.partial(ppo.speeds, cfg, cfg.algorithm, policy.config, rewards=judges, peak=peak)
-    loop = sample, score, step_fn, rates
-    return ppo.train(cfg, cfg.algorithm, policy, layout, state, *loop, rows, prompts, cfg.algorithm.group)
+    with runs.Run(cfg, layout, state, streams, cfg.steps, limits) as run:
+        state = run.state
+        for step in run:
+            batch = best_of_n.repeat(next(run.streams["prompts"]), algorithm.group)
+            text_rows = None
+            if cfg.text is not None:
+                text_rows = layout.rows(pipeline.take(run.streams["text"], updates_a_step), rows_axis=1)
+            run.clock.start()
+            params = state.params | {"reference": reference}
+            sampled = collect(params, layout.rows(batch), key, layout.state(np.uint32(step * cfg.batch)))
+            run.clock.done("generate", sampled)
+            episodes = score(sampled)
+            run.clock.done("score", episodes)
+            state, metrics = step_fn(state, episodes, text_rows)
+            run.clock.done("update", metrics)
+            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+                run.samples(step, rollout.table(rows, tokenizer, layout.gather(episodes), cfg.samples))
+            run.record(step, state, metrics)
+    state = layout.get(state)
+    models.save(policy, state.opt_state.get("ema", state.params["policy"]), cfg.out / "model")
+    runs.share(cfg.out / "model")
+    plots.curves(
+        cfg.out,
+        {
+            "score": ["reward/score"],
+            "KL to the reference (nats a response)": ["kl/reference"],
+            "entropy (nats a token)": ["policy/entropy"],
+            "length (tokens)": ["response/tokens"],
+            "pretraining loss (nats)": ["loss/ptx"],
+            "seconds": ["seconds/generate", "seconds/score", "seconds/update", "seconds/host"],
+        },
+    )
+    return state
 
 
 if __name__ == "__main__":

@@ -20,18 +20,16 @@ from rlhf_jax.algorithms import optim, sft
 from rlhf_jax.data import builders, pipeline, sources, tokenizer
 from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.rollouts import rollout
-from rlhf_jax.runs import checkpoint, cli, log, plots
+from rlhf_jax.runs import checkpoint, cli, plots
 from rlhf_jax.types import TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(runs.Config):
     """Defaults are for the assistant world on two CPU cores."""
 
-    seed: int = 0  # of the initial weights and of the order of the data
     out: Path = Path("runs/pretrain")  # run directory; the model goes to its folder "model"
     data: str = "world:rows=60000"  # text: the world, a .jsonl or .txt file, or a TFDS name
-    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     init: Path | None = None  # model directory to go on from; None starts from random weights
     preset: str = "llama-mini"  # architecture of a new model, one of rlhf_jax.transformer.PRESETS; not with --init
     vocab_size: int = 1280  # of the byte-level BPE tokenizer that is trained for a new model; not with --init
@@ -41,12 +39,7 @@ class Config:
     lr: float = 3e-3  # peak learning rate, cosine to 10 % of it
     warmup: int = 60  # steps of linear warm-up
     weight_decay: float = 0.1  # of matrices
-    compute: models.Compute = models.Compute()
-    devices: parallel.Config = parallel.Config()
-    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
     saves: checkpoint.Config = checkpoint.Config(every=500)
-    profile: int = 0  # steps to trace after the first three, into the folder profile
-    wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "length", "batch", "steps")
@@ -69,9 +62,13 @@ def build(cfg: Config, config: models.Config, layout: parallel.Layout) -> tuple[
     """The optimiser, and the train step, placed: it takes (state, batch)."""
     schedule = optim.cosine(cfg.lr, cfg.steps, cfg.warmup)
     tx = optim.adamw(schedule, weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
-    apply_fn = models.bind(models.Transformer(config))
-    settings = {"apply_fn": apply_fn, "tx": tx, "microbatches": cfg.devices.microbatches}
-    return tx, layout.step(functools.partial(sft.train_step, **settings), donate=(0,))
+    step = functools.partial(
+        sft.train_step,
+        logprobs_fn=models.logprobs_fn(config),
+        tx=tx,
+        microbatches=cfg.devices.microbatches,
+    )
+    return tx, layout.step(step, donate=(0,))
 
 
 def main(cfg: Config) -> TrainState:
@@ -87,27 +84,20 @@ def main(cfg: Config) -> TrainState:
     print(f"{sum(x.size for x in jax.tree.leaves(model.params)):,} parameters, {jax.device_count()} devices")
 
     tx, step_fn = build(cfg, model.config, layout)
-    streams = {"data": iter(batches)}
     state = optim.init(model.params, tx, named_key(cfg.seed, "pretrain"))
-    state = checkpoint.resume(cfg.out / log.CHECKPOINTS, state, streams, cfg.saves)
-    start, state = int(state.step), layout.state(state)
-    records: dict = {"show": ("loss/next_token",), "skip_bad": cfg.skip_bad, "profile": cfg.profile, "wandb": cfg.wandb}
-    with log.start(cfg.out, cfg, total=cfg.steps, step=start, **records) as run:
-        with checkpoint.Writer(cfg.out / log.CHECKPOINTS, cfg.saves, start, cfg.steps) as saves:
-            for step in range(start + 1, cfg.steps + 1):
-                state, metrics = step_fn(state, layout.rows(next(streams["data"])))
-                run.write(step, layout.get(metrics))
-                if saves.due(step):
-                    saves.save(layout.get(state), streams, run.flush())
+    limits = runs.Limits(show=("loss/next_token",))
+    with runs.Run(cfg, layout, state, {"data": batches}, cfg.steps, limits) as run:
+        state = run.state
+        for step in run:
+            state, metrics = step_fn(state, layout.rows(next(run.streams["data"])))
+            run.record(step, state, metrics)
         state = layout.get(state)
         models.save(model, state.params, cfg.out / "model")
         runs.share(cfg.out / "model")
         trained = dataclasses.replace(model, params=state.params)
         begun = [" ".join(row["text"].split()[:8]) for row in itertools.islice(rows, 8)]
-        run.samples(
-            cfg.steps,
-            rollout.say(trained, begun, named_key(cfg.seed, "pretrain/samples"), length=cfg.length, layout=layout),
-        )
+        key = named_key(cfg.seed, "pretrain/samples")
+        run.samples(cfg.steps, rollout.say(trained, begun, key, length=cfg.length, layout=layout))
     plots.curves(cfg.out, {"next-token loss (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]})
     return state
 

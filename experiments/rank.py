@@ -19,19 +19,17 @@ from rlhf_jax import models, runs
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.devices import parallel
-from rlhf_jax.rollouts import rollout
+from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.runs import cli
 from rlhf_jax.types import InputError, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(runs.Stage):
     """Defaults are for the assistant world on two CPU cores."""
 
-    seed: int = 0  # of the answers, of K, and of who ranks what
     out: Path = Path("runs/rank")  # run directory; rankings go to train.jsonl and held_out.jsonl
     init: Path = Path("runs/sft/model")  # model directory whose answers are ranked
-    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     prompts: int = 3600  # training prompts
     skip: int = 0  # training prompts to leave out first, ranked in an earlier round
     held_out: int = 384  # held-out prompts
@@ -43,8 +41,6 @@ class Config:
     temperature: float = 1.0  # of the answers
     batch: int = 256  # answers sampled at once, over all devices
     world: int = 0  # seed of the world that the prompts are of
-    compute: models.Compute = models.Compute()
-    devices: parallel.Config = parallel.Config()
 
     def __post_init__(self) -> None:
         check_positive(self, "prompts", "held_out", "temperature", "prompt_length", "max_new_tokens", "batch")
@@ -72,18 +68,17 @@ def main(cfg: Config) -> dict[str, float]:
         prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
         times = [rng.randint(cfg.least, cfg.most) for _ in prompts.index]
         repeated = jax.tree.map(lambda x, times=times: np.repeat(x, times, axis=0), prompts)
-        sample = rollout.respond(
+        sampled = rollout.episodes(
             model,
-            model.params,
             repeated,
             named_key(cfg.seed, f"rank/{split}/{cfg.skip}"),
+            sampling.Config(
+                max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=tokenizer.eos_token_id
+            ),
             batch=cfg.batch,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            eos_id=tokenizer.eos_token_id,
             layout=layout,
         )
-        texts = iter(rollout.texts(tokenizer, sample.tokens, sample.mask))
+        texts = iter(rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask))
         rankings, lines = [], []
         for index, k in zip(prompts.index, times, strict=True):
             prompt = rows[int(index)]["prompt"]

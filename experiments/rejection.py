@@ -19,30 +19,26 @@ from rlhf_jax import models, runs
 from rlhf_jax.algorithms import best_of_n
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
-from rlhf_jax.rollouts import rollout, scores
+from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli
 from rlhf_jax.types import InputError, TrainState, check_positive, named_key
 
 
 # The type of the stage is quoted: by the time it was evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(runs.Stage):
     """Defaults are for the assistant world on two CPU cores."""
 
-    seed: int = 0  # of sampling and of the order of the data
     out: Path = Path("runs/rejection")  # run directory; the best answers go to best.jsonl, the model to "sft/model"
     init: Path = Path("runs/sft/model")  # model directory to sample from and to start from
     reward: Path = Path("runs/reward/model")  # model directory of the reward model that picks
     data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
-    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     prompts: int = 2000  # prompts to answer
     best_of: int = 4  # answers to each, of which the best is learnt
     prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
     max_new_tokens: int = 16  # tokens of an answer
     temperature: float = 1.0  # of the answers
     batch: int = 256  # answers at once, over all devices
-    compute: models.Compute = models.Compute()  # of sampling and of fine-tuning
-    devices: parallel.Config = parallel.Config()  # likewise
     sft: "sft.Config" = sft.Config(lr=3e-4, epochs=1)
 
     def __post_init__(self) -> None:
@@ -53,8 +49,7 @@ class Config:
 
 def tuning(cfg: Config) -> sft.Config:
     """The fine-tuning on the best answers."""
-    given = {"out": cfg.out / "sft", "init": cfg.init, "data": str(cfg.out / "best.jsonl"), "data_dir": cfg.data_dir}
-    return cli.hand_down("sft", cfg.sft, **given, seed=cfg.seed, compute=cfg.compute, devices=cfg.devices)
+    return cli.hand_down("sft", cfg.sft, cfg, out=cfg.out / "sft", init=cfg.init, data=str(cfg.out / "best.jsonl"))
 
 
 def main(cfg: Config) -> TrainState:
@@ -78,13 +73,11 @@ def pick(cfg: Config) -> None:
     print(f"{cfg.data}: {counts}")
     sampled = rollout.episodes(
         model,
-        model,
         best_of_n.repeat(prompts, cfg.best_of),
         named_key(cfg.seed, "rejection"),
-        scores.reward_models([judge], tokenizer.eos_token_id, layout=layout),
+        sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=tokenizer.eos_token_id),
         batch=cfg.batch,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
+        score=scores.reward_models([judge], tokenizer.eos_token_id, layout=layout),
         layout=layout,
     )
     picked = best_of_n.select(sampled, cfg.best_of)
@@ -92,7 +85,7 @@ def pick(cfg: Config) -> None:
     print(f"{np.sum(~picked.ended)} prompts have no answer that ends, and are left out")
     if not picked.ended.any():
         raise InputError(f"max_new_tokens={cfg.max_new_tokens}: no answer ends within it, so there is nothing to learn")
-    said = rollout.texts(tokenizer, picked.tokens[:, -cfg.max_new_tokens :], picked.response_mask)
+    said = rollout.texts(tokenizer, picked.response_tokens, picked.response_mask)
     lines = [
         json.dumps({"prompt": rows[int(index)]["prompt"], "completion": text}) + "\n"
         for index, text in zip(picked.index[picked.ended], itertools.compress(said, picked.ended), strict=True)

@@ -14,7 +14,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,41 +26,31 @@ from rlhf_jax.analysis import calibration
 from rlhf_jax.data import builders, pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import hosts, parallel
-from rlhf_jax.models import heads
-from rlhf_jax.models import lora as lora_lib
-from rlhf_jax.runs import checkpoint, cli, log, plots
-from rlhf_jax.types import Metrics, Params, Rankings, TrainState, check_positive, named_key
+from rlhf_jax.models import heads, lora
+from rlhf_jax.runs import cli, plots
+from rlhf_jax.types import Params, Rankings, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(runs.Config):
     """Defaults are for the assistant world on two CPU cores."""
 
-    seed: int = 0  # of the head and of the order of the data
     out: Path = Path("runs/reward")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory to start from
     data: str = "runs/rank/train.jsonl"  # rankings to learn from
     held_out: str | None = "runs/rank/held_out.jsonl"  # rankings to measure accuracy on; none is fine
-    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     length: int = 36  # tokens of prompt and answer; prompts with a longer answer are refused
     batch: int = 16  # prompts a step, over all devices
-    buckets: int = 1  # parts of like length in which prompts are learnt from, each as wide as it needs
     epochs: int = 1  # passes over the rankings
     lr: float = 5e-4  # peak learning rate, cosine to 10 % of it
     dropout: float = 0.0  # residual dropout
     weight_decay: float = 0.0  # of matrices
-    reward: reward_lib.Config = reward_lib.Config()
-    lora: lora_lib.Config = lora_lib.Config()
+    algorithm: reward_lib.Config = reward_lib.Config()
+    lora: lora.Config = lora.Config()
     normalize_first: bool = False  # gain and bias before training too, as Ziegler et al. 2019
-    compute: models.Compute = models.Compute()
-    devices: parallel.Config = parallel.Config()
-    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
-    saves: checkpoint.Config = checkpoint.Config()
-    profile: int = 0  # steps to trace after the first three, into the folder profile
-    wandb: bool = False  # log to Weights & Biases too
 
     def __post_init__(self) -> None:
-        check_positive(self, "length", "batch", "buckets", "epochs")
+        check_positive(self, "length", "batch", "epochs")
 
 
 def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
@@ -101,30 +90,30 @@ def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, scor
     ]
 
 
-def train_step(
-    state: TrainState, base: Params, batch: Rankings, *, apply_fn: Callable, lora: lora_lib.Config, **settings: Any
-) -> tuple[TrainState, Metrics]:
-    """`reward.train_step` of what is trained, on the frozen base."""
-    return reward_lib.train_step(state, batch, apply_fn=lora_lib.over(apply_fn, base, lora), **settings)
-
-
 def build(
     cfg: Config, config: models.Config, layout: parallel.Layout, steps: int
 ) -> tuple[optax.GradientTransformation, Callable, Callable]:
-    """The optimiser of so many steps, the train step on (state, base, batch), and scores of (params, batch), placed."""
+    """The optimiser of so many steps, the train step on (state, base, batch), and scores on (params, batch)."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
-    noisy = models.bind(heads.ScalarModel(dataclasses.replace(config, dropout=cfg.dropout)))
-    settings: dict = {"apply_fn": noisy, "lora": cfg.lora, "tx": tx, "cfg": cfg.reward}
-    settings |= {"microbatches": cfg.devices.microbatches, "buckets": cfg.buckets}
-    reading: dict = {"apply_fn": models.bind(heads.ScalarModel(config)), "buckets": cfg.buckets}
-    scores = functools.partial(reward_lib.scores, **reading)
-    return tx, layout.step(functools.partial(train_step, **settings), donate=(0,)), layout.step(scores)
+    with_dropout = heads.score_fn(dataclasses.replace(config, dropout=cfg.dropout))
+    step = lora.on_base(
+        cfg.lora,
+        lambda on: functools.partial(
+            reward_lib.train_step,
+            score_fn=on(with_dropout),
+            tx=tx,
+            cfg=cfg.algorithm,
+            microbatches=cfg.devices.microbatches,
+        ),
+    )
+    scores = functools.partial(reward_lib.scores, score_fn=heads.score_fn(config), buckets=cfg.algorithm.buckets)
+    return tx, layout.step(step, donate=(0,)), layout.step(scores)
 
 
 def split(cfg: Config, config: models.Config, policy: Params) -> tuple[Params, Params]:
     """What is trained, from a language model's parameters, and the frozen base."""
     params = heads.from_policy(policy, config, named_key(cfg.seed, "reward/head"))
-    trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
+    trained, frozen = lora.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
     return trained, cfg.compute.freeze(frozen)
 
 
@@ -152,7 +141,7 @@ def main(cfg: Config) -> dict[str, float]:
 
     def scored(trained: Params, batches: Iterable[Rankings]) -> tuple[np.ndarray, ...]:
         """Score [B, K], rank and length of all of them, on the host."""
-        spread = lora_lib.attach(base, layout.state(trained), cfg.lora)
+        spread = lora.attach(base, layout.state(trained), cfg.lora)
         found = [
             (
                 layout.gather(scores(spread, layout.rows(batch))),
@@ -167,31 +156,21 @@ def main(cfg: Config) -> dict[str, float]:
         score, rank, _ = scored(trained, read(train, epochs=1))
         return reward_lib.normalize(trained, float(score[rank >= 0].mean()), float(score[rank >= 0].std()))
 
-    streams = {"data": iter(batches)}
     state = optim.init(normalized(trained) if cfg.normalize_first else trained, tx, named_key(cfg.seed, "reward"))
-    state = checkpoint.resume(cfg.out / log.CHECKPOINTS, state, streams, cfg.saves)
-    start, state = int(state.step), layout.state(state)
-    name = f"loss/{cfg.reward.loss}"
-    records: dict = {
-        "show": (name, "reward/accuracy"),
-        "skip_bad": cfg.skip_bad,
-        "profile": cfg.profile,
-        "wandb": cfg.wandb,
-    }
-    with log.start(cfg.out, cfg, total=steps, step=start, **records) as run:
-        with checkpoint.Writer(cfg.out / log.CHECKPOINTS, cfg.saves, start, steps) as saves:
-            for step in range(start + 1, steps + 1):
-                state, metrics = step_fn(state, base, layout.rows(next(streams["data"])))
-                run.write(step, layout.get(metrics))
-                if saves.due(step):
-                    saves.save(layout.get(state), streams, run.flush())
-        params = lora_lib.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
-        last = jax.jit(functools.partial(models.bind(heads.ScalarModel(model.config)), method="last"))
-        score_fn = lambda tokens, mask: hosts.whole(last(params, tokens, mask))
-        run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, score_fn, cfg.length))
+    loss_name = f"loss/{cfg.algorithm.loss}"
+    limits = runs.Limits(show=(loss_name, "reward/accuracy"))
+    with runs.Run(cfg, layout, state, {"data": batches}, steps, limits) as run:
+        state = run.state
+        for step in run:
+            state, metrics = step_fn(state, base, layout.rows(next(run.streams["data"])))
+            run.record(step, state, metrics)
+        params = lora.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
+        score_fn = jax.jit(heads.score_fn(model.config))
+        scored_rows = lambda tokens, mask: hosts.whole(score_fn(params, tokens, mask))
+        run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, scored_rows, cfg.length))
     models.save(model, params, cfg.out / "model")
     runs.share(cfg.out / "model")
-    plots.curves(cfg.out, {"loss (nats)": [name], "training accuracy (share of pairs)": ["reward/accuracy"]})
+    plots.curves(cfg.out, {"loss (nats)": [loss_name], "training accuracy (share of pairs)": ["reward/accuracy"]})
     if measured is None:
         return {}
     score, rank, tokens = scored(layout.get(state).params, measured)

@@ -11,27 +11,21 @@ Parent:  rank, reward, ppo, evaluate
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from experiments import evaluate, ppo, rank, reward
-from rlhf_jax import models, runs
-from rlhf_jax.devices import parallel
+from rlhf_jax import runs
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import check_positive
 
 
 # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(runs.Stage):
     """Sizes are of one round; the defaults add up to about those of the quickstart."""
 
-    seed: int = 0  # of every stage
     out: Path = Path("runs/rounds")  # run directory; each arm and round has a folder in it
     init: Path = Path("runs/sft/model")  # fine-tuned model: where the policy starts, and the reference
-    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     rounds: int = 3  # turns of policy and labelers
-    compute: models.Compute = models.Compute()  # of every stage
-    devices: parallel.Config = parallel.Config()  # likewise
     rank: "rank.Config" = rank.Config(prompts=1200, held_out=128)
     reward: "reward.Config" = reward.Config()
     ppo: "ppo.Config" = ppo.Config(steps=24, warmup=4)
@@ -41,32 +35,68 @@ class Config:
         check_positive(self, "rounds")
 
 
-def stages(cfg: Config, out: Path, n: int, policy: Path, answering: Path) -> dict[str, Any]:
-    """The configuration of each stage of round `n`."""
-    shared: dict[str, Any] = {"data_dir": cfg.data_dir, "compute": cfg.compute, "devices": cfg.devices}
-    answers: dict[str, Any] = {"temperature": cfg.ppo.ppo.temperature} | {
-        name: getattr(cfg.ppo, name) for name in ("prompt_length", "max_new_tokens")
-    }
-    skip, labels, judge = (n - 1) * cfg.rank.prompts, str(out / "labels.jsonl"), out / f"round{n}" / "reward" / "model"
-    given = {
-        "rank": {"init": answering, "skip": skip, "seed": cfg.seed} | answers,
-        "reward": {"init": cfg.init, "data": labels, "held_out": None, "seed": cfg.seed},
-        "ppo": {"init": policy, "reference": cfg.init, "reward": (judge,), "seed": cfg.seed + 1000 * n},
-    }
-    configs = {
-        name: cli.hand_down(name, getattr(cfg, name), **values, **shared, out=out / f"round{n}" / name)
-        for name, values in given.items()
-    }
-    judged = {"model": configs["ppo"].out / "model", "reference": cfg.init, "reward": judge, "seed": cfg.seed}
-    result = out / f"round{n}" / "evaluate.json"
-    return configs | {"evaluate": cli.hand_down("evaluate", cfg.evaluate, **judged, **answers, **shared, out=result)}
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """The configuration of each stage of a round."""
+
+    rank: "rank.Config"
+    reward: "reward.Config"
+    ppo: "ppo.Config"
+    evaluate: "evaluate.Config"
+
+
+def stages(cfg: Config, out: Path, n: int, policy: Path, answering: Path) -> Round:
+    """Round `n` of an arm, whose policy goes on from `policy` and whose answers to rank are those of `answering`."""
+    home = out / f"round{n}"
+    judge = home / "reward" / "model"
+    return Round(
+        rank=cli.hand_down(
+            "rank",
+            cfg.rank,
+            cfg,
+            out=home / "rank",
+            init=answering,
+            skip=(n - 1) * cfg.rank.prompts,
+            temperature=cfg.ppo.algorithm.temperature,
+            prompt_length=cfg.ppo.prompt_length,
+            max_new_tokens=cfg.ppo.max_new_tokens,
+        ),
+        reward=cli.hand_down(
+            "reward",
+            cfg.reward,
+            cfg,
+            out=home / "reward",
+            init=cfg.init,
+            data=str(out / "labels.jsonl"),
+            held_out=None,
+        ),
+        ppo=cli.hand_down(
+            "ppo",
+            cfg.ppo,
+            dataclasses.replace(cfg, seed=cfg.seed + 1000 * n),
+            out=home / "ppo",
+            init=policy,
+            reference=cfg.init,
+            reward=(judge,),
+        ),
+        evaluate=cli.hand_down(
+            "evaluate",
+            cfg.evaluate,
+            cfg,
+            out=home / "evaluate.json",
+            model=home / "ppo" / "model",
+            reference=cfg.init,
+            reward=judge,
+            temperature=cfg.ppo.algorithm.temperature,
+            prompt_length=cfg.ppo.prompt_length,
+            max_new_tokens=cfg.ppo.max_new_tokens,
+        ),
+    )
 
 
 def main(cfg: Config) -> dict[str, list[dict]]:
     """Run both arms; returns gold, the reward model's score and KL after each round."""
-    stages(
-        cfg, cfg.out, 1, cfg.init, cfg.init
-    )  # before anything runs, so that a flag without effect is refused at once
+    stages(cfg, cfg.out, 1, cfg.init, cfg.init)  # before anything runs: a flag without effect is refused at once
     runs.write_config(cfg.out, cfg)
     results = {"online": arm(cfg, online=True), "offline": arm(cfg, online=False)}
     runs.write(cfg.out / "rounds.json", json.dumps(results, indent=2) + "\n")
@@ -88,13 +118,13 @@ def arm(cfg: Config, online: bool) -> list[dict]:
     out, policy, results, labels = cfg.out / ("online" if online else "offline"), cfg.init, [], ""
     for n in range(1, cfg.rounds + 1):
         stage = stages(cfg, out, n, policy, policy if online else cfg.init)
-        runs.once(rank.main, stage["rank"])
-        labels += (stage["rank"].out / "train.jsonl").read_text()
+        runs.once(rank.main, stage.rank)
+        labels += (stage.rank.out / "train.jsonl").read_text()
         runs.write(out / "labels.jsonl", labels)
-        runs.once(reward.main, stage["reward"])
-        runs.once(ppo.main, stage["ppo"])
-        policy = stage["ppo"].out / "model"
-        result = evaluate.main(stage["evaluate"])
+        runs.once(reward.main, stage.reward)
+        runs.once(ppo.main, stage.ppo)
+        policy = stage.ppo.out / "model"
+        result = evaluate.main(stage.evaluate)
         results.append({name: result[name] for name in ("gold", "reward", "kl", "nll")})
     return results
 

@@ -14,7 +14,6 @@ import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,46 +23,31 @@ from rlhf_jax import models, runs
 from rlhf_jax.algorithms import optim, sft
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import hosts, parallel
-from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.models import lora
 from rlhf_jax.rollouts import rollout
-from rlhf_jax.runs import checkpoint, cli, log, plots
-from rlhf_jax.types import Metrics, Params, Tokens, TrainState, check_positive, named_key
+from rlhf_jax.runs import cli, plots
+from rlhf_jax.types import Params, TrainState, check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(runs.Config):
     """Defaults are for the assistant world on two CPU cores."""
 
-    seed: int = 0  # of dropout and of the order of the data
     out: Path = Path("runs/sft")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/pretrain/model")  # model directory to start from
     data: str = "world:rows=4000"  # demonstrations: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
     text_batch: int = 8  # rows of pretraining text a step, over all devices
-    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     length: int = 64  # tokens in a row; demonstrations are packed into rows, longer ones truncated
     batch: int = 16  # rows a step, over all devices
     epochs: int = 2  # passes over the demonstrations
     lr: float = 1e-3  # peak learning rate, cosine to 10 % of it
     dropout: float = 0.1  # residual dropout
     weight_decay: float = 0.0  # of matrices
-    lora: lora_lib.Config = lora_lib.Config()
-    compute: models.Compute = models.Compute()
-    devices: parallel.Config = parallel.Config()
-    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
-    saves: checkpoint.Config = checkpoint.Config()
-    profile: int = 0  # steps to trace after the first three, into the folder profile
-    wandb: bool = False  # log to Weights & Biases too
+    lora: lora.Config = lora.Config()
 
     def __post_init__(self) -> None:
         check_positive(self, "text_batch", "length", "batch", "epochs")
-
-
-def train_step(
-    state: TrainState, base: Params, batch: Tokens, *, apply_fn: Callable, lora: lora_lib.Config, **settings: Any
-) -> tuple[TrainState, Metrics]:
-    """`sft.train_step` of what is trained, on the frozen base."""
-    return sft.train_step(state, batch, apply_fn=lora_lib.over(apply_fn, base, lora), **settings)
 
 
 def build(
@@ -71,14 +55,22 @@ def build(
 ) -> tuple[optax.GradientTransformation, Callable]:
     """The optimiser of so many steps, and the train step, placed: it takes (state, base, batch)."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
-    apply_fn = models.bind(models.Transformer(dataclasses.replace(config, dropout=cfg.dropout)))
-    settings = {"apply_fn": apply_fn, "lora": cfg.lora, "tx": tx, "microbatches": cfg.devices.microbatches}
-    return tx, layout.step(functools.partial(train_step, **settings), donate=(0,))
+    logprobs_fn = models.logprobs_fn(dataclasses.replace(config, dropout=cfg.dropout))
+    step = lora.on_base(
+        cfg.lora,
+        lambda on: functools.partial(
+            sft.train_step,
+            logprobs_fn=on(logprobs_fn),
+            tx=tx,
+            microbatches=cfg.devices.microbatches,
+        ),
+    )
+    return tx, layout.step(step, donate=(0,))
 
 
 def start(cfg: Config, tx: optax.GradientTransformation, params: Params) -> tuple[TrainState, Params]:
     """The state before the first step, and the frozen base."""
-    trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "sft/lora"))
+    trained, frozen = lora.split(params, cfg.lora, named_key(cfg.seed, "sft/lora"))
     return optim.init(trained, tx, named_key(cfg.seed, "sft")), cfg.compute.freeze(frozen)
 
 
@@ -91,36 +83,43 @@ def main(cfg: Config) -> TrainState:
     tokenizer = models.tokenizer_of(model)
     rows = sources.rows(cfg.data, "demonstrations", data_dir=cfg.data_dir)
     # Dropout goes by a row's place in the batch: a process takes its share of demonstrations and text together.
-    whole: dict[str, Any] = {"process_index": 0, "process_count": 1}
     batches = pipeline.demonstrations(
-        rows, tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed, epochs=cfg.epochs, **whole
+        rows,
+        tokenizer,
+        length=cfg.length,
+        batch=cfg.batch,
+        seed=cfg.seed,
+        epochs=cfg.epochs,
+        process_index=0,
+        process_count=1,
     )
     print(f"{cfg.data}: {batches.counts}")
-    steps = batches.steps
-    streams = {"data": iter(batches)}
+    streams, steps = {"data": batches}, batches.steps
     if cfg.text is not None:
-        text_rows = sources.rows(cfg.text, "text", data_dir=cfg.data_dir)
-        streams["text"] = iter(
-            pipeline.text(text_rows, tokenizer, length=cfg.length, batch=cfg.text_batch, seed=cfg.seed + 1, **whole)
+        streams["text"] = pipeline.text(
+            sources.rows(cfg.text, "text", data_dir=cfg.data_dir),
+            tokenizer,
+            length=cfg.length,
+            batch=cfg.text_batch,
+            seed=cfg.seed + 1,
+            process_index=0,
+            process_count=1,
         )
 
     tx, step_fn = build(cfg, model.config, layout, steps)
-    state, base = start(cfg, tx, model.params)
+    state, frozen = start(cfg, tx, model.params)
+    base = layout.state(frozen)
     model = dataclasses.replace(model, params=None)  # as it was loaded, it would fill the memory
-    state = checkpoint.resume(cfg.out / log.CHECKPOINTS, state, streams, cfg.saves)
-    done, state, base = int(state.step), layout.state(state), layout.state(base)
-    records: dict = {"show": ("loss/next_token",), "skip_bad": cfg.skip_bad, "profile": cfg.profile, "wandb": cfg.wandb}
-    with log.start(cfg.out, cfg, total=steps, step=done, **records) as run:
-        with checkpoint.Writer(cfg.out / log.CHECKPOINTS, cfg.saves, done, steps) as saves:
-            for step in range(done + 1, steps + 1):
-                rows_of_each = (next(stream) for stream in streams.values())
-                batch = jax.tree.map(lambda *rows: np.concatenate(rows), *rows_of_each)
-                state, metrics = step_fn(state, base, layout.rows(hosts.share(batch)))
-                run.write(step, layout.get(metrics))
-                if saves.due(step):
-                    saves.save(layout.get(state), streams, run.flush())
+    limits = runs.Limits(show=("loss/next_token",))
+    with runs.Run(cfg, layout, state, streams, steps, limits) as run:
+        state = run.state
+        for step in run:
+            parts = [next(stream) for stream in run.streams.values()]
+            batch = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+            state, metrics = step_fn(state, base, layout.rows(hosts.share(batch)))
+            run.record(step, state, metrics)
         state = layout.get(state)
-        model = dataclasses.replace(model, params=lora_lib.merge(layout.get(base), state.params, cfg.lora))
+        model = dataclasses.replace(model, params=lora.merge(layout.get(base), state.params, cfg.lora))
         models.save(model, model.params, cfg.out / "model")
         runs.share(cfg.out / "model")
         asked = [row["prompt"] if "prompt" in row else row["messages"][:-1] for row in itertools.islice(rows, 8)]

@@ -16,7 +16,7 @@ documents of one row ascend from 1. A bool mask is a segment array with one docu
 """
 
 import zlib
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from flax import struct
@@ -84,10 +84,49 @@ class Rollout(struct.PyTreeNode):
     mask: Leaf  # [B, P + N] bool
     response_mask: Leaf  # [B, N] bool, the EOS counts
     logp: Leaf  # [B, N] under the policy that sampled
-    logp_ref: Leaf  # [B, N] under the reference policy
     ended: Leaf  # [B] bool, the response has its EOS
     index: Leaf  # [B] int32, as in `Prompts`
+    logp_ref: Leaf = None  # [B, N] under the reference policy
     value: Leaf = None  # [B, N] of the state in which each token was chosen; at the first pad, of the ended response
     score: Leaf = None  # [B] of the whole response
     token_score: Leaf = None  # [B, N] of each token, where there is such a source
     disagreement: Leaf = None  # [B] standard deviation of an ensemble's scores
+
+    @property
+    def response_tokens(self) -> Leaf:
+        """[B, N] int32, the response alone."""
+        return self.tokens[:, -self.response_mask.shape[1] :]
+
+
+# How a loss calls a network: as a function of parameters and tokens, which `rlhf_jax.models` makes of an architecture.
+
+
+class LogprobsFn(Protocol):
+    """A language model: what it says of the tokens after column `start`, N = T - 1 - start."""
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: jax.Array,  # [B, T]
+        segment: jax.Array,  # [B, T], see above
+        keys: jax.Array | None = None,  # [B], they turn dropout on
+        *,
+        start: int = 0,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Log-probability of each token [B, N] and, if asked, the entropy of what it was drawn from."""
+
+
+class ScoreFn(Protocol):
+    """A reward model."""
+
+    def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """The score of each row [B], read at its last real token."""
+
+
+class ValueFn(Protocol):
+    """A critic; `params` are all that is trained, since it may share the policy's trunk."""
+
+    def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array, start: int) -> jax.Array:
+        """The value [B, N] of the state before each token after column `start`, N = T - 1 - start."""

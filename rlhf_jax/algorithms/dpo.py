@@ -5,7 +5,6 @@ reference. Rankings of K responses give all their pairs, as they do in `reward`.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -16,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from rlhf_jax.algorithms import optim
 from rlhf_jax.algorithms.reward import better, correct_pairs, margins, pair_mean
 from rlhf_jax.devices import parallel
-from rlhf_jax.types import InputError, Metrics, Params, Rankings, TrainState
+from rlhf_jax.types import InputError, LogprobsFn, Metrics, Params, Rankings, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +82,12 @@ def sequence_logprobs(logp: Float[Array, "*rows T"], mask: Bool[Array, "*rows T"
 
 
 def response_logprobs(
-    params: Params, batch: Rankings, apply_fn: Callable, keys: Array | None = None
+    params: Params, batch: Rankings, logprobs_fn: LogprobsFn, keys: Array | None = None
 ) -> Float[Array, "B K"]:
     """Log-probability of each whole response given its prompt, nats."""
     rows, responses, length = batch.tokens.shape
     tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
-    logp = apply_fn(params, tokens, mask, keys, method="logprobs")[0].reshape(rows, responses, -1)
+    logp = logprobs_fn(params, tokens, mask, keys)[0].reshape(rows, responses, -1)
     said = batch.mask[:, :, 1:] & (jnp.arange(1, length)[None, None] >= batch.start[:, None, None])
     return sequence_logprobs(logp, said)
 
@@ -98,7 +97,7 @@ def train_step(
     batch: Rankings,
     reference: Params,
     *,
-    apply_fn: Callable,
+    logprobs_fn: LogprobsFn,
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
@@ -106,14 +105,14 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of rankings: mean over each prompt's pairs, then over prompts.
 
-    `apply_fn` is a bound `Transformer`; the reference is evaluated without dropout.
+    The reference is evaluated without dropout.
     """
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.rank.size, axis)
     count = parallel.psum(jnp.sum(jnp.any(better(batch.rank), axis=(1, 2))), axis)
 
     def objective(params: Params, batch: Rankings, keys: Array) -> tuple[Array, Metrics]:
-        gain = response_logprobs(params, batch, apply_fn, keys.reshape(-1)) - response_logprobs(
-            reference, batch, apply_fn
+        gain = response_logprobs(params, batch, logprobs_fn, keys.reshape(-1)) - response_logprobs(
+            reference, batch, logprobs_fn
         )
         pair = better(batch.rank)
         h = margins(gain, pair)

@@ -8,7 +8,6 @@ reference, of the whole response.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from rlhf_jax.algorithms.advantages import group_normalize
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import kl_estimate, masked_mean
-from rlhf_jax.types import InputError, Leaf, Metrics, Params, Rollout, Tokens, TrainState
+from rlhf_jax.types import InputError, Leaf, LogprobsFn, Metrics, Params, Rollout, Tokens, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +88,13 @@ def loss(
     text: Tokens | None,
     totals: updates.Totals,
     *,
-    policy_fn: Callable,
+    policy_fn: LogprobsFn,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The share of these rows in: the clipped surrogate, kl_coef * k3 (`kl_in="loss"`), and `updates.extras`."""
     rollout = batch.rollout
     mask = rollout.response_mask
-    logp, entropy = updates.forward(params["policy"], rollout, policy_fn, cfg)
+    logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
     weight, _ = weights(mask, cfg.mean)
     count, total = totals["tokens"], totals["weights"]
     advantage = batch.advantage[:, None] * weight
@@ -107,7 +106,7 @@ def loss(
         kl = kl_estimate(jnp.where(mask, logp, rollout.logp_ref), rollout.logp_ref, "k3") * weight  # finite at padding
         metrics["loss/kl"] = masked_mean(kl, mask, total)
         value = value + cfg.kl_coef * metrics["loss/kl"]
-    more, found = updates.extras(params["policy"], entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
+    more, found = updates.extras(params, entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
     return value + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
 
 
@@ -116,7 +115,7 @@ def train_step(
     rollout: Rollout,
     text: Tokens | None = None,
     *,
-    policy_fn: Callable,
+    policy_fn: LogprobsFn,
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
@@ -128,9 +127,19 @@ def train_step(
     """
     rollout = parallel.all_gather(rollout, axis)
     batch, metrics = experience(rollout, cfg)
-    loss_fn = functools.partial(loss, policy_fn=policy_fn, cfg=cfg)
-    settings = {"live_fn": live, "tx": tx, "cfg": cfg, "microbatches": microbatches, "axis": axis}
+    objective = updates.Objective(
+        loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg),
+        totals=functools.partial(totals, cfg=cfg),
+        live=live,
+    )
     state, found = updates.apply(
-        state, batch, text, loss_fn=loss_fn, totals_fn=functools.partial(totals, cfg=cfg), **settings
+        state,
+        batch,
+        text,
+        objective=objective,
+        tx=tx,
+        cfg=cfg,
+        microbatches=microbatches,
+        axis=axis,
     )
     return state, metrics | found

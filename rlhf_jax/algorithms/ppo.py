@@ -7,7 +7,6 @@ policy's trunk, with an optimiser of its own.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -20,7 +19,18 @@ from rlhf_jax.algorithms import updates
 from rlhf_jax.algorithms.advantages import gae, through_first_pad, token_rewards, whiten
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import KLKind, kl_estimate, masked_mean, precise
-from rlhf_jax.types import InputError, Leaf, Metrics, Params, Rollout, Tokens, TrainState, check_positive
+from rlhf_jax.types import (
+    InputError,
+    Leaf,
+    LogprobsFn,
+    Metrics,
+    Params,
+    Rollout,
+    Tokens,
+    TrainState,
+    ValueFn,
+    check_positive,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +183,8 @@ def loss(
     totals: updates.Totals,
     kl_coef: float | Array = 0.0,
     *,
-    policy_fn: Callable,
-    critic_fn: Callable,
+    policy_fn: LogprobsFn,
+    critic_fn: ValueFn,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The share of these rows in: policy loss + value_coef * value loss, and what `cfg` and `text` add to them.
@@ -185,7 +195,7 @@ def loss(
     rollout = batch.rollout
     mask, new_tokens = rollout.response_mask, rollout.response_mask.shape[1]
     count = totals["tokens"]
-    logp, entropy = updates.forward(params["policy"], rollout, policy_fn, cfg)
+    logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
     if cfg.penalty is None:
         policy, found = policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.clip, cfg.dual_clip, count)
     else:
@@ -201,7 +211,7 @@ def loss(
             penalized(jnp.where(mask, logp, rollout.logp_ref), rollout.logp_ref, cfg), mask, count
         )
         total = total + kl_coef * metrics["loss/kl"]
-    more, found = updates.extras(params["policy"], entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
+    more, found = updates.extras(params, entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
     return total + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
 
 
@@ -237,8 +247,8 @@ def train_step(
     rollout: Rollout,
     text: Tokens | None = None,
     *,
-    policy_fn: Callable,
-    critic_fn: Callable,
+    policy_fn: LogprobsFn,
+    critic_fn: ValueFn,
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
@@ -251,9 +261,21 @@ def train_step(
     rollout = parallel.all_gather(rollout, axis)
     kl_coef = state.opt_state["kl_coef"]
     batch, metrics = experience(rollout, kl_coef, cfg)
-    loss_fn = functools.partial(loss, kl_coef=kl_coef, policy_fn=policy_fn, critic_fn=critic_fn, cfg=cfg)
-    settings = {"live_fn": live, "tx": tx, "cfg": cfg, "microbatches": microbatches, "axis": axis}
-    state, found = updates.apply(state, batch, text, loss_fn=loss_fn, totals_fn=totals, **settings)
+    objective = updates.Objective(
+        loss=functools.partial(loss, kl_coef=kl_coef, policy_fn=policy_fn, critic_fn=critic_fn, cfg=cfg),
+        totals=totals,
+        live=live,
+    )
+    state, found = updates.apply(
+        state,
+        batch,
+        text,
+        objective=objective,
+        tx=tx,
+        cfg=cfg,
+        microbatches=microbatches,
+        axis=axis,
+    )
     if cfg.kl_target is not None:
         n = rollout.tokens.shape[0]
         kl_coef = adapt_kl_coef(kl_coef, metrics["kl/reference"], n, cfg.kl_target, cfg.kl_horizon)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from rlhf_jax.algorithms import optim
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import masked_mean, precise
-from rlhf_jax.types import InputError, Metrics, Params, Rankings, TrainState
+from rlhf_jax.types import InputError, Metrics, Params, Rankings, ScoreFn, TrainState, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,10 @@ class Config:
     margin: float = 0.0  # by which scores should differ, per step of rank between the two (arXiv:2307.09288)
     label_smoothing: float = 0.0  # probability that a pair's label is wrong
     centring: float = 0.0  # weight of the squared sum of a pair's scores, which keeps their mean near 0
+    buckets: int = 1  # parts of like length in which prompts are learnt from, each as wide as it needs
 
     def __post_init__(self) -> None:
+        check_positive(self, "buckets")
         if self.loss == "choice" and (self.margin or self.label_smoothing):
             raise InputError("margin and label_smoothing are of pairs: they have no effect with loss=choice")
         if not 0 <= self.label_smoothing < 0.5:
@@ -131,15 +133,15 @@ def pairwise_accuracy(score: Float[Array, "B K"], rank: Int[Array, "B K"]) -> Fl
 def scores(
     params: Params,
     batch: Rankings,
-    apply_fn: Callable,
+    score_fn: ScoreFn,
     keys: Array | None = None,
     buckets: int = 1,
     axis: str | None = None,
 ) -> Float[Array, "B K"]:
-    """One forward pass a response, by a bound `heads.ScalarModel`; without keys in so many `buckets`, see `ragged`."""
+    """The score of each response, one forward pass each; without keys in so many `buckets`, see `ragged`."""
     rows, responses, length = batch.tokens.shape
     tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
-    judge = lambda tokens, mask: apply_fn(params, tokens, mask, keys, method="last")
+    judge = lambda tokens, mask: score_fn(params, tokens, mask, keys)
     return ragged.read(judge, mask, buckets, tokens, mask).reshape(rows, responses)
 
 
@@ -147,16 +149,15 @@ def train_step(
     state: TrainState,
     batch: Rankings,
     *,
-    apply_fn: Callable,
+    score_fn: ScoreFn,
     tx: optax.GradientTransformation,
     cfg: Config = Config(),
     microbatches: int = 1,
-    buckets: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update of the reward model on the global batch of rankings, whose prompts are spread over `axis`.
 
-    Prompts with their responses are learnt from in so many `buckets`, see `ragged`.
+    Prompts with their responses are learnt from in `cfg.buckets`, see `ragged`.
     """
     rows, responses, _ = batch.tokens.shape
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), rows * responses, axis)
@@ -167,18 +168,18 @@ def train_step(
     ) -> tuple[Array, tuple[Array, ...]]:
         (tokens, mask), (start, rank) = padded, other
         batch = Rankings(tokens=tokens, mask=mask, start=start, rank=rank)
-        score = scores(params, batch, apply_fn, keys.reshape(-1))
+        score = scores(params, batch, score_fn, keys.reshape(-1))
         value = loss(score, rank, cfg, count)
         return value, (value, *correct_pairs(score, rank))
 
     share: Callable = functools.partial(jax.grad(objective, has_aux=True), state.params)
     mine = (batch.tokens, batch.mask), (batch.start, batch.rank), keys.reshape(rows, responses)
-    parts = buckets * microbatches
-    if buckets > 1:
+    parts = cfg.buckets * microbatches
+    if cfg.buckets > 1:
         live = lambda padded: jnp.any(padded[1], axis=1)
         index = ragged.order(live(mine[0]), parts)
         mine = jax.tree.map(lambda x: x[index], mine)
-        share = ragged.as_wide_as_needed(share, live, buckets)
+        share = ragged.as_wide_as_needed(share, live, cfg.buckets)
     grads, found = parallel.accumulate(lambda rows: share(*rows), mine, parts)
     grads, (value, correct, pairs) = parallel.psum((grads, jax.tree.map(jnp.sum, found)), axis)
     metrics = {

@@ -6,7 +6,6 @@ is REINFORCE's; with more, the ratio of the whole response to the policy that sa
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
@@ -17,7 +16,7 @@ from rlhf_jax.algorithms.advantages import leave_one_out
 from rlhf_jax.algorithms.grpo import Experience, groups, live
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
-from rlhf_jax.types import InputError, Metrics, Params, Rollout, Tokens, TrainState
+from rlhf_jax.types import InputError, LogprobsFn, Metrics, Params, Rollout, Tokens, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +53,18 @@ def loss(
     text: Tokens | None,
     totals: updates.Totals,
     *,
-    policy_fn: Callable,
+    policy_fn: LogprobsFn,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The share of these rows in: the clipped surrogate of whole responses, mean over them, and `updates.extras`."""
     rollout = batch.rollout
     mask = rollout.response_mask
-    logp, entropy = updates.forward(params["policy"], rollout, policy_fn, cfg)
+    logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
     whole, whole_old = (jnp.sum(jnp.where(mask, x, 0.0), axis=1, keepdims=True) for x in (logp, rollout.logp))
     some = jnp.any(mask, axis=1, keepdims=True)
     value, found = policy_loss(whole, whole_old, batch.advantage[:, None], some, cfg.clip, count=totals["responses"])
     metrics = {"loss/policy": value} | {f"policy/{name}": x for name, x in found.items()}
-    more, found = updates.extras(params["policy"], entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
+    more, found = updates.extras(params, entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
     return value + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
 
 
@@ -74,7 +73,7 @@ def train_step(
     rollout: Rollout,
     text: Tokens | None = None,
     *,
-    policy_fn: Callable,
+    policy_fn: LogprobsFn,
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
@@ -86,7 +85,19 @@ def train_step(
     """
     rollout = parallel.all_gather(rollout, axis)
     batch, metrics = experience(rollout, cfg)
-    loss_fn = functools.partial(loss, policy_fn=policy_fn, cfg=cfg)
-    settings = {"live_fn": live, "tx": tx, "cfg": cfg, "microbatches": microbatches, "axis": axis}
-    state, found = updates.apply(state, batch, text, loss_fn=loss_fn, totals_fn=totals, **settings)
+    objective = updates.Objective(
+        loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg),
+        totals=totals,
+        live=live,
+    )
+    state, found = updates.apply(
+        state,
+        batch,
+        text,
+        objective=objective,
+        tx=tx,
+        cfg=cfg,
+        microbatches=microbatches,
+        axis=axis,
+    )
     return state, metrics | found

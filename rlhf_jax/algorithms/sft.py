@@ -3,8 +3,6 @@
 The two differ in which tokens are targets: all but the first of each document, or those of the completion alone.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.algorithms import optim
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import masked_mean, token_logprobs
-from rlhf_jax.types import Metrics, Params, Tokens, TrainState
+from rlhf_jax.types import LogprobsFn, Metrics, Params, Tokens, TrainState
 
 
 def next_token_loss(
@@ -30,10 +28,10 @@ def next_token_loss(
 
 
 def loss(
-    params: Params, batch: Tokens, apply_fn: Callable, keys: Array | None = None, count: Array | None = None
+    params: Params, batch: Tokens, logprobs_fn: LogprobsFn, keys: Array | None = None, count: Array | None = None
 ) -> Float[Array, ""]:
     """`next_token_loss` of a batch of text; `keys` [B] turn dropout on."""
-    logp, _ = apply_fn(params, batch.tokens, batch.segment, keys, method="logprobs")
+    logp, _ = logprobs_fn(params, batch.tokens, batch.segment, keys)
     return masked_mean(-logp, batch.target[:, 1:], count)
 
 
@@ -41,12 +39,12 @@ def train_step(
     state: TrainState,
     batch: Tokens,
     *,
-    apply_fn: Callable,
+    logprobs_fn: LogprobsFn,
     tx: optax.GradientTransformation,
     microbatches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update on the global batch, whose rows are spread over `axis`; `apply_fn` is a bound `Transformer`.
+    """One update on the global batch, whose rows are spread over `axis`.
 
     The metrics are of the parameters before the update.
     """
@@ -54,7 +52,7 @@ def train_step(
     count = parallel.psum(jnp.sum(batch.target[:, 1:]), axis)
 
     def share(rows: tuple[Tokens, Array]) -> tuple[Params, Array]:
-        value, grads = jax.value_and_grad(loss)(state.params, rows[0], apply_fn, rows[1], count)
+        value, grads = jax.value_and_grad(loss)(state.params, rows[0], logprobs_fn, rows[1], count)
         return grads, value
 
     grads, values = parallel.accumulate(share, (batch, keys), microbatches)
@@ -63,8 +61,8 @@ def train_step(
     return optim.apply_gradients(state, grads, tx), metrics
 
 
-def evaluate(params: Params, batch: Tokens, *, apply_fn: Callable, axis: str | None = None) -> tuple[Array, Array]:
+def evaluate(params: Params, batch: Tokens, *, logprobs_fn: LogprobsFn, axis: str | None = None) -> tuple[Array, Array]:
     """Sum of the negative log-likelihood in nats over the global batch's target tokens, and their number."""
     mask = batch.target[:, 1:]
-    logp, _ = apply_fn(params, batch.tokens, batch.segment, method="logprobs")
+    logp, _ = logprobs_fn(params, batch.tokens, batch.segment)
     return parallel.psum((-jnp.sum(jnp.where(mask, logp, 0.0)), jnp.sum(mask)), axis)

@@ -7,19 +7,33 @@ early stop that any of them may have.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import sft
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import masked_mean
-from rlhf_jax.types import InputError, Metrics, Params, Rollout, Tokens, TrainState, check_positive
+from rlhf_jax.types import (
+    InputError,
+    Leaf,
+    LogprobsFn,
+    Metrics,
+    Params,
+    Rollout,
+    Tokens,
+    TrainState,
+    check_positive,
+)
 
 Batch = TypeVar("Batch")  # a pytree whose leaves count episodes on their first axis
+# The largest |ratio - 1| that rounding leaves in the first pass over a rollout, by the type of the trunk.
+RATIO_ERROR = {"float32": 1e-4, "bfloat16": 0.1}
+
 Totals = dict[str, Array]  # what shares of a loss are divided by: counts over the global minibatch
 
 
@@ -92,12 +106,17 @@ def describe(rollout: Rollout, score: Float[Array, "B"]) -> Metrics:
 
 
 def forward(
-    policy: Params, rollout: Rollout, policy_fn: Callable, cfg: Config
+    params: Params, rollout: Rollout, policy_fn: LogprobsFn, cfg: Config
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
     """The policy's log-probabilities of a rollout's responses, and its entropies where `cfg` has a use for them."""
-    start = rollout.tokens.shape[1] - rollout.response_mask.shape[1] - 1
-    asked = {"start": start, "temperature": cfg.temperature, "with_entropy": bool(cfg.entropy_coef)}
-    return policy_fn(policy, rollout.tokens, rollout.mask, method="logprobs", **asked)
+    return policy_fn(
+        params,
+        rollout.tokens,
+        rollout.mask,
+        start=rollout.tokens.shape[1] - rollout.response_mask.shape[1] - 1,
+        temperature=cfg.temperature,
+        with_entropy=bool(cfg.entropy_coef),
+    )
 
 
 def ratio_error(logp: Float[Array, "B T"], logp_old: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
@@ -106,13 +125,13 @@ def ratio_error(logp: Float[Array, "B T"], logp_old: Float[Array, "B T"], mask: 
 
 
 def extras(
-    policy: Params,
+    params: Params,
     entropy: Float[Array, "B N"] | None,
     mask: Bool[Array, "B N"],
     text: Tokens | None,
     totals: Totals,
     *,
-    policy_fn: Callable,
+    policy_fn: LogprobsFn,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The share of -entropy_coef * entropy + ptx_coef * next-token loss on `text`, as far as there are any.
@@ -124,9 +143,29 @@ def extras(
         metrics["loss/entropy"] = -masked_mean(entropy, mask, totals["tokens"])
         total += cfg.entropy_coef * metrics["loss/entropy"]
     if text is not None:
-        metrics["loss/ptx"] = sft.loss(policy, text, policy_fn, count=totals["text"])
+        metrics["loss/ptx"] = sft.loss(params, text, policy_fn, count=totals["text"])
         total += cfg.ptx_coef * metrics["loss/ptx"]
     return total, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective(Generic[Batch]):
+    """What an algorithm descends on a minibatch of episodes, as sums over rows, so that shares of it add up."""
+
+    # (params, rows, text, totals) -> the share that some rows of a minibatch have in its loss, and metrics that add up
+    # over them; with "ratio_error", a maximum, and, for `stop_kl`, "policy/approx_kl" among them.
+    loss: Callable[[Params, Batch, Tokens | None, Totals], tuple[Array, Metrics]]
+    totals: Callable[[Batch], Totals]  # rows -> what adds up to the totals that shares are divided by
+    live: Callable[[Batch], Array]  # rows -> [B, N] bool, the columns of the responses that have a part in the loss
+
+
+class Progress(struct.PyTreeNode):
+    """What an update changes."""
+
+    params: Params
+    optimizer: Any
+    ema: Params = None  # average of the policy's weights, where `Config.ema` asks for one
+    going: Leaf = None  # [] bool, False once `Config.stop_kl` has been exceeded, where there is one
 
 
 def apply(
@@ -134,9 +173,7 @@ def apply(
     batch: Batch,
     text: Tokens | None,
     *,
-    loss_fn: Callable[[dict[str, Params], Batch, Tokens | None, Totals], tuple[Array, Metrics]],
-    totals_fn: Callable[[Batch], Totals],
-    live_fn: Callable[[Batch], Bool[Array, "B N"]],
+    objective: Objective[Batch],
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int,
@@ -145,10 +182,7 @@ def apply(
     """All epochs and minibatches on the global batch of episodes, which every device has whole.
 
     So minibatch m consists of the same episodes however many devices share its rows. `text`, where given, holds
-    pretraining rows for each update, `[epochs * minibatches, B, T]`. `loss_fn(params, rows, text, totals)` returns the
-    share that some rows of a minibatch have in its loss, and metrics that add up over them, with `ratio_error` and, for
-    `stop_kl`, `policy/approx_kl` among them; `totals_fn(rows)` what adds up to the totals that shares are divided by;
-    `live_fn(rows)` says which columns of the responses have a part in the loss. Metrics are means over the updates;
+    pretraining rows for each update, `[epochs * minibatches, B, T]`. Metrics are means over the updates;
     `ratio/first_error` is the largest |ratio - 1| of the first one: anything but rounding means that what was sampled
     is not what is scored.
     """
@@ -162,36 +196,58 @@ def apply(
     order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), episodes))
     rows = order(jnp.arange(cfg.epochs)).reshape(updates, -1)
 
-    def update(carry: dict[str, Any], inputs: tuple[Array, Tokens | None]) -> tuple[dict[str, Any], Metrics]:
+    def update(before: Progress, inputs: tuple[Array, Tokens | None]) -> tuple[Progress, Metrics]:
         rows, text = inputs
-        mine = parallel.spread(jax.tree.map(lambda x: x[parallel.own_rows(rows, axis)], batch))
-        params = carry["params"]
-        totals = totals_fn(mine) | ({} if text is None else {"text": jnp.sum(text.target[:, 1:])})
-        totals = parallel.psum(totals, axis)
-        share = lambda rows, text: jax.grad(loss_fn, has_aux=True)(params, rows, text, totals)
-        if cfg.buckets > 1:
-            mine = jax.tree.map(lambda x: x[ragged.order(live_fn(mine), parts)], mine)
-            share = ragged.as_wide_as_needed(share, live_fn, cfg.buckets)
-        grads, metrics = parallel.accumulate(lambda rows: share(*rows), (mine, text), parts)
-        worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # not a share but a maximum
-        grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, metrics)), axis)
-        changes, optimizer = tx.update(grads, carry["optimizer"], params)
-        after = {"params": optax.apply_updates(params, changes), "optimizer": optimizer}
-        if cfg.ema is not None:
-            after["ema"] = optax.incremental_update(after["params"]["policy"], carry["ema"], 1 - cfg.ema)
+        own = parallel.spread(jax.tree.map(lambda x: x[parallel.own_rows(rows, axis)], batch))
+        grads, metrics = gradients(before.params, own, text, objective, cfg.buckets, parts, axis)
+        after = step(before, grads, tx, cfg)
         if cfg.stop_kl is not None:
-            going = carry.pop("going") & (metrics["policy/approx_kl"] <= cfg.stop_kl)
-            after = jax.tree.map(functools.partial(jnp.where, going), after, carry) | {"going": going}
+            going = before.going & (metrics["policy/approx_kl"] <= cfg.stop_kl)
+            after = jax.tree.map(functools.partial(jnp.where, going), after, before).replace(going=going)
             metrics["policy/updated"] = going.astype(jnp.float32)
-        metrics |= {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads}
-        return after, metrics | {"ratio_error": worst}
+        return after, metrics | {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads}
 
-    before = {"params": state.params} | {
-        name: state.opt_state[name] for name in ("optimizer", "ema") if name in state.opt_state
-    }
-    if cfg.stop_kl is not None:
-        before["going"] = jnp.bool_(True)
+    before = Progress(
+        params=state.params,
+        optimizer=state.opt_state["optimizer"],
+        ema=state.opt_state.get("ema"),
+        going=None if cfg.stop_kl is None else jnp.bool_(True),
+    )
     after, history = jax.lax.scan(update, before, (rows, text))
     metrics = {"ratio/first_error": history.pop("ratio_error")[0]} | jax.tree.map(jnp.mean, history)
-    opt_state = state.opt_state | {name: after[name] for name in ("optimizer", "ema") if name in after}
-    return state.replace(step=state.step + 1, params=after["params"], opt_state=opt_state), metrics
+    opt_state = state.opt_state | {"optimizer": after.optimizer}
+    if after.ema is not None:
+        opt_state["ema"] = after.ema
+    return state.replace(step=state.step + 1, params=after.params, opt_state=opt_state), metrics
+
+
+def gradients(
+    params: Params,
+    own: Batch,
+    text: Tokens | None,
+    objective: Objective[Batch],
+    buckets: int,
+    parts: int,
+    axis: str | None,
+) -> tuple[Params, Metrics]:
+    """Gradient and metrics of one global minibatch, of which this device has the rows `own`, in `parts` of them."""
+    totals = objective.totals(own) | ({} if text is None else {"text": jnp.sum(text.target[:, 1:])})
+    totals = parallel.psum(totals, axis)
+    share = lambda rows, text: jax.grad(objective.loss, has_aux=True)(params, rows, text, totals)
+    if buckets > 1:
+        own = jax.tree.map(lambda x: x[ragged.order(objective.live(own), parts)], own)
+        share = ragged.as_wide_as_needed(share, objective.live, buckets)
+    grads, metrics = parallel.accumulate(lambda rows: share(*rows), (own, text), parts)
+    worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # not a share but a maximum
+    grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, metrics)), axis)
+    return grads, metrics | {"ratio_error": worst}
+
+
+def step(before: Progress, grads: Params, tx: optax.GradientTransformation, cfg: Config) -> Progress:
+    """One optimiser step, and one of the average of the policy's weights."""
+    changes, optimizer = tx.update(grads, before.optimizer, before.params)
+    params = optax.apply_updates(before.params, changes)
+    ema = before.ema
+    if cfg.ema is not None:
+        ema = optax.incremental_update(params["policy"], before.ema, 1 - cfg.ema)
+    return before.replace(params=params, optimizer=optimizer, ema=ema)

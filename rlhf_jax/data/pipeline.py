@@ -465,3 +465,9 @@ def _stream(
         rows,
         None if epochs is None else len(numbers),
     )
+
+
+def take(stream: Iterator[T], count: int) -> T:
+    """The next `count` batches of a stream, stacked on a leading axis."""
+    batches = [next(stream) for _ in range(count)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

@@ -2,7 +2,7 @@
 
 from rlhf_jax.models.config import PRESETS, Compute, Config, RopeScaling, gpt, llama, preset
 from rlhf_jax.models.directory import Model, check_length, check_vocabularies, load, load_reward, save, tokenizer_of
-from rlhf_jax.models.transformer import Transformer, bind, parameter_count, parameter_shapes
+from rlhf_jax.models.transformer import Transformer, bind, logprobs_fn, parameter_count, parameter_shapes, part
 
 __all__ = [
     "PRESETS",
@@ -18,8 +18,10 @@ __all__ = [
     "llama",
     "load",
     "load_reward",
+    "logprobs_fn",
     "parameter_count",
     "parameter_shapes",
+    "part",
     "preset",
     "save",
     "tokenizer_of",

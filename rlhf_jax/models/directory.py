@@ -27,8 +27,9 @@ import safetensors.numpy
 
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.devices import hosts
+from rlhf_jax.devices.compute import Compute
 from rlhf_jax.models import families, heads, transformer
-from rlhf_jax.models.config import Compute, Config
+from rlhf_jax.models.config import Config
 from rlhf_jax.types import InputError, Params
 
 SHARD = 5 * 2**30  # bytes of a file of weights at most, unless one tensor is larger

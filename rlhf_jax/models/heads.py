@@ -4,7 +4,6 @@ Both are the same module with the same parameters, so that a critic can start fr
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from rlhf_jax.logprobs import last_index
 from rlhf_jax.models.config import Config
 from rlhf_jax.models.layers import EVERY, Columns
 from rlhf_jax.models.transformer import Transformer, bind
-from rlhf_jax.types import Params
+from rlhf_jax.types import Params, ScoreFn, ValueFn
 
 
 class ScalarModel(nn.Module):
@@ -54,20 +53,22 @@ def from_policy(policy: Params, config: Config, key: Array) -> Params:
     return {"trunk": trunk(policy), "kernel": kernel, "bias": jnp.zeros(())}
 
 
-def critic(config: Config) -> Callable:
-    """A critic params["critic"] that is a network of its own.
+def score_fn(config: Config) -> ScoreFn:
+    """The network of `reward`: `ScalarModel.last`."""
+    return bind(ScalarModel(config), ScalarModel.last)
 
-    It maps (params, tokens, mask, start) to the value [B, N] before each token after column `start`, N = T - 1 - start.
-    """
+
+def critic(config: Config) -> ValueFn:
+    """A critic params["critic"] that is a network of its own."""
     per_token = bind(ScalarModel(config))
     return lambda params, tokens, mask, start: per_token(params["critic"], tokens, mask, columns=slice(start, -1))
 
 
-def shared_critic(config: Config) -> Callable:
-    """The same of a critic that is a head on the trunk of params["policy"]."""
+def shared_critic(config: Config) -> ValueFn:
+    """A critic that is a head, params["critic"], on the trunk of params["policy"]."""
     own = critic(config)
 
-    def value(params: dict[str, Params], tokens: Array, mask: Array, start: int) -> Float[Array, "B N"]:
+    def value(params: Params, tokens: Array, mask: Array, start: int) -> Float[Array, "B N"]:
         return own({"critic": params["critic"] | {"trunk": trunk(params["policy"])}}, tokens, mask, start)
 
     return value

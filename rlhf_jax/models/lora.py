@@ -9,13 +9,13 @@ base is empty, so that an experiment is written once for both.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlhf_jax.types import InputError, Params, check_positive
+from rlhf_jax.types import InputError, Params, TrainState, check_positive
 
 Kernel = Literal["qkv", "out", "up", "down"]
 INPUTS: dict[Kernel, int] = {"qkv": 1, "out": 3, "up": 1, "down": 1}  # axes of a kernel that are inputs, after [L]
@@ -77,6 +77,20 @@ def merge(base: Params, trained: Params, cfg: Config) -> Params:
     return unflatten_dict(params)
 
 
-def over(apply_fn: Callable, base: Params, cfg: Config) -> Callable:
-    """`apply_fn(params, ...)` as a function of what is trained, for a step that takes `base` as an argument."""
-    return lambda trained, *args, **kwargs: apply_fn(attach(base, trained, cfg), *args, **kwargs)
+def with_base(network: Callable, base: Params, cfg: Config) -> Callable:
+    """`network(params, ...)` as a function of what is trained, over this base."""
+    return lambda trained, *args, **kwargs: network(attach(base, trained, cfg), *args, **kwargs)
+
+
+def on_base(cfg: Config, make_step: Callable[[Callable[[Callable], Callable]], Callable]) -> Callable:
+    """A train step `(state, base, *batch)` that trains adapters on a frozen base.
+
+    It is the step `(state, *batch)` that `make_step(on)` returns, where `on(network)` computes a network over the base:
+
+        on_base(cfg, lambda on: functools.partial(sft.train_step, logprobs_fn=on(network), tx=tx))
+    """
+
+    def step(state: TrainState, base: Params, *batch: Any, axis: str | None = None) -> Any:
+        return make_step(lambda network: with_base(network, base, cfg))(state, *batch, axis=axis)
+
+    return step

@@ -21,7 +21,7 @@ from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Config
 from rlhf_jax.models.layers import EVERY, MLP, Columns, Norm, View, capped, causal, dropout, pick, positions
 from rlhf_jax.models.rope import turns
-from rlhf_jax.types import InputError, Params
+from rlhf_jax.types import InputError, LogprobsFn, Params
 
 
 class Block(nn.Module):
@@ -178,18 +178,28 @@ class Transformer(nn.Module):
         return self.unembed(self.hidden(tokens, segment, keys)[0])
 
 
-def bind(module: Any) -> Callable:
-    """`module.apply` on bare parameters: the `apply_fn(params, tokens, segment, ...)` that every step takes.
+def bind(module: Any, method: Callable | None = None) -> Callable:
+    """`module.apply` on bare parameters: `(params, *args) -> method(*args)`; no method is the module's `__call__`.
 
     A float32 trunk is float32 on every device: some compute such matrix products in bfloat16 unless told otherwise.
     """
     precision = "highest" if module.config.compute.dtype == "float32" else None
 
-    def apply_fn(params: Params, *args: Any, **kwargs: Any) -> Any:
+    def apply(params: Params, *args: Any, **kwargs: Any) -> Any:
         with jax.default_matmul_precision(precision):
-            return module.apply({"params": params}, *args, **kwargs)
+            return module.apply({"params": params}, *args, method=method, **kwargs)
 
-    return apply_fn
+    return apply
+
+
+def logprobs_fn(config: Config) -> LogprobsFn:
+    """The network of `sft`, `dpo` and, as a `part` of what they train, of PPO and its kin: `Transformer.logprobs`."""
+    return bind(Transformer(config), Transformer.logprobs)
+
+
+def part(name: str, network: Callable) -> Callable:
+    """`network` as a function of a dict of parameters, of which it takes those under this name."""
+    return lambda params, *args, **kwargs: network(params[name], *args, **kwargs)
 
 
 def layers_of(params: Params, config: Config) -> list[Params]:

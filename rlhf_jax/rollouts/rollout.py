@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,82 +10,83 @@ import numpy as np
 
 from rlhf_jax import models
 from rlhf_jax.algorithms.advantages import through_first_pad
-from rlhf_jax.data import pipeline
+from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import hosts, parallel, ragged
-from rlhf_jax.models import Model, tokenizer_of
 from rlhf_jax.rollouts import sampling
-from rlhf_jax.types import InputError, Params, Prompts, Rollout
+from rlhf_jax.types import InputError, Params, Prompts, Rollout, ValueFn
 
 Rows = TypeVar("Rows", Prompts, Rollout)
 
 
-def response_logprobs(
-    apply_fn: Callable, params: Params, tokens: jax.Array, mask: jax.Array, new_tokens: int, temperature: float
-) -> jax.Array:
-    """Log-probabilities [B, N] of the last `new_tokens` columns, at the sampling temperature."""
-    start = tokens.shape[1] - new_tokens - 1
-    return apply_fn(params, tokens, mask, method="logprobs", start=start, temperature=temperature)[0]
-
-
 def collect(
     params: dict[str, Params],
-    reference: Params,
     prompts: Prompts,
     key: jax.Array,
     first: jax.Array,
     *,
     policy: sampling.HasConfig,
-    policy_fn: Callable,
-    critic_fn: Callable | None = None,
-    max_new_tokens: int,
-    temperature: float,
-    eos_id: int | tuple[int, ...],
-    stop_at_eos: bool = True,
+    cfg: sampling.Config,
+    critic_fn: ValueFn | None = None,
     buckets: int = 1,
     axis: str | None = None,
 ) -> Rollout:
-    """One response to each prompt, still without a score. `params` holds "policy" and, with `critic_fn`, "critic".
+    """Sample one response to each prompt, still without a score.
 
-    Row b of the global batch samples with `fold_in(key, first + b)`. Without `stop_at_eos` every response has all its
-    columns and each counts, as in Ziegler et al. 2019.
-
-    `policy_fn` is a bound `Transformer`; `critic_fn` takes all of `params`, see `heads.critic`. Both read the responses
-    in so many `buckets`, see `ragged`. The behaviour log-probabilities are the sampler's own.
+    Row b of the global batch samples with `fold_in(key, first + b)`. `params` holds "policy" and, where the rollout is
+    to have their word, "reference" and, with `critic_fn`, "critic": both read the responses in so many `buckets`, see
+    `ragged`. The behaviour log-probabilities are the sampler's own. Without `cfg.stop_at_eos` every response has all
+    its columns and each counts, as in Ziegler et al. 2019.
     """
-    rows = prompts.tokens.shape[0]
     prompt_tokens, prompt_mask = sampling.left_pad(prompts.tokens, prompts.mask)
-    keys = parallel.row_keys(key, rows, axis, first)
-    stop = eos_id if stop_at_eos else None
-    sample = sampling.generate(
-        policy, params["policy"], prompt_tokens, prompt_mask, keys, max_new_tokens, temperature, eos_id=stop
-    )
+    keys = parallel.row_keys(key, prompts.tokens.shape[0], axis, first)
+    sample = sampling.generate(policy, params["policy"], prompt_tokens, prompt_mask, keys, cfg)
     tokens = jnp.concatenate([prompt_tokens, sample.tokens], axis=1)
     mask = jnp.concatenate([prompt_mask, sample.mask], axis=1)
+    logprobs_fn, start = models.logprobs_fn(policy.config), prompt_tokens.shape[1] - 1
 
-    def others(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        new = tokens.shape[1] - prompt_tokens.shape[1]
-        logp_ref = response_logprobs(policy_fn, reference, tokens, mask, new, temperature)
-        return logp_ref, critic_fn(params, tokens, mask, prompt_tokens.shape[1] - 1) if critic_fn else None
+    def read(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        logp_ref = value = None
+        if "reference" in params:
+            logp_ref, _ = logprobs_fn(params["reference"], tokens, mask, start=start, temperature=cfg.temperature)
+        if critic_fn is not None:
+            value = critic_fn(params, tokens, mask, start)
+        return logp_ref, value
 
-    # A critic is asked for the value of the first column after a response too: PPO may put the score there.
-    logp_ref, value = ragged.read(others, through_first_pad(sample.mask), buckets, tokens, mask)
+    logp_ref = value = None
+    if "reference" in params or critic_fn is not None:
+        # A critic is asked for the value of the first column after a response too: PPO may put the score there.
+        logp_ref, value = ragged.read(read, through_first_pad(sample.mask), buckets, tokens, mask)
     return Rollout(
         tokens=tokens,
         mask=mask,
         response_mask=sample.mask,
         logp=sample.logp,
-        logp_ref=jnp.where(sample.mask, logp_ref, 0.0),
+        logp_ref=None if logp_ref is None else jnp.where(sample.mask, logp_ref, 0.0),
         value=value,
-        ended=jnp.any(jnp.isin(sample.tokens, jnp.atleast_1d(jnp.array(eos_id))) & sample.mask, axis=1),
+        ended=jnp.any(jnp.isin(sample.tokens, jnp.array(cfg.ends, jnp.int32)) & sample.mask, axis=1),
         index=prompts.index,
     )
 
 
-def collecting(config: models.Config, layout: parallel.Layout, **settings: Any) -> Callable:
-    """`collect` by a model of this architecture, placed: it takes (params, reference, prompts, key, first)."""
+def collector(
+    config: models.Config,
+    layout: parallel.Layout,
+    cfg: sampling.Config,
+    critic_fn: ValueFn | None = None,
+    buckets: int = 1,
+) -> Callable[..., Rollout]:
+    """`collect` by a model of this architecture, compiled and placed: it takes (params, prompts, key, first)."""
     policy = models.Transformer(config)
-    return layout.step(functools.partial(collect, policy=policy, policy_fn=models.bind(policy), **settings))
+    return layout.step(
+        functools.partial(
+            collect,
+            policy=policy,
+            cfg=cfg,
+            critic_fn=critic_fn,
+            buckets=buckets,
+        )
+    )
 
 
 def chunks(rows: Rows, batch: int) -> Iterator[tuple[np.uint32, Rows]]:
@@ -101,15 +102,14 @@ def chunks(rows: Rows, batch: int) -> Iterator[tuple[np.uint32, Rows]]:
 
 
 def episodes(
-    model: Model,
-    reference: Model,
+    model: models.Model,
     prompts: Prompts,
     key: jax.Array,
-    score: Callable[[Rollout], Rollout] | None = None,
+    cfg: sampling.Config,
     *,
     batch: int,
-    max_new_tokens: int,
-    temperature: float,
+    reference: models.Model | None = None,
+    score: Callable[[Rollout], Rollout] | None = None,
     layout: parallel.Layout = parallel.PMAP,
 ) -> Rollout:
     """`collect` for any number of prompts, `batch` at a time over all devices; the result lies on the host.
@@ -117,69 +117,18 @@ def episodes(
     `score` is a source of `scores`, if there is to be one. What row b samples depends on `key`, b and its prompt, not
     on `batch`.
     """
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    one_batch = collecting(model.config, layout, **settings, eos_id=tokenizer_of(model).eos_token_id)
-    params, frozen = layout.state({"policy": model.params}), layout.state(reference.params)
-    keys = layout.state(key)
+    one_batch = collector(model.config, layout, cfg)
+    params = {"policy": model.params} | ({} if reference is None else {"reference": reference.params})
+    placed, keys = layout.state(params), layout.state(key)
     parts = []
     for first, part in chunks(prompts, batch):
-        sampled = one_batch(params, frozen, layout.rows(part), keys, layout.state(first))
+        sampled = one_batch(placed, layout.rows(part), keys, layout.state(first))
         parts.append(layout.gather(score(sampled) if score else sampled))
     return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
 
 
-def answer(
-    params: Params,
-    prompts: Prompts,
-    key: jax.Array,
-    first: jax.Array,
-    *,
-    policy: sampling.HasConfig,
-    max_new_tokens: int,
-    temperature: float,
-    eos_id: int,
-    axis: str | None = None,
-) -> sampling.Sample:
-    """One response to each prompt, without a word on it. Row b samples with `fold_in(key, first + b)`."""
-    keys = parallel.row_keys(key, prompts.tokens.shape[0], axis, first)
-    return sampling.generate(
-        policy, params, prompts.tokens, prompts.mask, keys, max_new_tokens, temperature, eos_id=eos_id
-    )
-
-
-def answering(config: models.Config, layout: parallel.Layout, **settings: Any) -> Callable:
-    """`answer` by a model of this architecture, placed: it takes (params, prompts, key, first)."""
-    return layout.step(functools.partial(answer, policy=models.Transformer(config), **settings))
-
-
-def respond(
-    policy: sampling.HasConfig,
-    params: Params,
-    prompts: Prompts,
-    key: jax.Array,
-    *,
-    batch: int,
-    max_new_tokens: int,
-    temperature: float,
-    eos_id: int,
-    layout: parallel.Layout = parallel.PMAP,
-) -> sampling.Sample:
-    """A response to each of any number of prompts, `batch` at a time over all devices; results lie on the host.
-
-    What row b samples depends on `key`, b and its prompt, not on `batch`.
-    """
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos_id": eos_id}
-    generate = answering(policy.config, layout, **settings)
-    placed, keys = layout.state(params), layout.state(key)
-    parts = [
-        layout.gather(generate(placed, layout.rows(part), keys, layout.state(first)))
-        for first, part in chunks(prompts, batch)
-    ]
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
-
-
 def say(
-    model: Model,
+    model: models.Model,
     prompts: Sequence[tokenizer_lib.Prompt],
     key: jax.Array,
     *,
@@ -187,30 +136,37 @@ def say(
     layout: parallel.Layout = parallel.PMAP,
 ) -> list[dict[str, str]]:
     """A response to each prompt that takes up at most half of `length` tokens, as rows of a table of samples."""
-    tokenizer = tokenizer_of(model)
+    tokenizer = models.tokenizer_of(model)
     half = min(length, model.config.max_length) // 2
     try:
         batch, _ = pipeline.every_prompt([{"prompt": prompt} for prompt in prompts], tokenizer, length=half)
     except InputError:  # they are all too long: there is nothing to show
         return []
     rows = jax.device_count() * -(-len(batch.index) // jax.device_count())
-    sample = respond(
-        model,
-        model.params,
-        batch,
-        key,
-        batch=rows,
-        max_new_tokens=half,
-        temperature=1.0,
-        eos_id=tokenizer.eos_token_id,
-        layout=layout,
-    )
-    said = zip(batch.index, texts(tokenizer, sample.tokens, sample.mask), strict=True)
-    return [{"prompt": tokenizer_lib.prompt_text(prompts[index]), "response": text} for index, text in said]
+    cfg = sampling.Config(max_new_tokens=half, eos_id=tokenizer.eos_token_id)
+    sampled = episodes(model, batch, key, cfg, batch=rows, layout=layout)
+    responses = zip(sampled.index, texts(tokenizer, sampled.response_tokens, sampled.response_mask), strict=True)
+    return [{"prompt": tokenizer_lib.prompt_text(prompts[index]), "response": text} for index, text in responses]
 
 
 def texts(tokenizer: tokenizer_lib.Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """What each response [B, N] says, without its EOS and the white space around it."""
+    """The text of each response [B, N], without special tokens and the white space around it."""
     special = set(tokenizer.all_special_ids)
     kept = [[i for i in row[on].tolist() if i not in special] for row, on in zip(tokens, mask, strict=True)]
     return [text.strip() for text in tokenizer.batch_decode(kept)]
+
+
+def table(rows: builders.Rows, tokenizer: tokenizer_lib.Tokenizer, episodes: Rollout, count: int) -> list[dict]:
+    """Prompt, response, score and KL of the first `count` episodes, to be read; `rows` are what their index counts."""
+    episodes = jax.tree.map(lambda x: x[:count], episodes)
+    responses = texts(tokenizer, episodes.response_tokens, episodes.response_mask)
+    kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
+    return [
+        {
+            "prompt": tokenizer_lib.prompt_text(rows[int(episodes.index[b])]["prompt"]),
+            "response": response,
+            "score": float(episodes.score[b]),
+            "kl": float(kl[b]),
+        }
+        for b, response in enumerate(responses)
+    ]

@@ -6,6 +6,7 @@ No step of `generate`'s loop copies or converts weights.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -15,9 +16,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax import models
 from rlhf_jax.devices import parallel
 from rlhf_jax.models.cache import Cache
-from rlhf_jax.models.config import Config
 from rlhf_jax.models.transformer import Transformer, bind, layers_of
 from rlhf_jax.types import InputError, Leaf, Params
 
@@ -27,7 +28,39 @@ class HasConfig(Protocol):
     """A `models.Model`, or a bare `Transformer`."""
 
     @property
-    def config(self) -> Config: ...
+    def config(self) -> models.Config: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How responses are sampled."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # sample from this many of the likeliest tokens; 0 is from all
+    top_p: float = 1.0  # sample from the likeliest tokens whose probability reaches this; 1 is from all
+    eos_id: int | tuple[int, ...] | None = None  # tokens that end a response; None is none
+    stop_at_eos: bool = True  # False: a response goes on after its end, up to max_new_tokens
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise InputError(f"temperature={self.temperature}: expected 0 or more")
+        if self.top_k < 0:
+            raise InputError(f"top_k={self.top_k}: expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p}: expected a probability in (0, 1]")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a response, none if there are none."""
+        return () if self.eos_id is None else (self.eos_id,) if isinstance(self.eos_id, int) else tuple(self.eos_id)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens after which nothing more is sampled."""
+        return self.ends if self.stop_at_eos else ()
 
 
 class Sample(struct.PyTreeNode):
@@ -97,90 +130,66 @@ def _last(reached: Bool[Array, "B X"], possible: Bool[Array, "B X"]) -> Int[Arra
 
 
 def generate(
-    model: HasConfig,
-    params: Params,
-    tokens: Int[Array, "B P"],
-    mask: Bool[Array, "B P"],
-    key: Array,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_id: int | tuple[int, ...] | None = None,
+    model: HasConfig, params: Params, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], key: Array, cfg: Config
 ) -> Sample:
-    """Sample a response to each prompt; `temperature=0` is greedy.
+    """Sample a response to each prompt.
 
     `key` is one key, which row b folds its number into, or an array of keys [B]. A row's sample depends on its own
     prompt and key alone, not on the rest of the batch. Padding may be anywhere in a prompt. Raises InputError when
-    the context is too short, or a setting out of range.
+    the context is too short.
     """
-    config = model.config
-    _check(tokens.shape[1], max_new_tokens, config.max_length, temperature, top_k, top_p)
+    _check(tokens.shape[1], cfg.max_new_tokens, model.config.max_length)
     if key.ndim == 0:
         key = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(tokens.shape[0]))
-    settings = (max_new_tokens, float(temperature), top_k, float(top_p), _ends(eos_id))
-    return _generate(config, params, tokens, mask, key, *settings)
+    return _generate(model.config, params, tokens, mask, key, cfg)
 
 
-def stream(
-    model: HasConfig,
-    params: Params,
-    tokens: Sequence[int],
-    key: Array,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_id: int | tuple[int, ...] | None = None,
-) -> Iterator[int]:
+def stream(model: HasConfig, params: Params, tokens: Sequence[int], key: Array, cfg: Config) -> Iterator[int]:
     """The tokens that `generate` answers one prompt with, each as soon as it is sampled, the EOS included.
 
     Prompts are padded to a power of two, so that prompts of all lengths share a few compiled programs.
     """
     config = model.config
-    _check(len(tokens), max_new_tokens, config.max_length, temperature, top_k, top_p)
+    _check(len(tokens), cfg.max_new_tokens, config.max_length)
     columns = min(max(32, 1 << (len(tokens) - 1).bit_length()), config.max_length)
     padded, mask = np.zeros((1, columns), np.int32), np.zeros((1, columns), bool)
     padded[0, columns - len(tokens) :], mask[0, columns - len(tokens) :] = tokens, True
-    keys, one, ends = jax.random.fold_in(key, 0)[None], jnp.ones((1, 1), bool), _ends(eos_id)
-    cache = jax.tree.map(jnp.copy, Cache.empty(config, 1, columns + max_new_tokens))  # its leaves share memory
-    step = functools.partial(_step, config, params, temperature=float(temperature), top_k=top_k, top_p=float(top_p))
-    token, cache = step(cache, jnp.asarray(padded), jnp.asarray(mask), keys, jnp.int32(0))
+    keys, one = jax.random.fold_in(key, 0)[None], jnp.ones((1, 1), bool)
+    cache = Cache.empty(config, 1, columns + cfg.max_new_tokens)
+    cache = jax.tree.map(jnp.copy, cache)  # its leaves share memory
+    max_new_tokens, cfg = (
+        cfg.max_new_tokens,
+        dataclasses.replace(cfg, max_new_tokens=1),
+    )  # of the compiled step, which is the same for any number
+    token, cache = _step(config, cfg, params, cache, jnp.asarray(padded), jnp.asarray(mask), keys, jnp.int32(0))
     for n in range(1, max_new_tokens + 1):
         sampled = token
         if n < max_new_tokens:  # the device goes on before the host has the token
-            token, cache = step(cache, sampled[:, None], one, keys, jnp.int32(n))
+            token, cache = _step(config, cfg, params, cache, sampled[:, None], one, keys, jnp.int32(n))
         yield int(sampled[0])
-        if int(sampled[0]) in ends:
+        if int(sampled[0]) in cfg.stops:
             return
 
 
-def _check(columns: int, max_new_tokens: int, max_length: int, temperature: float, top_k: int, top_p: float) -> None:
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+def _check(columns: int, max_new_tokens: int, max_length: int) -> None:
     if columns + max_new_tokens > max_length:
         raise InputError(
             f"{columns} prompt columns and {max_new_tokens} new tokens exceed the model's context of "
             f"{max_length}: shorten the prompts or lower max_new_tokens"
         )
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise InputError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected >= 0, >= 0, in (0, 1]")
-
-
-def _ends(eos_id: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    return () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
 
 
 def _forward(
-    config: Config, params: Params, tokens: Array, mask: Array, cache: Cache, layers: list[Params] | None = None
+    config: models.Config, params: Params, tokens: Array, mask: Array, cache: Cache, layers: list[Params] | None = None
 ) -> tuple[Array, Cache]:
     """Logits [B, V] after the last of these columns."""
-    apply_fn = bind(Transformer(config))
-    last, cache = apply_fn(params, tokens, mask, None, cache, layers, slice(-1, None), method="hidden")
-    return apply_fn(params, last, method="unembed")[:, 0], cache
+    module = Transformer(config)
+    hidden, unembed = bind(module, Transformer.hidden), bind(module, Transformer.unembed)
+    last, cache = hidden(params, tokens, mask, None, cache, layers, slice(-1, None))
+    return unembed(params, last)[:, 0], cache
 
 
-def _converted(config: Config, params: Params) -> tuple[Config, Params]:
+def _converted(config: models.Config, params: Params) -> tuple[models.Config, Params]:
     """The same model, its matrices already in the type that they are multiplied in."""
     dtype = config.compute.dtype
 
@@ -193,31 +202,28 @@ def _converted(config: Config, params: Params) -> tuple[Config, Params]:
     return config, {**params, "blocks": blocks, "unembedding": table}
 
 
-def _choose(logits: Array, uniform: Array, temperature: float, top_k: int, top_p: float) -> tuple[Array, Array]:
+def _choose(logits: Array, uniform: Array, cfg: Config) -> tuple[Array, Array]:
     """A token of each row and its log-probability."""
-    if temperature == 0.0:
+    if cfg.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-    return draw(uniform, truncate_logits(logits / temperature, top_k, top_p))
+    return draw(uniform, truncate_logits(logits / cfg.temperature, cfg.top_k, cfg.top_p))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("temperature", "top_k", "top_p"), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _step(
-    config: Config,
+    config: models.Config,
+    cfg: Config,
     params: Params,
     cache: Cache,
     tokens: Array,
     mask: Array,
     keys: Array,
     n: Array,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
 ) -> tuple[Array, Cache]:
     """Token n of each row, after these columns."""
     logits, cache = _forward(config, params, tokens, mask, cache)
-    return _choose(logits, noise(keys, n), temperature, top_k, top_p)[0], cache
+    return _choose(logits, noise(keys, n), cfg)[0], cache
 
 
 class _Rows(struct.PyTreeNode):
@@ -242,23 +248,13 @@ class _Rows(struct.PyTreeNode):
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
-def _generate(
-    config: Config,
-    params: Params,
-    tokens: Array,
-    mask: Array,
-    keys: Array,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    ends: tuple[int, ...],
-) -> Sample:
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _generate(config: models.Config, params: Params, tokens: Array, mask: Array, keys: Array, cfg: Config) -> Sample:
+    max_new_tokens, ends = cfg.max_new_tokens, cfg.stops
     batch, prompt_columns = tokens.shape
     tokens, mask = left_pad(tokens, mask)
     config, params = _converted(config, params)
-    choose = functools.partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p)
+    choose = functools.partial(_choose, cfg=cfg)
 
     def ended(token: Array) -> Array:
         return jnp.isin(token, jnp.array(ends, jnp.int32)) if ends else jnp.zeros(token.shape, bool)

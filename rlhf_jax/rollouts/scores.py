@@ -18,9 +18,10 @@ from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import response_mask
 from rlhf_jax.models import Model, heads
 from rlhf_jax.rollouts import rollout
-from rlhf_jax.types import InputError, Params, Rollout
+from rlhf_jax.types import InputError, Params, Rollout, ScoreFn
 
 Source = Callable[[Rollout], Rollout]
+ScoreText = Callable[[Prompt, str], float]  # (prompt, response) -> score
 
 
 def readable(episodes: Rollout, eos_id: int) -> jax.Array:
@@ -34,7 +35,7 @@ def score_responses(
     params: Params,
     episodes: Rollout,
     *,
-    apply_fn: Callable,
+    score_fn: ScoreFn,
     eos_id: int,
     pessimism: float = 0.0,
     buckets: int = 1,
@@ -49,7 +50,7 @@ def score_responses(
     live = read[:, -episodes.response_mask.shape[1] :]
 
     def score(one: Params) -> jax.Array:
-        judge = lambda tokens, read: apply_fn(one, tokens, read, method="last")
+        judge = lambda tokens, read: score_fn(one, tokens, read)
         return ragged.read(judge, live, buckets, episodes.tokens, read)
 
     per_model = jax.lax.map(score, params)
@@ -68,6 +69,26 @@ def score_tokens(
     per_token = apply_fn(params, episodes.tokens, read, columns=slice(-new_tokens, None))
     token_score = jnp.where(read[:, -new_tokens:], per_token, 0.0)
     return episodes.replace(token_score=token_score, score=jnp.zeros_like(per_token[:, 0]))
+
+
+def scorer(
+    rewards: Sequence[Model],
+    score_text: ScoreText | None,
+    rows: Rows,
+    tokenizer: Tokenizer,
+    layout: parallel.Layout,
+    pessimism: float = 0.0,
+    buckets: int = 1,
+) -> Source:
+    """`text_function` where there is a function of the text, else `reward_models`.
+
+    Raises InputError where there is nothing to score by.
+    """
+    if score_text is not None:
+        return text_function(score_text, rows, tokenizer, layout)
+    if not rewards:
+        raise InputError("reward: expected at least one model directory")
+    return reward_models(rewards, tokenizer.eos_token_id, pessimism, layout, buckets)
 
 
 def reward_models(
@@ -97,9 +118,15 @@ def scoring(
     config: models.Config, eos_id: int, pessimism: float, layout: parallel.Layout, buckets: int = 1
 ) -> Callable:
     """`score_responses` by models of this architecture, placed: it takes (params, episodes)."""
-    apply_fn = models.bind(heads.ScalarModel(config))
-    settings: dict = {"apply_fn": apply_fn, "eos_id": eos_id, "pessimism": pessimism, "buckets": buckets}
-    return layout.step(functools.partial(score_responses, **settings))
+    return layout.step(
+        functools.partial(
+            score_responses,
+            score_fn=heads.score_fn(config),
+            eos_id=eos_id,
+            pessimism=pessimism,
+            buckets=buckets,
+        )
+    )
 
 
 def token_model(model: Model, eos_id: int, layout: parallel.Layout = parallel.PMAP) -> Source:
@@ -110,7 +137,7 @@ def token_model(model: Model, eos_id: int, layout: parallel.Layout = parallel.PM
 
 
 def text_function(
-    function: Callable[[Prompt, str], float],
+    function: ScoreText,
     rows: Rows | Sequence[Row],
     tokenizer: Tokenizer,
     layout: parallel.Layout = parallel.PMAP,

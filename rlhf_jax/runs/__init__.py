@@ -2,5 +2,21 @@
 
 from rlhf_jax.runs.directory import CHECKPOINTS, claim, differences, once, settings, write, write_config, writing
 from rlhf_jax.runs.gcs import share
+from rlhf_jax.runs.log import Limits
+from rlhf_jax.runs.run import Config, Run, Stage
 
-__all__ = ["CHECKPOINTS", "claim", "differences", "once", "settings", "share", "write", "write_config", "writing"]
+__all__ = [
+    "CHECKPOINTS",
+    "Config",
+    "Limits",
+    "Run",
+    "Stage",
+    "claim",
+    "differences",
+    "once",
+    "settings",
+    "share",
+    "write",
+    "write_config",
+    "writing",
+]

@@ -34,8 +34,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from rlhf_jax.runs import gcs
 from rlhf_jax.devices import hosts, preemption
+from rlhf_jax.runs import gcs
 from rlhf_jax.types import InputError, TrainState, check_positive
 
 _MARK = "_CHECKPOINT_METADATA"  # the file by which Orbax knows its checkpoints

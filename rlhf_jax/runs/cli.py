@@ -18,8 +18,9 @@ import absl.logging
 import jax
 import tyro
 
-from rlhf_jax.runs import checkpoint, gcs, log
 from rlhf_jax.devices import hosts, preemption
+from rlhf_jax.runs import checkpoint, gcs, log
+from rlhf_jax.runs.run import Stage
 from rlhf_jax.types import InputError
 
 Config = TypeVar("Config")
@@ -112,16 +113,18 @@ def parse(default: Config, args: Sequence[str] | None = None) -> Config:
     return config
 
 
-def hand_down(stage: str, config: Any, **values: Any) -> Any:
-    """`config`, of an experiment that is a stage of another, with what the other one decides for it.
+def hand_down(name: str, config: Config, shared: Stage, **decided: Any) -> Config:
+    """`config`, of an experiment that is the stage `name` of another, with what the other one decides for it.
 
-    Raises InputError where the stage's own flag says something else, rather than overrule it unseen.
+    That is what all stages share, seed, data_dir, compute and devices, and the fields `decided`. Raises InputError
+    where the stage's own flag says something else, rather than overrule it unseen.
     """
-    for field in dataclasses.fields(config):
+    values = {field: getattr(shared, field) for field in ("seed", "data_dir", "compute", "devices")} | decided
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
         if field.name in values and getattr(config, field.name) not in (field.default, values[field.name]):
-            flag = f"--{stage}.{field.name}".replace("_", "-")
+            flag = f"--{name}.{field.name}".replace("_", "-")
             raise InputError(f"{flag} has no effect here, where other flags decide it: leave it out")
-    return dataclasses.replace(config, **values)
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]
 
 
 def _flags(config: Any, prefix: str = "--") -> Iterator[str]:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.runs import checkpoint, gcs
 from rlhf_jax.devices import hosts
+from rlhf_jax.runs import checkpoint, gcs
 from rlhf_jax.types import InputError
 
 FREE = {

@@ -9,6 +9,7 @@ for it. On crossing they are checked: a loss or gradient norm that is not finite
 the optimiser skips such steps), and so does a metric above the bound that the run was given for it.
 """
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -28,8 +29,7 @@ import tensorboardX
 import tqdm
 
 from rlhf_jax.runs import checkpoint, gcs, timing
-from rlhf_jax import runs
-from rlhf_jax.runs import CHECKPOINTS
+from rlhf_jax.runs.directory import CHECKPOINTS, write_config, writing
 from rlhf_jax.types import InputError
 
 MUST_BE_FINITE = ("loss/", "grad_norm")  # beginnings of the names of metrics that may not be NaN or infinite
@@ -39,97 +39,71 @@ class BrokenRunError(ArithmeticError):
     """A metric is not finite, or above its bound. The message names the step, the metric and the last checkpoint."""
 
 
-def start(
-    directory: Path,
-    config: Any,
-    *,
-    total: int,
-    step: int = 0,
-    every: int = 10,
-    show: Sequence[str] = (),
-    at_most: Mapping[str, float] | None = None,
-    skip_bad: int = 0,
-    derive: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {},
-    profile: int = 0,
-    wandb: bool = False,
-) -> "Run":
-    """Opens the records of a run of `total` steps in `directory`.
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What is recorded of a run beside its metrics, and what ends it."""
+
+    show: tuple[str, ...] = ()  # metrics of the progress line; by default the first three
+    at_most: Mapping[str, float] = dataclasses.field(default_factory=dict)  # metric to the bound that ends the run
+    derive: Callable[[dict[str, Any]], dict[str, float]] = lambda metrics: {}  # a step's metrics to further ones
+    skip_bad: int = 0  # steps in a row whose loss or gradient norm may be not finite
+    profile: int = 0  # steps to trace after the first three, into `profile/`, for TensorBoard and ui.perfetto.dev
+    wandb: bool = False  # log to Weights & Biases too
+    every: int = 10  # steps between conversions of metrics, which cross to the host together
+
+
+NO_LIMITS = Limits()
+
+
+class Records:
+    """The open records of a run of `total` steps in a directory.
 
     The run continues after `step`: records of later steps, left by an earlier run, are removed. So a run from step 0
-    starts anew and never mixes with what was there. `config` is a dataclass; `show` names the metrics of the progress
-    line, by default the first three; `at_most` bounds metrics by name; `skip_bad` steps in a row may have a loss or
-    gradient norm that is not finite; `derive` makes further metrics of a step's. The record of a step before which
-    something was compiled has "seconds/compile". `profile` steps, after the first three, are traced into `profile/`
-    there, for TensorBoard and Perfetto (ui.perfetto.dev). Metrics are converted when those of `every` steps wait for it
-    or `Run.PATIENCE` seconds have passed, and always while the devices are at work on a later step. Under several
-    processes all check the metrics, and the first one writes.
+    starts anew and never mixes with what was there. Metrics are converted when those of `Limits.every` steps wait for
+    it or `PATIENCE` seconds have passed, and always while the devices are at work on a later step. The record of a step
+    before which something was compiled has "seconds/compile". Under several processes all check the metrics, and the
+    first one writes. Use it as a context manager: leaving it flushes and closes everything.
     """
-    client = _import_wandb() if wandb else None
-    main = jax.process_index() == 0
-    if main or gcs.holds(directory):  # of which every host has its own
-        with runs.writing(directory):
-            _prepare(directory, step)
-    if main and step:
-        what = f"goes on after step {step}" if step < total else f"is trained: {step} steps"
-        print(gcs.named(f"{directory} {what}"))
-    runs.write_config(directory, config)
-    if client and main:
-        settings = json.loads((directory / "config.json").read_text())
-        client.init(project="rlhf_jax", name=directory.name, dir=str(directory), config=settings)
-    bounds = at_most or {}
-    limits: dict[str, Any] = {
-        "at_most": bounds,
-        "skip_bad": skip_bad,
-        "wandb": client,
-        "main": main,
-        "derive": derive,
-        "profile": profile,
-    }
-    return Run(directory, total=total, step=step, every=every, show=show, **limits)
-
-
-class Run:
-    """The open records of a run; see `start`. Use it as a context manager: leaving it flushes and closes everything."""
 
     PATIENCE = 5.0  # seconds
     WARMUP = 3  # steps that are not traced
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        total: int,
-        step: int,
-        every: int,
-        show: Sequence[str],
-        at_most: Mapping[str, float],
-        skip_bad: int,
-        derive: Callable[[dict[str, Any]], dict[str, Any]],
-        profile: int,
-        wandb: Any,
-        main: bool,
-    ):
+    def __init__(self, directory: Path, config: Any, *, total: int, step: int = 0, limits: Limits = NO_LIMITS):
+        """Opens the records; `config` is the dataclass that the run was made with, for config.json."""
+        client = _import_wandb() if limits.wandb else None
+        main = jax.process_index() == 0
+        if main or gcs.holds(directory):  # of which every host has its own
+            with writing(directory):
+                _prepare(directory, step)
+        if main and step:
+            what = f"goes on after step {step}" if step < total else f"is trained: {step} steps"
+            print(gcs.named(f"{directory} {what}"))
+        write_config(directory, config)
+        if client and main:
+            settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            client.init(project="rlhf_jax", name=directory.name, dir=str(directory), config=settings)
         self.directory = directory
-        self._at_most = at_most
-        self._skip_bad = skip_bad
-        self._derive = derive
+        self._limits = limits
         self._compiled = timing.compile_seconds()
-        self._bad = _bad_at_the_end(directory) if skip_bad and step else 0
+        self._bad = _bad_at_the_end(directory) if limits.skip_bad and step else 0
         self._last: dict[str, int | float] = {}
-        self._every = every
-        self._show = tuple(show)
+        self._show = limits.show
         self._shown: dict[str, int | float] = {}
         self._pending: list[tuple[Any, float, dict[str, Any]]] = []
         self._flushed = time.monotonic()
         self._main = main
-        self._wandb = wandb if main else None
-        self._written, self._traced = 0, range(self.WARMUP, self.WARMUP + profile) if main else range(0)
+        self._wandb = client if main else None
+        self._written = 0
+        self._traced = range(self.WARMUP, self.WARMUP + limits.profile) if main else range(0)
         if main:
-            self._metrics = (directory / "metrics.jsonl").open("a")
+            self._metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
             self._sampled = {_step(line) for line in _lines(directory / "samples.jsonl")}
-            # Its thread dies where the disk is full, and a queue that nobody empties must not block the run.
-            events = {"purge_step": step + 1, "max_queue": 2**20}
-            self._tensorboard = tensorboardX.SummaryWriter(str(directory / "tensorboard"), **events)
+            self._tensorboard = tensorboardX.SummaryWriter(
+                str(directory / "tensorboard"),
+                purge_step=step + 1,
+                # Its thread dies where the disk is full, and a queue that nobody empties must not block the run.
+                max_queue=2**20,
+            )
             self._bar = _progress(total, step)
 
     def write(self, step: int | jax.Array, metrics: Mapping[str, Any]) -> None:
@@ -139,7 +113,7 @@ class Run:
         self._pending.append((step, time.time(), {**metrics, **spent}))
         if self._traced:
             self._trace()
-        if len(self._pending) > self._every or time.monotonic() - self._flushed > self.PATIENCE:
+        if len(self._pending) > self._limits.every or time.monotonic() - self._flushed > self.PATIENCE:
             self._convert(len(self._pending) - 1)  # the devices are at work on the last, and shall not wait for this
 
     def _trace(self) -> None:
@@ -169,19 +143,19 @@ class Run:
         pending, self._pending = self._pending[:count], self._pending[count:]
         for step, when, metrics in jax.device_get(pending):
             values = {name: _number(name, value) for name, value in metrics.items()}
-            values |= self._derive(values)
+            values |= self._limits.derive(values)
             if self._main:
                 self._record(int(step), when, values)
             self._last = values
             broken = [name for name in values if name.startswith(MUST_BE_FINITE) and not math.isfinite(values[name])]
             self._bad = self._bad + 1 if broken else 0
-            if broken and self._bad > self._skip_bad:
+            if broken and self._bad > self._limits.skip_bad:
                 self._stop(int(step), f"{broken[0]} is {values[broken[0]]}")
             if broken:
                 where = f"step {int(step)}: {broken[0]} is {values[broken[0]]}"
-                print(f"warning: {where}; skipped, {self._bad} of {self._skip_bad} in a row", file=sys.stderr)
+                print(f"warning: {where}; skipped, {self._bad} of {self._limits.skip_bad} in a row", file=sys.stderr)
                 continue
-            for name, bound in self._at_most.items():
+            for name, bound in self._limits.at_most.items():
                 if name in values and not values[name] <= bound:
                     self._stop(int(step), f"{name} is {values[name]:.3g}, which should be at most {bound:g}")
         if pending and self._main:
@@ -212,7 +186,7 @@ class Run:
         with record.open("a", encoding="utf-8") as file:
             file.write("".join(_line({"step": int(step), **row}) for row in table))
         text = _markdown(table)
-        (self.directory / "samples.md").write_text(f"Step {int(step)}\n\n{text}")
+        (self.directory / "samples.md").write_text(f"Step {int(step)}\n\n{text}", encoding="utf-8")
         self._tensorboard.add_text("samples", text, int(step))
         if self._wandb:
             columns = list(table[0])
@@ -235,7 +209,7 @@ class Run:
             if self._wandb:
                 self._wandb.finish()
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "Records":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
