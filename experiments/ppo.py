@@ -24,7 +24,8 @@ from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.analysis import flops, rates
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
-from rlhf_jax.models import heads, lora
+from rlhf_jax.models import heads
+from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import InputError, Params, TrainState, check_positive, named_key
@@ -55,7 +56,7 @@ class Config(runs.Config):
     warmup: int = 8  # updates of linear warm-up
     adam: optim.Adam = optim.Adam()
     algorithm: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0)
-    lora: lora.Config = lora.Config()  # of policy and critic
+    lora: lora_lib.Config = lora_lib.Config()  # of policy and critic
     samples_every: int = 20  # steps between tables of samples
     samples: int = 8  # episodes in a table
 
@@ -88,7 +89,7 @@ def build(
     tx = ppo_lib.optimizer(adam(cfg.lr), adam(cfg.critic_lr))
     policy_fn = models.part("policy", models.logprobs_fn(config))
     critic_fn = heads.critic(critic) if critic else heads.shared_critic(config)
-    step = lora.on_base(
+    step = lora_lib.on_base(
         cfg.lora,
         lambda on: functools.partial(
             ppo_lib.train_step,
@@ -115,7 +116,7 @@ def start(
     """The state before the first rollout, and the frozen base of each network."""
     trained, frozen = {}, {}
     for name, params in {"policy": policy, "critic": critic}.items():
-        trained[name], frozen[name] = lora.split(params, cfg.lora, named_key(cfg.seed, f"ppo/lora/{name}"))
+        trained[name], frozen[name] = lora_lib.split(params, cfg.lora, named_key(cfg.seed, f"ppo/lora/{name}"))
     return ppo_lib.init(trained, tx, cfg.algorithm, named_key(cfg.seed, "ppo/updates")), cfg.compute.freeze(frozen)
 
 
@@ -164,8 +165,9 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     if cfg.lora.rank and not reference:
         reference_params = base["policy"]
     else:  # a copy, since steps use up the memory of what is trained
-        held = (reference or policy).params
-        reference_params = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(held)))
+        frozen_params = cfg.compute.freeze((reference or policy).params)
+        reference_params = layout.frozen(jax.tree.map(jnp.copy, frozen_params))
+        del frozen_params
     key = layout.state(named_key(cfg.seed, "ppo/sampling"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
@@ -192,7 +194,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
             if cfg.text is not None:
                 text_rows = layout.rows(pipeline.take(run.streams["text"], updates_a_step), rows_axis=1)
             run.clock.start()
-            params = lora.attach(base, state.params, cfg.lora) | {"reference": reference_params}
+            params = lora_lib.attach(base, state.params, cfg.lora) | {"reference": reference_params}
             sampled = collect(params, layout.rows(batch), key, layout.state(np.uint32(step * cfg.batch)))
             run.clock.done("generate", sampled)
             episodes = score(sampled)
@@ -204,7 +206,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
             run.record(step, state, metrics)
     state = layout.get(state)
     trained = state.opt_state.get("ema", state.params["policy"])
-    models.save(policy, lora.merge(layout.get(base["policy"]), trained, cfg.lora), cfg.out / "model")
+    models.save(policy, lora_lib.merge(layout.get(base["policy"]), trained, cfg.lora), cfg.out / "model")
     runs.share(cfg.out / "model")
     plots.curves(
         cfg.out,

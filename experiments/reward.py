@@ -26,7 +26,8 @@ from rlhf_jax.analysis import calibration
 from rlhf_jax.data import builders, pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import hosts, parallel
-from rlhf_jax.models import heads, lora
+from rlhf_jax.models import heads
+from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import Params, Rankings, check_positive, named_key
 
@@ -46,7 +47,7 @@ class Config(runs.Config):
     dropout: float = 0.0  # residual dropout
     weight_decay: float = 0.0  # of matrices
     algorithm: reward_lib.Config = reward_lib.Config()
-    lora: lora.Config = lora.Config()
+    lora: lora_lib.Config = lora_lib.Config()
     normalize_first: bool = False  # gain and bias before training too, as Ziegler et al. 2019
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ def build(
     """The optimiser of so many steps, the train step on (state, base, batch), and scores on (params, batch)."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
     with_dropout = heads.score_fn(dataclasses.replace(config, dropout=cfg.dropout))
-    step = lora.on_base(
+    step = lora_lib.on_base(
         cfg.lora,
         lambda on: functools.partial(
             reward_lib.train_step,
@@ -113,7 +114,7 @@ def build(
 def split(cfg: Config, config: models.Config, policy: Params) -> tuple[Params, Params]:
     """What is trained, from a language model's parameters, and the frozen base."""
     params = heads.from_policy(policy, config, named_key(cfg.seed, "reward/head"))
-    trained, frozen = lora.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
+    trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
     return trained, cfg.compute.freeze(frozen)
 
 
@@ -141,7 +142,7 @@ def main(cfg: Config) -> dict[str, float]:
 
     def scored(trained: Params, batches: Iterable[Rankings]) -> tuple[np.ndarray, ...]:
         """Score [B, K], rank and length of all of them, on the host."""
-        spread = lora.attach(base, layout.state(trained), cfg.lora)
+        spread = lora_lib.attach(base, layout.state(trained), cfg.lora)
         found = [
             (
                 layout.gather(scores(spread, layout.rows(batch))),
@@ -164,7 +165,7 @@ def main(cfg: Config) -> dict[str, float]:
         for step in run:
             state, metrics = step_fn(state, base, layout.rows(next(run.streams["data"])))
             run.record(step, state, metrics)
-        params = lora.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
+        params = lora_lib.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
         score_fn = jax.jit(heads.score_fn(model.config))
         scored_rows = lambda tokens, mask: hosts.whole(score_fn(params, tokens, mask))
         run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, scored_rows, cfg.length))

@@ -23,7 +23,7 @@ from rlhf_jax import models, runs
 from rlhf_jax.algorithms import optim, sft
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import hosts, parallel
-from rlhf_jax.models import lora
+from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import Params, TrainState, check_positive, named_key
@@ -44,7 +44,7 @@ class Config(runs.Config):
     lr: float = 1e-3  # peak learning rate, cosine to 10 % of it
     dropout: float = 0.1  # residual dropout
     weight_decay: float = 0.0  # of matrices
-    lora: lora.Config = lora.Config()
+    lora: lora_lib.Config = lora_lib.Config()
 
     def __post_init__(self) -> None:
         check_positive(self, "text_batch", "length", "batch", "epochs")
@@ -56,7 +56,7 @@ def build(
     """The optimiser of so many steps, and the train step, placed: it takes (state, base, batch)."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
     logprobs_fn = models.logprobs_fn(dataclasses.replace(config, dropout=cfg.dropout))
-    step = lora.on_base(
+    step = lora_lib.on_base(
         cfg.lora,
         lambda on: functools.partial(
             sft.train_step,
@@ -70,7 +70,7 @@ def build(
 
 def start(cfg: Config, tx: optax.GradientTransformation, params: Params) -> tuple[TrainState, Params]:
     """The state before the first step, and the frozen base."""
-    trained, frozen = lora.split(params, cfg.lora, named_key(cfg.seed, "sft/lora"))
+    trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "sft/lora"))
     return optim.init(trained, tx, named_key(cfg.seed, "sft")), cfg.compute.freeze(frozen)
 
 
@@ -119,7 +119,7 @@ def main(cfg: Config) -> TrainState:
             state, metrics = step_fn(state, base, layout.rows(hosts.share(batch)))
             run.record(step, state, metrics)
         state = layout.get(state)
-        model = dataclasses.replace(model, params=lora.merge(layout.get(base), state.params, cfg.lora))
+        model = dataclasses.replace(model, params=lora_lib.merge(layout.get(base), state.params, cfg.lora))
         models.save(model, model.params, cfg.out / "model")
         runs.share(cfg.out / "model")
         asked = [row["prompt"] if "prompt" in row else row["messages"][:-1] for row in itertools.islice(rows, 8)]

@@ -71,7 +71,7 @@ def kl_estimate(logp: Float[Array, "B T"], logp_ref: Float[Array, "B T"], kind: 
 
 
 def kl_full(logits_p: Float[Array, "B T V"], logits_q: Float[Array, "B T V"]) -> Float[Array, "B T"]:
-    """Exact KL(p || q) at each position, by summing over the vocabulary."""
+    """Exact KL(p || q) at each position, by summing over the vocabulary; for checking the estimates."""
     logp = jax.nn.log_softmax(precise(logits_p))
     logq = jax.nn.log_softmax(precise(logits_q))
     return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)

@@ -32,7 +32,7 @@ def config(stage: str, start: Path, out: Path) -> Any:
         "reward": {"init": tuned, "data": str(ranked / "train.jsonl"), "held_out": str(ranked / "held_out.jsonl")},
         "ppo": {"init": tuned, "reward": (start / "reward" / "model",)},
     }
-    answers = {"temperature": TINY.ppo.ppo.temperature} if stage == "rank" else {}
+    answers = {"temperature": TINY.ppo.algorithm.temperature} if stage == "rank" else {}
     to = {"out": out / stage, "data_dir": start / "data"}
     return dataclasses.replace(getattr(TINY, stage), **given[stage], **answers, **to)
 

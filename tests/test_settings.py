@@ -2,7 +2,7 @@
 
 A stage runs up to where its records would begin, once as it is and once for each setting with another value. What it
 asked of the library on the way, with which arguments, has to differ. Settings of the loop itself, which comes later,
-are left to test_experiments.py. An experiment that has no such loop runs to its end on made-up answers, and what it
+are left to tests/experiments. An experiment that has no such loop runs to its end on made-up answers, and what it
 writes may differ instead; stages of another experiment do not run, but are asked of it as well.
 """
 
@@ -24,8 +24,8 @@ from rlhf_jax.algorithms import sft as sft_lib
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads, lora
-from rlhf_jax.rollouts import rollout, sampling
-from rlhf_jax.runs import log, plots
+from rlhf_jax.rollouts import rollout
+from rlhf_jax.runs import plots, run
 from tests.experiments import test_sentiment
 from tests.quickstart import LENGTHS
 
@@ -33,8 +33,8 @@ LATER = {"out", "saves", "samples_every", "samples"}
 ASKED = {
     sources: ["rows"],
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
-    models: ["load", "load_reward", "bind", "preset"],
-    heads: ["critic", "shared_critic"],
+    models: ["load", "load_reward", "logprobs_fn", "preset"],
+    heads: ["critic", "shared_critic", "score_fn"],
     optim: ["adamw", "schedule", "cosine"],
     parallel: ["layout", "pmap"],
     reward_lib: ["normalize"],
@@ -76,8 +76,8 @@ def asked(monkeypatch):
 
         return recorded
 
-    def start(directory, config, **kwargs):
-        asked.append(("start", described(kwargs)))
+    def begin(directory, config, *, total, step, limits):
+        asked.append(("records", total, described(limits)))
         raise Begun
 
     for module, names in ASKED.items():
@@ -86,7 +86,7 @@ def asked(monkeypatch):
     for stage in (STAGES | OTHERS).values():
         if hasattr(stage, "named_key"):
             monkeypatch.setattr(stage, "named_key", record("named_key", types.named_key))
-    monkeypatch.setattr(log, "start", start)
+    monkeypatch.setattr(run, "Records", begin)
     return asked
 
 
@@ -121,12 +121,12 @@ def settings(name, quick):
     if name == "reward":
         margin = reward_lib.Config(margin=0.5)
         learnt = dataclasses.replace(quick.reward, init=tuned, data=ranked, held_out=None)
-        special = {"data": other, "held_out": other, "init": base, "reward": margin, "lora": lora.Config(rank=2)}
+        special = {"data": other, "held_out": other, "init": base, "algorithm": margin, "lora": lora.Config(rank=2)}
         return learnt, special
     if name == "dpo":
         preferred = dpo.Config(init=tuned, data=ranked, length=64, batch=8)
-        beta = dataclasses.replace(preferred.dpo, beta=0.7)
-        return preferred, {"data": other, "init": base, "dpo": beta}
+        beta = dataclasses.replace(preferred.algorithm, beta=0.7)
+        return preferred, {"data": other, "init": base, "algorithm": beta}
     sizes = {"prompt_length": 40, "max_new_tokens": 8, "batch": 32, "text": "world:rows=200", "steps": 2, "warmup": 1}
     rolled = STAGES[name].Config(init=tuned, reward=(judge, judge), data="world:rows=100", **sizes)
     return rolled, {
@@ -172,13 +172,12 @@ def test_no_setting_is_dead(name, done, tmp_path, asked):
 def test_answers_are_sampled_as_the_algorithm_scores_them(name, done, tmp_path, asked):
     quick, _ = done
     base, _ = settings(name, quick)
-    field = "ppo" if name == "ppo" else "algorithm"
-    algorithm = dataclasses.replace(getattr(base, field), temperature=0.5, stop_at_eos=False)
+    algorithm = dataclasses.replace(base.algorithm, temperature=0.5, stop_at_eos=False)
     paths = {"out": tmp_path, "data_dir": quick.out / "data"}
     with pytest.raises(Begun):
-        STAGES[name].main(dataclasses.replace(base, **paths, **{field: algorithm}))
+        STAGES[name].main(dataclasses.replace(base, **paths, algorithm=algorithm))
     (collect,) = (args[0][1] for kind, args, *_ in asked if kind == "pmap" and args[0][0] == "collect")
-    assert (collect["temperature"], collect["stop_at_eos"]) == ("0.5", "False")
+    assert "temperature=0.5" in collect["cfg"] and "stop_at_eos=False" in collect["cfg"]
 
 
 # Experiments without a loop of their own ------------------------------------------------------------------------------
@@ -222,17 +221,10 @@ def made_up(monkeypatch, done, asked):
     """Answers without a model, and stages that are asked for and leave what the quickstart's left."""
     quick, _ = done
 
-    def answers(kind, prompts, max_new_tokens, kwargs):
-        asked.append((kind, np.shape(prompts.tokens), max_new_tokens, described(kwargs)))
-        rng, shape = np.random.default_rng(0), (len(prompts.index), max_new_tokens)
-        return rng.integers(3, 512, shape).astype(np.int32), np.ones(shape, bool), rng.normal(size=shape)
-
-    def respond(policy, params, prompts, key, *, max_new_tokens, **kwargs):
-        tokens, mask, logp = answers("respond", prompts, max_new_tokens, kwargs)
-        return sampling.Sample(tokens=tokens, mask=mask, logp=logp)
-
-    def episodes(model, reference, prompts, key, score, *, max_new_tokens, **kwargs):
-        tokens, mask, logp = answers("episodes", prompts, max_new_tokens, kwargs)
+    def episodes(model, prompts, key, cfg, **kwargs):
+        asked.append(("episodes", np.shape(prompts.tokens), described(cfg), described(kwargs)))
+        rng, shape = np.random.default_rng(0), (len(prompts.index), cfg.max_new_tokens)
+        tokens, mask, logp = rng.integers(3, 512, shape).astype(np.int32), np.ones(shape, bool), rng.normal(size=shape)
         return types.Rollout(
             tokens=np.concatenate([prompts.tokens, tokens], axis=1),
             mask=np.concatenate([prompts.mask, mask], axis=1),
@@ -274,7 +266,6 @@ def made_up(monkeypatch, done, asked):
     for kind in ("load", "load_reward"):
         monkeypatch.setattr(models, kind, remembered(kind, getattr(models, kind)))
     monkeypatch.setattr(sentiment, "text_nll", losses)
-    monkeypatch.setattr(rollout, "respond", respond)
     monkeypatch.setattr(rollout, "episodes", episodes)
     monkeypatch.setattr(sft_lib, "evaluate", begin)
     monkeypatch.setattr(plots, "lines", lambda *args, **kwargs: None)

@@ -59,7 +59,8 @@ def loss(
 ) -> Float[Array, ""]:
     """Mean of `sigmoid_terms` over pairs, from sequence log-probabilities.
 
-    `label_smoothing` is the probability that a label is flipped (arXiv:2305.18290, eq. 7; conservative DPO).
+    `label_smoothing` is the probability that a label is flipped (arXiv:2305.18290, eq. 7; conservative DPO). For
+    checking against other code: `train_step` takes the same terms over all pairs of a ranking.
     """
     h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
     return jnp.mean(sigmoid_terms(h, beta, label_smoothing))
@@ -72,7 +73,7 @@ def ipo_loss(
     ref_rejected: Float[Array, "B"],
     beta: float,
 ) -> Float[Array, ""]:
-    """Mean of `ipo_terms` over pairs, from sequence log-probabilities."""
+    """Mean of `ipo_terms` over pairs, from sequence log-probabilities; for checking, as `loss`."""
     return jnp.mean(ipo_terms((logp_chosen - ref_chosen) - (logp_rejected - ref_rejected), beta))
 
 

@@ -85,7 +85,10 @@ def centring_loss(score: Float[Array, "B K"], rank: Int[Array, "B K"], count: Ar
 
 
 def choice_loss(score: Float[Array, "B K"], best: Int[Array, "B"], count: Array | None = None) -> Float[Array, ""]:
-    """`-ln softmax(score)[best]`, mean over rows: a labeler picked one of K (Ziegler et al. 2019, eq. 1)."""
+    """`-ln softmax(score)[best]`, mean over rows: a labeler picked one of K (Ziegler et al. 2019, eq. 1).
+
+    For checking: training goes by `ranked_choice_loss`.
+    """
     logp = jax.nn.log_softmax(precise(score))
     chosen = jnp.take_along_axis(logp, best[:, None], axis=1)[:, 0]
     return masked_mean(-chosen, jnp.ones_like(best, bool), count)
@@ -125,7 +128,10 @@ def correct_pairs(score: Float[Array, "B K"], rank: Int[Array, "B K"]) -> tuple[
 
 
 def pairwise_accuracy(score: Float[Array, "B K"], rank: Int[Array, "B K"]) -> Float[Array, ""]:
-    """Share of all pairs of the batch that the scores order as the ranks do; equal scores count half."""
+    """Share of all pairs of the batch that the scores order as the ranks do; equal scores count half.
+
+    For checking: a step adds up the `correct_pairs` of its shares.
+    """
     correct, pairs = correct_pairs(score, rank)
     return correct / jnp.maximum(pairs, 1)
 

@@ -22,7 +22,8 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """Cross-entropy in nats, `-ln p(targets[b, t])` under logits[b, t], mean over all counted tokens of the batch.
 
-    Long rows weigh more than short ones. `count` replaces the number of counted tokens, see `masked_mean`.
+    Long rows weigh more than short ones. `count` replaces the number of counted tokens, see `masked_mean`. For checking
+    against other code: training goes by `loss`, which computes the same from log-probabilities.
     """
     return masked_mean(-token_logprobs(logits, targets), mask, count)
 

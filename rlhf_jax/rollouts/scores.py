@@ -130,7 +130,7 @@ def scoring(
 
 
 def token_model(model: Model, eos_id: int, layout: parallel.Layout = parallel.PMAP) -> Source:
-    """A scalar model whose word on each token is that token's reward."""
+    """A source whose reward of each token is a scalar model's output there; no experiment uses it yet."""
     apply_fn = models.bind(heads.ScalarModel(model.config))
     step = layout.step(functools.partial(score_tokens, apply_fn=apply_fn, eos_id=eos_id))
     return functools.partial(step, layout.frozen(model.config.compute.freeze(model.params)))

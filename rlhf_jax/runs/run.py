@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from rlhf_jax.devices import parallel
 from rlhf_jax.devices.compute import Compute
@@ -44,6 +44,7 @@ class Config(Stage):
     wandb: bool = False  # log to Weights & Biases too
 
 
+@runtime_checkable
 class Stream(checkpoint.Stream, Iterator[Any], Protocol):
     """An iterator over batches that knows its place."""
 

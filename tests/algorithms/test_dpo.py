@@ -48,10 +48,10 @@ def test_from_tokens_oracle():
 
 # The step -------------------------------------------------------------------------------------------------------------
 
-POLICY = models.bind(models.Transformer(tiny.GPT))
+POLICY = models.logprobs_fn(tiny.GPT)
 TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
-STEP = functools.partial(dpo.train_step, apply_fn=POLICY, tx=TX)
-LOGPROBS = jax.jit(functools.partial(dpo.response_logprobs, apply_fn=POLICY))
+STEP = functools.partial(dpo.train_step, logprobs_fn=POLICY, tx=TX)
+LOGPROBS = jax.jit(functools.partial(dpo.response_logprobs, logprobs_fn=POLICY))
 
 
 def batch(seed: int, rows: int = 8, responses: int = 4) -> Rankings:

@@ -12,7 +12,7 @@ from rlhf_jax.types import InputError
 from tests import tiny
 from tests.algorithms.test_ppo import EPISODES, LOGPROBS, N, episodes
 
-POLICY = models.bind(models.Transformer(tiny.GPT))
+POLICY = models.part("policy", models.logprobs_fn(tiny.GPT))
 TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
 ALGORITHMS = {
     "grpo": (grpo.train_step, grpo.Config(epochs=2, minibatches=2, group=4)),

@@ -10,12 +10,12 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import optim, ppo, updates
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
-from rlhf_jax.rollouts import rollout
+from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.types import InputError, Rollout, Tokens
 from tests import tiny
 from tests.oracles import Case
 
-POLICY = models.bind(models.Transformer(tiny.GPT))
+POLICY = models.part("policy", models.logprobs_fn(tiny.GPT))
 CRITIC = heads.critic(tiny.GPT)
 CFG = ppo.Config(epochs=2, minibatches=2, kl_coef=0.1, ptx_coef=0.7)
 N = 5
@@ -66,9 +66,12 @@ def text(seed: int, updates: int, rows: int = 8) -> Tokens:
     return tiny.arrays(Tokens(tokens=tokens, segment=segment.astype(np.int32), target=segment))
 
 
-LOGPROBS = jax.jit(
-    lambda params, tokens, mask: rollout.response_logprobs(POLICY, params, tokens, mask, N, CFG.temperature)
-)
+def response_logprobs(params, tokens, mask):
+    start = tokens.shape[1] - N - 1
+    return models.logprobs_fn(tiny.GPT)(params, tokens, mask, start=start, temperature=CFG.temperature)[0]
+
+
+LOGPROBS = jax.jit(response_logprobs)
 MASK = jnp.array([[True, True, False]])
 EPISODES = episodes(0)
 
@@ -267,7 +270,7 @@ def test_what_the_loss_is_made_of():
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_entropy_is_that_of_the_distribution_sampled_from(temperature):
     cfg = updates.Config(entropy_coef=0.3, temperature=temperature)
-    logp, entropy = jax.jit(lambda p: updates.forward(p, EPISODES, POLICY, cfg))(tiny.policy())
+    logp, entropy = jax.jit(lambda p: updates.forward({"policy": p}, EPISODES, POLICY, cfg))(tiny.policy())
     logits = np.asarray(jax.jit(POLICY)(tiny.policy(), EPISODES.tokens, EPISODES.mask)[:, -N - 1 : -1], np.float64)
     p = np.exp(logits / temperature)
     p /= p.sum(axis=2, keepdims=True)
@@ -439,17 +442,13 @@ def test_it_raises_the_score():
     @jax.jit
     def collect(params, key, first):
         sampled = rollout.collect(
-            params,
-            tiny.policy(),
+            params | {"reference": tiny.policy()},
             prompts,
             key,
             first,
             policy=module,
-            policy_fn=POLICY,
+            cfg=sampling.Config(max_new_tokens=4, eos_id=2),
             critic_fn=CRITIC,
-            max_new_tokens=4,
-            temperature=1.0,
-            eos_id=2,
         )
         return sampled.replace(score=jnp.mean(sampled.tokens[:, 2:] == 7, axis=1))
 

@@ -14,12 +14,12 @@ from rlhf_jax.types import InputError, Rankings
 from tests import tiny
 from tests.oracles import Case
 
-APPLY = models.bind(heads.ScalarModel(tiny.GPT))
-SCORES = jax.jit(functools.partial(reward.scores, apply_fn=APPLY))
+SCORE = heads.score_fn(tiny.GPT)
+SCORES = jax.jit(functools.partial(reward.scores, score_fn=SCORE))
 TX = optim.adamw(
     1e-3, optim.Adam(eps=1e-5)
 )  # the gradient of the head's bias is 0 but for rounding: keep Adam from amplifying it
-STEP = functools.partial(reward.train_step, apply_fn=APPLY, tx=TX)
+STEP = functools.partial(reward.train_step, score_fn=SCORE, tx=TX)
 
 
 def batch(seed: int, rows: int = 8, responses: int = 5) -> Rankings:
@@ -146,7 +146,7 @@ def test_score_is_read_at_the_last_real_token():
     score = SCORES(tiny.scalar(), rows)
     row, response = np.argwhere(rows.rank >= 0)[-1]
     length = int(rows.mask[row, response].sum())
-    alone = jax.jit(APPLY)(
+    alone = jax.jit(models.bind(heads.ScalarModel(tiny.GPT)))(
         tiny.scalar(), rows.tokens[row, response : response + 1, :length], jnp.ones((1, length), bool)
     )[0, -1]
     np.testing.assert_allclose(score[row, response], alone, atol=1e-5)
@@ -157,17 +157,18 @@ def test_score_is_read_at_the_last_real_token():
 def test_a_step_in_buckets_is_the_whole_one(cfg, microbatches):
     """With dropout too: what is dropped of a row does not depend on how wide it is."""
     place, length = parallel.layout(cfg), 14
-    apply_fn = models.bind(heads.ScalarModel(dataclasses.replace(tiny.GPT, dropout=0.2)))
+    score_fn = heads.score_fn(dataclasses.replace(tiny.GPT, dropout=0.2))
     tokens = tiny.random_tokens(0, 64, 3, length)
     ends = 2 + np.arange(64)[:, None] % 7 + np.arange(3)[None]  # of 2 to 10 tokens: the last columns are of no row
     rank = np.broadcast_to(np.array([1, 0, 2], np.int32), (64, 3))
     rows = Rankings(tokens=tokens, mask=np.arange(length) < ends[..., None], start=np.ones(64, np.int32), rank=rank)
     found = []
     for buckets in (1, 4 if cfg == parallel.Config() and microbatches == 1 else 2):
-        settings = {"apply_fn": apply_fn, "buckets": buckets}
-        step = functools.partial(reward.train_step, tx=TX, microbatches=microbatches, **settings)
+        train_step = functools.partial(reward.train_step, score_fn=score_fn, tx=TX, cfg=reward.Config(buckets=buckets))
+        step = functools.partial(train_step, microbatches=microbatches)
         state = place.state(optim.init(tiny.scalar(), TX, jax.random.key(0)))
-        scored = place.gather(place.step(functools.partial(reward.scores, **settings))(state.params, place.rows(rows)))
+        scores = functools.partial(reward.scores, score_fn=score_fn, buckets=buckets)
+        scored = place.gather(place.step(scores)(state.params, place.rows(rows)))
         state, metrics = place.step(step)(state, place.rows(rows))
         found.append((scored, place.get(state.params), place.get(metrics)))
     tiny.assert_close(found[0], found[1], atol=1e-5)
@@ -176,7 +177,7 @@ def test_a_step_in_buckets_is_the_whole_one(cfg, microbatches):
 def test_a_step_in_buckets_computes_no_column_that_all_lack(monkeypatch):
     widths = []
 
-    def apply_fn(params, tokens, mask, keys, method):
+    def score_fn(params, tokens, mask, keys=None):
         jax.debug.callback(lambda: widths.append(tokens.shape), ordered=False)
         return params["a"] * jnp.sum(jnp.where(mask, tokens, 0), axis=1).astype(jnp.float32)
 
@@ -185,7 +186,7 @@ def test_a_step_in_buckets_computes_no_column_that_all_lack(monkeypatch):
     rank = np.broadcast_to(np.array([0, 1], np.int32), (8, 2))
     rows = Rankings(tokens=tokens, mask=mask, start=np.zeros(8, np.int32), rank=rank)
     state = optim.init({"a": jnp.float32(1.0)}, TX, jax.random.key(0))
-    step = functools.partial(reward.train_step, apply_fn=apply_fn, tx=TX, buckets=4)
+    step = functools.partial(reward.train_step, score_fn=score_fn, tx=TX, cfg=reward.Config(buckets=4))
     jax.block_until_ready(jax.jit(step)(state, tiny.arrays(rows)))
     jax.effects_barrier()
     assert sorted(widths) == [(4, 2), (4, 4), (4, 6), (4, 8)]

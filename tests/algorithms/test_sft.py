@@ -13,9 +13,9 @@ from tests import tiny
 from tests.oracles import Case
 
 CONFIG = dataclasses.replace(tiny.GPT, dropout=0.1)
-APPLY = models.bind(models.Transformer(CONFIG))
+LOGPROBS = models.logprobs_fn(CONFIG)
 TX = optim.adamw(1e-3, weight_decay=0.1)
-STEP = functools.partial(sft.train_step, apply_fn=APPLY, tx=TX)
+STEP = functools.partial(sft.train_step, logprobs_fn=LOGPROBS, tx=TX)
 
 
 def batch(seed: int, rows: int = 8) -> Tokens:
@@ -56,7 +56,7 @@ def test_documents_in_one_row_are_learnt_as_in_rows_of_their_own():
     apart = Tokens(tokens=jnp.array(tokens), segment=ones, target=jnp.cumsum(ones, axis=1) > 1)
     one = jax.tree.map(lambda x: x.reshape(1, 10), apart)
     packed = one.replace(segment=jnp.repeat(jnp.array([[1, 2]]), 5, axis=1))
-    losses = [sft.loss(tiny.policy(), rows, APPLY) for rows in (apart, packed, one)]
+    losses = [sft.loss(tiny.policy(), rows, LOGPROBS) for rows in (apart, packed, one)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert abs(float(losses[2] - losses[0])) > 1e-4
 
@@ -85,7 +85,7 @@ def test_dropout_noise_differs_between_steps():
 
 def test_it_learns():
     state = optim.init(tiny.policy(), optim.adamw(1e-2), jax.random.key(0))
-    step = jax.jit(functools.partial(sft.train_step, apply_fn=APPLY, tx=optim.adamw(1e-2)))
+    step = jax.jit(functools.partial(sft.train_step, logprobs_fn=LOGPROBS, tx=optim.adamw(1e-2)))
     losses = []
     for _ in range(60):
         state, metrics = step(state, batch(0))
@@ -94,8 +94,8 @@ def test_it_learns():
 
 
 def test_evaluate_counts_every_target_once():
-    nll, count = jax.jit(functools.partial(sft.evaluate, apply_fn=APPLY))(tiny.policy(), batch(0))
+    nll, count = jax.jit(functools.partial(sft.evaluate, logprobs_fn=LOGPROBS))(tiny.policy(), batch(0))
     assert int(count) == int(batch(0).target.sum())
     np.testing.assert_allclose(
-        nll / count, jax.jit(functools.partial(sft.loss, apply_fn=APPLY))(tiny.policy(), batch(0)), rtol=1e-5
+        nll / count, jax.jit(functools.partial(sft.loss, logprobs_fn=LOGPROBS))(tiny.policy(), batch(0)), rtol=1e-5
     )

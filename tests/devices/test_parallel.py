@@ -188,9 +188,9 @@ FAMILIES |= {"even": dataclasses.replace(tiny.LLAMA, vocab_size=32), "odd": ODD}
 def test_every_family_says_the_same_on_a_mesh(name):
     config = FAMILIES[name]
     tokens, mask = tiny.random_tokens(0, 8, 9), tiny.ragged(0, 8, 9)
-    apply_fn = models.bind(models.Transformer(config))
+    logprobs_fn = models.logprobs_fn(config)
     place = parallel.layout(parallel.Config(data=2, fsdp=2, tensor=2))
-    read = lambda params, rows, axis=None: apply_fn(params, *rows, method="logprobs")[0]
+    read = lambda params, rows, axis=None: logprobs_fn(params, *rows)[0]
     spread = place.step(read)(place.state(tiny.policy(config)), place.rows((tokens, mask)))
     np.testing.assert_allclose(spread, jax.jit(read)(tiny.policy(config), (tokens, mask)), atol=1e-5)
     assert len(spread.sharding.device_set) == 8 and spread.addressable_data(0).shape == (2, 8)
@@ -284,8 +284,8 @@ def test_what_lies_on_the_mesh_already_is_not_copied():
 def test_frozen_models_wait_on_the_host():
     config = tiny.CONFIGS["qwen2"]
     tokens, mask = tiny.random_tokens(0, 8, 9), tiny.ragged(0, 8, 9)
-    apply_fn = models.bind(models.Transformer(config))
-    read = lambda params, rows, axis=None: apply_fn(params, *rows, method="logprobs")[0]
+    logprobs_fn = models.logprobs_fn(config)
+    read = lambda params, rows, axis=None: logprobs_fn(params, *rows)[0]
     place = parallel.layout(parallel.Config(fsdp=4, tensor=2, offload=True))
     here, there = place.state(tiny.policy(config)), place.frozen(tiny.policy(config))
     where = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}

@@ -11,9 +11,9 @@ import pytest
 from etils import epath
 
 from experiments import pretrain
-from rlhf_jax.runs import checkpoint, cli, gcs
-from rlhf_jax.devices import hosts, preemption
 from rlhf_jax import models, runs
+from rlhf_jax.devices import hosts, preemption
+from rlhf_jax.runs import checkpoint, cli, gcs
 from rlhf_jax.types import InputError
 from tests import tiny
 from tests.quickstart import TINY, metrics_of, refused

@@ -33,7 +33,7 @@ def without_time(rows):
 
 
 def test_records_config_and_metrics(tmp_path):
-    with log.start(tmp_path / "a" / "run", Config(), total=3) as run:
+    with log.Records(tmp_path / "a" / "run", Config(), total=3) as run:
         run.write(1, {"loss/policy": jnp.float32(0.1), "reward/score": jnp.asarray(-1.5, jnp.bfloat16)})
         run.write(jnp.int32(2), {"loss/policy": np.float32(1e-8), "count": jnp.int32(7), "eval/nll": 0.3})
     directory = tmp_path / "a" / "run"
@@ -54,7 +54,7 @@ def test_records_config_and_metrics(tmp_path):
 
 def test_metrics_stay_on_the_device_until_there_are_enough(tmp_path):
     step = jax.jit(lambda x: {"loss/total": x, "grad_norm": x * 2})
-    with log.start(tmp_path, Config(), total=8, every=4) as run:
+    with log.Records(tmp_path, Config(), total=8, limits=log.Limits(every=4)) as run:
         run.write(0, step(jnp.float32(0)))  # compiles
         with jax.transfer_guard_device_to_host("disallow_explicit"):
             for i in (1, 2):
@@ -76,15 +76,15 @@ def test_one_transfer_a_batch(tmp_path, monkeypatch):
     calls = []
     real = jax.device_get
     monkeypatch.setattr(log.jax, "device_get", lambda tree: calls.append(tree) or real(tree))
-    with log.start(tmp_path, Config(), total=7, every=3) as run:
+    with log.Records(tmp_path, Config(), total=7, limits=log.Limits(every=3)) as run:
         for i in range(1, 8):
             run.write(i, {"loss/a": jnp.float32(i), "loss/b": jnp.float32(i)})
         assert len(calls) == 2
 
 
 def test_slow_steps_are_recorded_when_the_next_is_under_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(log.Run, "PATIENCE", 0.0)
-    with log.start(tmp_path, Config(), total=2, every=100) as run:
+    monkeypatch.setattr(log.Records, "PATIENCE", 0.0)
+    with log.Records(tmp_path, Config(), total=2, limits=log.Limits(every=100)) as run:
         run.write(1, {"loss/a": 0.5})
         assert log.read(tmp_path) == []
         run.write(2, {"loss/a": 0.5})
@@ -95,7 +95,10 @@ def test_slow_steps_are_recorded_when_the_next_is_under_way(tmp_path, monkeypatc
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("every", [1, 10])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, name, value, every):
-    with pytest.raises(log.BrokenRunError) as raised, log.start(tmp_path, Config(), total=9, every=every) as run:
+    with (
+        pytest.raises(log.BrokenRunError) as raised,
+        log.Records(tmp_path, Config(), total=9, limits=log.Limits(every=every)) as run,
+    ):
         run.write(4, {"loss/policy": jnp.float32(0.5), "kl": jnp.float32(0.25)})
         run.write(5, {"loss/policy": jnp.float32(0.5), name: jnp.float32(value)})
         run.write(6, {"loss/policy": jnp.float32(0.5)})
@@ -108,7 +111,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, name, value, every):
 
 def test_steps_in_a_row_that_are_not_finite_may_be_skipped(tmp_path, capsys):
     def run_from(step, losses):
-        with log.start(tmp_path, Config(), total=9, step=step, skip_bad=2, at_most={"off": 1.0}) as run:
+        with log.Records(
+            tmp_path, Config(), total=9, step=step, limits=log.Limits(skip_bad=2, at_most={"off": 1.0})
+        ) as run:
             for n, loss in enumerate(losses, step + 1):
                 run.write(n, {"loss/a": jnp.float32(loss), "off": math.nan if math.isnan(loss) else 0.5})
 
@@ -120,14 +125,14 @@ def test_steps_in_a_row_that_are_not_finite_may_be_skipped(tmp_path, capsys):
 
 
 def test_flushing_tells_the_last_metrics(tmp_path):
-    with log.start(tmp_path, Config(), total=2) as run:
+    with log.Records(tmp_path, Config(), total=2) as run:
         run.write(1, {"loss/a": 0.5})
         run.write(2, {"loss/a": 0.25})
         assert run.flush() == run.flush() == {"loss/a": 0.25}
 
 
 def test_samples_come_after_the_metrics_of_earlier_steps(tmp_path):
-    with log.start(tmp_path, Config(), total=9) as run:
+    with log.Records(tmp_path, Config(), total=9) as run:
         run.write(1, {"loss/a": 0.5})
         run.samples(2, [{"prompt": "p", "response": "r"}])
         assert len(log.read(tmp_path)) == 1
@@ -137,7 +142,7 @@ def test_samples_come_after_the_metrics_of_earlier_steps(tmp_path):
 def test_a_metric_above_its_bound_stops_the_run(tmp_path, value):
     with (
         pytest.raises(log.BrokenRunError) as raised,
-        log.start(tmp_path, Config(), total=9, at_most={"off": 0.2}) as run,
+        log.Records(tmp_path, Config(), total=9, limits=log.Limits(at_most={"off": 0.2})) as run,
     ):
         run.write(1, {"off": jnp.float32(0.2)})
         run.write(2, {"off": jnp.float32(value)})
@@ -146,7 +151,7 @@ def test_a_metric_above_its_bound_stops_the_run(tmp_path, value):
 
 
 def test_other_metrics_may_be_undefined(tmp_path):
-    with log.start(tmp_path, Config(), total=1) as run:
+    with log.Records(tmp_path, Config(), total=1) as run:
         run.write(1, {"loss/policy": 0.5, "reward/accuracy": jnp.float32(jnp.nan)})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert '"reward/accuracy": null' in text
@@ -160,7 +165,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path):
     with (
         pytest.raises(log.BrokenRunError, match=re.escape(f"the last good checkpoint is {tmp_path}/checkpoints/4")),
         checkpoint.Writer(tmp_path / log.CHECKPOINTS, checkpoint.Config(keep=3)) as writer,
-        log.start(tmp_path, Config(), total=9) as run,
+        log.Records(tmp_path, Config(), total=9) as run,
     ):
         for step in (2, 4, 6):
             writer.save(state(step))
@@ -169,7 +174,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path):
 
 
 def test_the_first_error_wins_and_nothing_is_lost(tmp_path):
-    with pytest.raises(KeyError) as raised, log.start(tmp_path, Config(), total=9) as run:
+    with pytest.raises(KeyError) as raised, log.Records(tmp_path, Config(), total=9) as run:
         run.write(1, {"loss/a": 0.5})
         run.write(2, {"loss/a": math.nan})
         raise KeyError("bug")
@@ -179,7 +184,7 @@ def test_the_first_error_wins_and_nothing_is_lost(tmp_path):
 
 
 def test_a_metric_that_is_not_a_scalar_is_refused(tmp_path):
-    run = log.start(tmp_path, Config(), total=1)
+    run = log.Records(tmp_path, Config(), total=1)
     run.write(1, {"kl": jnp.zeros(3)})
     with pytest.raises(ValueError, match=r"metric kl is not a scalar but has the shape \(3,\)"):
         run.close()
@@ -187,7 +192,7 @@ def test_a_metric_that_is_not_a_scalar_is_refused(tmp_path):
 
 def test_a_new_run_does_not_mix_with_the_old_one(tmp_path):
     for value in (1.0, 2.0):
-        with log.start(tmp_path, Config(), total=2) as run:
+        with log.Records(tmp_path, Config(), total=2) as run:
             run.write(1, {"kl": value})
             run.samples(1, [{"prompt": "a", "response": "b", "score": value, "kl": 0.0}])
     assert [row["kl"] for row in log.read(tmp_path)] == [2.0]
@@ -196,12 +201,12 @@ def test_a_new_run_does_not_mix_with_the_old_one(tmp_path):
 
 
 def test_a_run_that_continues_has_no_gaps_and_no_duplicates(tmp_path):
-    with log.start(tmp_path, Config(), total=6) as run:
+    with log.Records(tmp_path, Config(), total=6) as run:
         for step in (1, 2, 3, 4):
             run.write(step, {"kl": step / 2})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "time"')  # cut short by a kill
-    with log.start(tmp_path, Config(), total=6, step=2) as run:
+    with log.Records(tmp_path, Config(), total=6, step=2) as run:
         for step in (3, 4, 5):
             run.write(step, {"kl": step / 4})
     assert [(row["step"], row["kl"]) for row in log.read(tmp_path)] == [
@@ -217,7 +222,7 @@ def test_samples(tmp_path):
     first = [
         {"prompt": "Who | what?", "response": "Ann.\nBob.", "score": jnp.float32(0.25), "kl": 1.5, "gold": math.nan}
     ]
-    with log.start(tmp_path, Config(), total=2) as run:
+    with log.Records(tmp_path, Config(), total=2) as run:
         run.samples(1, [{"prompt": "old", "response": "x", "score": 0.0, "kl": 0.0}])
         run.samples(2, first)
         run.samples(2, [])
@@ -233,7 +238,7 @@ def test_samples(tmp_path):
 
 def test_samples_of_a_step_replace_those_of_an_earlier_process(tmp_path):
     for score in (0.25, 0.75):
-        with log.start(tmp_path, Config(), total=2, step=2 if score > 0.5 else 0) as run:
+        with log.Records(tmp_path, Config(), total=2, step=2 if score > 0.5 else 0) as run:
             for step in (1, 2) if score < 0.5 else (2,):
                 run.samples(step, [{"prompt": f"a\u2028{step}", "response": "b", "score": score}] * 2)
     rows = log.read(tmp_path, "samples.jsonl")
@@ -241,7 +246,7 @@ def test_samples_of_a_step_replace_those_of_an_earlier_process(tmp_path):
 
 
 def test_progress_off_a_terminal_is_a_few_lines(tmp_path, capsys):
-    with log.start(tmp_path, Config(), total=50, every=1, show=("reward/score",)) as run:
+    with log.Records(tmp_path, Config(), total=50, limits=log.Limits(every=1, show=("reward/score",))) as run:
         for step in range(1, 51):
             run.write(step, {"loss/policy": 0.5, "reward/score": step / 64})
     printed, said = capsys.readouterr()
@@ -252,7 +257,7 @@ def test_progress_off_a_terminal_is_a_few_lines(tmp_path, capsys):
 
 def test_other_processes_check_but_do_not_write(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(log.jax, "process_index", lambda: 1)
-    with pytest.raises(log.BrokenRunError), log.start(tmp_path / "run", Config(), total=1) as run:
+    with pytest.raises(log.BrokenRunError), log.Records(tmp_path / "run", Config(), total=1) as run:
         run.samples(1, [{"prompt": "a"}])
         run.write(1, {"loss/a": math.nan})
     assert not (tmp_path / "run").exists()
@@ -267,7 +272,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     fake.Table = lambda columns, data: (columns, data)
     fake.finish = lambda: calls.append(("finish",))
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with log.start(tmp_path / "run", Config(), total=1, wandb=True) as run:
+    with log.Records(tmp_path / "run", Config(), total=1, limits=log.Limits(wandb=True)) as run:
         run.write(1, {"loss/a": jnp.float32(0.5), "kl": math.nan})
         run.flush()
         run.samples(1, [{"prompt": "a", "response": "b"}])
@@ -282,10 +287,10 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"pip install 'rlhf_jax\[wandb\]'"):
-        log.start(tmp_path / "run", Config(), total=1, wandb=True)
+        log.Records(tmp_path / "run", Config(), total=1, limits=log.Limits(wandb=True))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"records cannot be written to .*file: "):
-        log.start(tmp_path / "file", Config(), total=1)
+        log.Records(tmp_path / "file", Config(), total=1)
     with pytest.raises(InputError, match=r"does not exist; is .* the directory of a run"):
         log.read(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n')
@@ -296,7 +301,7 @@ def test_bad_input(tmp_path, monkeypatch):
 @pytest.mark.parametrize("steps", [8, 4])  # the second ends within what is to be traced
 def test_steps_are_traced(tmp_path, capsys, steps):
     double = jax.jit(lambda x: x + x)
-    with log.start(tmp_path, Config(), total=steps, profile=2) as run:
+    with log.Records(tmp_path, Config(), total=steps, limits=log.Limits(profile=2)) as run:
         for step in range(1, steps + 1):
             run.write(step, {"loss/a": double(jnp.float32(step))})
     assert [row["loss/a"] for row in log.read(tmp_path)] == [2.0 * step for step in range(1, steps + 1)]
@@ -308,7 +313,7 @@ def test_steps_are_traced(tmp_path, capsys, steps):
 
 
 def test_a_run_too_short_to_be_traced_says_so(tmp_path, capsys):
-    with log.start(tmp_path, Config(), total=2, profile=2) as run:
+    with log.Records(tmp_path, Config(), total=2, limits=log.Limits(profile=2)) as run:
         run.write(1, {"loss/a": 1.0})
     assert "nothing is traced: the run ended before its step 4" in capsys.readouterr().out
     assert not (tmp_path / "profile").exists()

@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from experiments import assistant, dpo, ppo, pretrain, reward, sft
-from rlhf_jax.runs import checkpoint, cli, log
 from rlhf_jax.devices import preemption
+from rlhf_jax.runs import checkpoint, cli, log
 from rlhf_jax.types import InputError
 from scripts import survive
 from tests.quickstart import metrics_of, refused
@@ -38,14 +38,14 @@ def same_outcome(out, expected):
 
 def ask_to_end(monkeypatch):
     """From now on SIGTERM comes while step 1 is recorded."""
-    write = log.Run.write
+    write = log.Records.write
 
     def interrupted(run, step, metrics):
         write(run, step, metrics)
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(log.Run, "write", interrupted)
+    monkeypatch.setattr(log.Records, "write", interrupted)
 
 
 def status_of(main, config) -> int:
@@ -85,7 +85,7 @@ def test_a_run_that_is_done_is_not_trained_again(done, tmp_path, monkeypatch, ca
     shutil.copytree(quick.out / "sft", out)
     shutil.rmtree(out / "model")  # as by a kill before the export
     config = as_in(quick, "sft", out)
-    monkeypatch.setattr(log.Run, "write", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(log.Records, "write", lambda *_: pytest.fail("trained"))
     sft.main(config)
     same_outcome(out, quick.out / "sft")
     assert "is trained: 2 steps" in capsys.readouterr().out

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax.runs import checkpoint
 from rlhf_jax import runs
+from rlhf_jax.runs import checkpoint
 from rlhf_jax.types import InputError, TrainState
 
 

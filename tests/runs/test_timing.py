@@ -61,7 +61,7 @@ def test_a_failure_on_the_device_is_seen_where_the_number_is_read():
 
 def test_what_is_compiled_is_told_apart(tmp_path):
     work, x = jax.jit(lambda x: jnp.sort(jnp.cumsum(x)[::-1])), np.ones(7, np.float32)
-    with timing.Clock() as clock, log.start(tmp_path, Config(), total=2) as run:
+    with timing.Clock() as clock, log.Records(tmp_path, Config(), total=2) as run:
         for step in (1, 2):
             clock.start()
             clock.done("update", work(x))

@@ -1,0 +1,49 @@
+"""Labels in rounds."""
+
+import json
+
+from experiments import (
+    evaluate,
+    ppo,
+    rank,
+    reward,
+    rounds,
+)
+from tests.quickstart import refused
+
+
+def test_rounds_of_labels(done, tmp_path, monkeypatch, capsys):
+    """What each stage of each round is given, without running them."""
+    cfg, _ = done
+    ran = []
+
+    def stage(name):
+        def main(config):
+            ran.append((name, config))
+            if name == "rank":
+                config.out.mkdir(parents=True)
+                (config.out / "train.jsonl").write_text(f"{config.init} {config.skip}\n")
+            return {"gold": 0.5, "reward": 0.25, "kl": 1.0, "nll": 2.0}
+
+        return main
+
+    for name, module in {"rank": rank, "reward": reward, "ppo": ppo, "evaluate": evaluate}.items():
+        monkeypatch.setattr(module, "main", stage(name))
+    tuned = cfg.out / "sft" / "model"
+    config = rounds.Config(rounds=2, rank=rank.Config(prompts=8), **paths(cfg, tmp_path, "init", "out"))
+    result = rounds.main(config)
+    assert json.loads((tmp_path / "rounds.json").read_text()) == result
+    assert [len(rows) for rows in result.values()] == [2, 2] and (tmp_path / "rounds.png").is_file()
+    first = tmp_path / "online" / "round1" / "ppo" / "model"
+    for arm, answering in {"online": first, "offline": tuned}.items():
+        assert (tmp_path / arm / "labels.jsonl").read_text() == f"{tuned} 0\n{answering} 8\n"
+        here = [(name, config) for name, config in ran if config.out.is_relative_to(tmp_path / arm)]
+        assert [name for name, _ in here] == ["rank", "reward", "ppo", "evaluate"] * 2
+        learn, improve, judge = (config for _, config in here[5:])
+        assert learn.data == str(tmp_path / arm / "labels.jsonl") and learn.init == tuned
+        assert improve.init == tmp_path / arm / "round1" / "ppo" / "model" and improve.reference == tuned
+        assert improve.reward == (learn.out / "model",) == (judge.reward,)
+        assert judge.model == improve.out / "model" and judge.reference == tuned
+        assert improve.seed != here[2][1].seed  # no two rollouts share noise
+    said = refused(capsys, rounds.main, config, "--ppo.init", "elsewhere")
+    assert "--ppo.init has no effect here, where other flags decide it" in said
