@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import jax
 
-from rlhf_jax.types import InputError, Params, check_positive
+from rlhf_jax.settings import Count, Positive, Rate, Settings, Whole
+from rlhf_jax.types import InputError, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class Compute(Settings):
     """How a model is computed, whatever its architecture."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk; parameters, norms, softmax and logits are float32
@@ -18,14 +19,10 @@ class Compute:
     remat: Literal["none", "dots", "full"] = "none"
     frozen: Literal["float32", "bfloat16"] = "float32"  # of the parameters of models that are not trained
     attention: Literal["auto", "plain", "flash"] = "auto"  # flash is TPUs' or GPUs' kernel, auto is where one serves
-    chunk: int = 0  # columns whose logits exist at a time where log-probabilities are computed; 0 is all of them
+    chunk: Whole = 0  # columns whose logits exist at a time where log-probabilities are computed; 0 is all of them
     # Whether the program has each layer written out and no loop: faster, and longer to compile. None is where a CPU
     # computes at most 12 layers and remat is none, which its compiler heeds in a loop alone. Sampling has its own way.
     unroll: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.chunk < 0:
-            raise InputError(f"chunk={self.chunk}: expected a number of columns, or 0 for all at once")
 
     def freeze(self, params: Params) -> Params:
         """Parameters that are not to be trained, in the type that `frozen` names."""
@@ -33,50 +30,49 @@ class Compute:
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Settings):
     """Llama 3's: wavelengths beyond the context that RoPE was trained for grow, those well inside stay."""
 
-    factor: float  # by which the longest are
-    low: float  # from original_length / low on, wavelengths are the longest,
-    high: float  # up to original_length / high they are as they were, and between the two they go from one to the other
-    original_length: int  # tokens
+    factor: Positive  # by which the longest are
+    low: Positive  # from original_length / low on, wavelengths are the longest,
+    high: Positive  # up to original_length / high they are as they were, and in between they go from one to the other
+    original_length: Count  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """The architecture, and how it is computed; the defaults are GPT-2 small."""
 
-    vocab_size: int = 50257
-    max_length: int = 1024  # tokens of context: rows of the position table, or the length RoPE was trained for
-    d_model: int = 768
-    n_layers: int = 12
-    n_heads: int = 12  # query heads
-    n_kv_heads: int = 12  # key/value heads; fewer than n_heads is grouped-query attention
-    head_dim: int = 64
-    d_ff: int = 3072
+    vocab_size: Count = 50257
+    max_length: Count = 1024  # tokens of context: rows of the position table, or the length RoPE was trained for
+    d_model: Count = 768
+    n_layers: Count = 12
+    n_heads: Count = 12  # query heads
+    n_kv_heads: Count = 12  # key/value heads; fewer than n_heads is grouped-query attention
+    head_dim: Count = 64
+    d_ff: Count = 3072
     position: Literal["learned", "rope"] = "learned"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"  # gelu is the tanh form
     bias: Literal["all", "qkv", "none"] = "all"  # which linear maps have one
     tie_embeddings: bool = True  # the unembedding is the embedding
     scale_embedding: bool = False  # embeddings times sqrt(d_model)
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     unit_offset: bool = False  # norms scale by 1 + their weight
     post_norm: bool = False  # what attention and MLP add has a norm too
     qk_norm: bool = False  # each head's query and key has a norm, before RoPE
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
-    query_size: int | None = None  # attention scores are divided by its square root; None is head_dim
-    window: int | None = None  # tokens that a token attends to, itself included; None is all before it
-    full_layers: tuple[int, ...] = ()  # layers without the window
-    attention_cap: float | None = None  # attention scores s become cap tanh(s / cap)
-    logit_cap: float | None = None  # and so do logits
-    dropout: float = 0.0  # residual dropout: on the embedding and on what each sublayer adds
+    query_size: Count | None = None  # attention scores are divided by its square root; None is head_dim
+    window: Count | None = None  # tokens that a token attends to, itself included; None is all before it
+    full_layers: tuple[Whole, ...] = ()  # layers without the window
+    attention_cap: Positive | None = None  # attention scores s become cap tanh(s / cap)
+    logit_cap: Positive | None = None  # and so do logits
+    dropout: Rate = 0.0  # residual dropout: on the embedding and on what each sublayer adds
     compute: Compute = Compute()
 
     def __post_init__(self) -> None:
-        sizes = "vocab_size", "max_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"
-        check_positive(self, *sizes, "query_size", "window", "attention_cap", "logit_cap")
+        super().__post_init__()
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.position == "rope" and self.head_dim % 2:
