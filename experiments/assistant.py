@@ -16,6 +16,7 @@ from pathlib import Path
 from experiments import evaluate, ppo, pretrain, rank, reward, sft
 from rlhf_jax import runs
 from rlhf_jax.runs import cli, plots
+from rlhf_jax.settings import Count
 from rlhf_jax.types import InputError
 
 
@@ -26,7 +27,7 @@ class Config(runs.Stage):
 
     out: Path = Path("runs/quickstart")  # run directory; each stage has a folder in it
     data_dir: Path | None = None  # type: ignore[assignment]  # where prepared data sets are kept; None is the folder "data" in `out`
-    best_of: int = 4  # answers among which best-of-n picks, at least 2
+    best_of: Count = 4  # answers among which best-of-n picks, at least 2
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config()
@@ -35,6 +36,7 @@ class Config(runs.Stage):
     evaluate: "evaluate.Config" = evaluate.Config()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.best_of < 2:
             raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
 

@@ -24,7 +24,8 @@ from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.types import TrainState, check_positive, named_key
+from rlhf_jax.settings import Count, Positive, Rate, Whole
+from rlhf_jax.types import TrainState, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +35,13 @@ class Config(runs.Config):
     out: Path = Path("runs/dpo")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory of the policy, and of the reference
     data: str = "runs/rank/train.jsonl"  # rankings to learn from
-    length: int = 36  # tokens of prompt and answer; prompts with a longer answer are refused
-    batch: int = 16  # prompts a step, over all devices
-    epochs: int = 1  # passes over the rankings
-    lr: float = 3e-4  # peak learning rate, cosine to 10 % of it
-    warmup: int = 8  # steps of linear warm-up
-    dropout: float = 0.0  # residual dropout
+    length: Count = 36  # tokens of prompt and answer; prompts with a longer answer are refused
+    batch: Count = 16  # prompts a step, over all devices
+    epochs: Count = 1  # passes over the rankings
+    lr: Positive = 3e-4  # peak learning rate, cosine to 10 % of it
+    warmup: Whole = 8  # steps of linear warm-up
+    dropout: Rate = 0.0  # residual dropout
     algorithm: dpo_lib.Config = dpo_lib.Config(beta=0.2)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "length", "batch", "epochs")
 
 
 def build(

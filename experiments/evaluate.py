@@ -23,7 +23,8 @@ from rlhf_jax.data.world import World
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli
-from rlhf_jax.types import InputError, Prompts, Rollout, check_positive, named_key
+from rlhf_jax.settings import Count, Positive, Seed
+from rlhf_jax.types import InputError, Prompts, Rollout, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,28 +35,15 @@ class Config(runs.Stage):
     reference: Path = Path("runs/sft/model")  # model directory to measure the KL divergence to
     reward: Path | None = None  # model directory of a reward model, for its score and for best-of-n
     out: Path | None = None  # type: ignore[assignment]  # file for the result, JSON
-    prompts: int = 512  # held-out prompts
-    texts: int = 1000  # held-out documents
-    best_of: int = 1  # answers to each prompt, of which the reward model picks one; the KL is then to the model itself
-    temperature: float = 1.0  # of the answers; that of training
-    prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
-    max_new_tokens: int = 16  # tokens of an answer
-    text_length: int = 64  # tokens in a row of text
-    batch: int = 256  # answers, or rows of text, at once, over all devices
-    world: int = 0  # seed of the world that the model was trained on
-
-    def __post_init__(self) -> None:
-        positive = (
-            "prompts",
-            "texts",
-            "best_of",
-            "temperature",
-            "prompt_length",
-            "max_new_tokens",
-            "text_length",
-            "batch",
-        )
-        check_positive(self, *positive)
+    prompts: Count = 512  # held-out prompts
+    texts: Count = 1000  # held-out documents
+    best_of: Count = 1  # answers to each prompt, of which the reward model picks one; the KL is then to the model
+    temperature: Positive = 1.0  # of the answers; that of training
+    prompt_length: Count = 20  # tokens; longer prompts are refused, or lose their oldest turns
+    max_new_tokens: Count = 16  # tokens of an answer
+    text_length: Count = 64  # tokens in a row of text
+    batch: Count = 256  # answers, or rows of text, at once, over all devices
+    world: Seed = 0  # seed of the world that the model was trained on
 
 
 def measuring(config: models.Config, layout: parallel.Layout) -> Callable:

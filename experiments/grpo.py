@@ -24,7 +24,8 @@ from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.types import InputError, TrainState, check_positive, named_key
+from rlhf_jax.settings import Count, Positive, Whole
+from rlhf_jax.types import InputError, TrainState, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,26 +37,25 @@ class Config(runs.Config):
     reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models to average
     data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
-    prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
-    prompt_widths: int = 1  # of rollouts: prompts of like length share one, which is as wide as they need
-    max_new_tokens: int = 16  # tokens of an answer
-    text_length: int = 64  # tokens in a row of pretraining text
-    batch: int = 64  # episodes a step, over all devices: a multiple of the group
-    text_batch: int = 8  # rows of pretraining text an update, over all devices
-    steps: int = 70  # rollouts
-    lr: float = 3e-4  # at its peak
+    prompt_length: Count = 20  # tokens; longer prompts are refused, or lose their oldest turns
+    prompt_widths: Count = 1  # of rollouts: prompts of like length share one, which is as wide as they need
+    max_new_tokens: Count = 16  # tokens of an answer
+    text_length: Count = 64  # tokens in a row of pretraining text
+    batch: Count = 64  # episodes a step, over all devices: a multiple of the group
+    text_batch: Count = 8  # rows of pretraining text an update, over all devices
+    steps: Count = 70  # rollouts
+    lr: Positive = 3e-4  # at its peak
     schedule: optim.Schedule = "cosine"  # cosine to 10 %, linear to 0, or constant
-    warmup: int = 8  # updates of linear warm-up
+    warmup: Whole = 8  # updates of linear warm-up
     adam: optim.Adam = optim.Adam()
     algorithm: grpo_lib.Config = grpo_lib.Config(
         minibatches=4, group=4, kl_coef=0.2, kl_in="reward", ptx_coef=3.0, unfinished_score=-1.0
     )
-    samples_every: int = 20  # steps between tables of samples
-    samples: int = 8  # episodes in a table
+    samples_every: Count = 20  # steps between tables of samples
+    samples: Count = 8  # episodes in a table
 
     def __post_init__(self) -> None:
-        positive = "prompt_length", "prompt_widths", "max_new_tokens", "text_length", "batch", "text_batch", "steps"
-        check_positive(self, *positive, "samples_every", "samples")
+        super().__post_init__()
         if self.batch % self.algorithm.group:
             raise InputError(f"batch={self.batch}: expected a multiple of the group of {self.algorithm.group} answers")
 

@@ -28,7 +28,8 @@ from rlhf_jax.models import heads
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.types import InputError, Params, TrainState, check_positive, named_key
+from rlhf_jax.settings import Count, NonNegative, Positive, Whole
+from rlhf_jax.types import InputError, Params, TrainState, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,29 +41,28 @@ class Config(runs.Config):
     reference: Path | None = None  # model directory of the frozen reference; None is where the policy starts
     reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models to average; the first may start the critic
     critic: Literal["reward", "policy"] = "reward"  # a network that starts as the reward model, or a head on the policy
-    pessimism: float = 0.0  # standard deviations of the reward models to take off their mean
+    pessimism: NonNegative = 0.0  # standard deviations of the reward models to take off their mean
     data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
-    prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
-    prompt_widths: int = 1  # of rollouts: prompts of like length share one, which is as wide as they need
-    max_new_tokens: int = 16  # tokens of an answer
-    text_length: int = 64  # tokens in a row of pretraining text
-    batch: int = 64  # episodes a step, over all devices
-    text_batch: int = 8  # rows of pretraining text an update, over all devices
-    steps: int = 70  # rollouts
-    lr: float = 3e-4  # of the policy, at its peak
-    critic_lr: float = 1e-3  # of the critic, at its peak
+    prompt_length: Count = 20  # tokens; longer prompts are refused, or lose their oldest turns
+    prompt_widths: Count = 1  # of rollouts: prompts of like length share one, which is as wide as they need
+    max_new_tokens: Count = 16  # tokens of an answer
+    text_length: Count = 64  # tokens in a row of pretraining text
+    batch: Count = 64  # episodes a step, over all devices
+    text_batch: Count = 8  # rows of pretraining text an update, over all devices
+    steps: Count = 70  # rollouts
+    lr: Positive = 3e-4  # of the policy, at its peak
+    critic_lr: Positive = 1e-3  # of the critic, at its peak
     schedule: optim.Schedule = "cosine"  # of both learning rates: cosine to 10 %, linear to 0, or constant
-    warmup: int = 8  # updates of linear warm-up
+    warmup: Whole = 8  # updates of linear warm-up
     adam: optim.Adam = optim.Adam()
     algorithm: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0)
     lora: lora_lib.Config = lora_lib.Config()  # of policy and critic
-    samples_every: int = 20  # steps between tables of samples
-    samples: int = 8  # episodes in a table
+    samples_every: Count = 20  # steps between tables of samples
+    samples: Count = 8  # episodes in a table
 
     def __post_init__(self) -> None:
-        positive = "prompt_length", "prompt_widths", "max_new_tokens", "text_length", "batch", "text_batch", "steps"
-        check_positive(self, *positive, "samples_every", "samples")
+        super().__post_init__()
         if not self.reward and self.critic == "reward":
             raise InputError("critic=reward starts as a reward model: name one by --reward, or use --critic policy")
         if self.pessimism and len(self.reward) < 2:
@@ -186,7 +186,8 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     policy = dataclasses.replace(policy, params=None)  # as they were loaded, models would fill the memory
     del rewards, critic, reference, loaded
 
-    with runs.Run(cfg, layout, state, streams, cfg.steps, limits) as run:
+    in_state = runs.SEED | {"algorithm.kl_coef": "opt_state/kl_coef"}
+    with runs.Run(cfg, layout, state, streams, cfg.steps, limits, in_state) as run:
         state = run.state
         for step in run:
             batch = next(run.streams["prompts"])

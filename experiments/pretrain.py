@@ -21,7 +21,8 @@ from rlhf_jax.data import builders, pipeline, sources, tokenizer
 from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import checkpoint, cli, plots
-from rlhf_jax.types import TrainState, check_positive, named_key
+from rlhf_jax.settings import Count, NonNegative, Positive, Whole
+from rlhf_jax.types import TrainState, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +33,14 @@ class Config(runs.Config):
     data: str = "world:rows=60000"  # text: the world, a .jsonl or .txt file, or a TFDS name
     init: Path | None = None  # model directory to go on from; None starts from random weights
     preset: str = "llama-mini"  # architecture of a new model, one of rlhf_jax.transformer.PRESETS; not with --init
-    vocab_size: int = 1280  # of the byte-level BPE tokenizer that is trained for a new model; not with --init
-    length: int = 64  # tokens in a row; documents are packed into rows
-    batch: int = 16  # rows a step, over all devices
-    steps: int = 2000  # optimiser steps
-    lr: float = 3e-3  # peak learning rate, cosine to 10 % of it
-    warmup: int = 60  # steps of linear warm-up
-    weight_decay: float = 0.1  # of matrices
+    vocab_size: Count = 1280  # of the byte-level BPE tokenizer that is trained for a new model; not with --init
+    length: Count = 64  # tokens in a row; documents are packed into rows
+    batch: Count = 16  # rows a step, over all devices
+    steps: Count = 2000  # optimiser steps
+    lr: Positive = 3e-3  # peak learning rate, cosine to 10 % of it
+    warmup: Whole = 60  # steps of linear warm-up
+    weight_decay: NonNegative = 0.1  # of matrices
     saves: checkpoint.Config = checkpoint.Config(every=500)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "vocab_size", "length", "batch", "steps")
 
 
 def new_model(cfg: Config, rows: builders.Rows) -> models.Model:

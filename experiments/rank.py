@@ -21,7 +21,8 @@ from rlhf_jax.data.world import World, labelers
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.runs import cli
-from rlhf_jax.types import InputError, check_positive, named_key
+from rlhf_jax.settings import Count, Positive, Seed, Whole
+from rlhf_jax.types import InputError, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,22 +31,20 @@ class Config(runs.Stage):
 
     out: Path = Path("runs/rank")  # run directory; rankings go to train.jsonl and held_out.jsonl
     init: Path = Path("runs/sft/model")  # model directory whose answers are ranked
-    prompts: int = 3600  # training prompts
-    skip: int = 0  # training prompts to leave out first, ranked in an earlier round
-    held_out: int = 384  # held-out prompts
-    least: int = 4  # answers to a prompt, drawn uniformly from least..most
-    most: int = 9  # see `least`
-    people: int = 5  # simulated labelers
-    prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
-    max_new_tokens: int = 16  # tokens of an answer
-    temperature: float = 1.0  # of the answers
-    batch: int = 256  # answers sampled at once, over all devices
-    world: int = 0  # seed of the world that the prompts are of
+    prompts: Count = 3600  # training prompts
+    skip: Whole = 0  # training prompts to leave out first, ranked in an earlier round
+    held_out: Count = 384  # held-out prompts
+    least: Count = 4  # answers to a prompt, drawn uniformly from least..most
+    most: Count = 9  # see `least`
+    people: Count = 5  # simulated labelers
+    prompt_length: Count = 20  # tokens; longer prompts are refused, or lose their oldest turns
+    max_new_tokens: Count = 16  # tokens of an answer
+    temperature: Positive = 1.0  # of the answers
+    batch: Count = 256  # answers sampled at once, over all devices
+    world: Seed = 0  # seed of the world that the prompts are of
 
     def __post_init__(self) -> None:
-        check_positive(self, "prompts", "held_out", "temperature", "prompt_length", "max_new_tokens", "batch")
-        if self.skip < 0:
-            raise InputError(f"skip={self.skip}: expected 0 or more")
+        super().__post_init__()
         if self.people < 2:
             raise InputError(f"people={self.people}: expected at least 2 labelers, who may agree")
         if not 2 <= self.least <= self.most:

@@ -21,7 +21,8 @@ from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli
-from rlhf_jax.types import InputError, TrainState, check_positive, named_key
+from rlhf_jax.settings import Count, Positive
+from rlhf_jax.types import InputError, TrainState, named_key
 
 
 # The type of the stage is quoted: by the time it was evaluated, the field would hide the module of its name.
@@ -33,16 +34,16 @@ class Config(runs.Stage):
     init: Path = Path("runs/sft/model")  # model directory to sample from and to start from
     reward: Path = Path("runs/reward/model")  # model directory of the reward model that picks
     data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
-    prompts: int = 2000  # prompts to answer
-    best_of: int = 4  # answers to each, of which the best is learnt
-    prompt_length: int = 20  # tokens; longer prompts are refused, or lose their oldest turns
-    max_new_tokens: int = 16  # tokens of an answer
-    temperature: float = 1.0  # of the answers
-    batch: int = 256  # answers at once, over all devices
+    prompts: Count = 2000  # prompts to answer
+    best_of: Count = 4  # answers to each, of which the best is learnt
+    prompt_length: Count = 20  # tokens; longer prompts are refused, or lose their oldest turns
+    max_new_tokens: Count = 16  # tokens of an answer
+    temperature: Positive = 1.0  # of the answers
+    batch: Count = 256  # answers at once, over all devices
     sft: "sft.Config" = sft.Config(lr=3e-4, epochs=1)
 
     def __post_init__(self) -> None:
-        check_positive(self, "prompts", "prompt_length", "max_new_tokens", "temperature", "batch")
+        super().__post_init__()
         if self.best_of < 2:
             raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
 

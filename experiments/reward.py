@@ -29,7 +29,8 @@ from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.models import heads
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.types import Params, Rankings, check_positive, named_key
+from rlhf_jax.settings import Count, NonNegative, Positive, Rate
+from rlhf_jax.types import Params, Rankings, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +41,15 @@ class Config(runs.Config):
     init: Path = Path("runs/sft/model")  # model directory to start from
     data: str = "runs/rank/train.jsonl"  # rankings to learn from
     held_out: str | None = "runs/rank/held_out.jsonl"  # rankings to measure accuracy on; none is fine
-    length: int = 36  # tokens of prompt and answer; prompts with a longer answer are refused
-    batch: int = 16  # prompts a step, over all devices
-    epochs: int = 1  # passes over the rankings
-    lr: float = 5e-4  # peak learning rate, cosine to 10 % of it
-    dropout: float = 0.0  # residual dropout
-    weight_decay: float = 0.0  # of matrices
+    length: Count = 36  # tokens of prompt and answer; prompts with a longer answer are refused
+    batch: Count = 16  # prompts a step, over all devices
+    epochs: Count = 1  # passes over the rankings
+    lr: Positive = 5e-4  # peak learning rate, cosine to 10 % of it
+    dropout: Rate = 0.0  # residual dropout
+    weight_decay: NonNegative = 0.0  # of matrices
     algorithm: reward_lib.Config = reward_lib.Config()
     lora: lora_lib.Config = lora_lib.Config()
     normalize_first: bool = False  # gain and bias before training too, as Ziegler et al. 2019
-
-    def __post_init__(self) -> None:
-        check_positive(self, "length", "batch", "epochs")
 
 
 def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:

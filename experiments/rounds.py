@@ -15,7 +15,7 @@ from pathlib import Path
 from experiments import evaluate, ppo, rank, reward
 from rlhf_jax import runs
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.types import check_positive
+from rlhf_jax.settings import Count
 
 
 # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
@@ -25,14 +25,11 @@ class Config(runs.Stage):
 
     out: Path = Path("runs/rounds")  # run directory; each arm and round has a folder in it
     init: Path = Path("runs/sft/model")  # fine-tuned model: where the policy starts, and the reference
-    rounds: int = 3  # turns of policy and labelers
+    rounds: Count = 3  # turns of policy and labelers
     rank: "rank.Config" = rank.Config(prompts=1200, held_out=128)
     reward: "reward.Config" = reward.Config()
     ppo: "ppo.Config" = ppo.Config(steps=24, warmup=4)
     evaluate: "evaluate.Config" = evaluate.Config()
-
-    def __post_init__(self) -> None:
-        check_positive(self, "rounds")
 
 
 @dataclasses.dataclass(frozen=True)

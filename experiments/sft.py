@@ -26,7 +26,8 @@ from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.types import Params, TrainState, check_positive, named_key
+from rlhf_jax.settings import Count, NonNegative, Positive, Rate
+from rlhf_jax.types import Params, TrainState, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +38,14 @@ class Config(runs.Config):
     init: Path = Path("runs/pretrain/model")  # model directory to start from
     data: str = "world:rows=4000"  # demonstrations: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
-    text_batch: int = 8  # rows of pretraining text a step, over all devices
-    length: int = 64  # tokens in a row; demonstrations are packed into rows, longer ones truncated
-    batch: int = 16  # rows a step, over all devices
-    epochs: int = 2  # passes over the demonstrations
-    lr: float = 1e-3  # peak learning rate, cosine to 10 % of it
-    dropout: float = 0.1  # residual dropout
-    weight_decay: float = 0.0  # of matrices
+    text_batch: Count = 8  # rows of pretraining text a step, over all devices
+    length: Count = 64  # tokens in a row; demonstrations are packed into rows, longer ones truncated
+    batch: Count = 16  # rows a step, over all devices
+    epochs: Count = 2  # passes over the demonstrations
+    lr: Positive = 1e-3  # peak learning rate, cosine to 10 % of it
+    dropout: Rate = 0.1  # residual dropout
+    weight_decay: NonNegative = 0.0  # of matrices
     lora: lora_lib.Config = lora_lib.Config()
-
-    def __post_init__(self) -> None:
-        check_positive(self, "text_batch", "length", "batch", "epochs")
 
 
 def build(

@@ -38,8 +38,13 @@ def check_positive(config: Any, *names: str) -> None:
             raise InputError(f"{name}={value}: expected more than 0")
 
 
+SEEDS = 2**32  # how many there are: jax takes a larger one by its remainder, and so repeats the noise of a smaller
+
+
 def named_key(seed: int, use: str) -> jax.Array:
     """The key that `seed` gives for one use of it, such as "ppo/sampling": no two uses share noise."""
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"seed={seed}: expected at least 0 and less than {SEEDS}")
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode()))
 
 

@@ -9,16 +9,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 
 # What each room may import, beside itself. Nothing imports upwards, so there is no circle.
-GROUND = {"types", "logprobs"}
+GROUND = {"types", "settings", "logprobs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
-    "logprobs": {"types"},
-    "devices": {"types"},
+    "settings": {"types"},
+    "logprobs": {"types", "settings"},
+    "devices": {"types", "settings"},
     "algorithms": GROUND | {"devices"},
-    "data": {"types", "devices"},
+    "data": {"types", "settings", "devices"},
     "models": GROUND | {"devices", "data"},
     "rollouts": GROUND | {"devices", "algorithms", "data", "models"},
-    "runs": {"types", "devices"},
+    "runs": {"types", "settings", "devices"},
     "analysis": GROUND | {"devices", "models"},
 }
 

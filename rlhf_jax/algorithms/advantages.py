@@ -60,26 +60,36 @@ def whiten(
     """Unit variance over all valid entries together (eps 1e-8), and zero mean unless `shift_mean` is False.
 
     The variance is biased, or with `ddof=1` Bessel's. Zero outside the mask. Call it on the global batch: whitening a
-    share of it would make the result depend on how many devices or micro-batches there are.
+    share of it would make the result depend on how many devices or micro-batches there are. Entries that are all equal
+    become exactly 0, or stay what they are: no rounding error of their mean is blown up.
     """
     x = precise(x)
     mean = masked_mean(x, mask)
     variance = masked_mean(jnp.square(x - mean), mask, jnp.sum(mask) - ddof)
-    whitened = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
+    equal = jnp.max(jnp.where(mask, x, -jnp.inf)) == jnp.min(jnp.where(mask, x, jnp.inf))
+    whitened = jnp.where(equal, 0.0, (x - mean) * jax.lax.rsqrt(variance + 1e-8))
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+
+
+def above_mean(reward: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """Each reward minus the mean of its group: exactly 0 where a group's rewards are equal, whatever their size.
+
+    The mean of equal numbers may be off by a rounding error, of which Adam would make a full step; the mean of their
+    differences to the first one is not.
+    """
+    difference = precise(reward) - precise(reward[:, :1])
+    return difference - jnp.mean(difference, axis=1, keepdims=True)
 
 
 def group_normalize(reward: Float[Array, "B G"], ddof: int = 0) -> Float[Array, "B G"]:
     """GRPO's advantage (arXiv:2402.03300): (r - mean) / (std + 1e-4) within each prompt's group of responses."""
-    reward = precise(reward)
-    centred = reward - jnp.mean(reward, axis=1, keepdims=True)
-    return centred / (jnp.std(reward, axis=1, keepdims=True, ddof=ddof) + 1e-4)
+    centred = above_mean(reward)
+    return centred / (jnp.std(centred, axis=1, keepdims=True, ddof=ddof) + 1e-4)
 
 
 def leave_one_out(reward: Float[Array, "B G"]) -> Float[Array, "B G"]:
     """RLOO's advantage (arXiv:2402.14740): each reward minus the mean of the other rewards of its group."""
-    reward = precise(reward)
     size = reward.shape[1]
     if size < 2:
         raise ValueError("leave_one_out needs at least two responses a prompt")
-    return (reward - jnp.mean(reward, axis=1, keepdims=True)) * (size / (size - 1))
+    return above_mean(reward) * (size / (size - 1))

@@ -15,22 +15,20 @@ from jaxtyping import Array, Bool, Float
 from rlhf_jax.algorithms import optim
 from rlhf_jax.algorithms.reward import better, correct_pairs, margins, pair_mean
 from rlhf_jax.devices import parallel
+from rlhf_jax.settings import LabelNoise, Positive, Settings
 from rlhf_jax.types import InputError, LogprobsFn, Metrics, Params, Rankings, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of the algorithm."""
 
-    beta: float = 0.1  # strength of the KL constraint that the loss stands for
+    beta: Positive = 0.1  # strength of the KL constraint that the loss stands for
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # logistic, or the square of arXiv:2310.12036
-    label_smoothing: float = 0.0  # probability that a pair's label is wrong; sigmoid only
+    label_smoothing: LabelNoise = 0.0  # probability that a pair's label is wrong; sigmoid only
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise InputError(f"beta={self.beta}: expected more than 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise InputError(f"label_smoothing={self.label_smoothing}: expected a probability in [0, 0.5)")
+        super().__post_init__()
         if self.loss == "ipo" and self.label_smoothing:
             raise InputError("label_smoothing has no effect with loss=ipo: leave it out")
 

@@ -8,7 +8,7 @@ reference, of the whole response.
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import optax
@@ -16,10 +16,11 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import updates
-from rlhf_jax.algorithms.advantages import group_normalize
+from rlhf_jax.algorithms.advantages import above_mean, group_normalize
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import kl_estimate, masked_mean
+from rlhf_jax.settings import NonNegative, Range
 from rlhf_jax.types import InputError, Leaf, LogprobsFn, Metrics, Params, Rollout, Tokens, TrainState
 
 
@@ -27,16 +28,12 @@ from rlhf_jax.types import InputError, Leaf, LogprobsFn, Metrics, Params, Rollou
 class Config(updates.Config):
     """Settings of the algorithm; the defaults are those of DeepSeekMath (arXiv:2402.03300, section 4.2)."""
 
-    group: int = 8  # responses to a prompt, in consecutive rows of the rollout; 64 there
-    kl_coef: float = 0.04  # weight of the KL to the reference
+    # responses to a prompt, in consecutive rows of the rollout; 64 there
+    group: Annotated[int, Range(least=2, unit="responses to compare")] = 8
+    kl_coef: NonNegative = 0.04  # weight of the KL to the reference
     kl_in: Literal["loss", "reward"] = "loss"  # k3 of each token, or the response's summed k1 off its score
     scale: bool = True  # divide by the standard deviation of the group; not so in Dr. GRPO (arXiv:2503.20783)
     mean: Literal["sequence", "token"] = "sequence"  # of the loss: first within each response, or over all tokens
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group < 2:
-            raise InputError(f"group={self.group}: expected at least 2 responses to compare")
 
 
 class Experience(struct.PyTreeNode):
@@ -58,8 +55,11 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
     score = updates.response_score(rollout, cfg)
     reward = score - cfg.kl_coef * updates.response_kl(rollout) if cfg.kl_in == "reward" else score
     grouped = groups(reward, cfg.group)
-    advantage = group_normalize(grouped) if cfg.scale else grouped - jnp.mean(grouped, axis=1, keepdims=True)
-    metrics = updates.describe(rollout, score) | {"reward/spread": jnp.mean(jnp.std(grouped, axis=1))}
+    advantage = group_normalize(grouped) if cfg.scale else above_mean(grouped)
+    metrics = updates.describe(rollout, score) | {
+        "reward/spread": jnp.mean(jnp.std(grouped, axis=1)),
+        "reward/flat": jnp.mean(jnp.all(grouped == grouped[:, :1], axis=1)),  # groups that teach nothing
+    }
     return Experience(rollout=rollout, advantage=advantage.reshape(-1)), metrics
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.settings import Positive, Rate, Settings
 from rlhf_jax.types import Params, TrainState
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -37,14 +38,14 @@ def schedule(kind: Schedule, peak: float, total: int, warmup: int = 0) -> optax.
 
 
 @dataclasses.dataclass(frozen=True)
-class Adam:
+class Adam(Settings):
     """Settings of Adam, and of what goes with it."""
 
-    b1: float = 0.9  # decay of the mean of the gradient
-    b2: float = 0.95  # decay of the mean of its square
-    eps: float = 1e-8  # added to the root of that
+    b1: Rate = 0.9  # decay of the mean of the gradient
+    b2: Rate = 0.95  # decay of the mean of its square
+    eps: Positive = 1e-8  # added to the root of that
     tensorflow: bool = False  # eps is added before the bias correction, as in TensorFlow: OpenAI's code of 2019
-    clip_norm: float | None = 1.0  # global norm to which a gradient is clipped
+    clip_norm: Positive | None = 1.0  # global norm to which a gradient is clipped
 
 
 def adamw(

@@ -7,7 +7,7 @@ policy's trunk, with an optimiser of its own.
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from rlhf_jax.algorithms import updates
 from rlhf_jax.algorithms.advantages import gae, through_first_pad, token_rewards, whiten
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import KLKind, kl_estimate, masked_mean, precise
+from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Range
 from rlhf_jax.types import (
     InputError,
     Leaf,
@@ -29,7 +30,6 @@ from rlhf_jax.types import (
     Tokens,
     TrainState,
     ValueFn,
-    check_positive,
 )
 
 
@@ -37,33 +37,31 @@ from rlhf_jax.types import (
 class Config(updates.Config):
     """Settings of the algorithm; the defaults are InstructGPT's where its paper gives them."""
 
-    minibatches: int = 8  # updates a pass
+    minibatches: Count = 8  # updates a pass
 
-    kl_coef: float = 0.02  # reward per nat of KL to the reference, at the start where it adapts
+    kl_coef: NonNegative = 0.02  # reward per nat of KL to the reference, at the start where it adapts
     kl_kind: KLKind = "k1"  # estimator of that KL
-    kl_clamp: float | None = None  # bound of a token's estimate, to each side of 0
+    kl_clamp: Positive | None = None  # bound of a token's estimate, to each side of 0
     kl_in: Literal["reward", "loss"] = (
         "reward"  # in the loss k2 has the gradient of each token's KL, blind to later ones
     )
-    kl_target: float | None = None  # nats a response: kl_coef adapts (Ziegler et al. 2019); None keeps it fixed
-    kl_horizon: float = 10_000.0  # episodes over which the coefficient adapts
+    kl_target: Positive | None = None  # nats a response: kl_coef adapts (Ziegler et al. 2019); None keeps it fixed
+    kl_horizon: Positive = 10_000.0  # episodes over which the coefficient adapts
 
     score_at: Literal["last", "first_pad"] = "last"  # the response's last token (its EOS), or the column after it
     whiten_rewards: bool = False  # token rewards of a rollout to unit variance; their mean stays
     whiten_advantages: Literal["biased", "bessel"] | None = "biased"  # estimator of the variance; None leaves them
-    gamma: float = 1.0  # discount
-    lam: float = 0.95  # GAE's lambda
+    gamma: Fraction = 1.0  # discount
+    lam: Fraction = 0.95  # GAE's lambda
 
-    dual_clip: float | None = None  # bound of the ratio where the advantage is negative, above 1 (arXiv:1912.09729)
-    penalty: float | None = None  # weight of the KL to the sampling policy, which then replaces the clip
-    value_clip: float = 0.2  # how far a value may move from the rollout's
-    value_coef: float = 1.0  # weight of half the squared error
+    # bound of the ratio where the advantage is negative, above 1 (arXiv:1912.09729)
+    dual_clip: Annotated[float, Range(above=1)] | None = None
+    penalty: NonNegative | None = None  # weight of the KL to the sampling policy, which then replaces the clip
+    value_clip: Positive = 0.2  # how far a value may move from the rollout's
+    value_coef: NonNegative = 1.0  # weight of half the squared error
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "kl_target", "kl_horizon")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise InputError(f"dual_clip={self.dual_clip}: expected more than 1")
         if self.kl_in == "loss" and self.kl_kind == "k1":
             raise InputError("kl_in=loss with kl_kind=k1 has no effect: the gradient of k1 is 0 on average; use k2")
         if self.penalty is not None and self.dual_clip is not None:

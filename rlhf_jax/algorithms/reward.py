@@ -13,25 +13,24 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from rlhf_jax.algorithms import optim
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import masked_mean, precise
-from rlhf_jax.types import InputError, Metrics, Params, Rankings, ScoreFn, TrainState, check_positive
+from rlhf_jax.settings import Count, LabelNoise, NonNegative, Settings
+from rlhf_jax.types import InputError, Metrics, Params, Rankings, ScoreFn, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of the loss; the defaults are InstructGPT's."""
 
     loss: Literal["bradley_terry", "choice"] = "bradley_terry"  # all pairs, or the best of each prompt's responses
-    margin: float = 0.0  # by which scores should differ, per step of rank between the two (arXiv:2307.09288)
-    label_smoothing: float = 0.0  # probability that a pair's label is wrong
-    centring: float = 0.0  # weight of the squared sum of a pair's scores, which keeps their mean near 0
-    buckets: int = 1  # parts of like length in which prompts are learnt from, each as wide as it needs
+    margin: NonNegative = 0.0  # by which scores should differ, per step of rank between the two (arXiv:2307.09288)
+    label_smoothing: LabelNoise = 0.0  # probability that a pair's label is wrong
+    centring: NonNegative = 0.0  # weight of the squared sum of a pair's scores, which keeps their mean near 0
+    buckets: Count = 1  # parts of like length in which prompts are learnt from, each as wide as it needs
 
     def __post_init__(self) -> None:
-        check_positive(self, "buckets")
+        super().__post_init__()
         if self.loss == "choice" and (self.margin or self.label_smoothing):
             raise InputError("margin and label_smoothing are of pairs: they have no effect with loss=choice")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise InputError(f"label_smoothing={self.label_smoothing}: expected a probability in [0, 0.5)")
 
 
 def better(rank: Int[Array, "B K"]) -> Bool[Array, "B K K"]:

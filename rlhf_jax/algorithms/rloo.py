@@ -6,6 +6,7 @@ is REINFORCE's; with more, the ratio of the whole response to the policy that sa
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax.numpy as jnp
 import optax
@@ -16,20 +17,17 @@ from rlhf_jax.algorithms.advantages import leave_one_out
 from rlhf_jax.algorithms.grpo import Experience, groups, live
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
-from rlhf_jax.types import InputError, LogprobsFn, Metrics, Params, Rollout, Tokens, TrainState
+from rlhf_jax.settings import NonNegative, Range
+from rlhf_jax.types import LogprobsFn, Metrics, Params, Rollout, Tokens, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(updates.Config):
     """Settings of the algorithm."""
 
-    group: int = 4  # responses to a prompt, in consecutive rows of the rollout
-    kl_coef: float = 0.03  # reward per nat of KL to the reference
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group < 2:
-            raise InputError(f"group={self.group}: expected at least 2 responses, each the other's baseline")
+    # responses to a prompt, in consecutive rows of the rollout
+    group: Annotated[int, Range(least=2, unit="responses, each the other's baseline")] = 4
+    kl_coef: NonNegative = 0.03  # reward per nat of KL to the reference
 
 
 def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:

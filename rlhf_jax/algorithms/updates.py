@@ -7,7 +7,7 @@ early stop that any of them may have.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from rlhf_jax.algorithms import sft
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import masked_mean
+from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Settings, Unbounded
 from rlhf_jax.types import (
     InputError,
     Leaf,
@@ -27,10 +28,11 @@ from rlhf_jax.types import (
     Rollout,
     Tokens,
     TrainState,
-    check_positive,
 )
 
 Batch = TypeVar("Batch")  # a pytree whose leaves count episodes on their first axis
+Score = Annotated[float, Unbounded("scores have either sign")]
+Bonus = Annotated[float, Unbounded("a negative weight lowers what a positive one raises")]
 # The largest |ratio - 1| that rounding leaves in the first pass over a rollout, by the type of the trunk.
 RATIO_ERROR = {"float32": 1e-4, "bfloat16": 0.1}
 
@@ -38,28 +40,26 @@ Totals = dict[str, Array]  # what shares of a loss are divided by: counts over t
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings that every algorithm has."""
 
-    epochs: int = 1  # passes over each rollout
-    minibatches: int = 1  # updates a pass
-    buckets: int = 1  # parts of like length in which responses are read and learnt from, each as wide as it needs
-    temperature: float = 1.0  # of sampling, and so of every log-probability
+    epochs: Count = 1  # passes over each rollout
+    minibatches: Count = 1  # updates a pass
+    buckets: Count = 1  # parts of like length in which responses are read and learnt from, each as wide as it needs
+    temperature: Positive = 1.0  # of sampling, and so of every log-probability
     stop_at_eos: bool = True  # False: responses go on, and all their tokens are trained on (Ziegler et al. 2019)
-    unfinished_score: float | None = None  # replaces the score of a response without EOS
-    unfinished_penalty: float = 0.0  # subtracted from the score of a response without EOS
-    clip: float = 0.2  # of the probability ratio, to each side of 1
-    entropy_coef: float = 0.0  # weight of the policy's entropy
-    ptx_coef: float = 27.8  # weight of the pretraining loss where a rollout comes with pretraining text
-    stop_kl: float | None = None  # a rollout's updates end before the first whose approx_kl exceeds this
-    ema: float | None = None  # decay an update of an average of the policy's weights, kept beside them
+    unfinished_score: Score | None = None  # replaces the score of a response without EOS
+    unfinished_penalty: NonNegative = 0.0  # subtracted from the score of a response without EOS
+    clip: Positive = 0.2  # of the probability ratio, to each side of 1
+    entropy_coef: Bonus = 0.0  # weight of the policy's entropy
+    ptx_coef: NonNegative = 27.8  # weight of the pretraining loss where a rollout comes with pretraining text
+    stop_kl: NonNegative | None = None  # a rollout's updates end before the first whose approx_kl exceeds this
+    ema: Rate | None = None  # decay an update of an average of the policy's weights, kept beside them
 
     def __post_init__(self) -> None:
-        check_positive(self, "epochs", "minibatches", "buckets", "temperature")
+        super().__post_init__()
         if self.unfinished_score is not None and self.unfinished_penalty:
             raise InputError("unfinished_score replaces what unfinished_penalty lowers: leave out one of them")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise InputError(f"ema={self.ema}: expected a decay in [0, 1)")
 
 
 def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Config, rng: jax.Array) -> TrainState:

@@ -19,7 +19,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from rlhf_jax.devices import hosts
-from rlhf_jax.types import InputError, TrainState, check_positive
+from rlhf_jax.settings import Count, Settings
+from rlhf_jax.types import InputError, TrainState
 
 AXIS = "device"
 ROWS = "data", "fsdp"  # axes of a mesh over which rows are spread
@@ -193,21 +194,21 @@ def _row_devices() -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """How a run lies on its devices. By default each holds whole models, and its share of the rows.
 
     Any of the first three makes it a mesh of data x fsdp x tensor devices, for models that outgrow one.
     """
 
-    data: int | None = None  # groups of devices that hold whole models between them; None is as many as there are
-    fsdp: int = 1  # devices of a group between which parameters and rows are split
-    tensor: int = 1  # devices between which heads, the width of MLPs and the vocabulary are split
+    data: Count | None = None  # groups of devices that hold whole models between them; None is as many as there are
+    fsdp: Count = 1  # devices of a group between which parameters and rows are split
+    tensor: Count = 1  # devices between which heads, the width of MLPs and the vocabulary are split
     whole: tuple[str, ...] = ()  # models that each device of a mesh holds whole, such as critic
     offload: bool = False  # reference and reward models wait in the hosts' memory, of a mesh, until they are asked
-    microbatches: int = 1  # parts of an update's rows whose activations exist one after another
+    microbatches: Count = 1  # parts of an update's rows whose activations exist one after another
 
     def __post_init__(self) -> None:
-        check_positive(self, "data", "fsdp", "tensor", "microbatches")
+        super().__post_init__()
         if self.whole and not self.meshed:
             raise InputError("whole has no effect without a mesh, where every device holds whole models: leave it out")
         if self.offload and not self.meshed:

@@ -4,54 +4,54 @@ import dataclasses
 from typing import Any, Literal
 
 from rlhf_jax.devices.compute import Compute
-from rlhf_jax.types import InputError, check_positive
+from rlhf_jax.settings import Count, Positive, Rate, Settings, Whole
+from rlhf_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Settings):
     """Llama 3's: wavelengths beyond the context that RoPE was trained for grow, those well inside stay."""
 
-    factor: float  # by which the longest are
-    low: float  # from original_length / low on, wavelengths are the longest,
-    high: float  # up to original_length / high they are as they were, and between the two they go from one to the other
-    original_length: int  # tokens
+    factor: Positive  # by which the longest are
+    low: Positive  # from original_length / low on, wavelengths are the longest,
+    high: Positive  # up to original_length / high they are as they were, and in between they go from one to the other
+    original_length: Count  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """The architecture, and how it is computed; the defaults are GPT-2 small."""
 
-    vocab_size: int = 50257
-    max_length: int = 1024  # tokens of context: rows of the position table, or the length RoPE was trained for
-    d_model: int = 768
-    n_layers: int = 12
-    n_heads: int = 12  # query heads
-    n_kv_heads: int = 12  # key/value heads; fewer than n_heads is grouped-query attention
-    head_dim: int = 64
-    d_ff: int = 3072
+    vocab_size: Count = 50257
+    max_length: Count = 1024  # tokens of context: rows of the position table, or the length RoPE was trained for
+    d_model: Count = 768
+    n_layers: Count = 12
+    n_heads: Count = 12  # query heads
+    n_kv_heads: Count = 12  # key/value heads; fewer than n_heads is grouped-query attention
+    head_dim: Count = 64
+    d_ff: Count = 3072
     position: Literal["learned", "rope"] = "learned"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"  # gelu is the tanh form
     bias: Literal["all", "qkv", "none"] = "all"  # which linear maps have one
     tie_embeddings: bool = True  # the unembedding is the embedding
     scale_embedding: bool = False  # embeddings times sqrt(d_model)
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     unit_offset: bool = False  # norms scale by 1 + their weight
     post_norm: bool = False  # what attention and MLP add has a norm too
     qk_norm: bool = False  # each head's query and key has a norm, before RoPE
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
-    query_size: int | None = None  # attention scores are divided by its square root; None is head_dim
-    window: int | None = None  # tokens that a token attends to, itself included; None is all before it
-    full_layers: tuple[int, ...] = ()  # layers without the window
-    attention_cap: float | None = None  # attention scores s become cap tanh(s / cap)
-    logit_cap: float | None = None  # and so do logits
-    dropout: float = 0.0  # residual dropout: on the embedding and on what each sublayer adds
+    query_size: Count | None = None  # attention scores are divided by its square root; None is head_dim
+    window: Count | None = None  # tokens that a token attends to, itself included; None is all before it
+    full_layers: tuple[Whole, ...] = ()  # layers without the window
+    attention_cap: Positive | None = None  # attention scores s become cap tanh(s / cap)
+    logit_cap: Positive | None = None  # and so do logits
+    dropout: Rate = 0.0  # residual dropout: on the embedding and on what each sublayer adds
     compute: Compute = Compute()
 
     def __post_init__(self) -> None:
-        sizes = "vocab_size", "max_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"
-        check_positive(self, *sizes, "query_size", "window", "attention_cap", "logit_cap")
+        super().__post_init__()
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.position == "rope" and self.head_dim % 2:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlhf_jax.types import InputError, Params, TrainState, check_positive
+from rlhf_jax.settings import Count, Positive, Settings
+from rlhf_jax.types import InputError, Params, TrainState
 
 Kernel = Literal["qkv", "out", "up", "down"]
 INPUTS: dict[Kernel, int] = {"qkv": 1, "out": 3, "up": 1, "down": 1}  # axes of a kernel that are inputs, after [L]
@@ -23,15 +24,15 @@ HEAD = ("kernel",), ("bias",)  # paths of a scalar model's head
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of the adapters."""
 
-    rank: int | None = None  # of A B; None trains all weights instead
-    alpha: float = 16.0  # alpha / rank multiplies A B
+    rank: Count | None = None  # of A B; None trains all weights instead
+    alpha: Positive = 16.0  # alpha / rank multiplies A B
     kernels: tuple[Kernel, ...] = ("qkv", "out", "up", "down")  # what is adapted, in attention and in the MLP
 
     def __post_init__(self) -> None:
-        check_positive(self, "rank", "alpha")
+        super().__post_init__()
         if self.rank is None and any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
             raise InputError("alpha and kernels have no effect without a rank")
         if not self.kernels:

@@ -3,10 +3,11 @@
 from rlhf_jax.runs.directory import CHECKPOINTS, claim, differences, once, settings, write, write_config, writing
 from rlhf_jax.runs.gcs import share
 from rlhf_jax.runs.log import Limits
-from rlhf_jax.runs.run import Config, Run, Stage
+from rlhf_jax.runs.run import SEED, Config, Run, Stage
 
 __all__ = [
     "CHECKPOINTS",
+    "SEED",
     "Config",
     "Limits",
     "Run",

@@ -36,7 +36,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from rlhf_jax.devices import hosts, preemption
 from rlhf_jax.runs import gcs
-from rlhf_jax.types import InputError, TrainState, check_positive
+from rlhf_jax.settings import Count, Settings
+from rlhf_jax.types import InputError, TrainState
 
 _MARK = "_CHECKPOINT_METADATA"  # the file by which Orbax knows its checkpoints
 _LAST = "commit_success.txt"  # the one that makes a checkpoint in a bucket whole
@@ -56,18 +57,18 @@ class FullDiskError(OSError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """When a run is saved, what is kept of that, and when it goes on from there."""
 
-    every: int = 50  # steps between checkpoints
-    keep: int = 2  # newest checkpoints to keep
+    every: Count = 50  # steps between checkpoints
+    keep: Count = 2  # newest checkpoints to keep
     best: str | None = None  # metric by which the best is kept too: min:loss/next_token, max:reward/score
     # same: go on from what is there, and refuse to if other settings made it; changed: go on with these; never: start
     # over, whatever is there
     resume: Literal["same", "changed", "never"] = "same"
 
     def __post_init__(self) -> None:
-        check_positive(self, "every", "keep")
+        super().__post_init__()
         if self.best is not None and not self.best.startswith(("min:", "max:")):
             raise InputError(f"saves.best={self.best}: expected min: or max:, then the name of a metric")
 

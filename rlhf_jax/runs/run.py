@@ -15,19 +15,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
+import jax
+
 from rlhf_jax.devices import parallel
 from rlhf_jax.devices.compute import Compute
 from rlhf_jax.runs import checkpoint, timing
-from rlhf_jax.runs.directory import CHECKPOINTS
+from rlhf_jax.runs.directory import CHECKPOINTS, changed_settings
 from rlhf_jax.runs.log import NO_LIMITS, Limits, Records
+from rlhf_jax.settings import Seed, Settings, Whole
 from rlhf_jax.types import Metrics, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Stage(Settings):
     """The settings that every experiment has."""
 
-    seed: int = 0  # of everything that is random
+    seed: Seed = 0  # of everything that is random
     out: Path = Path("runs/stage")  # run directory
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
     compute: Compute = Compute()
@@ -39,14 +42,17 @@ class Config(Stage):
     """The settings that every experiment has which trains a model; the model goes to the folder "model" of `out`."""
 
     saves: checkpoint.Config = checkpoint.Config()
-    skip_bad: int = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
-    profile: int = 0  # steps to trace after the first three, into the folder profile
+    skip_bad: Whole = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
+    profile: Whole = 0  # steps to trace after the first three, into the folder profile
     wandb: bool = False  # log to Weights & Biases too
 
 
 @runtime_checkable
 class Stream(checkpoint.Stream, Iterator[Any], Protocol):
     """An iterator over batches that knows its place."""
+
+
+SEED = {"seed": "rng"}
 
 
 class Run:
@@ -64,19 +70,24 @@ class Run:
         streams: Mapping[str, Iterable[Any]],
         steps: int,
         limits: Limits = NO_LIMITS,
+        in_state: Mapping[str, str] = SEED,
     ):
         """Finds where to go on.
 
         `state` is that before the first step, not placed. `streams` are saved with it, and set to their places again.
-        Of `limits`, what `cfg` says too is taken from there.
+        Of `limits`, what `cfg` says too is taken from there. `in_state` maps settings that the state holds to its
+        leaves: where `--saves.resume changed` changes such a setting, the run goes on with the new value.
         """
         self._cfg, self._layout, self._steps = cfg, layout, steps
         self._limits = dataclasses.replace(limits, skip_bad=cfg.skip_bad, profile=cfg.profile, wandb=cfg.wandb)
         self._opened, self._saving = contextlib.ExitStack(), contextlib.ExitStack()
         self.streams = {name: cast(Stream, iter(stream)) for name, stream in streams.items()}
-        state = checkpoint.resume(cfg.out / CHECKPOINTS, state, self.streams, cfg.saves)
-        self._done = int(state.step)
-        self.state = layout.state(state)
+        resumed = checkpoint.resume(cfg.out / CHECKPOINTS, state, self.streams, cfg.saves, total=steps)
+        if cfg.saves.resume == "changed":
+            changed = {in_state[name] for name in changed_settings(cfg.out, cfg) if name in in_state}
+            resumed = _with_leaves(resumed, state, changed)
+        self._done = int(resumed.step)
+        self.state = layout.state(resumed)
 
     def __enter__(self) -> "Run":
         cfg, done, total = self._cfg, self._done, self._steps
@@ -109,3 +120,12 @@ class Run:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Records a table of samples, see `log.Records.samples`."""
         self._records.samples(step, rows)
+
+
+def _with_leaves(state: TrainState, other: TrainState, names: set[str]) -> TrainState:
+    """`state` with the leaves of these names, such as "opt_state/kl_coef", of another one."""
+
+    def choose(path: tuple, leaf: Any, changed: Any) -> Any:
+        return changed if jax.tree_util.keystr(path, simple=True, separator="/") in names else leaf
+
+    return jax.tree_util.tree_map_with_path(choose, state, other)
