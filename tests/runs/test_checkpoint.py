@@ -9,8 +9,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.runs import checkpoint
 from rlhf_jax.devices import preemption
+from rlhf_jax.runs import checkpoint
 from rlhf_jax.types import InputError, TrainState
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))

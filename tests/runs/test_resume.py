@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from experiments import assistant, dpo, ppo, pretrain, reward, sft
-from rlhf_jax.runs import checkpoint, cli, log
 from rlhf_jax.devices import preemption
+from rlhf_jax.runs import checkpoint, cli, log
 from rlhf_jax.types import InputError
 from scripts import survive
 from tests.quickstart import metrics_of, refused
