@@ -1,6 +1,16 @@
 """Run directories: what a run was made with, its records, checkpoints, plots and command line."""
 
-from rlhf_jax.runs.directory import CHECKPOINTS, claim, differences, once, settings, write, write_config, writing
+from rlhf_jax.runs.directory import (
+    CHECKPOINTS,
+    changed_settings,
+    claim,
+    differences,
+    once,
+    settings,
+    write,
+    write_config,
+    writing,
+)
 from rlhf_jax.runs.gcs import share
 from rlhf_jax.runs.log import Limits
 from rlhf_jax.runs.run import SEED, Config, Run, Stage
@@ -12,6 +22,7 @@ __all__ = [
     "Limits",
     "Run",
     "Stage",
+    "changed_settings",
     "claim",
     "differences",
     "once",

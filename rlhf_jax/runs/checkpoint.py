@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,7 @@ from rlhf_jax.types import InputError, TrainState
 
 _MARK = "_CHECKPOINT_METADATA"  # the file by which Orbax knows its checkpoints
 _LAST = "commit_success.txt"  # the one that makes a checkpoint in a bucket whole
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 _open: dict[Path, "Writer"] = {}  # of this process, by directory
 
 
@@ -192,36 +194,51 @@ class Writer:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether this is what an error, or the one that caused it, comes from."""
+    """Whether an error, or one that it was raised from, is that of a full disk, a quota, or a limit of file sizes."""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        if getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def resume(
-    directory: Path, like: TrainState, streams: Mapping[str, Stream] | None = None, cfg: Config = Config()
+    directory: Path,
+    like: TrainState,
+    streams: Mapping[str, Stream] | None = None,
+    cfg: Config = Config(),
+    total: int | None = None,
 ) -> TrainState:
     """The state of the newest checkpoint that can be read, with the streams set to go on from there.
 
-    It is `like` itself where there is no checkpoint, or `cfg` is to start over; see `restore` for what `like` is. A
-    damaged checkpoint is told of on stderr. InputError if all are damaged.
+    It is `like` itself where there is no checkpoint, or `cfg` is to start over; see `restore` for what `like` is. The
+    streams stay where they are if the run, of `total` steps, is trained: nothing is read from them, and they may be
+    shorter than those that it was trained on. A damaged checkpoint is told of on stderr. Raises InputError if all are
+    damaged, or a stream has no such place.
     """
-    found = [] if cfg.resume == "never" else steps(directory)
-    for step in reversed(found):
+    saved = [] if cfg.resume == "never" else steps(directory)
+    for step in reversed(saved):
         try:
             state, positions = restore(directory, like, step)
         except DamagedError as error:
             print(f"warning: {error}", file=sys.stderr)
             continue
-        for name, stream in (streams or {}).items():
-            if name in positions:
-                stream.set_state(positions[name])
+        if total is None or step < total:
+            for name, stream in (streams or {}).items():
+                if name in positions:
+                    _position(stream, positions[name], f"{directory}: after step {step} the stream {name}")
         return state
-    if found:
+    if saved:
         raise InputError(f"{directory}: no checkpoint can be read; --saves.resume never starts over")
     return like
+
+
+def _position(stream: Stream, position: Any, what: str) -> None:
+    try:
+        stream.set_state(position)
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # of rows or batches that are fewer, or others
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what} cannot go on ({reason}); --saves.resume never starts over") from error
 
 
 def steps(directory: Path) -> list[int]:

@@ -1,12 +1,17 @@
 """The command line of an experiment: a frozen dataclass in, flags out, and every mistake of the user's on one line."""
 
+import codecs
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
+import itertools
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -26,74 +31,149 @@ from rlhf_jax.types import InputError
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 
-# Exit codes: wrong input, a run that broke down or a full disk, control-C; and preemption.EXIT, to be run again.
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+# Exit codes: wrong input, a run that broke down or a full disk, control-C, an output that nobody reads any more; and
+# preemption.EXIT, to be run again.
+USAGE, FAILURE, INTERRUPTED, UNREAD = 2, 1, 130, 128 + signal.SIGPIPE
+_OF_A_PATH = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP  # mistakes, where a file is named
 
 
 def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] | None = None) -> Result:
-    """Calls `main` with `default` as changed by the flags in `args`, by default those of the command line.
+    """Call `main` with `default` as changed by the flags in `args`, by default those of the command line.
 
     Each field is a flag (`--ppo.clip` for a nested one), and the comment beside it is its help. Leaves with one line on
-    stderr and status 2 on a flag or value that is wrong and on any `InputError` from `main`, 1 on a `BrokenRunError`
-    and where the disk is full, 130 on control-C, 75 (`preemption.EXIT`) on SIGTERM, where the same command goes on from
-    then. Other exceptions are bugs, and keep their traceback. Compiled programs are kept in the folder that
+    stderr and status 2 on a flag or value that is wrong, on any `InputError` from `main` and on a path that may not be
+    used, 1 on a `BrokenRunError` and where the disk is full, 130 on control-C, 75 (`preemption.EXIT`) on SIGTERM, where
+    the same command goes on from then; and with 141 and no line where the output was closed, as by `| head`. Other
+    exceptions are bugs, and keep their traceback. Compiled programs are kept in the folder that
     JAX_COMPILATION_CACHE_DIR names, or else in ~/.cache/rlhf_jax. Paths may be gs:// ones (`gcs`).
     """
     prepare()
-    try:
-        with preemption.watched():
-            config = parse(default, args)
-            with hosts.together(), gcs.mirrored(config) as local:
-                return main(local)
-    except InputError as error:
-        _leave(str(error), USAGE)
-    except log.BrokenRunError as error:
-        _leave(str(error), FAILURE)
-    except KeyboardInterrupt:
-        _leave("interrupted", INTERRUPTED)
-    except preemption.Preempted:
-        print("asked to end by SIGTERM: run the same command again to go on", file=sys.stderr)
-        raise SystemExit(preemption.EXIT) from None
-    except Exception as error:
-        if not checkpoint.disk_is_full(error):
+    with _output(), _threads():
+        try:
+            with preemption.watched():
+                config = parse(default, args)
+                with hosts.together(), gcs.mirrored(config) as local:
+                    return main(local)
+        except log.BrokenRunError as error:
+            _leave(str(error), FAILURE)
+        except KeyboardInterrupt:
+            _leave("interrupted", INTERRUPTED)
+        except preemption.Preempted:
+            _tell("asked to end by SIGTERM: run the same command again to go on")
+            raise SystemExit(preemption.EXIT) from None
+        except Exception as error:
+            if checkpoint.disk_is_full(error):
+                what = error.strerror if isinstance(error, checkpoint.FullDiskError) else f"the disk is full: {error}"
+                _leave(f"{what}; make room, and run the same command again to go on", FAILURE)
+            if isinstance(error, InputError):
+                _leave(str(error), USAGE)
+            if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename:
+                _leave(f"{os.fspath(error.filename)!s:.300}: {error.strerror}", USAGE)
             raise
-        what = error.strerror if isinstance(error, checkpoint.FullDiskError) else f"the disk is full: {error}"
-        _leave(f"{what}; make room, and run the same command again to go on", FAILURE)
 
 
 def prepare() -> None:
-    """What `run` does before anything else, for a process that does part of its work."""
+    """Set up the process as `run` does before anything else, for one that does part of its work."""
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax and Grain narrate, and print errors that they raise too
     if jax.config.values["jax_compilation_cache_dir"] is None:  # what was compiled once is found by later stages
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rlhf_jax"))
     if jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 1.0:  # as it comes: most programs are smaller
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _prepare_streams()
+
+
+def _prepare_streams() -> None:
+    """Make the standard streams take any text: what cannot be decoded is U+FFFD, what cannot be encoded is escaped.
+
+    Where the locale has ASCII alone they are UTF-8, which Python itself makes of it unless it is told not to. Streams
+    that were closed before the start read nothing and write to nowhere.
+    """
+    for name, mode, errors in (("stdin", "r", "replace"), ("stdout", "w", "backslashreplace"),
+                               ("stderr", "w", "backslashreplace")):  # fmt: skip
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            is_ascii = codecs.lookup(stream.encoding).name == "ascii" and "PYTHONIOENCODING" not in os.environ
+            stream.reconfigure(encoding="utf-8" if is_ascii else stream.encoding, errors=errors)
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """On the way out everything is flushed here: where nobody reads it any more, the process ends without a word."""
+    try:
+        yield
+    except BrokenPipeError:
+        if _flush() is None:
+            raise  # it was another pipe
+        raise SystemExit(UNREAD) from None
+    except BaseException:
+        _flush()
+        raise
+    if (error := _flush()) is not None:
+        if not isinstance(error, BrokenPipeError):
+            _tell(f"error: the output cannot be written: {error.strerror}")
+        raise SystemExit(UNREAD if isinstance(error, BrokenPipeError) else FAILURE)
+
+
+def _flush() -> OSError | None:
+    """Flush the standard streams; one that fails writes to nowhere from then on. Returns the last error."""
+    failed = None
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            failed = error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return failed
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[None]:
+    """Within, a thread that dies of a full disk, as TensorBoard's does, prints no traceback: the main one will tell."""
+    former = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not checkpoint.disk_is_full(args.exc_value):
+            former(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = former
 
 
 def run_stage(stages: Mapping[str, tuple[Callable[[Any], Any], Any]], args: Sequence[str] | None = None) -> Any:
     """`run` of the main and default that the first argument names: the command line of a recipe of several stages."""
     name, *flags = [*(sys.argv[1:] if args is None else args)] or [""]
     names = ", ".join(stages)
-    if name in ("-h", "--help"):
-        print(f"{sys.modules['__main__'].__doc__}\nStages: {names}; --help behind one lists its flags.")
-        raise SystemExit(0)
     if name not in stages:
-        _leave(f"{f'unknown stage {name}' if name else 'no stage'}: expected one of {names}, then its flags", USAGE)
+        prepare()
+        with _output():
+            if name in ("-h", "--help"):
+                print(f"{sys.modules['__main__'].__doc__}\nStages: {names}; --help behind one lists its flags.")
+                raise SystemExit(0)
+            wrong = f"unknown stage {name}" if name else "no stage"
+            _leave(f"{wrong}: expected one of {names}, then its flags", USAGE)
     main, default = stages[name]
     return run(main, default, flags)
 
 
 def parse(default: Config, args: Sequence[str] | None = None) -> Config:
     """`default` as changed by the flags in `args`; raises `InputError` on a flag or a value that is wrong."""
+    arguments = [_decoded(argument) for argument in (sys.argv[1:] if args is None else args)]
     module = sys.modules["__main__"]
     spec = getattr(module, "__spec__", None)
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             config, unknown = tyro.cli(
                 type(default),
                 default=default,
-                args=args,
+                args=arguments,
                 prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
                 description=module.__doc__,
                 return_unknown_args=True,
@@ -103,14 +183,42 @@ def parse(default: Config, args: Sequence[str] | None = None) -> Config:
             raise
         if isinstance(stop.__context__, InputError):  # from the dataclass itself
             raise stop.__context__ from None
-        raise InputError(f"{_first_paragraph(said.getvalue())}; see --help") from None
+        raise InputError(f"{_first_paragraph(printed.getvalue())}; see --help") from None
     if unknown:
         flag = unknown[0].split("=")[0].replace("_", "-")
         near = difflib.get_close_matches(flag, ["--help", *_flags(default)], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         kind = "flag" if flag.startswith("-") else "argument"
         raise InputError(f"unknown {kind} {unknown[0]}; {hint}see --help")
+    _check_paths(config, arguments)
     return config
+
+
+def _decoded(argument: str) -> str:
+    """An argument as the UTF-8 that it is, also where the locale has ASCII alone; InputError if it is none."""
+    try:
+        return os.fsencode(argument).decode() if "\udc80" <= max(argument, default="") <= "\udcff" else argument
+    except UnicodeDecodeError:
+        shown = argument.encode(errors="backslashreplace").decode()
+        raise InputError(f"argument {shown:.100}: expected UTF-8; rename the file, if it names one") from None
+
+
+def _check_paths(config: Any, arguments: Sequence[str]) -> None:
+    """Raises InputError for a path among the flags that is empty, or that this locale has no name for."""
+    emptied = {flag for flag, value in itertools.pairwise(arguments) if value == ""}
+    emptied |= {argument[:-1] for argument in arguments if re.fullmatch(r"--[\w.\-]+=", argument)}
+    emptied = {flag.replace("_", "-") for flag in emptied}
+    for flag, value in _flags(config).items():
+        for path in value if isinstance(value, tuple | list) else (value,):
+            if not isinstance(path, Path):
+                continue
+            if flag in emptied and str(path) == ".":
+                raise InputError(f"{flag} is empty: expected a path, such as . for the working directory")
+            try:
+                os.fsencode(path)
+            except UnicodeEncodeError:
+                shown = str(path).encode("ascii", "backslashreplace").decode()
+                raise InputError(f"{flag} {shown}: this locale has no such names; set PYTHONUTF8=1") from None
 
 
 def hand_down(name: str, config: Config, shared: Stage, **decided: Any) -> Config:
@@ -127,18 +235,18 @@ def hand_down(name: str, config: Config, shared: Stage, **decided: Any) -> Confi
     return dataclasses.replace(config, **values)  # type: ignore[type-var]
 
 
-def _flags(config: Any, prefix: str = "--") -> Iterator[str]:
+def _flags(config: Any, prefix: str = "--") -> dict[str, Any]:
+    """The values of all fields of a dataclass and of those nested in it, by flag."""
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         flag = prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            yield from _flags(value, flag + ".")
-        else:
-            yield flag
+        found |= _flags(value, flag + ".") if dataclasses.is_dataclass(value) else {flag: value}
+    return found
 
 
 def _first_paragraph(box: str) -> str:
-    """The message proper of the box that tyro draws around an error: what is between its title and the next rule."""
+    """The message in the box that tyro draws around an error: the text between its title and the next rule."""
     lines = [line.strip("│| ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
     paragraphs = re.split(r"(?m)^[─+╰╯-]+$", "\n".join(lines))
     text = next((" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()), "wrong flags")
@@ -146,5 +254,11 @@ def _first_paragraph(box: str) -> str:
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    print("error: " + gcs.named(" ".join(message.split())), file=sys.stderr)
+    _tell("error: " + gcs.named(" ".join(message.split())))
     raise SystemExit(status)
+
+
+def _tell(line: str) -> None:
+    """Print a line on stderr. Where nobody reads that, the status still tells."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

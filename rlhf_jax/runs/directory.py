@@ -1,21 +1,25 @@
 """Run directories: what each was made with, and whether a command that is run again may go on there.
 
-`config.json` holds the configuration, and under `contents` a fingerprint of each model directory and file that it
-names, so that a run does not go on from a model, or with data, that was made anew in the meantime. Settings that change
-nothing of what is learnt may differ: `FREE`.
+`config.json` holds the configuration; under `contents` checksums of the files that it names, so that a run does not go
+on from a model, or with data, that changed in the meantime; and under `environment` what else it depends on. Settings
+that change nothing of what is learnt may differ: `FREE`.
 """
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
-import zlib
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rlhf_jax.devices import hosts
-from rlhf_jax.runs import checkpoint, gcs
+from rlhf_jax.runs import checkpoint, contents, gcs, lock
 from rlhf_jax.types import InputError
 
 FREE = {
@@ -30,42 +34,62 @@ FREE = {
     "devices",
 }  # names of settings
 CHECKPOINTS = gcs.CHECKPOINTS  # below the run directory; they may be deleted when it is done
-_EDGE = 2**20  # bytes read at either end of a file, for its fingerprint
+
+# Flags of JAX, however they were set, that give other numbers or other draws. What changes the rounding alone may
+# differ, as devices may: the platform, the options of XLA, versions. Nothing here depends on the locale or on hashes.
+_JAX_FLAGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+)
+_FOLDERS = CHECKPOINTS, "model", "tensorboard"  # what a run writes below its directory
+_RECORDS = "config.json", "metrics.jsonl", "samples.jsonl", "samples.md"
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """The dataclass `config` as JSON has it, with `contents`, the fingerprint of each path there that exists.
+    """The dataclass `config` as JSON has it, with `contents` and `environment`.
 
-    What is in a bucket has its name there.
+    Under `contents` lie, by the name of a setting and by each path in its value, the checksums of the files there. What
+    is in a bucket has its name there.
     """
-    plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    free = {value for name, value in _flat(plain) if _is_free(name)}
-    paths = sorted({value for name, value in _flat(plain) if isinstance(value, str) and value not in free})
-    contents = {path: mark for path in paths if (mark := _fingerprint(Path(path)))}
-    found = plain | ({"contents": contents} if contents else {})
-    return json.loads(gcs.named(json.dumps(found, ensure_ascii=False)))
+    plain, data_dir = _as_json(config), getattr(config, "data_dir", None)
+    named = {name: value for name, value in _flat(plain) if isinstance(value, str) and not _is_free(name)}
+    files = {name: found for name, value in named.items() if (found := _files_in(value, data_dir))}
+    models = {path for found in files.values() for path in found}
+    environment = {name: getattr(jax.config, name, None) for name in _JAX_FLAGS}
+    if any(map(contents.asks_for_the_date, models)):
+        environment["date"] = datetime.date.today().isoformat()
+    whole = plain | ({"contents": files} if files else {}) | {"environment": environment}
+    return json.loads(gcs.named(json.dumps(whole, ensure_ascii=False)))
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What differs in two `settings`, `name: this there, that here` each.
+def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
+    """How two `settings` differ, by the names of those that do: `0.1 there, 0.2 here`, or `rows.jsonl differs`.
 
-    Paths are the same if their contents are, wherever they lie; where either is gone, if their names are.
+    Paths are the same if their files are, wherever they lie; where either is gone, if their names are.
     """
-
-    def said(value: Any, mark: str) -> str:
-        return f"{value} ({mark})" if mark else str(value)
-
-    (old, old_marks), (new, new_marks) = (
-        ({name: x for name, x in _flat(values) if not _is_free(name)}, values.get("contents", {}))
-        for values in (there, here)
-    )
-    found = []
-    for name in sorted(old | new):
-        a, b = old.get(name, "absent"), new.get(name, "absent")
-        marks = old_marks.get(str(a), ""), new_marks.get(str(b), "")
-        if (marks[0] != marks[1]) if all(marks) else (a != b):
-            found.append(f"{name}: {said(a, marks[0])} there, {said(b, marks[1])} here")
+    old, new = _compared(there), _compared(here)
+    found = {}
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name, "absent"), new.get(name, "absent")
+        old_files, new_files = _files_of(there, name), _files_of(here, name)
+        if before == now:
+            if changed := _changed_files(old_files, new_files):
+                found[name] = changed
+        elif contents.by_content(before, old_files) != contents.by_content(now, new_files):
+            found[name] = f"{before} there, {now} here"
     return found
+
+
+def changed_settings(directory: Path, config: Any) -> set[str]:
+    """The names of the settings in which `config` differs from what config.json in `directory` says.
+
+    A nested one has dots: `ppo.kl_coef`. There are none where there is no such file, or it cannot be read.
+    """
+    there = _read_config(directory)
+    return set() if there is None else set(differences(_completed(there, config), settings(config)))
 
 
 @contextlib.contextmanager
@@ -80,7 +104,7 @@ def writing(directory: Path) -> Iterator[None]:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file, with the folder that it is in. It appears whole, or its former content stays.
+    """Write a file, with the folder that it is in. It appears whole, or its former content stays.
 
     The first process writes it; the others wait until it is there.
     """
@@ -94,48 +118,66 @@ def write(path: Path, text: str) -> None:
 
 
 def write_config(directory: Path, config: Any) -> None:
-    """Writes the `settings` of the dataclass `config` to the run directory's config.json."""
+    """Write the `settings` of the dataclass `config` to the run directory's config.json.
+
+    Raises InputError where that cannot be a run directory of it, or another process uses it.
+    """
+    _prepare(directory, config)
     write(directory / "config.json", json.dumps(settings(config), indent=2) + "\n")
 
 
 def claim(directory: Path, config: Any) -> None:
-    """Raises InputError unless a run of `config` may go on, or begin, in `directory`.
+    """Lock `directory`, made if needed, for a run of `config`; raises InputError where it may not go on or begin.
 
     It may not where checkpoints of another configuration are, unless `config.saves.resume` says otherwise, nor where it
-    cannot write. Call it first, before anything is written there.
+    cannot write, nor while another process uses the directory. Call it first, before anything is written there.
     """
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    if not os.access(directory, os.W_OK):
-        raise InputError(f"records cannot be written to {directory}: it is read-only")
-    if config.saves.resume != "same" or not checkpoint.steps(directory / CHECKPOINTS):
+    _prepare(directory, config)
+    for name in _FOLDERS:
+        if os.path.islink(folder := directory / name) and hosts.first():
+            print(f"{folder} is a link: what is written there goes to {os.path.realpath(folder)}", flush=True)
+    saves = getattr(config, "saves", None)
+    if saves is None or saves.resume != "same" or not checkpoint.steps(directory / CHECKPOINTS):
         return
-    try:
-        there = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError) as error:
+    if (there := _read_config(directory)) is None:
         raise InputError(
             f"{directory} has checkpoints but no config.json to tell of what: --saves.resume changed goes on from them,"
             " --saves.resume never starts over"
-        ) from error
-    _refuse(directory, there, settings(config), "--saves.resume changed goes on with these, never starts over")
+        )
+    _check_same(directory, there, config, "--saves.resume changed goes on with these, never starts over")
 
 
 def once(main: Callable[[Any], Any], config: Any, out: Path | None = None) -> Any:
-    """What `main(config)` returns if that is a dict, else None; from `out`, by default `config.out`, if it is done.
+    """The result of `main(config)` if that is a dict, else None; from `out`, by default `config.out`, if it is done.
 
-    Done is what has a done.json, and all that was in `out` when that was written. Raises InputError where other
-    settings made it.
+    It is done if it has a done.json, and all that was in `out` when that was written. Raises InputError where other
+    settings made it, or while another process makes it.
     """
     out = out or config.out
-    done, now = out / "done.json", settings(config)
-    saves = getattr(config, "saves", None)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        is_taken_here = lock.take(out)
+    try:
+        return _once(main, config, out)
+    finally:
+        if is_taken_here:
+            lock.release(out)
+
+
+def _once(main: Callable[[Any], Any], config: Any, out: Path) -> Any:
+    done, saves = out / "done.json", getattr(config, "saves", None)
     if done.is_file() and (saves is None or saves.resume == "same"):
-        found = json.loads(done.read_text())
-        _refuse(out, found["settings"], now, "name another --out, or delete it")
-        if all((out / name).exists() for name in found["files"]):
+        try:
+            record = json.loads(done.read_text(encoding="utf-8"))
+            former, files, result = record["settings"], record["files"], record["result"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{done} cannot be read: delete it, and what it tells of is made again") from error
+        _check_same(out, former, config, "name another --out, or delete it")
+        if all((out / name).exists() for name in files):
             print(gcs.named(f"{out} is done"), flush=True)
-            return found["result"]
+            return result
     print(gcs.named(f"\n== {out}"), flush=True)
+    now = settings(config)
     done.unlink(missing_ok=True)
     result = main(config)
     out.mkdir(parents=True, exist_ok=True)
@@ -146,9 +188,136 @@ def once(main: Callable[[Any], Any], config: Any, out: Path | None = None) -> An
     return record["result"]
 
 
-def _refuse(directory: Path, there: dict[str, Any], here: dict[str, Any], advice: str) -> None:
-    if differing := differences(there, here):
-        raise InputError(f"{directory} was made with other settings ({'; '.join(differing)}): {advice}")
+def _prepare(directory: Path, config: Any) -> None:
+    """Make and lock the directory; raises InputError where it, or what is to be in it, cannot be written."""
+    if not directory.resolve().name:
+        raise InputError(f"--out {directory} is the root of the file system: name a folder in it")
+    if os.path.islink(directory) and not os.path.exists(directory):
+        raise InputError(f"{directory} is a link to {os.readlink(directory)}, which does not exist: make or delete it")
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise InputError(f"records cannot be written to {directory}: it is read-only")
+    there = _read_config(directory)
+    if there is not None and ("model_type" in there or "architectures" in there):
+        raise InputError(f"{directory} is a model directory, whose config.json a run would replace: name another --out")
+    _check_written(directory)
+    _check_inputs(directory, config)
+    with writing(directory):
+        lock.take(directory)
+
+
+def _check_written(directory: Path) -> None:
+    """Raises InputError where what a run writes in `directory` would go nowhere, or to where nobody looks for it."""
+    for name in (*_FOLDERS, *_RECORDS):
+        path, is_folder = directory / name, name in _FOLDERS
+        if not os.path.lexists(path):
+            continue
+        if os.path.islink(path) and (not is_folder or not os.path.exists(path)):
+            raise InputError(f"{path} is a link to {os.readlink(path)}: delete it, the run writes a {name} of its own")
+        if is_folder != os.path.isdir(path):
+            has, needs = ("a file", "a folder") if is_folder else ("a folder", "a file")
+            raise InputError(f"{path} is {has}, where the run writes {needs}: move it, or name another --out")
+        if not os.access(path, os.W_OK | (os.X_OK if is_folder else 0)):
+            raise InputError(f"{path} cannot be written: it is read-only")
+
+
+def _check_inputs(directory: Path, config: Any) -> None:
+    """Raises InputError for a path in `config` that the run itself writes, before or after it has read it."""
+    written = [os.path.realpath(directory / name) for name in (*_FOLDERS, *_RECORDS)]
+    for name, value in _flat(_as_json(config)):
+        for path in contents.paths(value) if isinstance(value, str) and not _is_free(name) else ():
+            real = os.path.realpath(os.path.expanduser(path))
+            if any(real == own or real.startswith(own + os.sep) for own in written):
+                flag = re.sub(r"\.\d+$", "", name).replace("_", "-")
+                raise InputError(f"--{flag} {path} is what this run writes: name another --out")
+
+
+def _read_config(directory: Path) -> dict[str, Any] | None:
+    """The object in config.json there; None if there is none, or it cannot be read."""
+    try:
+        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _check_same(directory: Path, there: dict[str, Any], config: Any, advice: str) -> None:
+    """Raises InputError, with `advice`, unless `config` is what `directory` was made with.
+
+    Warns of what cannot be compared, and where the chat template writes the date and this is another day: refused, no
+    run could go on after midnight.
+    """
+    here = settings(config)
+    if differing := differences(_completed(there, config), here):
+        listed = "; ".join(f"{name}: {how}" for name, how in differing.items())
+        raise InputError(f"{directory} was made with other settings ({listed}): {advice}")
+    warnings = []
+    if any(isinstance(sums, str) for sums in there.get("contents", {}).values()):
+        warnings.append(f"{directory} is of an earlier version: whether the files that it names changed is not known")
+    before, now = (found.get("environment", {}).get("date") for found in (there, here))
+    if before and now and before != now:
+        warnings.append(f"the chat template writes the date, which was {before} when {directory} was made")
+    for warning in warnings if hosts.first() else ():
+        print(gcs.named(f"warning: {warning}"), file=sys.stderr)
+
+
+def _changed_files(old: dict[str, contents.Checksums], new: dict[str, contents.Checksums]) -> str:
+    """The files of the paths in both that are not the same, `base/config.json differs`; empty if there is none."""
+    changed = sorted(
+        os.path.join(path, file) if file else path
+        for path in old.keys() & new.keys()
+        for file in contents.changes(old[path], new[path])
+    )
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"{', '.join(changed[:3])}{more} {'differ' if len(changed) > 1 else 'differs'}" if changed else ""
+
+
+def _files_in(value: str, data_dir: Path | None) -> dict[str, contents.Checksums]:
+    """The checksums of the files that a setting names, by the paths and names of data sets in it."""
+    found = {path: contents.checksums(path) for path in contents.paths(value)}
+    prepared = contents.prepared(value, data_dir).items()
+    found |= {name: contents.record_checksums(folder) for name, folder in prepared if name not in found}
+    return {name: sums for name, sums in found.items() if sums}
+
+
+def _files_of(whole: dict[str, Any], name: str) -> dict[str, contents.Checksums]:
+    """The checksums of a setting's files; none where an earlier version recorded others."""
+    files = whole.get("contents", {}).get(name, {})
+    return files if isinstance(files, dict) else {}
+
+
+def _compared(whole: dict[str, Any]) -> dict[str, Any]:
+    """The settings that may not differ, by their dotted names."""
+    return {name: value for name, value in _flat(whole) if not _is_free(name) and name != "environment.date"}
+
+
+def _completed(there: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Settings, perhaps of an earlier version, with the defaults of those that it did not have yet."""
+
+    def fill(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        nested = {name: fill(defaults[name], values[name]) for name in defaults.keys() & values.keys()
+                  if isinstance(defaults[name], dict) and isinstance(values[name], dict)}  # fmt: skip
+        return defaults | values | nested
+
+    defaults = {}
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = _as_json(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = _as_json(field.default_factory())
+    known = {"environment": {name: getattr(jax.config, name, None) for name in _JAX_FLAGS}}
+    return fill(known | defaults, there)
+
+
+def _as_json(value: Any) -> Any:
+    """A value as JSON has it: dataclasses as objects, tuples as lists, paths as text."""
+
+    def convert(other: Any) -> Any:
+        is_instance = dataclasses.is_dataclass(other) and not isinstance(other, type)
+        return dataclasses.asdict(other) if is_instance else str(other)
+
+    return json.loads(json.dumps(value, default=convert))
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -163,17 +332,3 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_free(name: str) -> bool:
     return bool((FREE | {"contents"}) & set(name.split(".")))
-
-
-def _fingerprint(path: Path) -> str:
-    """Of a file, or of the weights of a model directory; empty of anything else. It reads the ends of each file."""
-    files = sorted(path.glob("*.safetensors")) if os.path.isdir(path) else [path] if os.path.isfile(path) else []
-    mark = 0
-    for one in files:
-        with one.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            for at in (0, max(size - _EDGE, 0)):
-                file.seek(at)
-                mark = zlib.crc32(file.read(_EDGE), mark)
-            mark = zlib.crc32(str(size).encode(), mark)
-    return f"{mark:08x}" if files else ""

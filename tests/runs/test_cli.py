@@ -114,7 +114,7 @@ def test_a_bug_keeps_its_traceback():
 
 SCRIPT = """
 import dataclasses
-from rlhf_jax import cli
+from rlhf_jax.runs import cli
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -141,7 +141,7 @@ def test_a_second_start_compiles_nothing(tmp_path):
     """Not even what takes no time to compile."""
     code = """
 import jax
-from rlhf_jax import cli
+from rlhf_jax.runs import cli
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpartition("/")[2]))
 cli.prepare()

@@ -82,7 +82,8 @@ def test_each_gs_path_becomes_its_mirror(remote):
         assert rows.read_text() == "hh.jsonl.gz" and contents(mirror("judge")) == {"config.json": "judge/config.json"}
         said = runs.settings(local)
     assert said["out"] == "gs://b/runs/ppo" and said["data"] == given.data  # whatever machine it is
-    assert list(said["contents"]) == ["gs://b/model"]
+    assert said["contents"]["data"].keys() == {"gs://b/t.json", "gs://b/hh.jsonl.gz"}
+    assert said["contents"]["init"].keys() == {"gs://b/model"}
     assert gcs.named(f"no {mirror('model')} there") == "no gs://b/model there"
 
 
