@@ -91,18 +91,16 @@ def main(cfg: Config) -> TrainState:
     tokenizer = models.tokenizer_of(model)
     rows = sources.rows(cfg.data, "demonstrations", data_dir=cfg.data_dir)
     # Dropout goes by a row's place in the batch: a process takes its share of demonstrations and text together.
-    whole: dict[str, Any] = {"process_index": 0, "process_count": 1}
     batches = pipeline.demonstrations(
-        rows, tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed, epochs=cfg.epochs, **whole
-    )
+        rows, tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed, epochs=cfg.epochs
+    ).part(0, 1)
     print(f"{cfg.data}: {batches.counts}")
     steps = batches.steps
     streams = {"data": iter(batches)}
     if cfg.text is not None:
         text_rows = sources.rows(cfg.text, "text", data_dir=cfg.data_dir)
-        streams["text"] = iter(
-            pipeline.text(text_rows, tokenizer, length=cfg.length, batch=cfg.text_batch, seed=cfg.seed + 1, **whole)
-        )
+        texts = pipeline.text(text_rows, tokenizer, length=cfg.length, batch=cfg.text_batch, seed=cfg.seed + 1)
+        streams["text"] = iter(texts.part(0, 1))
 
     tx, step_fn = build(cfg, model.config, layout, steps)
     state, base = start(cfg, tx, model.params)
