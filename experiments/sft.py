@@ -82,27 +82,14 @@ def main(cfg: Config) -> TrainState:
     rows = sources.rows(cfg.data, "demonstrations", data_dir=cfg.data_dir)
     # Dropout goes by a row's place in the batch: a process takes its share of demonstrations and text together.
     batches = pipeline.demonstrations(
-        rows,
-        tokenizer,
-        length=cfg.length,
-        batch=cfg.batch,
-        seed=cfg.seed,
-        epochs=cfg.epochs,
-        process_index=0,
-        process_count=1,
-    )
+        rows, tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed, epochs=cfg.epochs
+    ).part(0, 1)
     print(f"{cfg.data}: {batches.counts}")
     streams, steps = {"data": batches}, batches.steps
     if cfg.text is not None:
-        streams["text"] = pipeline.text(
-            sources.rows(cfg.text, "text", data_dir=cfg.data_dir),
-            tokenizer,
-            length=cfg.length,
-            batch=cfg.text_batch,
-            seed=cfg.seed + 1,
-            process_index=0,
-            process_count=1,
-        )
+        text_rows = sources.rows(cfg.text, "text", data_dir=cfg.data_dir)
+        texts = pipeline.text(text_rows, tokenizer, length=cfg.length, batch=cfg.text_batch, seed=cfg.seed + 1)
+        streams["text"] = texts.part(0, 1)
 
     tx, step_fn = build(cfg, model.config, layout, steps)
     state, frozen = start(cfg, tx, model.params)

@@ -16,11 +16,12 @@ so that the batches of one process are those of many, laid side by side.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grain
 import jax
@@ -37,43 +38,117 @@ Row = dict[str, Any]  # as `sources.rows` returns them
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What became of the rows of a source. Printed, it is one line."""
+    """How many rows of a source were kept and refused, and why. Printed, it is one line."""
 
     kept: int  # truncated ones included
     truncated: int = 0
     empty: int = 0
     too_long: int = 0
+    identical: int = 0  # rankings in which any two responses of different rank are the same tokens
+    tied: int = 0  # rankings of one rank alone
+    repeated: int = 0  # kept rankings of which some pair of different rank is the same tokens; another pair is not
+    unended: int = 0  # responses in kept rankings that were cut before their end
+    control_tokens: int = 0  # kept rows that spell control tokens, which are read as such
 
     @property
     def refused(self) -> int:
         """Rows left out."""
-        return self.empty + self.too_long
+        return self.empty + self.too_long + self.identical + self.tied
 
     def __str__(self) -> str:
-        return (
-            f"{self.kept} rows kept ({self.truncated} of them truncated),"
-            f" {self.refused} refused ({self.empty} empty, {self.too_long} too long)"
+        why = f"{self.empty} empty, {self.too_long} too long"
+        why += f", {self.identical} of identical responses" * (self.identical > 0)
+        why += f", {self.tied} of one rank" * (self.tied > 0)
+        warnings = {
+            "rows rank identical responses differently too": self.repeated,
+            "responses without an end": self.unended,
+            "rows spell control tokens, which are read as such": self.control_tokens,
+        }
+        return f"{self.kept} rows kept ({self.truncated} of them truncated), {self.refused} refused ({why})" + "".join(
+            f"; {count} {what}" for what, count in warnings.items() if count
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How rows are cut into batches."""
+
+    batch: int  # rows, over all processes
+    seed: int  # of the order
+    epochs: int | None  # None: without end
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready(Generic[T]):
+    """Rows that are tokenised, and how to fill a batch with some of them."""
+
+    rows: int
+    fill: Callable[..., T]  # numbers of rows [B] int, -1 for one to fill up with, to a batch; and a width, if there are
+    counts: Counts
+    sizes: np.ndarray | None = None  # [rows] int: rows of like size share a batch, which is as wide as need be
+    widths: Sequence[int] = ()  # ascending, for `fill` to be told the least that is enough
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches(Generic[T]):
     """A stream of batches. `iter` starts it anew; Grain's iterators have get_state and set_state for checkpoints."""
 
-    dataset: grain.IterDataset
-    counts: Counts
-    rows: int  # of the batches' first axis, an epoch
-    total: int | None  # number of batches; None if they never end
+    kind: str
+    ready: Ready[T]
+    cut: Cut
+    process: tuple[int, int] | None = None  # whose part of each batch: index and count; None: this process's
 
     def __iter__(self) -> grain.DatasetIterator:
-        return iter(self.dataset)
+        index, count = self._process()
+        ready, batch = self.ready, self.cut.batch
+
+        def part(numbers: np.ndarray) -> T:
+            whole = np.pad(numbers, (0, batch - len(numbers)), constant_values=-1)
+            here = whole.reshape(count, -1)[index]
+            if ready.sizes is None:
+                return ready.fill(here)
+            return ready.fill(here, ready.widths[np.searchsorted(ready.widths, ready.sizes[numbers].max())])
+
+        # One thread prepares the next batches while the step runs.
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        return iter(self._numbers().map(part).to_iter_dataset(reading))
+
+    def part(self, index: int, count: int) -> "Batches[T]":
+        """The same stream with the part of each batch that is process `index`'s of `count`; (0, 1) has it whole."""
+        other = dataclasses.replace(self, process=(index, count))
+        other._process()
+        return other
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the rows of the source."""
+        return self.ready.counts
+
+    @property
+    def rows(self) -> int:
+        """The rows of the batches' first axis, an epoch."""
+        return self.ready.rows
 
     @property
     def steps(self) -> int:
         """Number of batches; ValueError if they never end."""
-        if self.total is None:
+        if self.cut.epochs is None:
             raise ValueError("batches without a number of epochs never end")
-        return self.total
+        return len(self._numbers())
+
+    def _process(self) -> tuple[int, int]:
+        """The index and count of the processes; InputError if a batch does not divide over them."""
+        index, count = self.process or (jax.process_index(), jax.process_count())
+        if self.cut.batch % count:
+            raise InputError(f"{self.kind}: a batch of {self.cut.batch} does not divide over {count} processes")
+        return index, count
+
+    def _numbers(self) -> grain.MapDataset:
+        """The numbers of each batch's rows."""
+        numbers = grain.MapDataset.range(self.rows).seed(self.cut.seed).shuffle().repeat(self.cut.epochs)
+        if self.ready.sizes is not None:
+            numbers = _alike(numbers, self.ready.sizes, self.cut.batch, self.cut.seed)
+        return numbers.batch(self.cut.batch)
 
 
 def text(
@@ -84,21 +159,20 @@ def text(
     batch: int,
     seed: int,
     epochs: int | None = None,
-    process_index: int | None = None,
-    process_count: int | None = None,
 ) -> Batches[Tokens]:
     """Documents, each ended by EOS, packed into rows of `length` without leaking into one another.
 
     A longer document goes on in further segments. All tokens are targets but the first of each segment.
     """
-    ids, lengths = _documents(source, tokenizer)
+    ids, lengths, spelled = _documents(source, tokenizer)
+    least = len(tokenizer_lib.front(tokenizer)) + 1  # of an empty document, with its EOS
     ends = np.cumsum(lengths, dtype=np.int64).tolist()
-    ended = [(end - size, end) for end, size in zip(ends, lengths.tolist(), strict=True) if size > 1]
-    pieces = [ids[at : min(at + length, end)] for start, end in ended for at in range(start, end, length)]
+    kept = [(end - size, end) for end, size in zip(ends, lengths.tolist(), strict=True) if size > least]
+    pieces = [ids[at : min(at + length, end)] for start, end in kept for at in range(start, end, length)]
     targets = [np.ones(len(ids), bool) for ids in pieces]
-    fill = _packed(pieces, targets, _pack([len(ids) for ids in pieces], length), length, tokenizer)
-    counts = Counts(len(ended), empty=len(lengths) - len(ended))
-    return _stream("text", *fill, counts, batch, seed, epochs, process_index, process_count)
+    counts = Counts(len(kept), empty=len(lengths) - len(kept), control_tokens=spelled)
+    plan = _pack([len(ids) for ids in pieces], length)
+    return _stream("text", _packed(pieces, targets, plan, length, tokenizer, counts), Cut(batch, seed, epochs))
 
 
 def demonstrations(
@@ -111,31 +185,35 @@ def demonstrations(
     epochs: int | None = None,
     completion_only: bool = True,
     pack: bool = True,
-    process_index: int | None = None,
-    process_count: int | None = None,
 ) -> Batches[Tokens]:
     """Prompts with what should follow, packed into rows of `length` without leaking, or one a row.
 
     The targets are the tokens of the completion or, of `messages`, of each of the assistant's turns, EOS included;
-    without `completion_only`, all tokens but the first. What is too long, of a dialogue its last turns, is cut on the
+    without `completion_only`, all tokens but the first; and a message of weight 0 has none. What is too long, of a dialogue its last turns, is cut on the
     right, and refused if nothing to learn is left. A row without a prompt or a completion is refused as empty.
     """
     rows = list(source)
-    usable = [row for row in rows if not _lacks_text(row)]
-    sequences, targets, truncated = [], [], 0
+    usable = [n for n, row in enumerate(rows) if not _lacks_text(row)]
     rendered, shortened = _shortened(
-        usable, lambda some: list(_demonstrations(some, tokenizer)), lambda one: len(one[0]), length
+        [rows[n] for n in usable],
+        lambda some: list(_demonstrations(some, tokenizer, completion_only)),
+        lambda one: len(one.ids),
+        length,
+        lambda n: _where(source, usable[n]),
     )
-    for n, (ids, learn) in enumerate(rendered):
-        if learn[:length].any():
-            sequences.append(ids[:length])
-            targets.append(learn[:length] if completion_only else np.ones(len(ids[:length]), bool))
-            truncated += n in shortened or len(ids) > length
-    lengths = [len(ids) for ids in sequences]
-    plan = _pack(lengths, length) if pack else [[n] for n in range(len(sequences))]
-    fill = _packed(sequences, targets, plan, length, tokenizer)
-    counts = Counts(len(sequences), truncated, len(rows) - len(usable), len(usable) - len(sequences))
-    return _stream("demonstrations", *fill, counts, batch, seed, epochs, process_index, process_count)
+    kept = [n for n, one in enumerate(rendered) if one.learn[:length].any()]
+    sequences = [rendered[n].ids[:length] for n in kept]
+    targets = [rendered[n].target[:length] for n in kept]
+    plan = _pack([len(ids) for ids in sequences], length) if pack else [[n] for n in range(len(sequences))]
+    counts = Counts(
+        len(kept),
+        truncated=sum(n in shortened or len(rendered[n].ids) > length for n in kept),
+        empty=len(rows) - len(usable),
+        too_long=len(usable) - len(kept),
+        control_tokens=_spelling([rows[usable[n]] for n in kept], tokenizer),
+    )
+    ready = _packed(sequences, targets, plan, length, tokenizer, counts)
+    return _stream("demonstrations", ready, Cut(batch, seed, epochs))
 
 
 def listing(batch: Tokens, tokenizer: Tokenizer) -> str:
@@ -155,26 +233,43 @@ def rankings(
     batch: int,
     seed: int,
     epochs: int | None = None,
-    process_index: int | None = None,
-    process_count: int | None = None,
 ) -> Batches[Rankings]:
     """Prompts with their ranked responses, each a sequence padded on the right to `length`.
 
     `responses` is K, the most that a row may have; by default what the source has at most. Absent ones have rank -1
     and an empty mask. A row is refused if its prompt is empty or one of its sequences longer than `length`, of a
-    dialogue with its last turns alone. Raises InputError when no row that is left orders any two responses.
+    dialogue with its last turns alone; and if it does not order any two responses that differ, token by token.
+
+    Where it orders some that differ and some that do not, it is kept as it is, and counted: two identical responses
+    have one score, so that their pair's two gradients cancel, whereas to leave one out, or to tie them, would change
+    what the row says of them and the others. A response that is not `ended` is read at its last token.
     """
     rows = list(source)
     most = max((len(row["responses"]) for row in rows), default=2)
     k_max = most if responses is None else responses
     if most > k_max:
         raise InputError(f"rankings: a row has {most} responses, more than the {k_max} asked for")
-    fitting, counts = _answered(rows, tokenizer, length)
-    kept = [(len(start), [np.append(start, end) for end in ends], rows[n]["ranks"]) for n, start, ends in fitting]
-    if kept and all(len(set(ranks)) == 1 for *_, ranks in kept):
+    fitting, counts = _answered(source, rows, tokenizer, length)
+    told = [_tells(one.ends, rows[one.row]["ranks"]) for one in fitting]
+    fitting = [one for one, (distinct, _) in zip(fitting, told, strict=True) if distinct]
+    tied = sum(not (distinct or identical) for distinct, identical in told)
+    counts = dataclasses.replace(
+        counts,
+        kept=len(fitting),
+        truncated=sum(one.shortened for one in fitting),
+        identical=len(told) - len(fitting) - tied,
+        tied=tied,
+        repeated=sum(distinct and identical for distinct, identical in told),
+        unended=sum(not ended for one in fitting for ended in rows[one.row].get("ended", ())),
+        control_tokens=_spelling([rows[one.row] for one in fitting], tokenizer),
+    )
+    if told and not fitting:
         raise InputError(
-            f"rankings: no row has two responses of different rank, so there is nothing to learn; {counts}"
+            f"rankings: no row has two responses of different rank that differ, so there is nothing to learn; {counts}"
         )
+    kept = [
+        (len(one.start), [np.append(one.start, end) for end in one.ends], rows[one.row]["ranks"]) for one in fitting
+    ]
     pad = tokenizer_lib.pad_id(tokenizer)
 
     def fill(index: np.ndarray) -> Rankings:
@@ -190,7 +285,7 @@ def rankings(
                     mask[b, k, : len(ids)] = True
         return Rankings(tokens=tokens, mask=mask, start=first, rank=rank)
 
-    return _stream("rankings", fill, len(kept), counts, batch, seed, epochs, process_index, process_count)
+    return _stream("rankings", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
 
 
 def prompts(
@@ -202,8 +297,6 @@ def prompts(
     seed: int,
     epochs: int | None = None,
     widths: int = 1,
-    process_index: int | None = None,
-    process_count: int | None = None,
 ) -> Batches[Prompts]:
     """Prompts padded on the left to `length`; empty and longer ones are refused. `index` is the row of the source.
 
@@ -211,24 +304,27 @@ def prompts(
     With more than one of `widths`, prompts of like length share a batch, which is padded to the least that is enough
     of so many equal steps up to `length`.
     """
-    fill, sizes, counts = _prompts(source, tokenizer, length)
-    wanted: dict[str, Any] = {"sizes": sizes, "widths": ragged.widths(length, widths)} if widths > 1 else {}
-    return _stream("prompts", fill, len(sizes), counts, batch, seed, epochs, process_index, process_count, **wanted)
+    ready = _prompts(source, tokenizer, length)
+    if widths > 1:
+        ready = dataclasses.replace(ready, widths=ragged.widths(length, widths))
+    else:
+        ready = dataclasses.replace(ready, sizes=None)
+    return _stream("prompts", ready, Cut(batch, seed, epochs))
 
 
 def every_prompt(source: Iterable[Row], tokenizer: Tokenizer, *, length: int) -> tuple[Prompts, Counts]:
     """All usable prompts at once, in the order of the source. Raises InputError when there are none."""
-    fill, sizes, counts = _prompts(source, tokenizer, length)
-    if not len(sizes):
-        raise InputError(f"prompts: none can be used, with up to {length} tokens; {counts}")
-    return fill(np.arange(len(sizes))), counts
+    ready = _prompts(source, tokenizer, length)
+    if not ready.rows:
+        raise InputError(f"prompts: none can be used, with up to {length} tokens; {ready.counts}")
+    return ready.fill(np.arange(ready.rows)), ready.counts
 
 
-def _prompts(
-    source: Iterable[Row], tokenizer: Tokenizer, length: int
-) -> tuple[Callable[..., Prompts], np.ndarray, Counts]:
-    """How to fill a batch of prompts, and how many tokens each has."""
-    kept, counts = _answered([{"prompt": row["prompt"]} for row in source], tokenizer, length)
+def _prompts(source: Iterable[Row], tokenizer: Tokenizer, length: int) -> Ready[Prompts]:
+    """The usable prompts, with their sizes in tokens."""
+    rows = [{"prompt": row["prompt"]} for row in source]
+    kept, counts = _answered(source, rows, tokenizer, length)
+    spelling = _spelling([rows[one.row] for one in kept], tokenizer)
     pad = tokenizer_lib.pad_id(tokenizer)
 
     def fill(index: np.ndarray, width: int = length) -> Prompts:
@@ -237,17 +333,19 @@ def _prompts(
         row = np.full(len(index), -1, np.int32)
         for b, n in enumerate(index):
             # A row to fill up with is a real prompt: a policy has nothing to say after none at all.
-            source_row, x, _ = kept[max(n, 0)]
+            x = kept[max(n, 0)].start
             tokens[b, width - len(x) :] = x
             mask[b, width - len(x) :] = True
-            row[b] = source_row if n >= 0 else -1
+            row[b] = kept[n].row if n >= 0 else -1
         return Prompts(tokens=tokens, mask=mask, index=row)
 
-    return fill, np.array([len(x) for _, x, _ in kept], int), counts
+    sizes = np.array([len(one.start) for one in kept], int)
+    return Ready(len(kept), fill, dataclasses.replace(counts, control_tokens=spelling), sizes)
 
 
-def _documents(source: Iterable[Row], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all documents, each ended by EOS, one after another; and how many each has.
+def _documents(source: Iterable[Row], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:
+    """The ids of all documents, each ended by EOS, one after another; how many each has; and how many spell control
+    tokens that are read as such.
 
     Those of `builders.Rows` are kept beside them, and mapped into memory when they are asked for again.
     """
@@ -256,14 +354,16 @@ def _documents(source: Iterable[Row], tokenizer: Tokenizer) -> tuple[np.ndarray,
     if file and file.is_file():
         kept = np.asarray(np.load(file, mmap_mode="r"))
     else:
-        documents = tokenizer_lib.encode(tokenizer, [row["text"] for row in source], special=True)
+        texts = [row["text"] for row in source]
+        documents = tokenizer_lib.documents(tokenizer, texts)
+        spelled = sum(tokenizer_lib.spells_control_tokens(tokenizer, texts))
         end = np.array([tokenizer.eos_token_id], np.int32)
-        header = np.array([len(documents), *(len(document) + 1 for document in documents)], np.int32)
+        header = np.array([len(documents), spelled, *(len(document) + 1 for document in documents)], np.int32)
         kept = np.concatenate([header, *(part for document in documents for part in (document, end))])
         if file:
             _keep(file, kept)
-    _, lengths, ids = np.split(kept, [1, 1 + kept[0]])
-    return ids, lengths
+    _, lengths, ids = np.split(kept, [2, 2 + kept[0]])
+    return ids, lengths, int(kept[1])
 
 
 def _keep(file: Path, array: np.ndarray) -> None:
@@ -275,45 +375,113 @@ def _keep(file: Path, array: np.ndarray) -> None:
             os.replace(Path(partial) / file.name, file)
 
 
+def _where(source: Iterable[Row], n: int) -> str:
+    """The place of a source's row, as an error names it."""
+    where = getattr(source, "where", None)
+    return where(n) if where else f"row {n + 1}"
+
+
 def _lacks_text(row: Row) -> bool:
     """Whether there is no prompt, or nothing to learn after it."""
     if "messages" in row:
-        return not any(m["content"].strip() for m in row["messages"] if m["role"] == "assistant")
+        said = (m for m in row["messages"] if m["role"] == "assistant" and m.get("weight", 1))
+        return not any(m["content"].strip() for m in said)
     prompt = row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])
     return not prompt.strip() or not row.get("completion", "some").strip()
 
 
+def _spelling(rows: Iterable[Row], tokenizer: Tokenizer) -> int:
+    """The number of rows that spell control tokens which are read as such, but for an EOS that ends a completion."""
+
+    def texts(row: Row) -> Iterator[str]:
+        prompt = row["prompt"] if "prompt" in row else row["messages"]
+        answers = [row["completion"]] if "completion" in row else row.get("responses", ())
+        if isinstance(prompt, str):
+            yield prompt
+            yield from (answer.removesuffix(tokenizer.eos_token) for answer in answers)
+        else:
+            yield from (message["content"] for message in prompt)
+            yield from answers
+
+    flat = [(n, text) for n, row in enumerate(rows) for text in texts(row)]
+    spells = tokenizer_lib.spells_control_tokens(tokenizer, [text for _, text in flat])
+    return len({n for (n, _), spelled in zip(flat, spells, strict=True) if spelled})
+
+
+def _tells(responses: Sequence[np.ndarray], ranks: Sequence[int]) -> tuple[bool, bool]:
+    """Whether any two responses of different rank differ, and whether any two such are identical, token by token."""
+    same = [
+        np.array_equal(responses[i], responses[j])
+        for i, j in itertools.combinations(range(len(ranks)), 2)
+        if ranks[i] != ranks[j]
+    ]
+    return not all(same), any(same)
+
+
+class _Answered(NamedTuple):
+    """The ids of a row's prompt, and of its responses, if it has any."""
+
+    row: int  # of the source
+    start: np.ndarray
+    ends: list[np.ndarray]
+    shortened: bool
+
+
 def _answered(
-    rows: Sequence[Row], tokenizer: Tokenizer, length: int
-) -> tuple[list[tuple[int, np.ndarray, list[np.ndarray]]], Counts]:
-    """The usable rows by number, each with the ids of its prompt and of its responses, if it has any."""
+    source: Iterable[Row], rows: Sequence[Row], tokenizer: Tokenizer, length: int
+) -> tuple[list[_Answered], Counts]:
+    """The rows of a source that are not empty and fit into `length`."""
 
     def render(some: Sequence[Row]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         prompts, responses = [row["prompt"] for row in some], [row.get("responses", []) for row in some]
-        return list(zip(*tokenizer_lib.render(tokenizer, prompts, responses), strict=True))
+        ended = [row.get("ended", [True] * len(texts)) for row, texts in zip(some, responses, strict=True)]
+        return list(zip(*tokenizer_lib.render(tokenizer, prompts, responses, ended), strict=True))
 
     def size(rendered: tuple[np.ndarray, list[np.ndarray]]) -> int:
         start, ends = rendered
         return len(start) + max(map(len, ends), default=0)
 
     usable = [n for n, row in enumerate(rows) if not _lacks_text(row)]
-    rendered, shortened = _shortened([rows[n] for n in usable], render, size, length)
-    fits = [size(one) <= length for one in rendered]
-    kept = [(n, *one) for n, one, fit in zip(usable, rendered, fits, strict=True) if fit]
-    truncated = sum(fits[n] for n in shortened)
+    rendered, shortened = _shortened(
+        [rows[n] for n in usable], render, size, length, lambda n: _where(source, usable[n])
+    )
+    kept = [
+        _Answered(usable[n], *one, shortened=n in shortened) for n, one in enumerate(rendered) if size(one) <= length
+    ]
+    truncated = sum(one.shortened for one in kept)
     return kept, Counts(len(kept), truncated, len(rows) - len(usable), len(usable) - len(kept))
 
 
 def _shortened(
-    rows: Sequence[Row], render: Callable[[Sequence[Row]], list[T]], size: Callable[[T], int], length: int
+    rows: Sequence[Row],
+    render: Callable[[Sequence[Row]], list[T]],
+    size: Callable[[T], int],
+    length: int,
+    where: Callable[[int], str],
 ) -> tuple[list[T], set[int]]:
-    """The rendered rows, of dialogues beyond `length` as many of the last turns as fit; and which rows those are."""
-    rows, rendered, shortened = list(rows), render(rows), set[int]()
-    longer = list(range(len(rows)))
+    """The rendered rows, of dialogues beyond `length` as many of the last turns as fit; and which rows those are.
+
+    What the tokenizer says of a row that it refuses is preceded by the place of the row, as `where` names it.
+    """
+
+    def rendered_of(some: dict[int, Row]) -> list[T]:
+        try:
+            return render(list(some.values()))
+        except InputError:
+            for n, row in some.items():
+                try:
+                    render([row])
+                except InputError as error:
+                    raise InputError(f"{where(n)}: {error}") from error
+            raise
+
+    numbered = dict(enumerate(rows))
+    rendered, shortened = rendered_of(numbered), set[int]()
+    longer = list(numbered)
     while longer:
-        shorter = {n: row for n in longer if size(rendered[n]) > length and (row := _without_oldest(rows[n]))}
-        for n, one in zip(shorter, render(list(shorter.values())), strict=True):
-            rows[n], rendered[n] = shorter[n], one
+        shorter = {n: row for n in longer if size(rendered[n]) > length and (row := _without_oldest(numbered[n]))}
+        for n, one in zip(shorter, rendered_of(shorter), strict=True):
+            numbered[n], rendered[n] = shorter[n], one
         longer = list(shorter)
         shortened.update(longer)
     return rendered, shortened
@@ -332,8 +500,16 @@ def _without_oldest(row: Row) -> Row | None:
     return None
 
 
-def _demonstrations(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The ids of each row, and a mask of those to learn."""
+class _Demonstration(NamedTuple):
+    """The ids of a row, a mask of what it is there to teach, and a mask of the targets."""
+
+    ids: np.ndarray
+    learn: np.ndarray
+    target: np.ndarray
+
+
+def _demonstrations(rows: Sequence[Row], tokenizer: Tokenizer, completion_only: bool) -> Iterator[_Demonstration]:
+    """The rows, tokenised."""
     pairs = [row for row in rows if "messages" not in row]
     starts, ends = tokenizer_lib.render(
         tokenizer, [row["prompt"] for row in pairs], [[row["completion"]] for row in pairs]
@@ -342,10 +518,25 @@ def _demonstrations(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[tuple
     rendered = zip(starts, ends, strict=True)
     for row in rows:
         if "messages" in row:
-            yield next(talks)
+            ids, learn = next(talks)
         else:
             start, (end,) = next(rendered)
-            yield np.append(start, end), np.arange(len(start) + len(end)) >= len(start)
+            ids, learn = np.append(start, end), np.arange(len(start) + len(end)) >= len(start)
+        target = learn if completion_only else ~_weightless(row.get("messages", []), ids, tokenizer)
+        yield _Demonstration(ids, learn, target)
+
+
+def _weightless(messages: list[tokenizer_lib.Message], ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """A mask of the tokens of messages that have the weight 0, in a conversation all of whose tokens are targets."""
+    if all(message.get("weight", 1) for message in messages):
+        return np.zeros(len(ids), bool)
+    if any(message["role"] != "assistant" and not message.get("weight", 1) for message in messages):
+        raise InputError(
+            "field weight: expected 1 where all tokens are learnt, but for the assistant's messages; got 0"
+        )
+    opposite = [message | {"weight": 1 - message.get("weight", 1)} for message in messages]
+    ((_, weightless),) = tokenizer_lib.render_conversations(tokenizer, [opposite])
+    return weightless
 
 
 def _pack(lengths: Sequence[int], length: int) -> list[list[int]]:
@@ -379,8 +570,9 @@ def _packed(
     plan: Sequence[Sequence[int]],
     length: int,
     tokenizer: Tokenizer,
-) -> tuple[Callable[[np.ndarray], Tokens], int]:
-    """How to fill a batch with the rows of `plan`, and how many those are."""
+    counts: Counts,
+) -> Ready[Tokens]:
+    """The rows of `plan`, ready for batches."""
     pad = tokenizer_lib.pad_id(tokenizer)
 
     def fill(index: np.ndarray) -> Tokens:
@@ -397,7 +589,7 @@ def _packed(
                 start = end
         return Tokens(tokens=tokens, segment=segment, target=target)
 
-    return fill, len(plan)
+    return Ready(len(plan), fill, counts)
 
 
 WINDOW = 8  # batches among which rows are exchanged
@@ -425,46 +617,11 @@ def _alike(numbers: grain.MapDataset, sizes: np.ndarray, batch: int, seed: int) 
     return numbers.map_with_index(dealt)
 
 
-def _stream(
-    kind: str,
-    fill: Callable[..., T],
-    rows: int,
-    counts: Counts,
-    batch: int,
-    seed: int,
-    epochs: int | None,
-    process_index: int | None,
-    process_count: int | None,
-    sizes: np.ndarray | None = None,
-    widths: Sequence[int] = (),
-) -> Batches[T]:
-    """Shuffles, repeats and batches row numbers, and fills this process's part of each batch.
-
-    With the `sizes` of rows, those of like size share a batch, and `fill` is told the least of `widths` for them.
-    """
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
-    if batch % count:
-        raise InputError(f"{kind}: a batch of {batch} does not divide over {count} processes")
-    if rows < batch:
-        raise InputError(f"{kind}: {rows} usable rows are fewer than a batch of {batch}; {counts}")
-
-    def part(numbers: np.ndarray) -> T:
-        whole = np.pad(numbers, (0, batch - len(numbers)), constant_values=-1)
-        width = () if sizes is None else (widths[np.searchsorted(widths, sizes[numbers].max())],)
-        return fill(whole.reshape(count, -1)[index], *width)
-
-    numbers = grain.MapDataset.range(rows).seed(seed).shuffle().repeat(epochs)
-    if sizes is not None:
-        numbers = _alike(numbers, sizes, batch, seed)
-    numbers = numbers.batch(batch)
-    return Batches(
-        # One thread prepares the next batches while the step runs.
-        numbers.map(part).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),
-        counts,
-        rows,
-        None if epochs is None else len(numbers),
-    )
+def _stream(kind: str, ready: Ready[T], cut: Cut) -> Batches[T]:
+    """The batches of rows; InputError if there are fewer than one has."""
+    if ready.rows < cut.batch:
+        raise InputError(f"{kind}: {ready.rows} usable rows are fewer than a batch of {cut.batch}; {ready.counts}")
+    return Batches(kind, ready, cut)
 
 
 def take(stream: Iterator[T], count: int) -> T:

@@ -289,15 +289,195 @@ def test_listing(tmp_path):
     assert shown.split("\n") == [f"  {a:>6}  a", f"* {space_b:>6}  Ġb", "*      0  <|endoftext|>", f"  {a:>6}  a"]
 
 
+def processed(path, single, **special):
+    """The tokenizer of a directory, whose post-processor is another."""
+    backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    named = [(token, backend.token_to_id(token)) for token in single.split() if token != "$A"]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)
+    backend.save(str(path / "tokenizer.json"))
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | special))
+    return lib.load(path)
+
+
+@pytest.mark.parametrize(
+    ("single", "special", "front"),
+    [
+        ("$A </s>", {}, ""),
+        ("<s> $A </s>", {}, "<s>"),
+        ("<s> $A <unk>", {"pad_token": "<unk>"}, "<s>"),
+        ("<s> $A <s>", {"eos_token": "<s>"}, "<s>"),
+        ("$A <s>", {"eos_token": "<s>"}, ""),
+        ("<unk> <s> $A </s> <unk>", {"cls_token": "<unk>", "sep_token": "</s>"}, "<unk><s>"),
+    ],
+)
+def test_only_what_stands_in_front_of_a_text_is_taken(single, special, front, tmp_path):
+    tokenizer = processed(directory("llama 2 base", tmp_path / "model"), single, **special)
+    eos = tokenizer.eos_token
+    for prompt in ("so:", front + "so:"):
+        batch = demonstrations({"prompt": prompt, "completion": "no"}, tokenizer)
+        assert marked(batch, tokenizer) == f"{front} so:{{no{eos}}}"
+        asked, _ = pipeline.every_prompt([{"prompt": prompt}], tokenizer, length=20)
+        assert asked.tokens[asked.mask].tolist() == batch.tokens[batch.segment > 0].tolist()[: -len("no") - 1]
+        ranking = {"prompt": prompt, "responses": ["a", "b"], "ranks": [0, 1]}
+        (pair,) = pipeline.rankings([ranking], tokenizer, length=20, batch=1, seed=0, epochs=1)
+        assert tokenizer.convert_ids_to_tokens(pair.tokens[0, 0][pair.mask[0, 0]])[-2:] == ["a", eos]
+        (text,) = pipeline.text([{"text": prompt}], tokenizer, length=20, batch=1, seed=0, epochs=1)
+        read = tokenizer.convert_ids_to_tokens(text.tokens[text.segment > 0])
+        assert "".join(read) == f"{front}▁so:{eos}"
+    chat = lib.render_prompt(tokenizer, [{"role": "user", "content": "hi"}])
+    assert "".join(tokenizer.convert_ids_to_tokens(chat)) == f"{front}▁Question:▁hi<0x0A>Answer:"
+
+
+def test_a_document_that_is_empty_behind_what_stands_in_front_is_refused(tmp_path):
+    tokenizer = lib.load(directory("llama 2 base", tmp_path / "model"))
+    rows = [{"text": ""}, {"text": "a"}, {"text": "<s>"}]
+    assert pipeline.text(rows, tokenizer, length=20, batch=1, seed=0).counts == pipeline.Counts(kept=1, empty=2)
+
+
+ALWAYS = HEAD + (
+    "{% if m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n' }}"
+    "{% else %}{{ '### Response:\n' + m.content + END }}{% endif %}{% endfor %}"
+    "{{ '### Response:' }}"
+)
+
+
+def with_template(path, template):
+    directory("chatml", path)
+    (path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return lib.load(path)
+
+
+@pytest.mark.parametrize(
+    ("template", "first", "last"),
+    [
+        (ALWAYS.replace("END", r"'\n<|im_end|>\n'"), "\ntwo\n<|im_end|>", "\nfour\n<|im_end|>"),
+        (ALWAYS.replace("END", "'<|endoftext|>'"), "\ntwo<|endoftext|>", "\nfour<|endoftext|>"),
+        # Nothing ends a turn: what the template writes next is no part of it, and the last one is ended.
+        (ALWAYS.replace("END", r"'\n'"), "\ntwo", "\nfour<|endoftext|>"),
+        (CHATML.replace(r"'<|im_end|>\n'", r"'\n'").replace("<|im_end|>\n", "\n"), "two", "four<|endoftext|>"),
+        # Nor does a generation prompt that is a control token, and always written.
+        (
+            HEAD
+            + "{{ ('<|im_start|>' if m.role == 'user' else '<|im_end|>') + m.content + '\n' }}{% endfor %}<|im_end|>",
+            "two",
+            "four<|endoftext|>",
+        ),
+        (CHATML.replace("m.content", "m.content | trim"), "two<|im_end|>", "four<|im_end|>"),
+        (CHATML.replace("m.content", "m.content + ' ###'"), "two ###<|im_end|>", "four ###<|im_end|>"),
+    ],
+)
+def test_an_answer_ends_with_the_eos_that_the_template_writes_after_it(template, first, last, tmp_path):
+    tokenizer = with_template(tmp_path / "model", template)
+    texts = ["one", "two", "three", "four"]
+    talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts, strict=True)]
+    ids = lib.render_completion(tokenizer, talk[:1], "two")
+    assert tokenizer.decode(ids) == last.replace("four", "two")
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(lib.render_completion(tokenizer, talk[:3], "four")) == last
+    ((ids, learn),) = lib.render_conversations(tokenizer, [talk])
+    assert tokenizer.decode(ids[learn]) == first + last
+    ((ids, learn),) = lib.render_conversations(tokenizer, [talk[:2]])
+    assert tokenizer.decode(ids[learn]) == last.replace("four", "two")
+    assert tokenizer.decode(lib.render(tokenizer, [talk[:1]], [["two"]], [[False]])[1][0][0]).endswith("two")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("", "renders a conversation as no text"),
+        ("{# nothing #}", "renders a conversation as no text"),
+        (HEAD + "{{ m.content if m.role == 'user' }}{% endfor %}", "leaves out what the assistant says"),
+        (
+            CHATML.replace("+ m.content", "+ ('' if m.content == 'b' else m.content)"),
+            "leaves out what the assistant says",
+        ),
+        (
+            CHATML.replace("+ m.content", "+ ('<|im_end|>' if m.role == 'assistant' else '') + m.content"),
+            "writes the EOS",
+        ),
+        (CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}"), "does not begin the turn"),
+    ],
+)
+def test_a_template_that_ends_no_answer_is_refused(template, message, tmp_path):
+    tokenizer = with_template(tmp_path / "model", template)
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": "b"}
+    with pytest.raises(InputError, match=message) as error:
+        demonstrations(row, tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_renders_on_one_date(tmp_path):
+    template = "{{ strftime_now('%d %b %Y, %-d %H:%M') }}" + CHATML
+    tokenizer = with_template(tmp_path / "model", template)
+    prompt = [{"role": "user", "content": "a"}]
+    assert tokenizer.decode(lib.render_prompt(tokenizer, prompt)).startswith("01 Jan 2025, 1 00:00<|im_start|>user")
+    tokenizer.save_pretrained(tmp_path / "saved")  # what was rendered is written down beside the model
+    assert json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["template_date"] == "2025-01-01"
+    config = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config | {"template_date": "2026-11-09"}))
+    asked = lib.render_prompt(lib.load(tmp_path / "model"), prompt)
+    assert tokenizer.decode(asked).startswith("09 Nov 2026, 9 00:00<|im_start|>user")
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config | {"template_date": "today"}))
+    with pytest.raises(InputError, match=r"tokenizer_config.json: template_date='today': expected a date"):
+        lib.load(tmp_path / "model")
+
+
+def test_a_template_that_draws_at_random_is_refused(tmp_path):
+    with pytest.raises(InputError, match="draws at random"):
+        with_template(tmp_path / "model", "{{ ['a', 'b'] | random }}" + CHATML)
+
+
+@pytest.mark.parametrize("style", ["chatml", "llama 2", "gemma", "gpt-2", "phi"], indirect=True)
+def test_control_tokens_that_rows_spell_can_be_kept_as_text(style, tokenizer, tmp_path):
+    eos = tokenizer.eos_token
+    said = f"x{eos} y"
+    rows = [
+        {"prompt": [{"role": "user", "content": said}], "completion": said},
+        {"prompt": said, "completion": said},
+    ]
+    for row in rows:
+        ids = lib.render_completion(tokenizer, row["prompt"], row["completion"])
+        assert ids.count(tokenizer.eos_token_id) == 2
+    lib.read_control_tokens(tokenizer, "text")
+    for row in rows:
+        start, end = lib.render_prompt(tokenizer, row["prompt"]), lib.render_completion(tokenizer, row["prompt"], said)
+        assert end.count(tokenizer.eos_token_id) == 1 and end[-1] == tokenizer.eos_token_id
+        assert lib.decode(tokenizer, end).strip() == said and said in lib.decode(tokenizer, start)
+        batch = demonstrations(row, tokenizer)
+        assert batch.tokens[batch.segment > 0].tolist() == start + end
+    (document,) = lib.documents(tokenizer, [said])
+    assert tokenizer.eos_token_id not in document and lib.decode(tokenizer, document).strip() == said
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert lib.keeps_text(lib.load(tmp_path / "saved"))
+
+
 def test_what_ends_an_answer(tmp_path):
     path = directory("gemma", tmp_path / "model")
     tokenizer = lib.load(path)
     eos, bos, turn = tokenizer.convert_tokens_to_ids(["<eos>", "<bos>", "<end_of_turn>"])
-    assert lib.stop_ids(path, tokenizer) == (turn,)
-    (path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
-    assert lib.stop_ids(path, tokenizer) == (turn, eos)
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, turn, bos]}))
-    assert lib.stop_ids(path, tokenizer) == (turn, eos, bos)
+
+    def stops():
+        return lib.stop_ids(tokenizer, lib.generation(path, tokenizer))
+
+    assert stops() == (turn,)
+    (path / "config.json").write_text(json.dumps({"eos_token_id": turn}))
+    assert stops() == (turn,) and lib.generation(path, tokenizer) is None
+    (path / "config.json").write_text(json.dumps({"eos_token_id": [eos, bos]}))
+    assert stops() == (turn, eos, bos) and lib.generation(path) is None
     (path / "config.json").write_text("[]")
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
-        lib.stop_ids(path, tokenizer)
+        stops()
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, turn, bos, eos]}))
+    assert stops() == (turn, eos, bos)
+    (path / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
+    assert stops() == (turn,)
+
+
+@pytest.mark.parametrize("ends", [-1, 10**9, True, 2.0, "2", [2, None], [2, [3]]])
+def test_an_end_that_is_no_id_is_refused(ends, tmp_path):
+    tokenizer = lib.load(directory("gemma", tmp_path / "model"))
+    with pytest.raises(
+        InputError, match=r"eos_token_id=.* in generation_config.json.*: expected an id .* from 0 to \d+"
+    ):
+        lib.stop_ids(tokenizer, {"eos_token_id": ends})
