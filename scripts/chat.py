@@ -41,7 +41,7 @@ class Config:
 def main(cfg: Config) -> None:
     model = models.load(cfg.model, cfg.dtype, models.Compute(cfg.dtype))
     tokenizer = models.tokenizer_of(model)
-    stops = tokenizer_lib.stop_ids(cfg.model, tokenizer)
+    stops = tokenizer_lib.stop_ids(tokenizer, tokenizer_lib.generation(cfg.model, tokenizer))
     context = model.config.max_length
     room = min(cfg.max_new_tokens, context // 2)
     key = named_key(cfg.seed, "chat")

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -99,20 +99,37 @@ def load(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def stop_ids(path: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """EOS, and what else config.json and generation_config.json of the same directory name as such."""
-    files = (Path(path) / "config.json", Path(path) / "generation_config.json")
-    named = [i for file in files for i in _ends(_settings(file) or {})]
+def stop_ids(tokenizer: Tokenizer, generation: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """The ids at which an answer ends: the tokenizer's own EOS first, then the further ones that `generation` names.
+
+    `generation` holds the settings of a generation_config.json, as `generation` reads them, or None. Raises InputError
+    for an eos_token_id that is no id of the tokenizer.
+    """
+    last = max(tokenizer.get_vocab().values())
+    named = _ends(generation or {})
+    for i in named:
+        if type(i) is not int or not 0 <= i <= last:
+            raise InputError(f"eos_token_id={i!r} in generation_config.json or config.json: expected an id of the"
+                             f" tokenizer, from 0 to {last}; correct it there")  # fmt: skip
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
 
 
-def generation(path: str | Path) -> dict[str, Any] | None:
-    """What generation_config.json of a directory says, None if there is none; InputError if it cannot be read."""
-    return _settings(Path(path) / "generation_config.json")
+def generation(path: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, Any] | None:
+    """The settings in generation_config.json of a directory, None if there is none; InputError if it cannot be read.
+
+    Where there is none, and a `tokenizer` is given, config.json speaks instead, as it does in `transformers`: of the
+    EOS that it names, if that is not the tokenizer's own.
+    """
+    settings = _settings(Path(path) / "generation_config.json")
+    if settings is None and tokenizer is not None:
+        named = _ends(_settings(Path(path) / "config.json") or {})
+        if set(named) - {tokenizer.eos_token_id}:
+            return {"eos_token_id": named}
+    return settings
 
 
 def stopping(settings: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """A generation_config.json that stops at EOS, which may be another than it names, beside all that it does."""
+    """The settings of a generation_config.json, such that generation stops at the tokenizer's EOS too."""
     if tokenizer is None or tokenizer.eos_token_id in (ids := _ends(settings)):
         return settings
     return settings | {"eos_token_id": [tokenizer.eos_token_id, *ids] if ids else tokenizer.eos_token_id}
@@ -123,17 +140,18 @@ def _settings(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        settings = json.loads(file.read_text())
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise InputError(f"{file} cannot be read: expected an object with eos_token_id")
-    if not all(type(i) is int for i in _ends(settings)):
+    if not all(type(i) is int and i >= 0 for i in _ends(settings)):
         raise InputError(f"{file}: eos_token_id={settings['eos_token_id']!r}: expected an id, or a list of ids")
     return settings
 
 
-def _ends(settings: dict[str, Any]) -> list[Any]:
+def _ends(settings: Mapping[str, Any]) -> list[Any]:
+    """The EOS ids that settings name, one, several or none."""
     named = settings.get("eos_token_id")
     return named if isinstance(named, list) else [] if named is None else [named]
 

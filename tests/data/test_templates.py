@@ -293,11 +293,28 @@ def test_what_ends_an_answer(tmp_path):
     path = directory("gemma", tmp_path / "model")
     tokenizer = lib.load(path)
     eos, bos, turn = tokenizer.convert_tokens_to_ids(["<eos>", "<bos>", "<end_of_turn>"])
-    assert lib.stop_ids(path, tokenizer) == (turn,)
-    (path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
-    assert lib.stop_ids(path, tokenizer) == (turn, eos)
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, turn, bos]}))
-    assert lib.stop_ids(path, tokenizer) == (turn, eos, bos)
+
+    def stops():
+        return lib.stop_ids(tokenizer, lib.generation(path, tokenizer))
+
+    assert stops() == (turn,)
+    (path / "config.json").write_text(json.dumps({"eos_token_id": turn}))
+    assert stops() == (turn,) and lib.generation(path, tokenizer) is None
+    (path / "config.json").write_text(json.dumps({"eos_token_id": [eos, bos]}))
+    assert stops() == (turn, eos, bos) and lib.generation(path) is None
     (path / "config.json").write_text("[]")
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
-        lib.stop_ids(path, tokenizer)
+        stops()
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, turn, bos, eos]}))
+    assert stops() == (turn, eos, bos)
+    (path / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
+    assert stops() == (turn,)
+
+
+@pytest.mark.parametrize("ends", [-1, 10**9, True, 2.0, "2", [2, None], [2, [3]]])
+def test_an_end_that_is_no_id_is_refused(ends, tmp_path):
+    tokenizer = lib.load(directory("gemma", tmp_path / "model"))
+    with pytest.raises(
+        InputError, match=r"eos_token_id=.* in generation_config.json.*: expected an id .* from 0 to \d+"
+    ):
+        lib.stop_ids(tokenizer, {"eos_token_id": ends})
