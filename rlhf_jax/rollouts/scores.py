@@ -5,15 +5,18 @@ A source takes episodes, laid out over devices by its `parallel.Layout`, and ret
 """
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import models
-from rlhf_jax.data.builders import Row, Rows
-from rlhf_jax.data.tokenizer import Prompt, Tokenizer
+from rlhf_jax.data.builders import Row, Rows, short
+from rlhf_jax.data.tokenizer import Prompt, Tokenizer, prompt_text
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import response_mask
 from rlhf_jax.models import Model, heads
@@ -117,15 +120,65 @@ def text_function(
 ) -> Source:
     """`function(prompt, response)` on the host, where `rows` are what the episodes' `index` counts.
 
-    The response ends before its first EOS, even where it went on.
+    The response ends before its first EOS, even where it went on. Raises InputError, which names the function and the
+    response, for a score that is no finite number.
     """
 
     def source(episodes: Rollout) -> Rollout:
         host = layout.fetch({"tokens": episodes.tokens, "mask": episodes.response_mask, "index": episodes.index})
         tokens = host["tokens"][:, -host["mask"].shape[1] :]
         read = host["mask"] & np.asarray(response_mask(jnp.asarray(tokens), tokenizer.eos_token_id))
-        said = rollout.texts(tokenizer, tokens, read)
-        score = [function(rows[int(index)]["prompt"], text) for index, text in zip(host["index"], said, strict=True)]
+        responses = rollout.texts(tokenizer, tokens, read)
+        prompts = [rows[int(index)]["prompt"] for index in host["index"]]
+        score = [score_text(function, *pair) for pair in zip(prompts, responses, strict=True)]
         return episodes.replace(score=layout.rows(np.array(score, np.float32)))
 
     return source
+
+
+def score_text(function: Callable[[Prompt, str], float], prompt: Prompt, response: str) -> float:
+    """`function(prompt, response)`, which must be one number that float32 can hold.
+
+    Raises InputError for anything else, None, NaN, True or an array. An exception of the function's own passes through,
+    with a note that says of which response it comes.
+    """
+    where = f"the response {short(response)} to the prompt {short(prompt_text(prompt))}"
+    try:
+        value = function(prompt, response)
+    except InputError as error:
+        raise InputError(f"{_name(function)}: {error}, for {where}") from error
+    except Exception as error:
+        error.add_note(f"{_name(function)} was to score {where}")
+        raise
+    number = _number(value)
+    if number is None:
+        found = " ".join(short(value).split())
+        raise InputError(
+            f"{_name(function)} returned {found} for {where}: expected one finite number in float32's range"
+        )
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """A real number, or an array's only element, as a float; None of what else there is, or float32 cannot hold."""
+    try:
+        if isinstance(value, bool | str | bytes):
+            return None
+        if not isinstance(value, numbers.Real | Decimal):
+            array = np.asarray(value)
+            if array.shape or not (
+                jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+            ):
+                return None
+            value = array
+        number = float(value)
+    except Exception:  # whatever a type of the user's raises where it is no number
+        return None
+    return number if abs(number) <= float(np.finfo(np.float32).max) else None
+
+
+def _name(function: Callable) -> str:
+    """The name under which a message speaks of a function."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__qualname__)

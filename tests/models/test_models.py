@@ -299,8 +299,7 @@ def test_unusable_directories_are_named(tmp_path):
         models.save(model(tiny.LLAMA), tiny.policy(tiny.LLAMA), path)
         (path / "generation_config.json").write_text(text, encoding="latin-1")
         refused(
-            path,
-            "generation_config.json( cannot be read| holds no object|: eos_token_id=.*: expected an id, or a list of ids)",
+            path, "generation_config.json( cannot be read| holds no object|: eos_token_id=.*: expected an id, or a li)"
         )
     for text in ("{", "[]", '"llama"', "\xff"):
         (path / "config.json").write_text(text, encoding="latin-1")
