@@ -71,7 +71,7 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts, layout: paralle
     loaded, score = {cfg.model: model} | ({} if reference is model else {cfg.reference: reference}), None
     if cfg.reward:
         reward = loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
-        score = scores.reward_models([reward], models.tokenizer_of(model).eos_token_id, layout=layout)
+        score = scores.reward_models([reward], models.stop_ids(model), layout=layout)
     models.check_vocabularies(loaded)
     if reference.config != model.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.model}: take the model that it came from")
@@ -85,7 +85,7 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts, layout: paralle
         sampling.Config(
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
-            eos_id=models.tokenizer_of(model).eos_token_id,
+            eos_id=models.stop_ids(model),
         ),
         batch=cfg.batch,
         reference=reference,

@@ -122,8 +122,8 @@ def main(
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
         )
 
-    score = scores.scorer(rewards, score_text, rows, tokenizer, layout, buckets=algorithm.buckets)
-    tx, collect, step_fn = build(cfg, policy.config, tokenizer.eos_token_id, layout, train_step)
+    score = scores.scorer(rewards, score_text, rows, policy, layout, buckets=algorithm.buckets)
+    tx, collect, step_fn = build(cfg, policy.config, models.stop_ids(policy), layout, train_step)
     state = updates.init({"policy": policy.params}, tx, algorithm, named_key(cfg.seed, "grpo/updates"))
     # A copy, since steps use up the memory of what is trained.
     reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))

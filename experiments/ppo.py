@@ -157,8 +157,8 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
         )
 
     critic = rewards[0] if cfg.critic == "reward" else None
-    score = scores.scorer(rewards, score_text, rows, tokenizer, layout, cfg.pessimism, algorithm.buckets)
-    critic_config, eos_id = critic.config if critic else None, tokenizer.eos_token_id
+    score = scores.scorer(rewards, score_text, rows, policy, layout, cfg.pessimism, algorithm.buckets)
+    critic_config, eos_id = critic.config if critic else None, models.stop_ids(policy)
     tx, collect, step_fn = build(cfg, policy.config, critic_config, eos_id, layout)
     state, frozen = start(cfg, tx, policy.params, critic.params if critic else heads.fresh(policy.config))
     base = layout.state(frozen)

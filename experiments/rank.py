@@ -8,6 +8,7 @@ Parent:  none
 """
 
 import dataclasses
+import itertools
 import json
 import random
 from pathlib import Path
@@ -72,25 +73,27 @@ def main(cfg: Config) -> dict[str, float]:
             repeated,
             named_key(cfg.seed, f"rank/{split}/{cfg.skip}"),
             sampling.Config(
-                max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=tokenizer.eos_token_id
+                max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=models.stop_ids(model)
             ),
             batch=cfg.batch,
             layout=layout,
         )
-        texts = iter(rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask))
+        texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
+        answers = zip(texts, sampled.ended.tolist(), strict=True)
         rankings, lines = [], []
         for index, k in zip(prompts.index, times, strict=True):
             prompt = rows[int(index)]["prompt"]
-            responses = [next(texts) for _ in range(k)]
+            responses, ended = zip(*itertools.islice(answers, k), strict=True)
             judges = people if split == "held_out" else [rng.choice(people)]
             ranks = [judge.rank(world, prompt[-1]["content"], responses, cfg.seed) for judge in judges]
             rankings.append(ranks)
             for judge, rank in zip(judges, ranks, strict=True):
-                row = {"prompt": prompt, "responses": responses, "ranks": rank, "labeler": judge.id}
+                row = {"prompt": prompt, "responses": responses, "ranks": rank, "ended": ended, "labeler": judge.id}
                 lines.append(json.dumps(row) + "\n")
         runs.write(cfg.out / f"{split}.jsonl", "".join(lines))
         print(
-            f"{split} prompts: {counts}; {sum(times)} answers, each ranked by {len(judges)} of {len(people)} labelers"
+            f"{split} prompts: {counts}; {sum(times)} answers, {int(np.sum(~sampled.ended))} of them cut at"
+            f" max_new_tokens={cfg.max_new_tokens}, each ranked by {len(judges)} of {len(people)} labelers"
         )
     summary = {"labeler_agreement": labelers.agreement(rankings)}
     print(f"labelers agree on {100 * summary['labeler_agreement']:.1f} % of the held-out pairs that both order")

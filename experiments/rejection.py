@@ -76,9 +76,9 @@ def pick(cfg: Config) -> None:
         model,
         best_of_n.repeat(prompts, cfg.best_of),
         named_key(cfg.seed, "rejection"),
-        sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=tokenizer.eos_token_id),
+        sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=models.stop_ids(model)),
         batch=cfg.batch,
-        score=scores.reward_models([judge], tokenizer.eos_token_id, layout=layout),
+        score=scores.reward_models([judge], models.stop_ids(model), layout=layout),
         layout=layout,
     )
     picked = best_of_n.select(sampled, cfg.best_of)

@@ -77,9 +77,9 @@ def kl_full(logits_p: Float[Array, "B T V"], logits_q: Float[Array, "B T V"]) ->
     return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
 
 
-def response_mask(tokens: Int[Array, "B N"], eos_id: int) -> Bool[Array, "B N"]:
+def response_mask(tokens: Int[Array, "B N"], eos_id: int | tuple[int, ...]) -> Bool[Array, "B N"]:
     """True up to and including the first EOS of each row; everywhere in a row that has none."""
-    is_eos = tokens == eos_id
+    is_eos = tokens == eos_id if isinstance(eos_id, int) else jnp.isin(tokens, jnp.array(eos_id, tokens.dtype))
     return jnp.cumsum(is_eos, axis=-1) - is_eos == 0
 
 

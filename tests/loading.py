@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from rlhf_jax import models
-from rlhf_jax.models import families
+from rlhf_jax.models import directory, families
 
 
 def make(path: Path, size: int) -> int:
@@ -20,7 +20,7 @@ def make(path: Path, size: int) -> int:
     config = models.llama(layers, 1024, 16, 8, 2816, vocab_size=16000, max_length=1024)
     families.hf_config(config, False, "float32", None).save_pretrained(path)
     header, end = {}, 0
-    for *_, tensors in models._layout(config, scalar=False):
+    for *_, tensors in directory._layout(config, scalar=False):
         for name, shape in tensors.items():
             begin, end = end, end + 4 * math.prod(shape)
             header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
@@ -38,10 +38,10 @@ def memory(kind: str) -> int:
 
 
 if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    make(directory / "small", 0)
-    models.load(directory / "small")  # what importing and compiling take is not the checkpoint's
-    size = make(directory / "large", int(float(sys.argv[2])))
+    folder = Path(sys.argv[1])
+    make(folder / "small", 0)
+    models.load(folder / "small")  # what importing and compiling take is not the checkpoint's
+    size = make(folder / "large", int(float(sys.argv[2])))
     before = memory("VmRSS")
-    model = models.load(directory / "large")
+    model = models.load(folder / "large")
     print((memory("VmHWM") - before) / size)

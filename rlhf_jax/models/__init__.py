@@ -1,7 +1,17 @@
 """Networks and model directories: `load`, `load_reward` and `save` are where to begin."""
 
 from rlhf_jax.models.config import PRESETS, Compute, Config, RopeScaling, gpt, llama, preset
-from rlhf_jax.models.directory import Model, check_length, check_vocabularies, load, load_reward, save, tokenizer_of
+from rlhf_jax.models.directory import (
+    Model,
+    check_length,
+    check_vocabularies,
+    check_writable,
+    load,
+    load_reward,
+    save,
+    stop_ids,
+    tokenizer_of,
+)
 from rlhf_jax.models.transformer import Transformer, bind, logprobs_fn, parameter_count, parameter_shapes, part
 
 __all__ = [
@@ -14,6 +24,7 @@ __all__ = [
     "bind",
     "check_length",
     "check_vocabularies",
+    "check_writable",
     "gpt",
     "llama",
     "load",
@@ -24,5 +35,6 @@ __all__ = [
     "part",
     "preset",
     "save",
+    "stop_ids",
     "tokenizer_of",
 ]

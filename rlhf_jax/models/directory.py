@@ -1,12 +1,13 @@
 """A model directory in the Hugging Face layout (config.json, *.safetensors, tokenizer), in and out.
 
-Weights stream from disk tensor by tensor into the stacked parameters of `transformer.Transformer`, straight to where
-those shall lie: the host never holds a second copy of the model. Only safetensors are read: nothing is unpickled, and
-no code that comes with a checkpoint runs.
+Weights stream from disk tensor by tensor into the stacked parameters of `transformer.Transformer`, straight to the
+devices that `Placement` names: the host never holds a second copy of the model. No code that comes with a checkpoint
+runs. All that can be checked before the weights are read is, and each tensor as it is read.
 """
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -22,20 +23,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.devices import hosts
 from rlhf_jax.devices.compute import Compute
-from rlhf_jax.models import families, heads, transformer
+from rlhf_jax.models import families, files, heads, transformer
 from rlhf_jax.models.config import Config
 from rlhf_jax.types import InputError, Params
 
 SHARD = 5 * 2**30  # bytes of a file of weights at most, unless one tensor is larger
 
-# Where a parameter shall lie, from its path ("blocks/mlp/up/kernel") and shape; None is the default device. Layers, the
-# first axis of a block's parameters, are not to be spread.
+# The sharding of a parameter, from its path ("blocks/mlp/up/kernel") and shape; None is the default device. Layers, the
+# first axis of a block's parameters, must not be split.
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
@@ -47,7 +47,9 @@ class Model:
     params: Params
     tokenizer: tokenizers.Tokenizer | None
     apply: Callable  # (params, tokens [B, T], mask [B, T]) -> logits [B, T, V], or score [B] for a reward model
-    generation: dict[str, Any] | None = None  # generation_config.json, which `save` passes on
+    # The settings of generation_config.json, which `save` passes on. Where that file is absent, they are the EOS that
+    # config.json names, if the tokenizer names another one.
+    generation: dict[str, Any] | None = None
 
 
 def tokenizer_of(model: Model) -> tokenizers.Tokenizer:
@@ -59,8 +61,20 @@ def tokenizer_of(model: Model) -> tokenizers.Tokenizer:
     return model.tokenizer
 
 
+def stop_ids(model: Model) -> tuple[int, ...]:
+    """The ids that end a response: the tokenizer's EOS first, then those that the model's generation settings add.
+
+    Raises InputError when the model's directory has no tokenizer.
+    """
+    return tokenizers.stop_ids(tokenizer_of(model), model.generation)
+
+
 def check_vocabularies(loaded: Mapping[Path, Model]) -> None:
-    """Raises InputError unless models that are to read the same tokens have the same vocabulary."""
+    """Raises InputError unless models that are to read the same tokens have the same vocabulary.
+
+    Warns where another model's EOS, BOS, padding or chat template is not that of the first one: it then reads texts
+    that are not laid out as those that it was trained on.
+    """
     (first, model), *others = loaded.items()
     for path, other in others:
         if (a := model.config.vocab_size) != (b := other.config.vocab_size):
@@ -68,8 +82,34 @@ def check_vocabularies(loaded: Mapping[Path, Model]) -> None:
         elif model.tokenizer and other.tokenizer and model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
             what = f"the vocabularies of {first} and {path} have the same size and differ"
         else:
+            differing = _differences(model.tokenizer, other.tokenizer)
+            if differing and hosts.first():
+                advice = f"{path} reads what {first} writes, which may not be what it was trained to read"
+                print(f"warning: {first} and {path} differ in {', '.join(differing)}: {advice}", file=sys.stderr)
             continue
         raise InputError(f"{what}: train the reward model from the policy's own directory")
+
+
+def _differences(one: tokenizers.Tokenizer | None, other: tokenizers.Tokenizer | None) -> list[str]:
+    """Each convention by which two tokenizers of one vocabulary lay a text out otherwise, in words."""
+    if one is None or other is None:
+        return []
+    found = []
+    for name in ("eos", "bos", "pad"):
+        a, b = (getattr(tokenizer, f"{name}_token_id") for tokenizer in (one, other))
+        if a != b:
+            a, b = (files.shown(getattr(tokenizer, f"{name}_token")) for tokenizer in (one, other))
+            found.append(f"{name.upper()} ({a}, {b})")
+    if _normalized(one.chat_template) != _normalized(other.chat_template):
+        found.append("chat template")
+    return found
+
+
+def _normalized(template: Any) -> Any:
+    """A chat template, or several by name, without the whitespace at its end."""
+    if isinstance(template, dict):
+        return {name: _normalized(text) for name, text in template.items()}
+    return template.rstrip() if isinstance(template, str) else template
 
 
 def check_length(config: Config, **lengths: int) -> None:
@@ -91,13 +131,11 @@ def load(
 ) -> Model:
     """A language model from a directory. Parameters have the type `dtype`, whatever the type of the file.
 
-    Raises InputError when the directory, its architecture or a tensor is not what it should be.
+    Raises InputError when the directory, its architecture or a tensor cannot be used.
     """
-    path = Path(path)
-    config = dataclasses.replace(families.load_config(path), compute=compute)
-    params = _read(path, config, scalar=False, dtype=dtype, place=place)
-    apply = transformer.bind(transformer.Transformer(config))
-    return Model(config, params, _tokenizer(path, config), apply, tokenizers.generation(path))
+    config, tokenizer, generation = _settings(Path(path), compute)
+    params = _read(Path(path), config, scalar=False, dtype=dtype, place=place)
+    return Model(config, params, tokenizer, transformer.bind(transformer.Transformer(config)), generation)
 
 
 def load_reward(
@@ -107,11 +145,30 @@ def load_reward(
     place: Placement = lambda path, shape: None,
 ) -> Model:
     """A reward model from a directory: a trunk and a score head of one output, read at the last real token."""
-    path = Path(path)
-    config = dataclasses.replace(families.load_config(path), compute=compute)
-    params = _read(path, config, scalar=True, dtype=dtype, place=place)
+    config, tokenizer, generation = _settings(Path(path), compute)
+    params = _read(Path(path), config, scalar=True, dtype=dtype, place=place)
     apply = functools.partial(transformer.bind(heads.ScalarModel(config)), method="last")
-    return Model(config, params, _tokenizer(path, config), apply)
+    return Model(config, params, tokenizer, apply, generation)
+
+
+def _settings(path: Path, compute: Compute) -> tuple[Config, tokenizers.Tokenizer | None, dict[str, Any] | None]:
+    """All that a directory holds beside its weights."""
+    config = dataclasses.replace(families.load_config(path), compute=compute)
+    tokenizer = _load_tokenizer(path, config)
+    return config, tokenizer, _load_generation(path, config, tokenizer)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises InputError where `save` could not write a model directory, before there is anything to write.
+
+    Nothing is written, and no folder made.
+    """
+    target = _destination(Path(path))
+    folder = next(folder for folder in target.parents if folder.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(
+            f"a model cannot be written to {path}: {folder} is read-only; make it writable, or name another"
+        )
 
 
 def save(model: Model, params: Params, path: str | Path) -> None:
@@ -119,7 +176,8 @@ def save(model: Model, params: Params, path: str | Path) -> None:
 
     Parameters of a `heads.ScalarModel` become a sequence classifier with one label. Its bias, which that layout has no
     place for, is kept in a tensor `score.bias` that only `load_reward` reads. The directory appears whole or not at
-    all. The first process writes it, and the others wait until it is there.
+    all; where `path` is a link, it appears where that leads. The first process writes it, and the others wait until it
+    is there. Raises InputError for a path where none can be written, see `check_writable`.
     """
     if any(map(hosts.spans, jax.tree.leaves(params))):
         if hosts.first():
@@ -136,32 +194,102 @@ def save(model: Model, params: Params, path: str | Path) -> None:
 def _save(model: Model, params: Params, path: Path) -> None:
     trunk = params.get("trunk", params)
     config = families.hf_config(model.config, "trunk" in params, str(trunk["embedding"].dtype), model.tokenizer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(".*"):  # by an export that was killed
-        if re.fullmatch(rf"\.{re.escape(path.name)}-[a-z0-9_]{{8}}(-former)?", left.name):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    target = _destination(path)
+    with _writable(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(".*"):  # by a save that was killed
+            if re.fullmatch(rf"\.{re.escape(target.name)}-[a-z0-9_]{{8}}(-former)?", left.name):
+                _remove(left)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            config.save_pretrained(partial)
+            _write(partial, model.config, params)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(partial)
+            if model.generation is not None and "trunk" not in params:
+                settings = tokenizers.stopping(model.generation, model.tokenizer)
+                text = json.dumps(settings, indent=2) + "\n"
+                (partial / "generation_config.json").write_text(text, encoding="utf-8")
+            os.chmod(partial, 0o755)
+            _replace(target, partial)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+def _destination(path: Path) -> Path:
+    """The directory that a model at `path` is written to, which is another where `path` is a link.
+
+    Raises InputError where something is in the way that is no model.
+    """
+    with _writable(path):
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():
+            raise InputError(f"a model cannot be written to {path}: it is a link that leads to itself; remove it")
+        if target in Path(os.path.realpath(path.parent), path.name).parents:
+            raise InputError(f"a model cannot be written to {path}: it is a link to {target}, in which it lies itself")
+        for folder in (target, *target.parents):
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"a model cannot be written to {path}: {folder} is a file; move it, or name another")
+        if target.is_dir():
+            if os.path.ismount(target):
+                raise InputError(f"a model cannot be written to {path}: {target} is a mount; name a folder below it")
+            if path.is_symlink() and not (target / "config.json").exists() and any(target.iterdir()):
+                what = f"it leads to {target}, which holds other things than a model"
+                raise InputError(f"a model cannot be written to {path}: {what}; name a folder of its own")
+        return target
+
+
+_UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY, errno.EXDEV),
+)
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Makes an InputError of an error in writing that the path is the cause of; a full disk, for one, is not."""
     try:
-        config.save_pretrained(partial)
-        _write(partial, model.config, params)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(partial)
-        if model.generation is not None and "trunk" not in params:
-            said = tokenizers.stopping(model.generation, model.tokenizer)
-            (partial / "generation_config.json").write_text(json.dumps(said, indent=2) + "\n")
-        os.chmod(partial, 0o755)
-        former = partial.with_name(f"{partial.name}-former")
-        if path.exists():
-            path.rename(former)  # at once, where deleting it could be stopped half way
-        partial.rename(path)
-        shutil.rmtree(former, ignore_errors=True)
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise InputError(f"a model cannot be written to {path}: {error.strerror}") from error
+
+
+def _replace(target: Path, partial: Path) -> None:
+    """Move a whole directory to `target`; what was there is deleted after, and comes back if the move fails."""
+    former = partial.with_name(f"{partial.name}-former")
+    if not target.exists():
+        partial.rename(target)
+        return
+    target.rename(former)  # at once, where deleting it could be stopped half way
+    try:
+        partial.rename(target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        former.rename(target)
         raise
+    _remove(former)
+
+
+def _remove(left: Path) -> None:
+    """Delete a folder or a link, with write access where that is what is missing; warns if it has to stay."""
+    if left.is_symlink() or not left.is_dir():
+        with contextlib.suppress(OSError):
+            left.unlink()
+        return
+    shutil.rmtree(left, ignore_errors=True)
+    if left.is_dir():
+        for folder, *_ in os.walk(left):
+            with contextlib.suppress(OSError):
+                os.chmod(folder, 0o700)
+        shutil.rmtree(left, ignore_errors=True)
+    if left.is_dir():
+        print(f"warning: {left} cannot be deleted: it is a former or partial copy; delete it", file=sys.stderr)
 
 
 def _layout(config: Config, scalar: bool) -> Iterator[tuple[families.Entry, int | None, dict[str, tuple[int, ...]]]]:
-    """The parts that parameters are made of, a layer at a time: entry, layer, and the tensors' shapes by name.
+    """The parts that parameters consist of, one layer at a time: entry, layer, and the tensors' shapes by name.
 
     The layer is None where a leaf has none.
     """
@@ -190,31 +318,31 @@ def _write(directory: Path, config: Config, params: Params) -> None:
     parts = [
         (width * sum(map(math.prod, shapes.values())), part) for *part, shapes in _layout(config, "trunk" in params)
     ]
-    files: list[list] = [[]]
+    shards: list[list] = [[]]
     filled = 0
     for size, part in parts:
-        if files[-1] and filled + size > SHARD:
-            files.append([])
+        if shards[-1] and filled + size > SHARD:
+            shards.append([])
             filled = 0
-        files[-1].append(part)
+        shards[-1].append(part)
         filled += size
     where: dict[str, str] = {}
-    for n, held in enumerate(files, start=1):
-        tensors = dict(tensor for entry, layer in held for tensor in _tensors(entry, layer, trunk))
+    for n, shard in enumerate(shards, start=1):
+        tensors = dict(tensor for entry, layer in shard for tensor in _tensors(entry, layer, trunk))
         if n == 1 and "trunk" in params:
             tensors["score.weight"] = np.asarray(params["kernel"])[None]
             if float(params["bias"]) != 0.0:
                 tensors["score.bias"] = np.asarray(params["bias"])[None]
-        name = f"model-{n:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        name = f"model-{n:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else files.SINGLE
         safetensors.numpy.save_file(tensors, directory / name, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, name)
-    if len(files) > 1:
+    if len(shards) > 1:
         index = {"metadata": {}, "weight_map": where}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / files.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _hand_over(config: Config, params: Params) -> None:
-    """What another process does while the first one writes parameters of which it has parts."""
+    """Pass this process's parts of the parameters on to the first one, which writes them."""
     trunk = params.get("trunk", params)
     for entry, layer, _ in _layout(config, "trunk" in params):
         for _ in _tensors(entry, layer, trunk):
@@ -231,94 +359,21 @@ def _tensors(entry: families.Entry, layer: int | None, params: Params) -> Iterat
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-class _Files:
-    """The tensors of a directory by name, whether in one file or in shards.
-
-    A file is open for one tensor at a time: what is mapped stays in memory until it is closed.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        index, single = path / "model.safetensors.index.json", "model.safetensors"
-        if (path / single).exists():  # it comes before an index, as in transformers
-            with self._open(single) as file:
-                where = dict.fromkeys(file.keys(), single)
-        elif index.exists():
-            try:
-                where = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{index} cannot be read: it needs an object weight_map of tensor to file") from error
-            if strange := [file for file in where.values() if Path(file).name != file]:
-                raise InputError(f"{index}: {strange[0]!r} is not the name of a file beside it")
-        else:
-            raise InputError(f"{path} holds no model.safetensors: other weight formats are not read")
-        self.listed, self.where = where, dict(where)
-
-    @contextlib.contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
-        try:
-            with safetensors.safe_open(self.path / name, framework="np") as file:
-                yield file
-        except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"{self.path / name} cannot be read: {error}") from error
-
-    def get(self, name: str) -> np.ndarray:
-        with self._open(self.where[name]) as file:
-            return file.get_tensor(name)
-
-    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raises InputError unless there are these tensors, of these shapes, and no others."""
-        for name in expected:
-            if name not in self.where:
-                raise InputError(f"{self.path} has no tensor {name!r}, which its config.json asks for")
-        if unexpected := sorted(self.where.keys() - expected.keys()):
-            more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
-            what = ", ".join(unexpected[:3]) + more
-            hint = ": it is a reward model" if "score.weight" in unexpected else ""
-            raise InputError(f"{self.path} has tensors that its config.json does not ask for ({what}){hint}")
-        for file in sorted({*self.where.values()}):
-            with self._open(file) as held:
-                for name in sorted(held.keys()):
-                    if self.listed.get(name) != file:
-                        raise InputError(f"{self.path / file} has a tensor {name!r} that the index does not list there")
-                for name in expected:
-                    if self.where[name] == file:
-                        about = held.get_slice(name)
-                        found, kind = tuple(about.get_shape()), about.get_dtype()
-                        if found != expected[name]:
-                            asked = f"config.json, which asks for {list(expected[name])}"
-                            raise InputError(f"{self.path}: {name} {list(found)} does not fit {asked}")
-                        if kind not in _FLOATS:
-                            raise InputError(f"{self.path}: {name} is {kind}: expected {', '.join(_FLOATS)}")
-
-
-_FLOATS = ("F32", "F16", "BF16")
 _BUFFERS = re.compile(r"attn\.(masked_)?bias|.*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")  # of older checkpoints
 
 
 def _read(path: Path, config: Config, scalar: bool, dtype: Any, place: Placement) -> Params:
-    files = _Files(path)
-    parts = list(_layout(config, scalar))
-    probe = next(iter(parts[0][2]))
-    prefix = probe.split(".")[0] + "."
-    if any(name.startswith(prefix) for name in files.where):  # which GPT-2's own files lack
-        prefix = ""
-    files.where = {name: file for name, file in files.where.items() if not _BUFFERS.fullmatch(name)}
-    embedding = probe.removeprefix(prefix)
-    if config.tie_embeddings and "lm_head.weight" in files.where and embedding in files.where:
-        _check_tied(files, embedding)
-    head: dict[str, tuple[int, ...]] = {"score.weight": (1, config.d_model)} if scalar else {}
-    if scalar and "score.weight" not in files.where:
-        raise InputError(f"{path} has no score head (score.weight): it is not a reward model")
-    if scalar and "score.bias" in files.where:
-        head["score.bias"] = (1,)
-    expected = {name.removeprefix(prefix): shape for *_, shapes in parts for name, shape in shapes.items()}
-    files.check(expected | head)
+    tensors = files.Tensors(path)
+    expected, prefix = _expected(tensors, config, scalar)
+    tensors.check(expected)
+    if config.tie_embeddings and "lm_head.weight" in expected:
+        _check_tied(tensors, _embedding_name(config, scalar).removeprefix(prefix))
     shapes = transformer.parameter_shapes(config)
     params: dict[str, Any] = {}
     # The largest tensors, those without layers, come first: what a tensor takes on its way adds to what is there.
-    for entry, layer, names in sorted(parts, key=lambda part: part[1] is not None):
-        value = entry.into(*(files.get(name.removeprefix(prefix)) for name in names)).astype(dtype, copy=False)
+    for entry, layer, names in sorted(_layout(config, scalar), key=lambda part: part[1] is not None):
+        parts = (tensors.get(name.removeprefix(prefix), dtype) for name in names)
+        value = entry.into(*parts).astype(dtype, copy=False)
         shape = _get(shapes, entry.leaf).shape
         sharding = place(entry.leaf, shape)
         if layer is None:
@@ -329,20 +384,50 @@ def _read(path: Path, config: Config, scalar: bool, dtype: Any, place: Placement
         _set(params, entry.leaf, jax.block_until_ready(leaf))  # or what waits its turn would fill the memory
     if not scalar:
         return params
-    weight = files.get("score.weight")[0].astype(np.float32)
-    bias = np.float32(files.get("score.bias")[0] if "score.bias" in files.where else 0.0)
+    weight = tensors.get("score.weight")[0].astype(np.float32)
+    bias = np.float32(tensors.get("score.bias")[0] if "score.bias" in expected else 0.0)
     return {"trunk": params, "kernel": jnp.asarray(weight), "bias": jnp.asarray(bias)}
+
+
+def _expected(tensors: files.Tensors, config: Config, scalar: bool) -> tuple[dict[str, tuple[int, ...]], str]:
+    """The shapes of the tensors that a checkpoint should have, and the prefix that its names lack, which is often none.
+
+    Buffers that older checkpoints hold beside their weights are no longer among `tensors`. Raises InputError for the
+    first tensor that is missing, without listing those of a config of a billion layers.
+    """
+    embedding = _embedding_name(config, scalar)
+    prefix = embedding.split(".")[0] + "."
+    if any(name.startswith(prefix) for name in tensors.where):  # which GPT-2's own files lack
+        prefix = ""
+    tensors.where = {name: file for name, file in tensors.where.items() if not _BUFFERS.fullmatch(name)}
+    expected: dict[str, tuple[int, ...]] = {}
+    if scalar:
+        if "score.weight" not in tensors.where:
+            raise InputError(f"{tensors.path} has no score head (score.weight): it is not a reward model")
+        expected["score.weight"] = (1, config.d_model)
+        if "score.bias" in tensors.where:
+            expected["score.bias"] = (1,)
+    elif config.tie_embeddings and "lm_head.weight" in tensors.where:
+        expected["lm_head.weight"] = (config.vocab_size, config.d_model)
+    for *_, shapes in _layout(config, scalar):
+        for name, shape in shapes.items():
+            tensors.need(name.removeprefix(prefix))
+            expected[name.removeprefix(prefix)] = shape
+    return expected, prefix
+
+
+def _embedding_name(config: Config, scalar: bool) -> str:
+    return families.entries(config, scalar)[0].names[0]
 
 
 # Writes one layer [1, ...] of a leaf in place.
 _put = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0)
 
 
-def _check_tied(files: _Files, embedding: str) -> None:
-    """An unembedding that is tied may be there too, but not otherwise than the embedding."""
-    if not np.array_equal(files.get("lm_head.weight"), files.get(embedding)):
-        raise InputError(f"{files.path}: lm_head.weight differs from the embedding, to which config.json ties it")
-    del files.where["lm_head.weight"]
+def _check_tied(tensors: files.Tensors, embedding: str) -> None:
+    """Raises InputError where a tied unembedding, which may be in the file too, differs from the embedding."""
+    if not np.array_equal(tensors.get("lm_head.weight"), tensors.get(embedding)):
+        raise InputError(f"{tensors.path}: lm_head.weight differs from the embedding, to which config.json ties it")
 
 
 def _set(tree: dict, path: str, leaf: Any) -> None:
@@ -352,12 +437,37 @@ def _set(tree: dict, path: str, leaf: Any) -> None:
     tree[last] = leaf
 
 
-def _tokenizer(path: Path, config: Config) -> tokenizers.Tokenizer | None:
-    if not (path / "tokenizer.json").exists():
+def _load_tokenizer(path: Path, config: Config) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a directory, None if it has no tokenizer.json."""
+    if not files.find(path, "tokenizer.json"):
         return None
+    for file in files.find(path, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        settings = files.read_json(file)
+        length = settings.get("model_max_length")
+        if length is not None and (type(length) not in (int, float) or length <= 0):
+            raise InputError(f"{file}: model_max_length={files.shown(length)}: expected a number above 0, or null")
     tokenizer = tokenizers.load(path)
     try:
         tokenizers.check_vocabulary(tokenizer, config.vocab_size)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return tokenizer
+
+
+def _load_generation(path: Path, config: Config, tokenizer: tokenizers.Tokenizer | None) -> dict[str, Any] | None:
+    """The generation settings of a directory, whose EOS are ids of its vocabulary."""
+    for file in files.find(path, "generation_config.json"):
+        settings = files.read_json(file)
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            named = settings.get(name)
+            for i in named if isinstance(named, list) else [] if named is None else [named]:
+                if type(i) is not int or (name == "eos_token_id" and not 0 <= i < config.vocab_size):
+                    expected = f"expected an id, or a list of ids, from 0 to {config.vocab_size - 1}"
+                    raise InputError(f"{file}: {name}={files.shown(named)}: {expected}")
+    generation = tokenizers.generation(path, tokenizer)
+    if tokenizer is not None:
+        try:
+            tokenizers.stop_ids(tokenizer, generation)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    return generation

@@ -1,20 +1,20 @@
 """What each published architecture calls its settings and tensors, and which settings of the one Transformer it is.
 
 A family is a `model_type` of Hugging Face's config.json. Configs are read and written by `transformers`, which knows
-how older ones said the same; what it knows and this Transformer does not is refused by name.
+how older ones said the same; what it knows and this Transformer does not is refused by name. Each number in the file
+has its range, under the name that it has there: `_NUMBERS`.
 """
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import transformers
 
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.models import files
 from rlhf_jax.models.config import Config, RopeScaling, gpt, llama
 from rlhf_jax.types import InputError
 
@@ -42,13 +42,61 @@ _SIZES = {
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
+_GPT2_SIZES = {  # n_inner, the width of the MLP, is beside these: null is 4 n_embd
+    "n_layers": "n_layer",
+    "d_model": "n_embd",
+    "n_heads": "n_head",
+    "vocab_size": "vocab_size",
+    "max_length": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+}
+
+
+class _Range(NamedTuple):
+    """The numbers that a field of config.json may hold."""
+
+    kind: type  # int, or float for any number
+    low: float
+    high: float
+    expected: str  # the range in words
+
+
+_TINY, _MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+_SIZE = _Range(int, 1, 2**31 - 1, "a whole number from 1 to 2^31 - 1")
+_COUNT = _Range(int, 0, 2**31 - 1, "a whole number from 0 to 2^31 - 1")
+_POSITIVE = _Range(float, _TINY, _MOST, "a number above 0, in float32's range")
+_FACTOR = _Range(float, 1, _MOST, "a number from 1 on, in float32's range")
+_EPSILON = _Range(float, _TINY, 1, "a number above 0, at most 1")
+_RATE = _Range(float, 0, 1 - 2**-24, "a number from 0 to below 1")
+_NUMBERS: dict[str, _Range] = {
+    **{name: _SIZE for name in (*_SIZES.values(), *_GPT2_SIZES.values())},
+    **{name: _SIZE for name in ("n_inner", "head_dim", "sliding_window", "query_pre_attn_scalar", "n_ctx")},
+    **{name: _COUNT for name in ("max_window_layers",)},
+    **{name: _EPSILON for name in ("rms_norm_eps", "layer_norm_epsilon")},
+    **{name: _POSITIVE for name in ("rope_theta", "attn_logit_softcapping", "final_logit_softcapping")},
+    **{name: _RATE for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")},
+    **{name: _RATE for name in ("classifier_dropout", "summary_first_dropout")},
+}
+del _NUMBERS["tie_word_embeddings"]
+_ROPE_NUMBERS: dict[str, _Range] = {
+    "rope_theta": _POSITIVE,
+    "factor": _FACTOR,
+    "low_freq_factor": _POSITIVE,
+    "high_freq_factor": _POSITIVE,
+    "original_max_position_embeddings": _SIZE,
+}
+_FLAGS = (
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+)
+_NEVER_NULL = {*_SIZES.values(), *_GPT2_SIZES.values(), "rope_theta"} - {"num_key_value_heads"}
 
 
 def family(config: Config) -> str:
     """The first family that expresses a config; raises InputError where none does."""
     square = config.n_kv_heads == config.n_heads and config.n_heads * config.head_dim == config.d_model
     gpt2 = gpt(config.n_layers, config.d_model, config.n_heads)
-    if square and config.tie_embeddings and config.d_ff == gpt2.d_ff and _same(config, gpt2, ()):
+    if square and config.tie_embeddings and _same(config, gpt2, ()):
         return "gpt2"
     for name, (settings, optional) in _GATED.items():
         like = llama(config.n_layers, config.d_model, config.n_heads, config.n_kv_heads, config.d_ff)
@@ -68,89 +116,124 @@ def _same(config: Config, other: Config, optional: tuple[str, ...]) -> bool:
 
 def load_config(path: Path) -> Config:
     """The architecture of a model directory. Raises InputError where it is none that this Transformer expresses."""
+    files.check_directory(path, "config.json")
     file = path / "config.json"
-    if not file.is_file():
-        raise InputError(f"{path} is not a model directory: it has no config.json; run the experiment that writes it")
+    raw = files.read_json(file)
+    kind = raw.get("model_type")
+    if kind not in SUPPORTED:
+        found = files.shown(kind)
+        raise InputError(f"{file}: model_type {found} is not supported: expected one of {', '.join(SUPPORTED)}")
+    if raw.get("quantization_config"):
+        raise InputError(f"{file}: quantization_config is not supported: expected float weights")
     try:
-        raw = json.loads(file.read_text())
-        if not isinstance(raw, dict):
-            raise InputError(f"{file} holds no object: expected the model's settings by name")
-        kind = raw.get("model_type")
-        if kind not in SUPPORTED:
-            raise InputError(f"{path}: model_type {kind!r} is not supported: expected one of {', '.join(SUPPORTED)}")
-        if raw.get("quantization_config"):
-            raise InputError(f"{path}: quantization_config is not supported: expected float weights")
+        _check_numbers(raw)
         hf = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        config = _gpt2_config(path, hf) if kind == "gpt2" else _gated_config(path, hf, kind)
+        config = _gpt2_config(hf) if kind == "gpt2" else _gated_config(hf, kind)
         for name, value in vars(config).items():
             if isinstance(value, int) and value >= 2**31:
-                raise InputError(f"{path}: {name}={value}: expected less than 2^31")
-        return config
+                raise InputError(f"{name}={value}: expected less than 2^31")
     except InputError as error:
-        raise InputError(str(error) if str(path) in str(error) else f"{file}: {error}") from error
+        raise InputError(f"{file}: {error}") from error
     except Exception as error:  # the library checks some values, with errors of its own, and trips over others
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(f"{file} cannot be read: {' '.join(lines[:2]) or type(error).__name__}") from error
+        raise InputError(f"{file} cannot be read: {' '.join(lines[:2])[:300] or type(error).__name__}") from error
+    return config
 
 
-def _gpt2_config(path: Path, hf: Any) -> Config:
-    _expect(path, hf, activation_function="gelu_new", scale_attn_weights=True, tie_word_embeddings=True)
-    _expect(path, hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    _expect(path, hf, n_inner=(None, 4 * hf.n_embd))
+def _check_numbers(raw: Mapping[str, Any]) -> None:
+    """Raises InputError for the first field of config.json whose value is of another type, or out of its range."""
+    for name, value in raw.items():
+        if name in _NUMBERS:
+            _check_number(name, value, _NUMBERS[name], name not in _NEVER_NULL)
+        elif name in _FLAGS and not isinstance(value, bool | None):
+            raise InputError(f"{name}={files.shown(value)}: expected true or false")
+        elif name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(i) is int for i in ids):
+                raise InputError(f"{name}={files.shown(value)}: expected an id, or a list of ids")
+        elif name in ("rope_parameters", "rope_scaling") and value is not None:
+            if not isinstance(value, dict):
+                raise InputError(f"{name}={files.shown(value)}: expected an object")
+            for inner, number in value.items():
+                if inner in _ROPE_NUMBERS:
+                    _check_number(f"{name}.{inner}", number, _ROPE_NUMBERS[inner], False)
+    if raw.get("tie_word_embeddings", True) is None:
+        raise InputError("tie_word_embeddings=None: expected true or false")
+
+
+def _check_number(name: str, value: Any, allowed: _Range, nullable: bool) -> None:
+    if value is None and nullable:
+        return
+    kinds = (int,) if allowed.kind is int else (int, float)
+    if type(value) not in kinds or not allowed.low <= value <= allowed.high:
+        raise InputError(f"{name}={files.shown(value)}: expected {allowed.expected}{' or null' if nullable else ''}")
+
+
+def _gpt2_config(hf: Any) -> Config:
+    _expect(hf, activation_function="gelu_new", scale_attn_weights=True, tie_word_embeddings=True)
+    _expect(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     if hf.n_embd % hf.n_head:
-        raise InputError(f"{path}: n_embd={hf.n_embd} is not a multiple of n_head={hf.n_head}")
-    size = {"vocab_size": hf.vocab_size, "max_length": hf.n_positions, "norm_eps": hf.layer_norm_epsilon}
-    return gpt(hf.n_layer, hf.n_embd, hf.n_head, **size)
+        raise InputError(f"n_embd={hf.n_embd} is not a multiple of n_head={hf.n_head}")
+    sizes = {ours: getattr(hf, theirs) for ours, theirs in _GPT2_SIZES.items()}
+    config = gpt(**sizes)
+    return config if hf.n_inner is None else dataclasses.replace(config, d_ff=hf.n_inner)
 
 
-def _gated_config(path: Path, hf: Any, kind: str) -> Config:
+def _gated_config(hf: Any, kind: str) -> Config:
     activation = "hidden_activation" if kind == "gemma2" else "hidden_act"
-    _expect(path, hf, **{activation: "gelu_pytorch_tanh" if kind == "gemma2" else "silu"})
+    _expect(hf, **{activation: "gelu_pytorch_tanh" if kind == "gemma2" else "silu"})
     for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
-        _expect(path, hf, **{name: (False, None)} if hasattr(hf, name) else {})
+        _expect(hf, **{name: (False, None)} if hasattr(hf, name) else {})
     settings, optional = _GATED[kind]
     sizes = {ours: getattr(hf, theirs) for ours, theirs in _SIZES.items()}
+    if getattr(hf, "head_dim", None) is None and hf.hidden_size % hf.num_attention_heads:
+        heads = f"num_attention_heads={hf.num_attention_heads}"
+        raise InputError(f"hidden_size={hf.hidden_size} is not a multiple of {heads}, and there is no head_dim")
     found: dict[str, Any] = {"head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads}
     window = hf.sliding_window if "window" in optional else None
     if window is not None:
         kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
         if len(kinds) != hf.num_hidden_layers or {*kinds} - {"sliding_attention", "full_attention"}:
             expected = f"sliding_attention or full_attention for each of {hf.num_hidden_layers} layers"
-            raise InputError(f"{path}: layer_types={kinds} is not supported: expected {expected}")
+            raise InputError(f"layer_types={files.shown(kinds)} is not supported: expected {expected}")
         full = tuple(n for n, layer in enumerate(kinds) if layer == "full_attention")
         if len(full) < len(kinds):
             found |= {"window": window, "full_layers": full}
     if kind == "gemma2":
         found |= {"attention_cap": hf.attn_logit_softcapping, "logit_cap": hf.final_logit_softcapping}
         found |= {"query_size": hf.query_pre_attn_scalar}
-    return llama(**sizes, **settings, **found, **_rope(path, hf.rope_parameters))
+    return llama(**sizes, **settings, **found, **_rope(hf.rope_parameters))
 
 
-def _rope(path: Path, rope: dict[str, Any]) -> dict[str, Any]:
-    """Our settings of RoPE."""
+def _rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a Config that tell of RoPE."""
     kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
-    if not 0 < theta < math.inf:
-        raise InputError(f"{path}: rope_theta={theta}: expected a number above 0")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"{path}: partial_rotary_factor is not supported: expected 1")
+        raise InputError("partial_rotary_factor is not supported: expected 1")
     if kind == "default":
         return {"rope_theta": theta}
     if kind != "llama3":
-        raise InputError(f"{path}: rope_type {kind!r} is not supported: expected 'default' or 'llama3'")
+        raise InputError(f"rope_type {files.shown(kind)} is not supported: expected 'default' or 'llama3'")
     names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(*(rope[name] for name in names))}
+    if absent := [name for name in names if name not in rope]:
+        raise InputError(f"rope_type 'llama3' needs {', '.join(absent)}, which rope_parameters or rope_scaling lacks")
+    scaling = RopeScaling(*(rope[name] for name in names))
+    if scaling.low >= scaling.high:
+        high = f"high_freq_factor={scaling.high}"
+        raise InputError(f"low_freq_factor={scaling.low}: expected less than {high}")
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _expect(path: Path, config: Any, **settings: Any) -> None:
+def _expect(config: Any, **settings: Any) -> None:
     for name, expected in settings.items():
         found = getattr(config, name)
         if found not in (expected if isinstance(expected, tuple) else (expected,)):
             shown = expected[0] if isinstance(expected, tuple) else expected
-            raise InputError(f"{path}: {name}={found!r} is not supported: expected {shown!r}")
+            raise InputError(f"{name}={files.shown(found)} is not supported: expected {shown!r}")
 
 
 def hf_config(config: Config, scalar: bool, dtype: str, tokenizer: Tokenizer | None) -> transformers.PretrainedConfig:
-    """What config.json says of a model whose weights have the type `dtype`; `scalar` if it is a reward model."""
+    """The config.json of a model whose weights have the type `dtype`; `scalar` says that it is a reward model."""
     kind = family(config)
     name = "GPT2" if kind == "gpt2" else kind.capitalize()
     causal = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
@@ -167,8 +250,8 @@ def hf_config(config: Config, scalar: bool, dtype: str, tokenizer: Tokenizer | N
             every["pad_token_id"] = None  # transformers would read the score before EOS, where it looks for padding
     make = getattr(transformers, f"{name}Config")
     if kind == "gpt2":
-        sizes = {"n_layer": config.n_layers, "n_embd": config.d_model, "n_head": config.n_heads}
-        return make(**every, **sizes, n_positions=config.max_length, layer_norm_epsilon=config.norm_eps)
+        sizes = {theirs: getattr(config, ours) for ours, theirs in _GPT2_SIZES.items()}
+        return make(**every | sizes, n_inner=None if config.d_ff == 4 * config.d_model else config.d_ff)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaling := config.rope_scaling:
         rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low}

@@ -143,7 +143,7 @@ def say(
     except InputError:  # they are all too long: there is nothing to show
         return []
     rows = jax.device_count() * -(-len(batch.index) // jax.device_count())
-    cfg = sampling.Config(max_new_tokens=half, eos_id=tokenizer.eos_token_id)
+    cfg = sampling.Config(max_new_tokens=half, eos_id=models.stop_ids(model))
     sampled = episodes(model, batch, key, cfg, batch=rows, layout=layout)
     responses = zip(sampled.index, texts(tokenizer, sampled.response_tokens, sampled.response_mask), strict=True)
     return [{"prompt": tokenizer_lib.prompt_text(prompts[index]), "response": text} for index, text in responses]

@@ -5,15 +5,18 @@ A source takes episodes, laid out over devices by its `parallel.Layout`, and ret
 """
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import models
-from rlhf_jax.data.builders import Row, Rows
-from rlhf_jax.data.tokenizer import Prompt, Tokenizer
+from rlhf_jax.data.builders import Row, Rows, short
+from rlhf_jax.data.tokenizer import Prompt, Tokenizer, prompt_text
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import response_mask
 from rlhf_jax.models import Model, heads
@@ -22,13 +25,28 @@ from rlhf_jax.types import InputError, Params, Rollout, ScoreFn
 
 Source = Callable[[Rollout], Rollout]
 ScoreText = Callable[[Prompt, str], float]  # (prompt, response) -> score
+Ends = int | tuple[int, ...]  # ids that end a response, the tokenizer's EOS first (`models.stop_ids`)
 
 
-def readable(episodes: Rollout, eos_id: int) -> jax.Array:
+def readable(episodes: Rollout, eos_id: Ends) -> jax.Array:
     """[B, P + N] bool: the prompt, and the response through its first EOS, even where it went on."""
     new_tokens = episodes.response_mask.shape[1]
     read = episodes.response_mask & response_mask(episodes.tokens[:, -new_tokens:], eos_id)
     return jnp.concatenate([episodes.mask[:, :-new_tokens], read], axis=1)
+
+
+def as_trained(episodes: Rollout, eos_id: Ends) -> jax.Array:
+    """[B, P + N], the tokens with the tokenizer's EOS in place of any other id that ends a response.
+
+    A reward model has learnt from answers that all end by that one, whichever of several the policy chooses.
+    """
+    if isinstance(eos_id, int) or len(eos_id) == 1:
+        return episodes.tokens
+    first, *others = eos_id
+    new_tokens = episodes.response_mask.shape[1]
+    response = episodes.tokens[:, -new_tokens:]
+    ended = episodes.response_mask & jnp.isin(response, jnp.array(others, response.dtype))
+    return jnp.concatenate([episodes.tokens[:, :-new_tokens], jnp.where(ended, first, response)], axis=1)
 
 
 def score_responses(
@@ -36,7 +54,7 @@ def score_responses(
     episodes: Rollout,
     *,
     score_fn: ScoreFn,
-    eos_id: int,
+    eos_id: Ends,
     pessimism: float = 0.0,
     buckets: int = 1,
     axis: str | None = None,
@@ -47,11 +65,11 @@ def score_responses(
     They read the responses in so many `buckets`, see `ragged`.
     """
     read = readable(episodes, eos_id)
-    live = read[:, -episodes.response_mask.shape[1] :]
+    live, tokens = read[:, -episodes.response_mask.shape[1] :], as_trained(episodes, eos_id)
 
     def score(one: Params) -> jax.Array:
         judge = lambda tokens, read: score_fn(one, tokens, read)
-        return ragged.read(judge, live, buckets, episodes.tokens, read)
+        return ragged.read(judge, live, buckets, tokens, read)
 
     per_model = jax.lax.map(score, params)
     if len(per_model) == 1:
@@ -61,12 +79,12 @@ def score_responses(
 
 
 def score_tokens(
-    params: Params, episodes: Rollout, *, apply_fn: Callable, eos_id: int, axis: str | None = None
+    params: Params, episodes: Rollout, *, apply_fn: Callable, eos_id: Ends, axis: str | None = None
 ) -> Rollout:
     """The episodes with a scalar model's word on each response token as its reward, and no score of the whole."""
     new_tokens = episodes.response_mask.shape[1]
     read = readable(episodes, eos_id)
-    per_token = apply_fn(params, episodes.tokens, read, columns=slice(-new_tokens, None))
+    per_token = apply_fn(params, as_trained(episodes, eos_id), read, columns=slice(-new_tokens, None))
     token_score = jnp.where(read[:, -new_tokens:], per_token, 0.0)
     return episodes.replace(token_score=token_score, score=jnp.zeros_like(per_token[:, 0]))
 
@@ -75,25 +93,26 @@ def scorer(
     rewards: Sequence[Model],
     score_text: ScoreText | None,
     rows: Rows,
-    tokenizer: Tokenizer,
+    policy: Model,
     layout: parallel.Layout,
     pessimism: float = 0.0,
     buckets: int = 1,
 ) -> Source:
-    """`text_function` where there is a function of the text, else `reward_models`.
+    """`text_function` of the policy's responses where there is a function of the text, else `reward_models`.
 
     Raises InputError where there is nothing to score by.
     """
+    eos_id = models.stop_ids(policy)
     if score_text is not None:
-        return text_function(score_text, rows, tokenizer, layout)
+        return text_function(score_text, rows, models.tokenizer_of(policy), layout, eos_id)
     if not rewards:
         raise InputError("reward: expected at least one model directory")
-    return reward_models(rewards, tokenizer.eos_token_id, pessimism, layout, buckets)
+    return reward_models(rewards, eos_id, pessimism, layout, buckets)
 
 
 def reward_models(
-    models: Sequence[Model],
-    eos_id: int,
+    rewards: Sequence[Model],
+    eos_id: Ends,
     pessimism: float = 0.0,
     layout: parallel.Layout = parallel.PMAP,
     buckets: int = 1,
@@ -102,10 +121,10 @@ def reward_models(
 
     Raises InputError unless they have one architecture.
     """
-    first, *others = models
+    first, *others = rewards
     if any(other.config != first.config for other in others):
         raise InputError("the reward models of an ensemble differ in architecture: train them from the same model")
-    params = layout.frozen(stacked([model.params for model in models], first.config))
+    params = layout.frozen(stacked([reward.params for reward in rewards], first.config))
     return functools.partial(scoring(first.config, eos_id, pessimism, layout, buckets), params)
 
 
@@ -115,7 +134,7 @@ def stacked(params: Sequence[Params], config: models.Config) -> Params:
 
 
 def scoring(
-    config: models.Config, eos_id: int, pessimism: float, layout: parallel.Layout, buckets: int = 1
+    config: models.Config, eos_id: Ends, pessimism: float, layout: parallel.Layout, buckets: int = 1
 ) -> Callable:
     """`score_responses` by models of this architecture, placed: it takes (params, episodes)."""
     return layout.step(
@@ -129,7 +148,7 @@ def scoring(
     )
 
 
-def token_model(model: Model, eos_id: int, layout: parallel.Layout = parallel.PMAP) -> Source:
+def token_model(model: Model, eos_id: Ends, layout: parallel.Layout = parallel.PMAP) -> Source:
     """A source whose reward of each token is a scalar model's output there; no experiment uses it yet."""
     apply_fn = models.bind(heads.ScalarModel(model.config))
     step = layout.step(functools.partial(score_tokens, apply_fn=apply_fn, eos_id=eos_id))
@@ -141,18 +160,71 @@ def text_function(
     rows: Rows | Sequence[Row],
     tokenizer: Tokenizer,
     layout: parallel.Layout = parallel.PMAP,
+    eos_id: Ends | None = None,
 ) -> Source:
     """`function(prompt, response)` on the host, where `rows` are what the episodes' `index` counts.
 
-    The response ends before its first EOS, even where it went on.
+    The response ends before its first EOS, by default the tokenizer's, even where it went on. Raises InputError, which names the function and the
+    response, for a score that is no finite number.
     """
+
+    ends = tokenizer.eos_token_id if eos_id is None else eos_id
 
     def source(episodes: Rollout) -> Rollout:
         host = layout.fetch({"tokens": episodes.tokens, "mask": episodes.response_mask, "index": episodes.index})
         tokens = host["tokens"][:, -host["mask"].shape[1] :]
-        read = host["mask"] & np.asarray(response_mask(jnp.asarray(tokens), tokenizer.eos_token_id))
-        said = rollout.texts(tokenizer, tokens, read)
-        score = [function(rows[int(index)]["prompt"], text) for index, text in zip(host["index"], said, strict=True)]
+        read = host["mask"] & np.asarray(response_mask(jnp.asarray(tokens), ends))
+        responses = rollout.texts(tokenizer, tokens, read)
+        prompts = [rows[int(index)]["prompt"] for index in host["index"]]
+        score = [score_text(function, *pair) for pair in zip(prompts, responses, strict=True)]
         return episodes.replace(score=layout.rows(np.array(score, np.float32)))
 
     return source
+
+
+def score_text(function: Callable[[Prompt, str], float], prompt: Prompt, response: str) -> float:
+    """`function(prompt, response)`, which must be one number that float32 can hold.
+
+    Raises InputError for anything else, None, NaN, True or an array. An exception of the function's own passes through,
+    with a note that says of which response it comes.
+    """
+    where = f"the response {short(response)} to the prompt {short(prompt_text(prompt))}"
+    try:
+        value = function(prompt, response)
+    except InputError as error:
+        raise InputError(f"{_name(function)}: {error}, for {where}") from error
+    except Exception as error:
+        error.add_note(f"{_name(function)} was to score {where}")
+        raise
+    number = _number(value)
+    if number is None:
+        found = " ".join(short(value).split())
+        raise InputError(
+            f"{_name(function)} returned {found} for {where}: expected one finite number in float32's range"
+        )
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """A real number, or an array's only element, as a float; None of what else there is, or float32 cannot hold."""
+    try:
+        if isinstance(value, bool | str | bytes):
+            return None
+        if not isinstance(value, numbers.Real | Decimal):
+            array = np.asarray(value)
+            if array.shape or not (
+                jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+            ):
+                return None
+            value = array
+        number = float(value)
+    except Exception:  # whatever a type of the user's raises where it is no number
+        return None
+    return number if abs(number) <= float(np.finfo(np.float32).max) else None
+
+
+def _name(function: Callable) -> str:
+    """The name under which a message speaks of a function."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__qualname__)

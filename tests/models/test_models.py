@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from rlhf_jax import models
 from rlhf_jax.data import tokenizer
-from rlhf_jax.models import families, heads
+from rlhf_jax.models import directory, families, heads
 from rlhf_jax.rollouts import sampling
 from rlhf_jax.types import InputError
 from tests import tiny
@@ -163,7 +163,7 @@ def test_types_of_weights(dtype, tmp_path):
 
 @pytest.mark.parametrize("limit", [1, 4000])
 def test_large_models_are_written_in_shards(limit, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "SHARD", limit)
+    monkeypatch.setattr(directory, "SHARD", limit)
     params = tiny.scalar(tiny.LLAMA)
     models.save(model(tiny.LLAMA), params, tmp_path / "model")
     files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
@@ -235,7 +235,7 @@ def refused(path, message, load=models.load):
 CONFIG_ERRORS = {
     "gpt": [
         ({"activation_function": "relu"}, "activation_function='relu' is not supported: expected 'gelu_new'"),
-        ({"n_inner": 17}, "n_inner=17 is not supported"),
+        ({"n_inner": 17}, r"mlp.c_fc.weight \[16, 64\] does not fit config.json, which asks for \[16, 17\]"),
         ({"n_head": 3}, "n_embd=16 is not a multiple of n_head=3"),
         ({"n_layer": 3}, r"has no tensor 'transformer\.h\.2\."),
     ],
@@ -246,19 +246,22 @@ CONFIG_ERRORS = {
         ({"attention_bias": True}, "attention_bias=True is not supported: expected False"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported: expected False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta=-1.0: expected a number"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}},
+            "rope_parameters.rope_theta=-1.0: expected a number a",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn' is not supp"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_ro"),
         ({"intermediate_size": 20}, r"_proj.weight \[.*24.*\] does not fit config.json, which asks for \[.*20.*\]"),
         ({"vocab_size": 10**9}, r"\[31, 16\] does not fit config.json"),
         ({"num_hidden_layers": 3}, r"has no tensor 'model\.layers\.2\."),
         ({"num_hidden_layers": 1}, r"does not ask for \(model\.layers\.1\..* and 6 more\)"),
-        ({"num_hidden_layers": 0}, "n_layers=0: expected more than 0"),
-        ({"num_hidden_layers": "many"}, "cannot be read"),
-        ({"intermediate_size": 2**63}, "d_ff=9223372036854775808: expected less than 2"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0: expected a whole number from 1 to"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers='many': expected a whole number"),
+        ({"intermediate_size": 2**63}, "intermediate_size=9223372036854775808: expected a whole number"),
         ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
-        ({"num_attention_heads": 0}, "cannot be read|expected more than 0"),
-        ({"hidden_size": -16}, "cannot be read|expected more than 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number"),
+        ({"hidden_size": -16}, "hidden_size=-16: expected a whole number"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs from the embedding"),
     ],
     "qwen2-window": [
@@ -295,7 +298,9 @@ def test_unusable_directories_are_named(tmp_path):
     for text in ("{", "[]", "\xff", '{"eos_token_id": "2"}', '{"eos_token_id": [2, true]}'):
         models.save(model(tiny.LLAMA), tiny.policy(tiny.LLAMA), path)
         (path / "generation_config.json").write_text(text, encoding="latin-1")
-        refused(path, "generation_config.json cannot be read|eos_token_id=.*: expected an id, or a list of ids")
+        refused(
+            path, "generation_config.json( cannot be read| holds no object|: eos_token_id=.*: expected an id, or a li)"
+        )
     for text in ("{", "[]", '"llama"', "\xff"):
         (path / "config.json").write_text(text, encoding="latin-1")
         refused(path, "cannot be read|holds no object")
@@ -335,7 +340,7 @@ def test_a_tied_unembedding_may_be_there_too(tmp_path):
 
 
 def test_shards_that_do_not_fit_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "SHARD", 4000)
+    monkeypatch.setattr(directory, "SHARD", 4000)
     path = tmp_path / "model"
     models.save(model(tiny.LLAMA), tiny.policy(tiny.LLAMA), path)
     index = path / "model.safetensors.index.json"
@@ -345,7 +350,7 @@ def test_shards_that_do_not_fit_are_refused(tmp_path, monkeypatch):
         index.write_text(text)
         refused(path, message)
 
-    check("{", "it needs an object weight_map")
+    check("{", "index.json cannot be read")
     check('{"weight_map": ["a"]}', "it needs an object weight_map")
     name = "model.norm.weight"
     check(json.dumps({"weight_map": whole["weight_map"] | {name: "../model.safetensors"}}), "is not the name of a file")

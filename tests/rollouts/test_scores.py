@@ -1,3 +1,8 @@
+import functools
+import math
+from decimal import Decimal
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,3 +125,86 @@ def test_a_function_sees_prompt_and_response(tmp_path):
     junk = np.where(on.mask & ~sampled.mask, tok("fish").input_ids[0], sampled.tokens)
     found = parallel.gather(scores.text_function(function, rows, tok)(parallel.shard(on.replace(tokens=junk))))
     np.testing.assert_array_equal(found.score, [len(text) for text in answers])
+
+
+@pytest.mark.parametrize(
+    ("value", "score"),
+    [
+        (-1.25, -1.25),
+        (3, 3.0),
+        (np.float64(0.3), 0.3),
+        (np.int8(-7), -7.0),
+        (np.array(2.5), 2.5),
+        (jnp.float32(0.75), 0.75),
+        (jnp.bfloat16(1.5), 1.5),
+        (Fraction(1, 4), 0.25),
+        (Decimal("0.1"), 0.1),
+        (-3.4e38, -3.4e38),
+    ],
+)
+def test_a_score_is_any_real_number(value, score):
+    assert scores.score_text(lambda prompt, response: value, "p", "r") == score
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "None"),
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+        (np.float32("nan"), "nan"),
+        (jnp.float32("inf"), "inf"),
+        ("0.5", "'0.5'"),
+        (True, "True"),
+        (np.bool_(False), "False"),
+        (1j, "1j"),
+        (np.ones(2), "array"),
+        (np.ones(1), "array"),
+        (jnp.ones((2, 2)), "Array"),
+        ([0.5], r"\[0.5\]"),
+        ({}, "{}"),
+        (1e39, r"1e\+39"),
+        (10**400, "1000"),
+        (Decimal("NaN"), "Decimal"),
+        (object(), "<object object"),
+    ],
+    ids=str,
+)
+def test_a_score_that_is_no_number_is_named(value, shown):
+    def exact_match(prompt, response):
+        return value
+
+    prompt = [{"role": "user", "content": "What is\nit about?"}]
+    for function in (exact_match, functools.partial(exact_match)):
+        with pytest.raises(InputError, match=shown) as error:
+            scores.score_text(function, prompt, "a long\nanswer " * 20)
+        message = str(error.value)
+        assert "\n" not in message and len(message) < 400
+        for part in (
+            "exact_match returned ",
+            r"'a long\nanswer a long",
+            r"'What is\nit about?'",
+            "expected one finite",
+        ):
+            assert part in message
+
+
+def test_an_exception_of_a_score_function_says_of_which_response():
+    def exact_match(prompt, response):
+        raise {"key": KeyError, "input": InputError}[prompt](response)
+
+    with pytest.raises(KeyError) as error:
+        scores.score_text(exact_match, "key", "an answer")
+    (note,) = error.value.__notes__
+    assert "exact_match was to score the response 'an answer' to the prompt 'key'" in note
+    with pytest.raises(InputError, match="exact_match: an answer, for the response 'an answer' to the prompt 'input'"):
+        scores.score_text(exact_match, "input", "an answer")
+
+
+def test_a_rollout_is_not_scored_by_what_is_no_number(tmp_path):
+    tok = tokenizer.train(["a fish"] * 9, 300, tmp_path)
+    sampled = episodes()
+    rows = [{"prompt": f"p{n}"} for n in range(16)]
+    source = scores.text_function(lambda prompt, response: None if prompt == "p3" else 1.0, rows, tok)
+    with pytest.raises(InputError, match=r"<lambda> returned None for the response .* to the prompt 'p3'"):
+        source(parallel.shard(sampled))
