@@ -411,6 +411,7 @@ CONFIG_ERRORS = {
         ({"tie_word_embeddings": True}, "lm_head.weight differs from the embedding"),
     ],
     "qwen2-window": [
+        ({"num_attention_heads": 64}, r"q_proj.\w+ \[.*16.*\] does not fit config.json, which asks for \[256.*\]"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "cannot be read|layer_types=.* is not supported"),
     ],
     "gemma2": [
