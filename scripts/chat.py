@@ -69,12 +69,12 @@ def main(cfg: Config) -> None:
             cfg.top_p,
             stops,
         )
-        said = say(tokenizer, (i for i in tokens if i not in stops))
-        turns = [*asked[first:], {"role": "assistant", "content": said}]
+        answer = say(tokenizer, (i for i in tokens if i not in stops))
+        turns = [*asked[first:], {"role": "assistant", "content": answer}]
 
 
 def lines() -> Iterator[str]:
-    """What the user enters, up to /quit or the end."""
+    """The lines that the user enters, up to /quit or the end; empty ones are left out."""
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
@@ -110,20 +110,20 @@ def fit(
 
 
 def say(tokenizer: tokenizer_lib.Tokenizer, tokens: Iterable[int]) -> str:
-    """Prints the text of tokens as they come, up to control-C, and returns it.
+    """Print the text of tokens as they come, up to control-C, and return it.
 
     White space at the end waits for what follows it, and so do the first bytes of a character for its last.
     """
     ids: list[int] = []
-    said = ""
+    printed = ""
     with contextlib.suppress(KeyboardInterrupt):
         for i in tokens:
             ids.append(i)
             text = tokenizer_lib.decode(tokenizer, ids).rstrip("\N{REPLACEMENT CHARACTER}").strip()
-            print(text[len(said) :], end="", flush=True)
-            said = text
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
     print()
-    return said
+    return printed
 
 
 def note(text: str) -> None:
