@@ -20,7 +20,7 @@ TINY = assistant.Config(
         steps=2,
         warmup=1,
         samples_every=1,
-        algorithm=ppo_lib.Config(minibatches=2),
+        ppo=ppo_lib.Config(minibatches=2),
         **LENGTHS,
     ),
     evaluate=evaluate.Config(prompts=16, texts=60, batch=16, **LENGTHS),
