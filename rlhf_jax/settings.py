@@ -63,6 +63,7 @@ class Unbounded:
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
+Share = Annotated[float, Range(above=0, most=1)]  # of a whole, of which something must be left
 Rate = Annotated[float, Range(least=0, below=1)]  # of what is dropped, or of decay: 1 would leave nothing, or all
 LabelNoise = Annotated[float, Range(least=0, below=0.5)]  # from one half on, labels would say the opposite
 Count = Annotated[int, Range(above=0)]

@@ -30,7 +30,8 @@ import orbax.checkpoint as ocp
 
 from rlhf_jax.devices import preemption
 from rlhf_jax.runs import checkpoint, cli, log
-from rlhf_jax.types import InputError, check_positive
+from rlhf_jax.settings import Count, Seed, Settings, Whole
+from rlhf_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("pretrain", "sft", "reward", "ppo")
@@ -38,16 +39,16 @@ STEPS = 24  # of each stage
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     stages: tuple[str, ...] = STAGES  # which to kill; those that they start from are run undisturbed
-    kills: int = 20  # kill -9 of each stage
-    terms: int = 10  # SIGTERM of each stage
-    seed: int = 0  # of the moments
-    patience: int = 600  # seconds that a process may take
+    kills: Whole = 20  # kill -9 of each stage
+    terms: Whole = 10  # SIGTERM of each stage
+    seed: Seed = 0  # of the moments
+    patience: Count = 600  # seconds that a process may take
     work: Path | None = None  # folder to work in, kept; None is a temporary one
 
     def __post_init__(self) -> None:
-        check_positive(self, "patience")
+        super().__post_init__()
         if unknown := set(self.stages) - set(STAGES):
             raise InputError(f"stages: {', '.join(sorted(unknown))} is not one of {', '.join(STAGES)}")
 
