@@ -106,8 +106,8 @@ def beyond(hint: Any) -> Iterator[Any]:
 def test_configs_are_found():
     found = {name(config) for config in configs()}
     package = {f"rlhf_jax.algorithms.{module}.Config" for module in ("updates", "ppo", "grpo", "rloo", "dpo", "reward")}
-    package |= {f"rlhf_jax.models.config.{part}" for part in ("Compute", "RopeScaling", "Config")}
-    package |= {"rlhf_jax.algorithms.optim.Adam", "rlhf_jax.models.lora.Config"}
+    package |= {f"rlhf_jax.models.config.{part}" for part in ("RopeScaling", "Config")}
+    package |= {"rlhf_jax.algorithms.optim.Adam", "rlhf_jax.models.lora.Config", "rlhf_jax.devices.compute.Compute"}
     package |= {"rlhf_jax.devices.parallel.Config", "rlhf_jax.runs.checkpoint.Config"}
     modules = ("pretrain", "sft", "reward", "ppo", "grpo", "dpo", "rounds", "studies.frontier", "papers.sentiment")
     assert package | {f"experiments.{module}.Config" for module in modules} | {"scripts.chat.Config"} <= found
@@ -230,8 +230,8 @@ def test_the_last_seed_is_one_of_its_own():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--ppo.clip", "-0.2"], "ppo: clip=-0.2: expected more than 0"),
-        (["--ppo.gamma", "nan"], "ppo: gamma=nan: expected a finite number, at least 0 and at most 1"),
+        (["--algorithm.clip", "-0.2"], "algorithm: clip=-0.2: expected more than 0"),
+        (["--algorithm.gamma", "nan"], "algorithm: gamma=nan: expected a finite number, at least 0 and at most 1"),
         (["--adam.b2", "1"], "adam: b2=1.0: expected at least 0 and less than 1"),
         (["--devices.microbatches", "3000000000"], "devices: microbatches=3000000000: expected less than 2^31"),
     ],
@@ -244,8 +244,17 @@ def test_flags_out_of_range(flags, said):
 
 
 def test_flags_keep_their_spelling_and_types():
-    flags = ["--ppo.clip", "0.3", "--ppo.stop-kl", "None", "--ppo.unfinished-score", "-2", "--compute.chunk", "8"]
+    flags = [
+        "--algorithm.clip",
+        "0.3",
+        "--algorithm.stop-kl",
+        "None",
+        "--algorithm.unfinished-score",
+        "-2",
+        "--compute.chunk",
+        "8",
+    ]
     cfg = cli.parse(ppo_experiment.Config(), flags)
-    assert cfg.ppo == dataclasses.replace(ppo_experiment.Config().ppo, clip=0.3, unfinished_score=-2.0)
+    assert cfg.algorithm == dataclasses.replace(ppo_experiment.Config().algorithm, clip=0.3, unfinished_score=-2.0)
     assert cfg.compute == models.Compute(chunk=8)
-    assert isinstance(cfg.ppo, ppo.Config)
+    assert isinstance(cfg.algorithm, ppo.Config)
