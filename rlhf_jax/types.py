@@ -16,7 +16,7 @@ documents of one row ascend from 1. A bool mask is a segment array with one docu
 """
 
 import zlib
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import struct
@@ -101,6 +101,7 @@ class Rollout(struct.PyTreeNode):
 # How a loss calls a network: as a function of parameters and tokens, which `rlhf_jax.models` makes of an architecture.
 
 
+@runtime_checkable
 class LogprobsFn(Protocol):
     """A language model: what it says of the tokens after column `start`, N = T - 1 - start."""
 
@@ -118,6 +119,7 @@ class LogprobsFn(Protocol):
         """Log-probability of each token [B, N] and, if asked, the entropy of what it was drawn from."""
 
 
+@runtime_checkable
 class ScoreFn(Protocol):
     """A reward model."""
 
@@ -125,6 +127,7 @@ class ScoreFn(Protocol):
         """The score of each row [B], read at its last real token."""
 
 
+@runtime_checkable
 class ValueFn(Protocol):
     """A critic; `params` are all that is trained, since it may share the policy's trunk."""
 

@@ -15,7 +15,7 @@ def test_scalar_is_linear_in_the_hidden_state():
     tokens, mask = jnp.array(tiny.random_tokens(0, 3, 6)), jnp.array(tiny.ragged(1, 3, 6))
     params = tiny.scalar()
     module = models.Transformer(tiny.GPT)
-    hidden, _ = jax.jit(functools.partial(models.bind(module), method="hidden"))(params["trunk"], tokens, mask)
+    hidden = jax.jit(functools.partial(models.bind(module), method="hidden"))(params["trunk"], tokens, mask)
     expected = hidden @ params["kernel"] + 0.25
     values = jax.jit(models.bind(heads.ScalarModel(tiny.GPT)))(params | {"bias": jnp.float32(0.25)}, tokens, mask)
     np.testing.assert_allclose(values, expected, atol=1e-5)

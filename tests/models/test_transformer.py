@@ -89,7 +89,7 @@ def test_the_backward_pass_keeps_what_products_take_and_yield():
         config = models.gpt(n_layers, 64, 2, vocab_size=64, max_length=64, compute=compute)
         tokens = jax.ShapeDtypeStruct((64, 8), jnp.int32)
         hidden = functools.partial(models.bind(models.Transformer(config)), method="hidden")
-        loss = lambda params, tokens: jnp.sum(hidden(params, tokens, tokens)[0])
+        loss = lambda params, tokens: jnp.sum(hidden(params, tokens, tokens))
         compiled = jax.jit(jax.grad(loss)).lower(models.parameter_shapes(config), tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -103,7 +103,7 @@ def test_the_backward_pass_keeps_what_products_take_and_yield():
 @EVERY
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_layers_written_out_are_those_of_the_loop(config, remat, dropout):
+def test_unrolled_layers_are_those_of_the_scan(config, remat, dropout):
     """Where only the columns asked for are computed of the last layer."""
     tokens, mask = jnp.array(tiny.random_tokens(0, 4, 9)), jnp.array(tiny.ragged(0, 4, 9))
     keys, own = jax.random.split(jax.random.key(0), 4), jnp.array([[3, 1], [0, 5], [7, 7], [2, 8]])
@@ -117,8 +117,8 @@ def test_layers_written_out_are_those_of_the_loop(config, remat, dropout):
         def loss(params):
             each = []
             for asked in (slice(0, -1), slice(4, 7), own):
-                x, _ = hidden(params, tokens, mask, keys, columns=asked)
-                each.append(jnp.where(layers.pick(mask, asked)[..., None], x, 0.0))
+                x = hidden(params, tokens, mask, keys, columns=asked)
+                each.append(jnp.where(layers.take_columns(mask, asked)[..., None], x, 0.0))
             return sum(jnp.sum(x * noise[:, : x.shape[1]]) for x in each), each
 
         return jax.jit(jax.grad(loss, has_aux=True))(tiny.policy(changed))
