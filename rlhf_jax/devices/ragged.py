@@ -75,7 +75,10 @@ def in_buckets(compute: Callable[..., Any], mask: Bool[Array, "B N"], buckets: i
         pad = lambda x: jnp.pad(x, ((0, 0), (0, columns - x.shape[1]))) if x.ndim > 1 else x
         return jax.tree.map(pad, compute(*rows))
 
+    def mask_of(masked: tuple[Array, ...]) -> Bool[Array, "B N"]:
+        return masked[0]
+
     split = tuple(parallel.split(x[index], buckets) for x in (mask, *rows))
-    results = jax.lax.map(trimmed(compute_padded, lambda masked: masked[0], buckets), split)
+    results = jax.lax.map(trimmed(compute_padded, mask_of, buckets), split)
     inverse = jnp.argsort(index)
     return jax.tree.map(lambda x: parallel.join(x)[inverse], results)

@@ -7,7 +7,6 @@ no code that comes with a checkpoint runs.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -110,7 +109,7 @@ def load_reward(
     path = Path(path)
     config = dataclasses.replace(families.load_config(path), compute=compute)
     params = _read(path, config, scalar=True, dtype=dtype, place=place)
-    apply = functools.partial(transformer.bind(heads.ScalarModel(config)), method="last")
+    apply = heads.score_fn(config)
     return Model(config, params, _tokenizer(path, config), apply)
 
 

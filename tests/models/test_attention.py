@@ -93,7 +93,6 @@ def test_cudnn_is_plain_attention(segment, implementation, dtype, atol, window):
 def traced(compute, columns, method="hidden", **settings):
     """The operations of a method of a model over so many columns."""
     config = dataclasses.replace(tiny.LLAMA, max_length=512, compute=compute, **settings)
-    apply_fn = models.bind(models.Transformer(config))
     tokens, mask = (jax.ShapeDtypeStruct((2, columns), dtype) for dtype in (jnp.int32, bool))
     empty = jax.eval_shape(lambda: cache.Cache.empty(config, 2, 400))
     args = {
@@ -101,7 +100,7 @@ def traced(compute, columns, method="hidden", **settings):
         "prefill": (tokens, mask, empty),
         "decode": (jax.ShapeDtypeStruct((2,), jnp.int32), empty),
     }
-    step = functools.partial(apply_fn, method=method)
+    step = models.bind(models.Transformer(config), getattr(models.Transformer, method))
     return str(jax.make_jaxpr(step)(models.parameter_shapes(config), *args[method]))
 
 
