@@ -5,7 +5,7 @@
     python scripts/tpu_compile.py --experiment instructgpt:ppo-175b --topology v5p:8x8x8 --devices.fsdp 512
 
 Needs `pip install -e .[tpu]` and no accelerator. All further flags are the experiment's own. Nothing is loaded:
-a model is named by a directory with a config.json, or by a preset of rlhf_jax.transformer; the default is what the
+a model is named by a directory with a config.json, or by a preset of `models.PRESETS`; the default is what the
 experiments before this one make by their defaults. Prints a table of the steps in Markdown and one line of JSON, and
 leaves with status 1 where a step does not fit beside what else lies on the devices, 2 on wrong input.
 """
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -37,14 +38,15 @@ from rlhf_jax.algorithms import rloo as rloo_lib
 from rlhf_jax.analysis import tpu
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import families, heads, lora
-from rlhf_jax.rollouts import rollout, scores
+from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli
 from rlhf_jax.types import InputError, Params, Prompts, Rankings, Rollout, Tokens
 
+ROOMS = "experiments", "experiments.published", "experiments.papers", "experiments.studies"
 EOS = 0  # any token will do
 SAID = 8  # rows that `rollout.say` answers at the end of a stage
 
-Models = Callable[[Path], models.Config]  # the architecture that a model directory has, or would have
+ConfigOf = Callable[[Path], models.Config]  # the architecture that a model directory has, or would have
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -72,12 +74,17 @@ def architecture(path: Path, compute: models.Compute, made_by: Callable[[str], A
     return dataclasses.replace(config, compute=compute)
 
 
+def find_module(name: str) -> Any:
+    """The module of an experiment or a recipe, in whichever folder of `experiments` it is; None if in none of them."""
+    for room in ROOMS:
+        if importlib.util.find_spec(f"{room}.{name}") is not None:
+            return importlib.import_module(f"{room}.{name}")
+    return None
+
+
 def default_of(name: str) -> Any:
     """The configuration with which an experiment starts; None where there is none of that name."""
-    try:
-        module = importlib.import_module(f"experiments.{name}")
-    except ImportError:
-        return None
+    module = find_module(name)
     return module.CONFIG if hasattr(module, "CONFIG") else module.Config() if hasattr(module, "Config") else None
 
 
@@ -183,14 +190,14 @@ def counted(place: Place, config: models.Config, cfg: Any, rows: int) -> float |
 def said(place: Place, config: models.Config, length: int, params: Params, *held: Any) -> tpu.Program:
     """The samples at the end of a stage, by `rollout.say`."""
     half, rows = min(length, config.max_length) // 2, place.chips * -(-SAID // place.chips)
-    step = rollout.answering(config, place.layout, max_new_tokens=half, temperature=1.0, eos_id=EOS)
-    args = params, place.rows(prompts(rows, half)), place.keys, place.first
+    step = rollout.collector(config, place.layout, sampling.Config(max_new_tokens=half, eos_id=EOS))
+    args = {"policy": params}, place.rows(prompts(rows, half)), place.keys, place.first
     return program("sample", step, args, rows * half, held)
 
 
-def pretraining(cfg: pretrain.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
+def pretraining(cfg: pretrain.Config, config_of: ConfigOf, place: Place) -> Iterator[tpu.Program]:
     made = dataclasses.replace(models.preset(cfg.preset), vocab_size=cfg.vocab_size, compute=cfg.compute)
-    config = models(cfg.init) if cfg.init else made
+    config = config_of(cfg.init) if cfg.init else made
     tx, step = pretrain.build(cfg, config, place.layout)
     state = place.state(begin(tx), models.parameter_shapes(config))
     batch = place.rows(tokens(cfg.batch, cfg.length))
@@ -204,8 +211,8 @@ def on_mesh(place: Place, *trees: Any) -> tuple:
     return trees if isinstance(place.layout, parallel.Mesh) else ()
 
 
-def tuning(cfg: sft.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
-    config = models(cfg.init)
+def tuning(cfg: sft.Config, config_of: ConfigOf, place: Place) -> Iterator[tpu.Program]:
+    config = config_of(cfg.init)
     shapes = models.parameter_shapes(config)
     tx, step = sft.build(cfg, config, place.layout, steps=100)
     state, base = place.state(functools.partial(sft.start, cfg, tx), shapes)
@@ -217,8 +224,8 @@ def tuning(cfg: sft.Config, models: Models, place: Place) -> Iterator[tpu.Progra
     yield said(place, config, cfg.length, merged, base, *on_mesh(place, state))
 
 
-def judging(cfg: reward.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
-    config = models(cfg.init)
+def judging(cfg: reward.Config, config_of: ConfigOf, place: Place) -> Iterator[tpu.Program]:
+    config = config_of(cfg.init)
     tx, step, scored = reward.build(cfg, config, place.layout, steps=100)
     trained, frozen = jax.eval_shape(functools.partial(reward.split, cfg, config), models.parameter_shapes(config))
     state, base = place.state(begin(tx), trained), place.state(lambda x: x, frozen)
@@ -229,8 +236,8 @@ def judging(cfg: reward.Config, models: Models, place: Place) -> Iterator[tpu.Pr
     yield program("score", scored, (params, batch), count, state, base)
 
 
-def preferring(cfg: dpo.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
-    config = models(cfg.init)
+def preferring(cfg: dpo.Config, config_of: ConfigOf, place: Place) -> Iterator[tpu.Program]:
+    config = config_of(cfg.init)
     shapes = models.parameter_shapes(config)
     tx, step = dpo.build(cfg, config, place.layout, steps=100)
     state = place.state(begin(tx), shapes)
@@ -240,8 +247,8 @@ def preferring(cfg: dpo.Config, models: Models, place: Place) -> Iterator[tpu.Pr
     yield said(place, config, cfg.length, place.again(state.params), reference, *on_mesh(place, state))
 
 
-def improving(cfg: ppo.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
-    config, judges = models(cfg.init), [models(path) for path in cfg.reward]
+def improving(cfg: ppo.Config, config_of: ConfigOf, place: Place) -> Iterator[tpu.Program]:
+    config, judges = config_of(cfg.init), [config_of(path) for path in cfg.reward]
     judge = judges[0] if cfg.critic == "reward" else None
     tx, collect, step = ppo.build(cfg, config, judge, EOS, place.layout)
     shapes = models.parameter_shapes(config)
@@ -249,43 +256,42 @@ def improving(cfg: ppo.Config, models: Models, place: Place) -> Iterator[tpu.Pro
     state, base = place.state(functools.partial(ppo.start, cfg, tx), shapes, critic)
     shared = cfg.lora.rank and cfg.reference is None
     reference = base["policy"] if shared else place.frozen(cfg.compute.freeze, shapes)
-    params = lora.attach(base, state.params, lora.Config())
+    params = lora.attach(base, state.params, lora.Config()) | {"reference": reference}
     scored = [] if isinstance(cfg, ppo_gold.Config) else judges
     train = lambda episodes, text: (state, base, episodes, text)
-    yield from rolling(cfg, cfg.ppo, cfg.pessimism, scored, place, collect, step, params, reference, train, state, base)
+    yield from rolling(cfg, cfg.pessimism, scored, place, collect, step, params, train, state, base)
 
 
-def grouping(cfg: grpo.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
-    config = models(cfg.init)
+def grouping(cfg: grpo.Config, config_of: ConfigOf, place: Place) -> Iterator[tpu.Program]:
+    config = config_of(cfg.init)
     shapes = models.parameter_shapes(config)
     algorithm = rloo_lib if isinstance(cfg, rloo.Config) else grpo_lib
     tx, collect, step = grpo.build(cfg, config, EOS, place.layout, algorithm.train_step)
     begin = lambda policy: updates.init({"policy": policy}, tx, cfg.algorithm, jax.random.key(0))
     state = place.state(begin, shapes)
     reference = place.frozen(cfg.compute.freeze, shapes)
-    judges = [models(path) for path in cfg.reward]
+    judges = [config_of(path) for path in cfg.reward]
     train = lambda episodes, text: (state, episodes, text)
-    yield from rolling(cfg, cfg.algorithm, 0.0, judges, place, collect, step, state.params, reference, train, state)
+    params = state.params | {"reference": reference}
+    yield from rolling(cfg, 0.0, judges, place, collect, step, params, train, state)
 
 
 def rolling(
-    cfg: Any,
-    settings: updates.Config,
+    cfg: ppo.Config | grpo.Config,
     pessimism: float,
     judges: list[models.Config],
     place: Place,
     collect: Callable,
     step: Callable,
-    params: Params,
-    reference: Params,
+    params: dict[str, Params],
     train: Callable[[Rollout, Tokens | None], tuple],
     *held: Any,
 ) -> Iterator[tpu.Program]:
     """The steps of every experiment that learns from rollouts; `held` is what the trainer has on the devices."""
-    columns = cfg.prompt_length + cfg.max_new_tokens
-    args = params, reference, place.rows(prompts(cfg.batch, cfg.prompt_length)), place.keys, place.first
-    judge, score = scorer(judges, pessimism, place)
-    held = *held, reference, judge
+    columns, algorithm = cfg.prompt_length + cfg.max_new_tokens, cfg.algorithm
+    args = params, place.rows(prompts(cfg.batch, cfg.prompt_length)), place.keys, place.first
+    judge, score = scorer(judges, pessimism, algorithm.buckets, place)
+    held = *held, params["reference"], judge
     yield program("collect", collect, args, cfg.batch * columns, held)
     episodes = place.returned(collect, *args)
     if score:
@@ -293,70 +299,75 @@ def rolling(
         episodes = place.returned(score, judge, episodes)
     else:
         episodes = episodes.replace(score=place.rows(of(cfg.batch, dtype=jnp.float32)))
-    rounds = settings.epochs * settings.minibatches
+    rounds = algorithm.epochs * algorithm.minibatches
     text = place.rows(tokens(rounds, cfg.text_batch, cfg.text_length), rows_axis=1) if cfg.text else None
-    learnt = settings.epochs * cfg.batch * columns + (rounds * cfg.text_batch * cfg.text_length if cfg.text else 0)
+    learnt = algorithm.epochs * cfg.batch * columns + (rounds * cfg.text_batch * cfg.text_length if cfg.text else 0)
     yield program("train", step, train(episodes, text), learnt, held)
 
 
-def scorer(judges: list[models.Config], pessimism: float, place: Place) -> tuple[Params, Callable | None]:
+def scorer(judges: list[models.Config], pessimism: float, buckets: int, place: Place) -> tuple[Params, Callable | None]:
     """The parameters of the reward models, and the step that scores by them."""
     if not judges:
         return {}, None
     stack = functools.partial(scores.stacked, config=judges[0])
     params = place.frozen(stack, [scalar_shapes(judge) for judge in judges])
-    return params, scores.scoring(judges[0], EOS, pessimism, place.layout)
+    return params, scores.scoring(judges[0], EOS, pessimism, place.layout, buckets)
 
 
 def measured(
     cfg: Any,
     config: models.Config,
-    reference: Params,
+    reference: Params | None,
     params: Params,
     judge: Path | None,
-    models: Models,
+    config_of: ConfigOf,
     place: Place,
 ) -> Iterator[tpu.Program]:
     """`rollout.episodes`."""
     columns = cfg.prompt_length + cfg.max_new_tokens
-    sizes = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
-    collect = rollout.collecting(config, place.layout, **sizes, eos_id=EOS)
-    args = {"policy": params}, reference, place.rows(prompts(cfg.batch, cfg.prompt_length)), place.keys, place.first
-    scoring, score = scorer([models(judge)] if judge else [], 0.0, place)
+    sampled = sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=EOS)
+    collect = rollout.collector(config, place.layout, sampled)
+    args = (
+        {"policy": params} | ({} if reference is None else {"reference": reference}),
+        place.rows(prompts(cfg.batch, cfg.prompt_length)),
+        place.keys,
+        place.first,
+    )
+    scoring, score = scorer([config_of(judge)] if judge else [], 0.0, 1, place)
     yield program("collect", collect, args, cfg.batch * columns, scoring)
     if score:
         episodes = place.returned(collect, *args)
         yield program("score", score, (scoring, episodes), cfg.batch * columns, params, reference)
 
 
-def evaluating(cfg: evaluate.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
-    config = models(cfg.model)
+def evaluating(cfg: evaluate.Config, config_of: ConfigOf, place: Place) -> Iterator[tpu.Program]:
+    config = config_of(cfg.model)
     shapes = models.parameter_shapes(config)
     params = place.state(lambda x: x, shapes)
     reference = place.again(params) if cfg.best_of > 1 else place.state(lambda x: x, shapes)
-    yield from measured(cfg, config, reference, params, cfg.reward, models, place)
+    yield from measured(cfg, config, reference, params, cfg.reward, config_of, place)
     if cfg.best_of == 1:
         batch = place.rows(tokens(cfg.batch, cfg.text_length))
         yield program("loss", evaluate.measuring(config, place.layout), (params, batch), cfg.batch * cfg.text_length)
 
 
-def rejecting(cfg: rejection.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
-    config = models(cfg.init)
+def rejecting(cfg: rejection.Config, config_of: ConfigOf, place: Place) -> Iterator[tpu.Program]:
+    config = config_of(cfg.init)
     params = place.state(lambda x: x, models.parameter_shapes(config))
-    yield from measured(cfg, config, place.again(params), params, cfg.reward, models, place)
-    yield from tuning(rejection.tuning(cfg), models, place)
+    yield from measured(cfg, config, None, params, cfg.reward, config_of, place)
+    yield from tuning(rejection.tuning(cfg), config_of, place)
 
 
-def answering(cfg: rank.Config | gsm8k_evaluate.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
-    config = models(cfg.init if isinstance(cfg, rank.Config) else cfg.model)
-    sizes = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
-    step = rollout.answering(config, place.layout, **sizes, eos_id=EOS)
+def answering(cfg: rank.Config | gsm8k_evaluate.Config, config_of: ConfigOf, place: Place) -> Iterator[tpu.Program]:
+    config = config_of(cfg.init if isinstance(cfg, rank.Config) else cfg.model)
+    sampled = sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=EOS)
+    step = rollout.collector(config, place.layout, sampled)
     params = place.state(lambda x: x, models.parameter_shapes(config))
-    args = params, place.rows(prompts(cfg.batch, cfg.prompt_length)), place.keys, place.first
+    args = {"policy": params}, place.rows(prompts(cfg.batch, cfg.prompt_length)), place.keys, place.first
     yield program("sample", step, args, cfg.batch * (cfg.prompt_length + cfg.max_new_tokens))
 
 
-STEPS: dict[type, Callable[[Any, Models, Place], Iterator[tpu.Program]]] = {
+STEPS: dict[type, Callable[[Any, ConfigOf, Place], Iterator[tpu.Program]]] = {
     pretrain.Config: pretraining,
     sft.Config: tuning,
     reward.Config: judging,
@@ -370,19 +381,19 @@ STEPS: dict[type, Callable[[Any, Models, Place], Iterator[tpu.Program]]] = {
 }
 
 
-def plan(cfg: Any, models: Models, place: Place) -> list[tpu.Program]:
+def plan(cfg: Any, config_of: ConfigOf, place: Place) -> list[tpu.Program]:
     """The steps of an experiment with this configuration; raises InputError where it has none of its own."""
     if isinstance(cfg, assistant.Config):
-        stages = assistant.stages(cfg).items()
+        stages = assistant.stages(cfg)
         return [
-            dataclasses.replace(step, name=f"{name} {step.name}")
-            for name, stage in stages
-            for step in plan(stage, models, place)
+            dataclasses.replace(step, name=f"{field.name} {step.name}")
+            for field in dataclasses.fields(stages)
+            for step in plan(getattr(stages, field.name), config_of, place)
         ]
     steps = next((STEPS[kind] for kind in type(cfg).__mro__ if kind in STEPS), None)
     if steps is None:
         raise InputError("this experiment has no steps of its own: compile those that it runs")
-    return list(steps(cfg, lambda path: models(path, cfg.compute), place))
+    return list(steps(cfg, lambda path: config_of(path, cfg.compute), place))
 
 
 def chosen(name: str) -> tuple[Any, Callable[[str], Any]]:
@@ -391,10 +402,10 @@ def chosen(name: str) -> tuple[Any, Callable[[str], Any]]:
     if (default := default_of(experiment)) is not None and not stage:
         return default, default_of
     try:
-        recipe = importlib.import_module(f"experiments.{experiment}")
+        recipe = find_module(experiment)
         default = recipe.STAGES[stage][1]
-    except (ImportError, AttributeError, KeyError):
-        names = sorted(path.stem for path in Path(assistant.__file__).parent.glob("[!_]*.py"))
+    except (AttributeError, KeyError):
+        names = sorted(path.stem for path in Path(assistant.__file__).parent.rglob("[!_]*.py"))
         raise InputError(
             f"experiment {name!r}: expected one of {', '.join(names)}, a stage of a recipe behind a colon"
         ) from None
@@ -406,7 +417,8 @@ def planned(experiment: str, flags: Sequence[str], devices: list, **sizes: int) 
     default, made_by = chosen(experiment)
     cfg = cli.parse(default, flags)
     if isinstance(cfg, assistant.Config):
-        made_by = assistant.stages(cfg).get
+        stages = assistant.stages(cfg)
+        made_by = lambda name: getattr(stages, name, None)
     place = Place(parallel.layout(cfg.devices, devices), len(devices), **sizes)
     return plan(cfg, lambda path, compute: architecture(path, compute, made_by), place)
 
@@ -426,7 +438,7 @@ def main(args: Sequence[str] | None = None) -> int:
     reports: list[tpu.Report] = []
     for step in programs:
         if not own.only or step.name in own.only:
-            reports.append(tpu.compiled(step, own.topology, len(devices)))
+            reports.append(tpu.compile_report(step, own.topology, len(devices)))
             rows = tpu.table(reports).splitlines()
             print("\n".join(rows if len(reports) == 1 else rows[-1:]), flush=True)
     print(json.dumps([report.record() for report in reports]))

@@ -125,7 +125,7 @@ def told(monkeypatch):
     """The script, with a compiler that says what the test has put here."""
     reports = []
     monkeypatch.setattr(tpu, "devices", lambda topology: jax.devices())
-    monkeypatch.setattr(tpu, "compiled", lambda program, *_: dataclasses.replace(reports.pop(0), name=program.name))
+    monkeypatch.setattr(tpu, "compile_report", lambda program, *_: dataclasses.replace(reports.pop(0), name=program.name))
     return reports
 
 
@@ -156,7 +156,7 @@ def test_steps_compile(mesh):
     """On CPU devices: the shapes that each step hands on are those that the next one takes."""
     steps = planned("ppo", *SMALL, "--text-length", "8", "--batch", "32", *mesh)
     for step in steps.values():
-        report = tpu.compiled(step, "v5e:2x4", 8)
+        report = tpu.compile_report(step, "v5e:2x4", 8)
         assert report.arguments == pytest.approx(tpu.argument_bytes(step.args, 8), rel=0.01)
         assert report.flops.total > 0 and report.share < 0.01
 
