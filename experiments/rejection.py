@@ -71,13 +71,15 @@ def pick(cfg: Config) -> None:
     some = itertools.islice(rows, cfg.prompts)
     prompts, counts = pipeline.every_prompt(some, tokenizer, length=cfg.prompt_length)
     print(f"{cfg.data}: {counts}")
+    score = scores.reward_models([judge], tokenizer.eos_token_id, layout=layout)
+    del judge  # as it was loaded: `score` has a copy
     sampled = rollout.episodes(
         model,
         best_of_n.repeat(prompts, cfg.best_of),
         named_key(cfg.seed, "rejection"),
         sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=tokenizer.eos_token_id),
         batch=cfg.batch,
-        score=scores.reward_models([judge], tokenizer.eos_token_id, layout=layout),
+        score=score,
         layout=layout,
     )
     picked = best_of_n.select(sampled, cfg.best_of)
