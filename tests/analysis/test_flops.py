@@ -100,7 +100,12 @@ def test_sampling_counts_its_longest_run():
     tokens = jnp.zeros((2, 4), jnp.int32)
     count = lambda new: flops.count(
         lambda params: sampling.generate(
-            models.Transformer(config), params, tokens, tokens == 0, jax.random.key(0), sampling.Config(new, eos_id=0)
+            models.Transformer(config),
+            params,
+            tokens,
+            tokens == 0,
+            jax.random.key(0),
+            sampling.Config(max_new_tokens=new, eos_id=0),
         ),
         models.parameter_shapes(config),
     )
