@@ -35,8 +35,7 @@ def tuning(config):
     state = jax.eval_shape(lambda p: optim.init(p, tx, jax.random.key(0)), models.parameter_shapes(config))
     of = lambda dtype: jax.ShapeDtypeStruct((ROWS, COLUMNS), dtype)
     batch = Tokens(tokens=of(jnp.int32), segment=of(jnp.int32), target=of(bool))
-    apply_fn = models.bind(models.Transformer(config))
-    return functools.partial(sft.train_step, apply_fn=apply_fn, tx=tx), state, batch
+    return functools.partial(sft.train_step, logprobs_fn=models.logprobs_fn(config), tx=tx), state, batch
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -101,7 +100,12 @@ def test_sampling_counts_its_longest_run():
     tokens = jnp.zeros((2, 4), jnp.int32)
     count = lambda new: flops.count(
         lambda params: sampling.generate(
-            models.Transformer(config), params, tokens, tokens == 0, jax.random.key(0), new, eos_id=0
+            models.Transformer(config),
+            params,
+            tokens,
+            tokens == 0,
+            jax.random.key(0),
+            sampling.Config(max_new_tokens=new, eos_id=0),
         ),
         models.parameter_shapes(config),
     )
