@@ -149,6 +149,9 @@ class Batches:
     counts: str = "not read"
     steps: int = 100
 
+    def part(self, *_: int) -> "Batches":
+        return self
+
     def __iter__(self) -> Iterator[Any]:
         return itertools.repeat(self.batch, *([1] if self.once else []))
 
@@ -193,9 +196,7 @@ def prompt_batches(rows: Any, tokenizer: Any, *, length: int, batch: int, seed: 
 class OneStep(contextlib.nullcontext):
     """A `runs.Run` of one step, which records nothing."""
 
-    def __init__(
-        self, cfg: Any, layout: shapes.Shapes, state: Any, streams: dict[str, Batches], steps: int, limits: Any
-    ):
+    def __init__(self, cfg: Any, layout: shapes.Shapes, state: Any, streams: dict[str, Batches], *_: Any):
         super().__init__(self)
         self.state, self.streams = layout.state(state), {name: iter(stream) for name, stream in streams.items()}
         self.clock = mock.Mock()
