@@ -56,6 +56,7 @@ def tuning(cfg: Config) -> sft.Config:
 def main(cfg: Config) -> TrainState:
     """Sample, pick, fine-tune, and write the run directory."""
     tune = tuning(cfg)
+    runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
     pick(cfg)
     return sft.main(tune)

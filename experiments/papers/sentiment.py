@@ -49,6 +49,7 @@ from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli, plots
+from rlhf_jax.settings import Count, Seed
 from rlhf_jax.types import InputError, Prompts, Rollout, named_key
 
 
@@ -57,14 +58,14 @@ from rlhf_jax.types import InputError, Prompts, Rollout, named_key
 class Config(runs.Stage):
     """Defaults are for two CPU cores. The sampler's temperature is `ppo.algorithm.temperature` in every stage."""
 
-    seed: int = 0  # of every stage, and of who labels what
+    seed: Seed = 0  # of every stage, and of who labels what
     out: Path = Path("runs/sentiment")  # run directory; each stage has a folder in it
     data: str | None = None  # required: the folder of the four files above, or a TFDS name such as glue/sst2
     data_dir: Path | None = None  # type: ignore[assignment]  # where prepared data sets are kept; None is the folder "data" in `out`
-    choices: int = 3000  # openings for the reward model to learn from
-    held_out_choices: int = 256  # openings to measure its accuracy on, and to normalise it on
-    best_of: int = 4  # continuations of each, of which the labeler picks one
-    sample_batch: int = 128  # continuations sampled at once, over all devices
+    choices: Count = 3000  # openings for the reward model to learn from
+    held_out_choices: Count = 256  # openings to measure its accuracy on, and to normalise it on
+    best_of: Count = 4  # continuations of each, of which the labeler picks one
+    sample_batch: Count = 128  # continuations sampled at once, over all devices
     pretrain: "pretrain.Config" = pretrain.Config(
         preset="llama-mini", vocab_size=2048, length=64, batch=16, steps=2400, lr=3e-3, warmup=60, weight_decay=0.1
     )

@@ -6,7 +6,6 @@ No step of `generate`'s loop copies or converts weights.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +19,7 @@ from rlhf_jax import models
 from rlhf_jax.devices import parallel
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.transformer import Transformer, bind, layers_of
+from rlhf_jax.settings import Count, NonNegative, Settings, Share, Whole
 from rlhf_jax.types import InputError, Leaf, Params
 
 
@@ -32,25 +32,15 @@ class HasConfig(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """How responses are sampled."""
 
-    max_new_tokens: int
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # sample from this many of the likeliest tokens; 0 is from all
-    top_p: float = 1.0  # sample from the likeliest tokens whose probability reaches this; 1 is from all
-    eos_id: int | tuple[int, ...] | None = None  # tokens that end a response; None is none
+    max_new_tokens: Count
+    temperature: NonNegative = 1.0  # 0 is greedy
+    top_k: Whole = 0  # sample from this many of the likeliest tokens; 0 is from all
+    top_p: Share = 1.0  # sample from the likeliest tokens whose probability reaches this; 1 is from all
+    eos_id: Whole | tuple[Whole, ...] | None = None  # tokens that end a response; None is none
     stop_at_eos: bool = True  # False: a response goes on after its end, up to max_new_tokens
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise InputError(f"temperature={self.temperature}: expected 0 or more")
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k}: expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}: expected a probability in (0, 1]")
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -164,8 +164,8 @@ def text_function(
 ) -> Source:
     """`function(prompt, response)` on the host, where `rows` are what the episodes' `index` counts.
 
-    The response ends before its first EOS, by default the tokenizer's, even where it went on. Raises InputError, which names the function and the
-    response, for a score that is no finite number.
+    The response ends before its first EOS, by default the tokenizer's, even where it went on. Raises InputError, which
+    names the function and the response, for a score that is no finite number.
     """
 
     ends = tokenizer.eos_token_id if eos_id is None else eos_id
