@@ -29,7 +29,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where `scripts` is, of the processes that measure too
 
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.types import InputError, check_positive
+from rlhf_jax.settings import Count, Positive
+from rlhf_jax.types import InputError
 from scripts.benchmark import peers, workloads
 
 # Read when a process starts, ours or a peer's: the allocator keeps what is freed, in huge pages, as in scripts/_env.sh.
@@ -45,13 +46,13 @@ ALLOCATOR = {
 class Config(workloads.Config):
     only: str = "sft,decode,decode_ragged,reward,ppo,reward_k9,reward_ragged,ppo_ragged,packing"  # workloads
     peer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # NAME=PYTHON:SCRIPT, any number of times
-    rounds: int = 2  # in each of which every workload runs once, here and at every peer
-    timeout: float = 1200.0  # seconds after which a run is given up
+    rounds: Count = 2  # in each of which every workload runs once, here and at every peer
+    timeout: Positive = 1200.0  # seconds after which a run is given up
     workload: Path | None = None  # JSON file of the sizes of the workloads, by the same names
     scaling: Path | None = None  # instead, draw here how the cost grows with each of SCALES
 
     def __post_init__(self) -> None:
-        check_positive(self, "rounds", "timeout")
+        super().__post_init__()
         if unknown := [name for name in self.only.split(",") if name not in workloads.WORKLOADS]:
             known = ",".join(workloads.WORKLOADS)
             raise InputError(f"only: {unknown[0]!r} is no workload: expected some of {known}")

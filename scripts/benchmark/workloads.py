@@ -18,6 +18,7 @@ from rlhf_jax.algorithms import optim, ppo, reward, sft
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling, scores
+from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Settings
 from rlhf_jax.types import Metrics, Params, Prompts, Rankings, Tokens, TrainState
 from scripts.benchmark.limits import Limits, clock
 
@@ -29,130 +30,130 @@ LAYOUT = parallel.PMAP
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama:
+class Llama(Settings):
     """The model, where no preset is named."""
 
-    vocab: int = 4096
-    hidden: int = 256
-    intermediate: int = 688
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 4
-    head_dim: int = 64
+    vocab: Count = 4096
+    hidden: Count = 256
+    intermediate: Count = 688
+    layers: Count = 4
+    heads: Count = 4
+    kv_heads: Count = 4
+    head_dim: Count = 64
     tied_embeddings: bool = True
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
+    rope_theta: Positive = 10000.0
+    norm_eps: Positive = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class Sft:
+class Sft(Settings):
     """One step a repetition, on rows without padding."""
 
-    batch: int = 16
-    target_tokens: int = 128  # of each row, which has one more
-    warmup_steps: int = 3
-    timed_steps: int = 12
+    batch: Count = 16
+    target_tokens: Count = 128  # of each row, which has one more
+    warmup_steps: Count = 3
+    timed_steps: Count = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Packing:
+class Packing(Settings):
     """The same on documents of geometric lengths, packed."""
 
-    batch: int = 16
-    length: int = 128
-    mean: float = 40.0  # tokens of a document
-    warmup_steps: int = 3
-    timed_steps: int = 12
+    batch: Count = 16
+    length: Count = 128
+    mean: Positive = 40.0  # tokens of a document
+    warmup_steps: Count = 3
+    timed_steps: Count = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Decode:
+class Decode(Settings):
     """One batch of responses without EOS a repetition."""
 
-    batch: int = 32
-    prompt: int = 32
-    new: int = 64
-    warmup: int = 2
-    timed: int = 3
+    batch: Count = 32
+    prompt: Count = 32
+    new: Count = 64
+    warmup: Count = 2
+    timed: Count = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeRagged:
+class DecodeRagged(Settings):
     """Responses that end early; one pass over all prompts a repetition, at the better of the batch sizes."""
 
-    prompts: int = 128
-    prompt: int = 32
-    max_new: int = 64
-    eos_fraction: float = 0.03  # of the vocabulary
-    batches: tuple[int, ...] = (32, 128)
-    warmup: int = 1
-    timed: int = 3
+    prompts: Count = 128
+    prompt: Count = 32
+    max_new: Count = 64
+    eos_fraction: Fraction = 0.03  # of the vocabulary
+    batches: tuple[Count, ...] = (32, 128)
+    warmup: Count = 1
+    timed: Count = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Reward:
+class Reward(Settings):
     """One step of the reward model on comparisons of two responses a repetition."""
 
-    pairs: int = 16
-    length: int = 96
-    warmup_steps: int = 3
-    timed_steps: int = 12
+    pairs: Count = 16
+    length: Count = 96
+    warmup_steps: Count = 3
+    timed_steps: Count = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardK:
+class RewardK(Settings):
     """One step on rankings of K responses, each scored once for all its pairs."""
 
-    prompts: int = 16
-    responses: int = 9
-    length: int = 96
-    warmup_steps: int = 2
-    timed_steps: int = 6
+    prompts: Count = 16
+    responses: Count = 9
+    length: Count = 96
+    warmup_steps: Count = 2
+    timed_steps: Count = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardRagged:
+class RewardRagged(Settings):
     """One step on comparisons of responses of geometric lengths, beside as many parts of whole rows."""
 
-    pairs: int = 64
-    prompt: int = 32
-    max_new: int = 64
-    mean: float = 33.0  # tokens of a response that is not cut
-    buckets: int = 8
-    warmup_steps: int = 2
-    timed_steps: int = 6
+    pairs: Count = 64
+    prompt: Count = 32
+    max_new: Count = 64
+    mean: Positive = 33.0  # tokens of a response that is not cut
+    buckets: Count = 8
+    warmup_steps: Count = 2
+    timed_steps: Count = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class Ppo:
+class Ppo(Settings):
     """One iteration a repetition: sample, score by three models, update policy and critic."""
 
-    episodes: int = 64
-    prompt: int = 32
-    new: int = 32
-    eos_fraction: float = 0.0  # of the vocabulary
-    epochs: int = 4
-    minibatches: int = 1
-    buckets: int = 1
-    clip: float = 0.2
-    value_clip: float = 0.2
-    kl_coef: float = 0.05
-    gamma: float = 1.0
-    lam: float = 0.95
-    temperature: float = 1.0
-    warmup: int = 2
-    timed: int = 5
+    episodes: Count = 64
+    prompt: Count = 32
+    new: Count = 32
+    eos_fraction: Fraction = 0.0  # of the vocabulary
+    epochs: Count = 4
+    minibatches: Count = 1
+    buckets: Count = 1
+    clip: Positive = 0.2
+    value_clip: Positive = 0.2
+    kl_coef: NonNegative = 0.05
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    temperature: Positive = 1.0
+    warmup: Count = 2
+    timed: Count = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """The model, and the sizes of each workload."""
 
     device: Literal["cpu", "gpu", "tpu"] | None = None  # None is the best there is
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk
     preset: str | None = None  # a model of models.PRESETS instead of the Llama below
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
-    learning_rate: float = 1e-4
+    learning_rate: Positive = 1e-4
     model: Llama = Llama()
     sft: Sft = Sft()
     decode: Decode = Decode()
