@@ -8,7 +8,6 @@ runs. All that can be checked before the weights are read is, and each tensor as
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import math
 import os
@@ -147,8 +146,7 @@ def load_reward(
     """A reward model from a directory: a trunk and a score head of one output, read at the last real token."""
     config, tokenizer, generation = _settings(Path(path), compute)
     params = _read(Path(path), config, scalar=True, dtype=dtype, place=place)
-    apply = functools.partial(transformer.bind(heads.ScalarModel(config)), method="last")
-    return Model(config, params, tokenizer, apply, generation)
+    return Model(config, params, tokenizer, heads.score_fn(config), generation)
 
 
 def _settings(path: Path, compute: Compute) -> tuple[Config, tokenizers.Tokenizer | None, dict[str, Any] | None]:

@@ -69,7 +69,7 @@ def score_responses(
 
     def score(one: Params) -> jax.Array:
         judge = lambda tokens, read: score_fn(one, tokens, read)
-        return ragged.read(judge, live, buckets, tokens, read)
+        return ragged.in_buckets(judge, live, buckets, tokens, read)
 
     per_model = jax.lax.map(score, params)
     if len(per_model) == 1:

@@ -48,7 +48,7 @@ def test_a_train_step_is_what_a_hand_counts(name, remat):
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "qwen3"])
-def test_of_the_last_layer_written_out_no_more_than_is_asked_for_counts(name):
+def test_of_an_unrolled_last_layer_no_more_than_is_asked_for_counts(name):
     config = dataclasses.replace(tiny.CONFIGS[name], n_layers=3, compute=models.Compute(unroll=True))
     layer, _, logits = by_hand(config)
     qkv = 2 * ROWS * COLUMNS * config.d_model * (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
