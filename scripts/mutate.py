@@ -106,17 +106,17 @@ MUTANTS = [
     *mutants(
         "algorithms/advantages",
         "group_normalize",
-        ("jnp.mean(reward, axis=1, keepdims=True)", "jnp.mean(reward, axis=0, keepdims=True)"),
         ("ddof=ddof", "ddof=1 - ddof"),
         ("+ 1e-4", "+ 1e-1"),
     ),
     *mutants(
         "algorithms/advantages",
-        "leave_one_out",
-        ("(size / (size - 1))", "1"),
+        "above_mean",
         ("axis=1, keepdims=True", "axis=0, keepdims=True"),
-        ("(reward - jnp.mean", "(reward + jnp.mean"),
+        ("return difference - jnp.mean", "return difference + jnp.mean"),
+        ("precise(reward) - precise(reward[:, :1])", "precise(reward)"),
     ),
+    *mutants("algorithms/advantages", "leave_one_out", ("(size / (size - 1))", "1")),
     *mutants(
         "algorithms/sft",
         "next_token_loss",

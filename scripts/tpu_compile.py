@@ -26,7 +26,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,7 +37,7 @@ import jax
 import numpy as np
 
 from experiments import assistant, dpo, evaluate, grpo, ppo, pretrain, rank, rejection, reward, sft
-from experiments.published import gsm8k_evaluate
+from experiments.published import gsm8k_evaluate, paths
 from rlhf_jax import models, runs
 from rlhf_jax.analysis import flops, shapes, tpu
 from rlhf_jax.data import builders, pipeline, sources, tokenizer
@@ -124,20 +124,23 @@ def any_tokenizer() -> tokenizer.Tokenizer:
         return tokenizer.train(["What is it?"], 257, folder)
 
 
-class Records(list):
-    """What `builders.Rows` reads."""
-
-    def __getitems__(self, indices: Iterable[int]) -> list:
-        return [self[n] for n in indices]
-
-
-def example_rows(spec: str, *_: Any, **__: Any) -> builders.Rows:
+class ExampleRows(builders.Rows):
     """A few rows that have the fields of every kind of data."""
-    seed = re.search(r"seed=(\d+)", spec)
-    world = World.generate(int(seed[1]) if seed else 0)
-    other = {"text": "What is it?", "responses": ["this", "that"], "ranks": [0, 1], "answer": "1"}
-    rows = Records(row | other for row in world.prompt_rows(EXAMPLES, 0))
-    return builders.Rows(rows, lambda row, _: row, {}, Path())
+
+    def __init__(self, spec: str, *_: Any, **__: Any):
+        seed = re.search(r"seed=(\d+)", spec)
+        world = World.generate(int(seed[1]) if seed else 0)
+        other = {"text": "What is it?", "responses": ["this", "that"], "ranks": [0, 1], "answer": "1"}
+        self._rows = [row | other for row in world.prompt_rows(EXAMPLES, 0)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> builders.Row:
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[builders.Row]:
+        return iter(self._rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +254,8 @@ def nothing_but_steps(layout: shapes.Shapes, config_of: ConfigOf, chips: int, re
         (models, "save", nothing),
         (lora, "merge", merge_shapes),
         (pretrain, "new_model", new_model),
-        (sources, "rows", example_rows),
+        (paths, "check_given", nothing),
+        (sources, "rows", ExampleRows),
         (pipeline, "text", token_batches),
         (pipeline, "demonstrations", token_batches),
         (pipeline, "rankings", functools.partial(ranking_batches, responses)),
@@ -280,6 +284,8 @@ NAMES = {"collect": "collect", "score_responses": "score", "scores": "score", "e
 
 def programs(cfg: Any, calls: Sequence[shapes.Call]) -> Iterator[tpu.Program]:
     """The steps that an experiment called, by their names in the table."""
+    alike = lambda one, other: (one.function, one.args, one.result) == (other.function, other.args, other.result)
+    calls = [call for n, call in enumerate(calls) if not any(alike(call, other) for other in calls[:n])]
     names = [NAMES.get(call.function, "train") for call in calls]
     for n, call in enumerate(calls):
         name, tokens = names[n], learnt_tokens(cfg, call)

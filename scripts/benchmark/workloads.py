@@ -18,7 +18,7 @@ from rlhf_jax.algorithms import optim, ppo, reward, sft
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling, scores
-from rlhf_jax.settings import Count, NonNegative, Settings
+from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Settings
 from rlhf_jax.types import Metrics, Params, Prompts, Rankings, Tokens, TrainState
 from scripts.benchmark.limits import Limits, clock
 
@@ -41,8 +41,8 @@ class Llama(Settings):
     kv_heads: Count = 4
     head_dim: Count = 64
     tied_embeddings: bool = True
-    rope_theta: NonNegative = 10000.0
-    norm_eps: NonNegative = 1e-5
+    rope_theta: Positive = 10000.0
+    norm_eps: Positive = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Packing(Settings):
 
     batch: Count = 16
     length: Count = 128
-    mean: NonNegative = 40.0  # tokens of a document
+    mean: Positive = 40.0  # tokens of a document
     warmup_steps: Count = 3
     timed_steps: Count = 12
 
@@ -84,7 +84,7 @@ class DecodeRagged(Settings):
     prompts: Count = 128
     prompt: Count = 32
     max_new: Count = 64
-    eos_fraction: NonNegative = 0.03  # of the vocabulary
+    eos_fraction: Fraction = 0.03  # of the vocabulary
     batches: tuple[Count, ...] = (32, 128)
     warmup: Count = 1
     timed: Count = 3
@@ -118,7 +118,7 @@ class RewardRagged(Settings):
     pairs: Count = 64
     prompt: Count = 32
     max_new: Count = 64
-    mean: NonNegative = 33.0  # tokens of a response that is not cut
+    mean: Positive = 33.0  # tokens of a response that is not cut
     buckets: Count = 8
     warmup_steps: Count = 2
     timed_steps: Count = 6
@@ -131,16 +131,16 @@ class Ppo(Settings):
     episodes: Count = 64
     prompt: Count = 32
     new: Count = 32
-    eos_fraction: NonNegative = 0.0  # of the vocabulary
+    eos_fraction: Fraction = 0.0  # of the vocabulary
     epochs: Count = 4
     minibatches: Count = 1
     buckets: Count = 1
-    clip: NonNegative = 0.2
-    value_clip: NonNegative = 0.2
+    clip: Positive = 0.2
+    value_clip: Positive = 0.2
     kl_coef: NonNegative = 0.05
-    gamma: NonNegative = 1.0
-    lam: NonNegative = 0.95
-    temperature: NonNegative = 1.0
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    temperature: Positive = 1.0
     warmup: Count = 2
     timed: Count = 5
 
@@ -153,7 +153,7 @@ class Config(Settings):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk
     preset: str | None = None  # a model of models.PRESETS instead of the Llama below
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
-    learning_rate: NonNegative = 1e-4
+    learning_rate: Positive = 1e-4
     model: Llama = Llama()
     sft: Sft = Sft()
     decode: Decode = Decode()
