@@ -2,6 +2,7 @@
 
 Run:     python -m experiments.ppo_gold --init runs/sft/model --reward runs/reward/model
 Parent:  ppo
+Result:  from the quickstart's models, seed 0: gold 0.493 -> 0.747 at 0.34 nats, loss on held-out text 0.610 -> 0.619
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from rlhf_jax.types import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Config(ppo.Config):
-    """The reward model serves as the critic's start alone."""
+    """The reward model is only where the critic starts."""
 
     out: Path = Path("runs/ppo_gold")  # run directory; the model goes to its folder "model"
     world: int = 0  # seed of the world that the prompts are of
@@ -29,7 +30,7 @@ def main(cfg: Config) -> TrainState:
     def score(prompt: Prompt, response: str) -> float:
         return 2 * world.gold(prompt_text(prompt), response).score - 1
 
-    return ppo.main(cfg, score)
+    return ppo.main(cfg, score_text=score)
 
 
 if __name__ == "__main__":

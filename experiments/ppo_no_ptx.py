@@ -2,6 +2,7 @@
 
 Run:     python -m experiments.ppo_no_ptx --init runs/sft/model --reward runs/reward/model
 Parent:  ppo
+Result:  docs/ptx.md, the row PPO
 """
 
 from pathlib import Path

@@ -10,5 +10,5 @@ set_up run
 keep_memory
 cd "$root"
 for study in overoptimization frontier ptx; do
-    "$venv/bin/python" -m experiments.$study --jobs 2 "$@"
+    "$venv/bin/python" -m "experiments.studies.$study" --jobs 2 "$@"
 done

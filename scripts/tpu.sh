@@ -126,7 +126,7 @@ install() {
 run() {
     (($#)) || fail "which experiment? For example: scripts/tpu.sh run ppo --out gs://BUCKET/ppo"
     local name=${1#experiments.}
-    [[ -f $root/experiments/$name.py ]] || fail "there is no experiments/$name.py"
+    [[ -f $root/experiments/${name//.//}.py ]] || fail "there is no experiments/$name.py"
     shift
     on_workers all "bash rlhf_jax/scripts/tpu_worker.sh start $(quote "experiments.$name" "$@")"
 }

@@ -18,14 +18,13 @@ Parent:  sft, reward, presets
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from experiments import ppo, reward, sft
 from experiments.papers import presets
 from rlhf_jax import models
 from rlhf_jax.runs import cli
 
-MODELS = {"1.3b": "gpt3-1.3b", "6b": "gpt3-6.7b", "175b": "gpt3-175b"}  # of rlhf_jax.transformer.PRESETS
+MODELS = {"1.3b": "gpt3-1.3b", "6b": "gpt3-6.7b", "175b": "gpt3-175b"}  # of models.PRESETS
 COMPUTE = models.Compute("bfloat16", remat="full")  # C: half precision, float32 master copies
 LENGTH = 2048  # tokens; C: a context of 2k
 
@@ -35,26 +34,47 @@ def out(name: str) -> Path:
     return Path("runs/instructgpt") / name
 
 
-def tune(name: str, **settings: Any) -> sft.Config:
-    """Fine-tuning, cosine to 10 % without warm-up (C.1, C.3)."""
-    return sft.Config(out=out(name), init=Path("gpt3"), data="demonstrations.jsonl", length=LENGTH,
-                      compute=COMPUTE, **settings)  # fmt: skip
+def tune(size: str, lr: float, batch: int) -> sft.Config:
+    """Fine-tuning (C.1): 16 epochs, cosine to 10 % without warm-up, dropout .2."""
+    return sft.Config(
+        out=out(f"sft-{size}"),
+        init=Path("gpt3"),
+        data="demonstrations.jsonl",
+        text=None,
+        length=LENGTH,
+        batch=batch,
+        epochs=16,
+        lr=lr,
+        dropout=0.2,
+        compute=COMPUTE,
+    )
 
 
-# C.1: 16 epochs, dropout .2; batch 32, at 175B 8; the learning rates are of a search.
+def tune_mixed(size: str, lr: float, batch: int, text_batch: int) -> sft.Config:
+    """What PPO starts from (C.3): 2 epochs, pretraining data mixed in; no dropout is told of."""
+    return dataclasses.replace(
+        tune(size, lr, batch),
+        out=out(f"init-{size}"),
+        text="text.jsonl",
+        text_batch=text_batch,
+        epochs=2,
+        dropout=0.0,
+    )
+
+
+# C.1: batch 32, at 175B 8; the learning rates are of a search.
 SFT = {
-    "1.3b": tune("sft-1.3b", text=None, epochs=16, dropout=0.2, lr=9.65e-6, batch=32),
-    "6b": tune("sft-6b", text=None, epochs=16, dropout=0.2, lr=9.65e-6, batch=32),
-    "175b": tune("sft-175b", text=None, epochs=16, dropout=0.2, lr=5.03e-6, batch=8),
+    "1.3b": tune("1.3b", lr=9.65e-6, batch=32),
+    "6b": tune("6b", lr=9.65e-6, batch=32),
+    "175b": tune("175b", lr=5.03e-6, batch=8),
 }
 
-# C.3, what PPO starts from: 2 epochs, batches of 32 and 8 as above, of which 10 % are pretraining data: here one row in
-# 8, so that batches divide over devices; no dropout is told of.
-mixed: dict[str, Any] = {"text": "text.jsonl", "epochs": 2, "dropout": 0.0}
+# C.3: batches of 32 and 8 as above, of which 10 % are pretraining data: here one row in 8, so that batches divide over
+# devices.
 INIT = {
-    "1.3b": tune("init-1.3b", **mixed, lr=5e-6, batch=28, text_batch=4),
-    "6b": tune("init-6b", **mixed, lr=1.04e-5, batch=28, text_batch=4),
-    "175b": tune("init-175b", **mixed, lr=2.45e-6, batch=7, text_batch=1),
+    "1.3b": tune_mixed("1.3b", lr=5e-6, batch=28, text_batch=4),
+    "6b": tune_mixed("6b", lr=1.04e-5, batch=28, text_batch=4),
+    "175b": tune_mixed("175b", lr=2.45e-6, batch=7, text_batch=1),
 }
 
 # C.2: one reward model of 6B for policies of every size.
@@ -71,11 +91,19 @@ REWARD = reward.Config(
 )
 
 
-def improve(size: str, **settings: Any) -> ppo.Config:
+def improve(size: str, lr: float, critic_lr: float) -> ppo.Config:
     """PPO-ptx (C.4): `presets.instructgpt`, with critic and reward model of 6B whatever the policy."""
-    paths: dict[str, Any] = {"out": out(f"ppo-{size}"), "init": out(f"init-{size}") / "model"}
-    paths |= {"reward": (REWARD.out / "model",), "data": "prompts.jsonl", "text": "text.jsonl"}
-    return dataclasses.replace(presets.instructgpt, **paths, compute=COMPUTE, **settings)
+    return dataclasses.replace(
+        presets.instructgpt,
+        out=out(f"ppo-{size}"),
+        init=out(f"init-{size}") / "model",
+        reward=(REWARD.out / "model",),
+        data="prompts.jsonl",
+        text="text.jsonl",
+        lr=lr,
+        critic_lr=critic_lr,
+        compute=COMPUTE,
+    )
 
 
 # C.4 gives the critic's learning rate; the policy's, which it does not, is that of the SFT model of C.1.
@@ -85,12 +113,12 @@ PPO = {
     "175b": improve("175b", lr=5.03e-6, critic_lr=5e-6),
 }
 
-STAGES: dict[str, tuple] = {
-    **{f"sft-{size}": (sft.main, config) for size, config in SFT.items()},
-    **{f"init-{size}": (sft.main, config) for size, config in INIT.items()},
-    "reward": (reward.main, REWARD),
-    **{f"ppo-{size}": (ppo.main, config) for size, config in PPO.items()},
-}
+STAGES: dict[str, tuple] = (
+    {f"sft-{size}": (sft.main, config) for size, config in SFT.items()}
+    | {f"init-{size}": (sft.main, config) for size, config in INIT.items()}
+    | {"reward": (reward.main, REWARD)}
+    | {f"ppo-{size}": (ppo.main, config) for size, config in PPO.items()}
+)
 
 if __name__ == "__main__":
     cli.run_stage(STAGES)

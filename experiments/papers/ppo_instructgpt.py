@@ -2,6 +2,7 @@
 
 Run:     python -m experiments.papers.ppo_instructgpt --init runs/sft/model --reward runs/reward/model
 Parent:  ppo
+Result:  docs/ptx.md, the row InstructGPT
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ ziegler2019 = Config(
     warmup=0,
     adam=optim.Adam(b2=0.999, eps=1e-5, tensorflow=True, clip_norm=None),  # code: Adam in TensorFlow's form
     critic="policy",  # code: a value head on the policy's trunk, at first 0
-    ppo=ppo.Config(
+    algorithm=ppo.Config(
         epochs=4,  # code: noptepochs
         minibatches=1,  # code: nminibatches
         temperature=0.7,  # code: books and tldr; .5 for cnndm
@@ -53,7 +53,7 @@ stiennon2020 = Config(
     schedule="linear",  # details: linear to 0
     warmup=0,
     adam=optim.Adam(b2=0.999, eps=1e-5, clip_norm=None),  # details: PyTorch's form
-    ppo=ppo.Config(
+    algorithm=ppo.Config(
         epochs=4,  # details
         minibatches=1,  # details
         temperature=0.7,  # details
@@ -82,7 +82,7 @@ instructgpt = Config(
     schedule="constant",  # after a warm-up over the first ten steps
     warmup=80,  # ten steps of eight updates
     adam=optim.Adam(b1=0.9, b2=0.95),
-    ppo=ppo.Config(
+    algorithm=ppo.Config(
         epochs=1,  # a single inner epoch
         minibatches=8,  # of 64 episodes
         temperature=1.0,

@@ -15,7 +15,7 @@ that it was cut from (Pang & Lee 2005, used as text only). `--data` is a folder 
 or the name of a TFDS data set with `sentence`, `label` and a split `validation`: `--data glue/sst2` downloads it.
 No text that contains a sentence of sst_dev.csv, whose openings and labels are the held-out ones, is trained on.
 
-Run:     python -m experiments.papers.sentiment --data ../shared/data
+Run:     python -m experiments.papers.sentiment --data PATH
 Parent:  assistant
 Result:  docs/sentiment.md
 """
@@ -31,7 +31,6 @@ import resource
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -42,37 +41,35 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 from experiments import ppo, pretrain, reward
 from rlhf_jax import models, runs
+from rlhf_jax.algorithms import best_of_n, sft
 from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.algorithms import reward as reward_lib
-from rlhf_jax.algorithms import sft
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import parallel
-from rlhf_jax.rollouts import rollout, scores
+from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import InputError, Prompts, Rollout, named_key
 
 
 # The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Defaults are for two CPU cores. The sampler's temperature is `ppo.ppo.temperature` in every stage."""
+class Config(runs.Stage):
+    """Defaults are for two CPU cores. The sampler's temperature is `ppo.algorithm.temperature` in every stage."""
 
     seed: int = 0  # of every stage, and of who labels what
     out: Path = Path("runs/sentiment")  # run directory; each stage has a folder in it
-    data: str = "../shared/data"  # folder of the four files above, or a TFDS name such as glue/sst2
-    data_dir: Path | None = None  # where prepared data sets are kept; None is the folder "data" in `out`
+    data: str | None = None  # required: the folder of the four files above, or a TFDS name such as glue/sst2
+    data_dir: Path | None = None  # type: ignore[assignment]  # where prepared data sets are kept; None is the folder "data" in `out`
     choices: int = 3000  # openings for the reward model to learn from
     held_out_choices: int = 256  # openings to measure its accuracy on, and to normalise it on
     best_of: int = 4  # continuations of each, of which the labeler picks one
     sample_batch: int = 128  # continuations sampled at once, over all devices
-    compute: models.Compute = models.Compute()  # of every stage
-    devices: parallel.Config = parallel.Config()  # likewise
     pretrain: "pretrain.Config" = pretrain.Config(
         preset="llama-mini", vocab_size=2048, length=64, batch=16, steps=2400, lr=3e-3, warmup=60, weight_decay=0.1
     )
     reward: "reward.Config" = reward.Config(
-        batch=16, epochs=1, lr=1e-3, dropout=0.1, normalize_first=True, reward=reward_lib.Config(loss="choice")
+        batch=16, epochs=1, lr=1e-3, dropout=0.1, normalize_first=True, algorithm=reward_lib.Config(loss="choice")
     )
     ppo: "ppo.Config" = ppo.Config(
         prompt_length=16,
@@ -83,7 +80,7 @@ class Config:
         lr=2e-4,
         critic_lr=1e-3,
         samples_every=20,
-        ppo=ppo_lib.Config(
+        algorithm=ppo_lib.Config(
             minibatches=4, kl_coef=0.15, kl_target=10.0, kl_horizon=3000.0, unfinished_score=-1.0, temperature=0.7
         ),
     )
@@ -92,6 +89,30 @@ class Config:
 # -- text and labels ---------------------------------------------------------------------------------------------------
 
 Labelled = list[tuple[str, int]]  # a sentence, and 1 where a person found it positive
+FILES = "sst_train.csv, sst_dev.csv, rt_polarity.pos and rt_polarity.neg (--help says where they come from)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reviews:
+    """The sentences that there are, in the order in which a seed takes them."""
+
+    labelled: Labelled  # to train on
+    sentences: list[str]  # to train on, with labels and without
+    openings: list[str]  # of these, to be continued
+    held_out: Labelled
+    held_out_openings: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Readers:
+    """Who reads continuations: each a classifier fitted on its own half of the labelled sentences."""
+
+    labeler: Pipeline  # makes the choices that the reward model learns from
+    judge: Pipeline  # measures, and nothing is trained on its word
+
+    def named(self) -> dict[str, Pipeline]:
+        """The two by name."""
+        return {"labeler": self.labeler, "judge": self.judge}
 
 
 def tidy(text: str) -> str:
@@ -103,14 +124,14 @@ def tidy(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """What two spellings of one sentence share."""
+    """The letters and digits, which two spellings of one sentence share."""
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def read_labelled(path: Path) -> Labelled:
     """The rows of a file `label,sentence`."""
     try:
-        text = _bytes(path).decode()
+        text = read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8, but byte {error.start} is not") from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -128,22 +149,21 @@ def read_labelled(path: Path) -> Labelled:
 
 def read_snippets(path: Path) -> list[str]:
     """The lines of a file in UTF-8 or, as first published, in latin-1."""
-    return [tidy(_decode(line)) for line in _bytes(path).splitlines() if line.strip()]
+    return [tidy(decode(line)) for line in read_bytes(path).splitlines() if line.strip()]
 
 
-def _decode(line: bytes) -> str:
+def decode(line: bytes) -> str:
+    """The text of a line of snippets."""
     try:
         return line.decode()
     except UnicodeDecodeError:
         return line.decode("latin-1")
 
 
-def _bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """The contents of one of the four files."""
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; point --data at a folder with sst_train.csv, sst_dev.csv, rt_polarity.pos and"
-            " rt_polarity.neg (--help says where they come from), or use --data glue/sst2"
-        )
+        raise InputError(f"{path}: no such file; point --data at a folder with {FILES}, or use --data glue/sst2")
     return path.read_bytes()
 
 
@@ -154,7 +174,7 @@ def read_published(name: str, data_dir: Path, split: str) -> Labelled:
     return [(tidy(row["text"]), int(record["label"])) for row, record in zip(texts, records, strict=True)]
 
 
-def whole(rows: Labelled) -> Labelled:
+def drop_parts(rows: Labelled) -> Labelled:
     """The rows that are no part of a longer one: glue/sst2 labels phrases too, and halves must not share a sentence."""
     kept, seen = [], ""
     for row in sorted(rows, key=lambda row: -len(key(row[0]))):
@@ -164,38 +184,57 @@ def whole(rows: Labelled) -> Labelled:
     return kept
 
 
-def corpus(cfg: Config) -> tuple[Labelled, list[str], Labelled]:
+def read_corpus(data: str, data_dir: Path) -> tuple[Labelled, list[str], Labelled]:
     """Labelled training sentences, further text, and held-out labelled sentences that neither of them contains."""
     snippets: list[str] = []
-    if (folder := Path(cfg.data)).is_dir() or not re.fullmatch(r"\w+(/\w+)?", cfg.data):
+    if (folder := Path(data)).is_dir() or not re.fullmatch(r"\w+(/\w+)?", data):
         train, held_out = read_labelled(folder / "sst_train.csv"), read_labelled(folder / "sst_dev.csv")
         snippets = [text for sign in ("pos", "neg") for text in read_snippets(folder / f"rt_polarity.{sign}")]
     else:
-        train, held_out = (read_published(cfg.data, _data_dir(cfg), split) for split in ("train", "validation"))
-        train = whole(train)
+        train, held_out = (read_published(data, data_dir, split) for split in ("train", "validation"))
+        train = drop_parts(train)
     hidden = {key(text) for text, _ in held_out} - {""}
     taken = set(hidden)
-    labelled = [row for row in train if _take(key(row[0]), taken)]
+    labelled = [row for row in train if is_new(key(row[0]), taken)]
     names = ((x, key(x)) for x in snippets)
-    text = [x for x, name in names if _take(name, taken) and not any(part in name for part in hidden)]
+    text = [x for x, name in names if is_new(name, taken) and not any(part in name for part in hidden)]
     return labelled, text, held_out
 
 
-def _take(name: str, taken: set[str]) -> bool:
-    """True, once, for each name."""
+def is_new(name: str, taken: set[str]) -> bool:
+    """True, once, for each name: it is taken afterwards."""
     new = name not in taken
     taken.add(name)
     return new
 
 
-def openings(texts: Iterable[str], rng: random.Random) -> list[str]:
+def cut_openings(texts: Iterable[str], rng: random.Random) -> list[str]:
     """The first three to five words of each sentence that has at least three more."""
     words = [text.split() for text in texts]
     return [" ".join(some[: rng.randint(3, 5)]) for some in words if len(some) >= 8]
 
 
-def classifier(rows: Labelled) -> Pipeline:
-    """Who finds a sentence positive: logistic regression on its words and pairs of words."""
+def read_reviews(cfg: Config) -> Reviews:
+    """The sentences that `cfg.data` holds, shuffled, and their openings."""
+    if cfg.data is None:
+        raise InputError(f"--data is required: a folder with {FILES}, or glue/sst2, which is downloaded")
+    rng = random.Random(cfg.seed)
+    labelled, unlabelled, held_out = read_corpus(cfg.data, shared_settings(cfg).data_dir)
+    rng.shuffle(labelled)
+    sentences = [text for text, _ in labelled] + unlabelled
+    rng.shuffle(sentences)
+    openings = cut_openings(sentences, rng)
+    held_out_openings = cut_openings((text for text, _ in held_out), rng)
+    if len(openings) <= cfg.held_out_choices:
+        raise InputError(
+            f"{cfg.data}: {len(openings)} sentences have an opening, and {cfg.held_out_choices} are set aside;"
+            " lower --held-out-choices"
+        )
+    return Reviews(labelled, sentences, openings, held_out, held_out_openings)
+
+
+def fit_classifier(rows: Labelled) -> Pipeline:
+    """Logistic regression on the words and pairs of words of a sentence: does a person find it positive?"""
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
     )
@@ -205,7 +244,86 @@ def classifier(rows: Labelled) -> Pipeline:
     return model.fit(texts, labels)
 
 
+def fit_readers(reviews: Reviews) -> tuple[Readers, dict[str, float]]:
+    """Labeler and judge, and on what share of the held-out sentences each is right."""
+    half = len(reviews.labelled) // 2
+    readers = Readers(fit_classifier(reviews.labelled[:half]), fit_classifier(reviews.labelled[half:]))
+    texts, labels = zip(*reviews.held_out, strict=True)
+    accuracies = {name: float(reader.score(texts, labels)) for name, reader in readers.named().items()}
+    count, further = len(reviews.labelled), len(reviews.sentences) - len(reviews.labelled)
+    shares = ", ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items())
+    print(f"{count} labelled and {further} further sentences; right on {len(texts)} held-out ones: {shares}")
+    return readers, accuracies
+
+
 # -- stages ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The configuration of each stage. They name the files that hand rows from one to the next."""
+
+    pretrain: "pretrain.Config"
+    reward: "reward.Config"
+    ppo: "ppo.Config"
+
+
+def shared_settings(cfg: Config) -> runs.Stage:
+    """The settings that all stages have in common."""
+    return runs.Stage(
+        seed=cfg.seed,
+        out=cfg.out,
+        data_dir=cfg.data_dir or cfg.out / "data",
+        compute=cfg.compute,
+        devices=cfg.devices,
+    )
+
+
+def plan_stages(cfg: Config) -> Stages:
+    """The configuration of each stage; raises InputError for a flag without effect."""
+    shared, base = shared_settings(cfg), cfg.out / "pretrain" / "model"
+    return Stages(
+        pretrain=cli.hand_down(
+            "pretrain",
+            cfg.pretrain,
+            shared,
+            data=str(cfg.out / "text.jsonl"),
+            out=cfg.out / "pretrain",
+        ),
+        reward=cli.hand_down(
+            "reward",
+            cfg.reward,
+            shared,
+            init=base,
+            data=str(cfg.out / "choices.jsonl"),
+            held_out=str(cfg.out / "choices_held_out.jsonl"),
+            length=cfg.ppo.prompt_length + cfg.ppo.max_new_tokens + 1,  # every one ends with EOS here
+            out=cfg.out / "reward",
+        ),
+        ppo=cli.hand_down(
+            "ppo",
+            cfg.ppo,
+            shared,
+            init=base,
+            reward=(cfg.out / "reward" / "model",),
+            data=str(cfg.out / "prompts.jsonl"),
+            out=cfg.out / "ppo",
+        ),
+    )
+
+
+def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write the rows as JSON Lines."""
+    runs.write(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def sampled_as(cfg: Config, model: models.Model) -> sampling.Config:
+    """The sampling of every continuation: that of PPO."""
+    return sampling.Config(
+        max_new_tokens=cfg.ppo.max_new_tokens,
+        temperature=cfg.ppo.algorithm.temperature,
+        eos_id=models.tokenizer_of(model).eos_token_id,
+    )
 
 
 def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequence[str]) -> Iterator[dict]:
@@ -213,43 +331,46 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequenc
     tokenizer = models.tokenizer_of(model)
     batch, counts = pipeline.every_prompt([{"prompt": x} for x in prompts], tokenizer, length=cfg.ppo.prompt_length)
     print(f"openings to choose continuations of: {counts}")
-    sample = rollout.respond(
+    sampled = rollout.episodes(
         model,
-        model.params,
-        jax.tree.map(lambda x: np.repeat(x, cfg.best_of, axis=0), batch),
+        best_of_n.repeat(batch, cfg.best_of),
         named_key(cfg.seed, "sentiment/choices"),
+        sampled_as(cfg, model),
         batch=cfg.sample_batch,
-        max_new_tokens=cfg.ppo.max_new_tokens,
-        temperature=cfg.ppo.ppo.temperature,
-        eos_id=tokenizer.eos_token_id,
         layout=parallel.layout(cfg.devices),
     )
-    said = (tokenizer_lib.decode(tokenizer, *row) for row in zip(sample.tokens, sample.mask, strict=True))
+    rows = zip(sampled.response_tokens, sampled.response_mask, strict=True)
+    texts = (tokenizer_lib.decode(tokenizer, tokens, mask) for tokens, mask in rows)
     for index in batch.index:
         prompt = prompts[index]
-        responses = [next(said) for _ in range(cfg.best_of)]
+        responses = [next(texts) for _ in range(cfg.best_of)]
         best = int(np.argmax(labeler.predict_proba([prompt + response for response in responses])[:, 1]))
         yield {"prompt": prompt, "responses": responses, "ranks": [int(k != best) for k in range(cfg.best_of)]}
+
+
+def write_choices(cfg: Config, stage: "reward.Config", labeler: Pipeline, openings: Sequence[str]) -> None:
+    """Write the labeler's choices among continuations by the base: the first ones are held out."""
+    base, split = models.load(stage.init, compute=cfg.compute), cfg.held_out_choices
+    chosen = list(choose(cfg, base, labeler, openings[: split + cfg.choices]))
+    write_rows(str(stage.held_out), chosen[:split])
+    write_rows(stage.data, chosen[split:])
 
 
 def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Prompts) -> Iterator[Rollout]:
     """A continuation of each opening by the policy at each path, with its score and its KL to the first policy."""
     layout = parallel.layout(cfg.devices)
-    given: dict[str, Any] = {"compute": cfg.compute, "place": layout.sharding}
-    reference = models.load(paths[0], **given)
-    scalar = models.load_reward(learnt, **given)
-    score = scores.reward_models([scalar], models.tokenizer_of(reference).eos_token_id, layout=layout)
-    key = named_key(cfg.seed, "sentiment/continuations")
+    reference = models.load(paths[0], compute=cfg.compute, place=layout.sharding)
+    reward_model = models.load_reward(learnt, compute=cfg.compute, place=layout.sharding)
+    score = scores.reward_models([reward_model], models.tokenizer_of(reference).eos_token_id, layout=layout)
     for path in paths:
         yield rollout.episodes(
-            models.load(path, **given),
-            reference,
+            models.load(path, compute=cfg.compute, place=layout.sharding),
             prompts,
-            key,
-            score,
+            named_key(cfg.seed, "sentiment/continuations"),
+            sampled_as(cfg, reference),
             batch=cfg.sample_batch,
-            max_new_tokens=cfg.ppo.max_new_tokens,
-            temperature=cfg.ppo.ppo.temperature,
+            reference=reference,
+            score=score,
             layout=layout,
         )
 
@@ -257,123 +378,106 @@ def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Pro
 def text_nll(cfg: Config, paths: Sequence[Path], texts: Sequence[str]) -> Iterator[float]:
     """Mean negative log-likelihood of held-out sentences under the model at each path, nats a token."""
     layout = parallel.layout(cfg.devices)
-    given: dict[str, Any] = {"compute": cfg.compute, "place": layout.sharding}
-    model = models.load(paths[0], **given)
-    rows = [{"text": text} for text in texts]
-    sizes = {"length": cfg.pretrain.length, "batch": cfg.pretrain.batch, "seed": 0, "epochs": 1}
-    batches = pipeline.text(rows, models.tokenizer_of(model), **sizes)
-    step = layout.step(functools.partial(sft.evaluate, apply_fn=model.apply))
+    model = models.load(paths[0], compute=cfg.compute, place=layout.sharding)
+    batches = pipeline.text(
+        [{"text": text} for text in texts],
+        models.tokenizer_of(model),
+        length=cfg.pretrain.length,
+        batch=cfg.pretrain.batch,
+        seed=0,
+        epochs=1,
+    )
+    step = layout.step(functools.partial(sft.evaluate, logprobs_fn=models.logprobs_fn(model.config)))
     for path in paths:
-        params = layout.state(models.load(path, **given).params)
+        params = layout.state(models.load(path, compute=cfg.compute, place=layout.sharding).params)
         totals = [layout.get(step(params, layout.rows(batch))) for batch in batches]
         nll, count = np.sum(jax.device_get(totals), axis=0)
         yield float(nll / count)
 
 
+@dataclasses.dataclass(frozen=True)
+class Continued:
+    """A policy's continuations of the held-out openings, and what was measured of them."""
+
+    sentences: list[str]  # opening included
+    measures: dict[str, float]
+
+
+def measure(episodes: Rollout, sentences: list[str], readers: Readers, nll: float) -> Continued:
+    """Who finds the sentences positive, how far they are from the base's, and whether they are sentences."""
+    kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
+    measures = {
+        **{f"positive_{name}": float(np.mean(reader.predict(sentences))) for name, reader in readers.named().items()},
+        "reward": float(episodes.score.mean()),
+        "kl": float(kl.mean()),
+        "ended": float(episodes.ended.mean()),
+        "tokens": float(episodes.response_mask.sum(axis=1).mean()),
+        "distinct": len(set(sentences)) / len(sentences),
+        "nll": nll,
+    }
+    return Continued(sentences, measures)
+
+
+def evaluate(cfg: Config, plan: Stages, reviews: Reviews, readers: Readers) -> tuple[list[str], dict[str, Continued]]:
+    """The held-out openings that fit, and what base and PPO make of them."""
+    base, final, (learnt,) = plan.ppo.init, plan.ppo.out / "model", plan.ppo.reward
+    tokenizer = models.tokenizer_of(models.load(base, compute=cfg.compute))
+    asked = reviews.held_out_openings
+    prompts, counts = pipeline.every_prompt(
+        [{"prompt": prompt} for prompt in asked], tokenizer, length=cfg.ppo.prompt_length
+    )
+    print(f"held-out openings: {counts}")
+    sampled = continuations(cfg, (base, final), learnt, prompts)
+    losses = text_nll(cfg, (base, final), [text for text, _ in reviews.held_out])
+    results = {}
+    for stage, episodes, nll in zip(("base", "PPO"), sampled, losses, strict=True):
+        rows = zip(episodes.tokens, episodes.mask, strict=True)
+        sentences = [tokenizer_lib.decode(tokenizer, tokens, mask).strip() for tokens, mask in rows]
+        results[stage] = measure(episodes, sentences, readers, nll)
+    return [asked[index] for index in prompts.index], results
+
+
 def main(cfg: Config) -> dict:
     """Run the stages one after the other, and return the summary."""
     start = time.monotonic()
+    plan = plan_stages(cfg)  # before anything runs, so that a flag without effect is refused at once
+    reviews = read_reviews(cfg)
+    runs.write_config(cfg.out, cfg)
+    readers, accuracies = fit_readers(reviews)
 
-    def begin(stage: str) -> None:
-        print(f"\n== {stage} ({time.monotonic() - start:.0f} s)", flush=True)
+    write_rows(plan.pretrain.data, ({"text": text} for text in reviews.sentences))
+    runs.once(pretrain.main, plan.pretrain)
 
-    out, data_dir = cfg.out, _data_dir(cfg)
-    runs.write_config(out, cfg)
-    base, learnt, final = (out / stage / "model" for stage in ("pretrain", "reward", "ppo"))
-    files = {name: out / f"{name}.jsonl" for name in ("text", "choices", "choices_held_out", "prompts")}
-    shared: dict[str, Any] = {"seed": cfg.seed, "data_dir": data_dir, "compute": cfg.compute, "devices": cfg.devices}
-    # Before anything runs, so that a flag without effect is refused at once.
-    stages = {
-        "pretrain": cli.hand_down("pretrain", cfg.pretrain, data=str(files["text"]), out=out / "pretrain", **shared),
-        "reward": cli.hand_down(
-            "reward",
-            cfg.reward,
-            init=base,
-            data=str(files["choices"]),
-            held_out=str(files["choices_held_out"]),
-            length=cfg.ppo.prompt_length + cfg.ppo.max_new_tokens + 1,  # every one ends with EOS here
-            out=out / "reward",
-            **shared,
-        ),
-        "ppo": cli.hand_down(
-            "ppo", cfg.ppo, init=base, reward=(learnt,), data=str(files["prompts"]), out=out / "ppo", **shared
-        ),
-    }
-    rng = random.Random(cfg.seed)
-    labelled, unlabelled, held_out = corpus(cfg)
-    rng.shuffle(labelled)
-    half = len(labelled) // 2
-    labeler, judge = classifier(labelled[:half]), classifier(labelled[half:])
-    answers = {"labeler": labeler, "judge": judge}
-    texts, labels = zip(*held_out, strict=True)
-    accuracies = {name: float(model.score(texts, labels)) for name, model in answers.items()}
-    print(f"{len(labelled)} labelled and {len(unlabelled)} further sentences; right on {len(texts)} held-out ones: "
-          + ", ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items()))  # fmt: skip
-    sentences = [text for text, _ in labelled] + unlabelled
-    rng.shuffle(sentences)
-    starts = openings(sentences, rng)
-    test = openings(texts, rng)
-    if len(starts) <= cfg.held_out_choices:
-        raise InputError(
-            f"{cfg.data}: {len(starts)} sentences have an opening, and {cfg.held_out_choices} are set aside;"
-            " lower --held-out-choices"
-        )
+    print(f"\n== choose ({time.monotonic() - start:.0f} s)", flush=True)
+    write_choices(cfg, plan.reward, readers.labeler, reviews.openings)
 
-    _write(files["text"], ({"text": text} for text in sentences))
-    runs.once(pretrain.main, stages["pretrain"])
+    learnt = runs.once(reward.main, plan.reward)
+    print(f"reward model: {100 * learnt['accuracy']:.1f} % of held-out pairs of the best and another")
 
-    begin("choose")
-    split = cfg.held_out_choices
-    chosen = list(choose(cfg, models.load(base, compute=cfg.compute), labeler, starts[: split + cfg.choices]))
-    _write(files["choices_held_out"], chosen[:split])
-    _write(files["choices"], chosen[split:])
+    write_rows(plan.ppo.data, ({"prompt": prompt} for prompt in reviews.openings))
+    runs.once(ppo.main, plan.ppo)
 
-    reward_result = runs.once(reward.main, stages["reward"])
-    print(f"reward model: {100 * reward_result['accuracy']:.1f} % of held-out pairs of the best and another")
-
-    _write(files["prompts"], ({"prompt": prompt} for prompt in starts))
-    runs.once(ppo.main, stages["ppo"])
-
-    begin("evaluate")
-    tokenizer = models.tokenizer_of(models.load(base, compute=cfg.compute))
-    prompts, counts = pipeline.every_prompt(
-        [{"prompt": prompt} for prompt in test], tokenizer, length=cfg.ppo.prompt_length
-    )
-    print(f"held-out openings: {counts}")
-    results, said = {}, {}
-    paths = (base, final)
-    sampled, losses = continuations(cfg, paths, learnt, prompts), text_nll(cfg, paths, texts)
-    for stage, episodes, nll in zip(("base", "PPO"), sampled, losses, strict=True):
-        rows = zip(episodes.tokens, episodes.mask, strict=True)
-        said[stage] = [tokenizer_lib.decode(tokenizer, *row).strip() for row in rows]
-        kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
-        results[stage] = {
-            **{f"positive_{name}": float(np.mean(model.predict(said[stage]))) for name, model in answers.items()},
-            "reward": float(episodes.score.mean()),
-            "kl": float(kl.mean()),
-            "ended": float(episodes.ended.mean()),
-            "tokens": float(episodes.response_mask.sum(axis=1).mean()),
-            "distinct": len(set(said[stage])) / len(said[stage]),
-            "nll": nll,
-        }
+    print(f"\n== evaluate ({time.monotonic() - start:.0f} s)", flush=True)
+    openings, results = evaluate(cfg, plan, reviews, readers)
+    base, final = results["base"].measures, results["PPO"].measures
     summary = {
         "seed": cfg.seed,
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-        "openings": len(prompts.index),
+        "openings": len(openings),
         **{name: {"accuracy": value} for name, value in accuracies.items()},
-        "reward": reward_result,
-        **{stage.lower(): values for stage, values in results.items()},
-        "gain": results["PPO"]["positive_judge"] - results["base"]["positive_judge"],
+        "reward": learnt,
+        "base": base,
+        "ppo": final,
+        "gain": final["positive_judge"] - base["positive_judge"],
     }
-    runs.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    report(out, [test[index] for index in prompts.index], results, said, summary)
+    runs.write(cfg.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    report(cfg.out, openings, results)
+    print(f"\n{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB; everything is in {cfg.out}")
     return summary
 
 
-def report(
-    out: Path, prompts: Sequence[str], stages: dict[str, dict], said: dict[str, list[str]], summary: dict
-) -> None:
+def report(out: Path, openings: Sequence[str], results: dict[str, Continued]) -> None:
     """Print the table of the stages and three openings as each continues them; write both as plots and Markdown."""
     names = {
         "positive_judge": "judged positive (share)",
@@ -383,26 +487,21 @@ def report(
         "distinct": "distinct sentences (share)",
         "nll": "loss on held-out text (nats a token)",
     }
-    panels = {label: {stage: values[name] for stage, values in stages.items()} for name, label in names.items()}
+    panels = {
+        label: {stage: continued.measures[name] for stage, continued in results.items()}
+        for name, label in names.items()
+    }
     plots.stages(out / "stages.png", panels)
     for label, values in panels.items():
         print(f"{label:<40}" + "".join(f"{stage:>6}{value:>8.3f}" for stage, value in values.items()))
-    lines = ["| opening | " + " | ".join(said) + " |", "| --- " * (len(said) + 1) + "|"]
-    for n, prompt in enumerate(prompts):
-        rests = [texts[n].removeprefix(prompt).replace("|", r"\|") for texts in said.values()]
-        lines.append("| " + " | ".join([prompt, *(f"...{rest}" for rest in rests)]) + " |")
+    lines = ["| opening | " + " | ".join(results) + " |", "| --- " * (len(results) + 1) + "|"]
+    for n, opening in enumerate(openings):
+        sentences = {stage: continued.sentences[n] for stage, continued in results.items()}
+        rests = [text.removeprefix(opening).replace("|", r"\|") for text in sentences.values()]
+        lines.append("| " + " | ".join([opening, *(f"...{rest}" for rest in rests)]) + " |")
         if n < 3:
-            print("\n" + "\n".join(f"  {stage:<5} {texts[n]}" for stage, texts in said.items()))
+            print("\n" + "\n".join(f"  {stage:<5} {text}" for stage, text in sentences.items()))
     runs.write(out / "samples.md", "\n".join(lines) + "\n")
-    print(f"\n{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB; everything is in {out}")
-
-
-def _data_dir(cfg: Config) -> Path:
-    return cfg.data_dir or cfg.out / "data"
-
-
-def _write(path: Path, rows: Iterable[dict]) -> None:
-    runs.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

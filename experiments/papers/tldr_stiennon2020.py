@@ -18,14 +18,13 @@ Parent:  sft, reward, presets
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from experiments import ppo, reward, sft
 from experiments.papers import presets
 from rlhf_jax import models
 from rlhf_jax.runs import cli
 
-MODELS = {"1.3b": "gpt3-1.3b", "6.7b": "gpt3-6.7b"}  # of rlhf_jax.transformer.PRESETS
+MODELS = {"1.3b": "gpt3-1.3b", "6.7b": "gpt3-6.7b"}  # of models.PRESETS
 COMPUTE = models.Compute("bfloat16", remat="full")  # B.1: half precision, float32 weights
 POSTS = "template:tldr.jsonl:train.jsonl"
 
@@ -36,26 +35,43 @@ def out(name: str) -> Path:
 
 
 def tune(size: str, lr: float) -> sft.Config:
-    """B.1: one epoch, batch 128, cosine."""
-    paths: dict[str, Any] = {"out": out(f"sft-{size}"), "init": Path("gpt3"), "data": POSTS, "text": None}
-    length = 562  # details: post and summary
-    return sft.Config(**paths, length=length, batch=128, epochs=1, lr=lr, dropout=0.0, compute=COMPUTE)
+    """Fine-tuning (B.1): one epoch, batch 128, cosine."""
+    return sft.Config(
+        out=out(f"sft-{size}"),
+        init=Path("gpt3"),
+        data=POSTS,
+        text=None,
+        length=562,  # details: post and summary
+        batch=128,
+        epochs=1,
+        lr=lr,
+        dropout=0.0,
+        compute=COMPUTE,
+    )
 
 
 def judge(size: str, lr: float) -> reward.Config:
-    """B.1: one epoch, batch 64, cosine, from the fine-tuned model."""
-    paths: dict[str, Any] = {"out": out(f"reward-{size}"), "init": out(f"sft-{size}") / "model", "held_out": None}
-    length = 638  # details: post and summary, which are longer here than those of people
-    return reward.Config(**paths, data="tldr:comparisons.json", length=length, batch=64, lr=lr, compute=COMPUTE)
+    """Reward model (B.1): one epoch, batch 64, cosine, from the fine-tuned model."""
+    return reward.Config(
+        out=out(f"reward-{size}"),
+        init=out(f"sft-{size}") / "model",
+        data="tldr:comparisons.json",
+        held_out=None,
+        length=638,  # details: post and summary, which are longer here than those of people
+        batch=64,
+        lr=lr,
+        compute=COMPUTE,
+    )
 
 
 def improve(size: str, lr: float, batch: int) -> ppo.Config:
-    """B.1: a million episodes, 4 epochs of each batch, linear to 0, KL .05; critic from the reward model."""
-    paths: dict[str, Any] = {"out": out(f"ppo-{size}"), "init": out(f"sft-{size}") / "model", "data": POSTS}
+    """PPO (B.1): a million episodes, 4 epochs of each batch, linear to 0, KL .05; critic from the reward model."""
     return dataclasses.replace(
         presets.stiennon2020,
-        **paths,
+        out=out(f"ppo-{size}"),
+        init=out(f"sft-{size}") / "model",
         reward=(out(f"reward-{size}") / "model",),
+        data=POSTS,
         prompt_length=512,  # details
         lr=lr,
         critic_lr=lr,

@@ -1,7 +1,7 @@
 """What share of held-out problems does a model solve? (GSM8K, arXiv:2110.14168)
 
 Data:    as `gsm8k_sft`
-Run:     python -m experiments.published.gsm8k_evaluate --model runs/gsm8k_grpo/model
+Run:     python -m experiments.published.gsm8k_evaluate --model runs/gsm8k_grpo/model --data "gsm8k:PATH[7000:]"
 Parent:  evaluate
 Result:  the tiny models of `gsm8k_sft`, `gsm8k_grpo` and `gsm8k_ppo`, --max-new-tokens 96, 126 problems: 1, 4 and 2
 """
@@ -12,29 +12,26 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.published import paths
 from rlhf_jax import models, runs
 from rlhf_jax.data import gsm8k, pipeline, sources
 from rlhf_jax.devices import parallel
-from rlhf_jax.rollouts import rollout
+from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.runs import cli
 from rlhf_jax.types import check_positive, named_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(runs.Stage):
     """Defaults are for two CPU cores."""
 
-    seed: int = 0  # of sampling
     model: Path = Path("runs/gsm8k_sft/model")  # model directory to evaluate
-    data: str = "gsm8k:../shared/data/gsm8k_train.jsonl[7000:]"  # problems with their answers
-    out: Path | None = None  # file for the result, JSON
-    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
+    data: str = "gsm8k:PATH[7000:]"  # problems with their answers
+    out: Path | None = None  # type: ignore[assignment]  # file for the result, JSON
     temperature: float = 0.0  # of the answers; 0 takes the likeliest token
     prompt_length: int = 208  # tokens; longer problems are refused, and counted
     max_new_tokens: int = 256  # tokens of an answer
     batch: int = 64  # answers at once, over all devices
-    compute: models.Compute = models.Compute()
-    devices: parallel.Config = parallel.Config()
 
     def __post_init__(self) -> None:
         check_positive(self, "prompt_length", "max_new_tokens", "batch")
@@ -42,6 +39,7 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Evaluate, print, and write the result."""
+    paths.check_given(cfg, Config(), paths.GSM8K, "data")
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.model, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
@@ -49,33 +47,29 @@ def main(cfg: Config) -> dict:
     score = gsm8k.score_text(rows)
     prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
     print(f"{cfg.data}: {counts}")
-    sample = rollout.respond(
+    sampled = rollout.episodes(
         model,
-        model.params,
         prompts,
         named_key(cfg.seed, "gsm8k_evaluate"),
+        sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=tokenizer.eos_token_id),
         batch=cfg.batch,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        eos_id=tokenizer.eos_token_id,
         layout=layout,
     )
-    texts = rollout.texts(tokenizer, sample.tokens, sample.mask)
+    texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
     asked = [rows[int(index)] for index in prompts.index]
     right = [score(row["prompt"], text) for row, text in zip(asked, texts, strict=True)]
-    ended = np.any((sample.tokens == tokenizer.eos_token_id) & sample.mask, axis=1)
     result: dict = {
         "accuracy": float(np.mean(right)),
         "problems": len(right),
         "marked": float(np.mean(["####" in text for text in texts])),
-        "ended": float(ended.mean()),
+        "ended": float(sampled.ended.mean()),
         "answers": [
             {"prompt": row["prompt"][-1]["content"], "response": text, "answer": row["answer"], "right": bool(one)}
             for row, text, one in zip(asked[:20], texts, right, strict=False)
         ],
     }
-    solved, marked, all_said = (f"{100 * result[name]:.1f} %" for name in ("accuracy", "marked", "ended"))
-    print(f"{solved} of {len(right)} problems solved; {marked} of the answers have a ####, {all_said} end")
+    solved, marked, ended = (f"{100 * result[name]:.1f} %" for name in ("accuracy", "marked", "ended"))
+    print(f"{solved} of {len(right)} problems solved; {marked} of the answers have a ####, {ended} end")
     if cfg.out:
         runs.write(cfg.out, json.dumps(result, indent=2) + "\n")
     return result

@@ -4,7 +4,7 @@ As DeepSeekMath (arXiv:2402.03300), but that no reward model is asked: 1 for the
 A group whose answers are all right or all wrong teaches nothing, so the model must sometimes be right to begin with.
 
 Data:    as `gsm8k_sft`
-Run:     python -m experiments.published.gsm8k_grpo --init runs/gsm8k_sft/model
+Run:     python -m experiments.published.gsm8k_grpo --init runs/gsm8k_sft/model --data "gsm8k:PATH[:7000]"
 Parent:  grpo
 Result:  from the tiny model of `gsm8k_sft`, --batch 32 --steps 3 --max-new-tokens 96: the reward of all 96 answers is
          0, so nothing is learnt (KL 4e-5 nats). Held out, 1 of 126 problems before, 4 after (0.8 %, 3.2 %), none with a
@@ -15,6 +15,7 @@ Result:  from the tiny model of `gsm8k_sft`, --batch 32 --steps 3 --max-new-toke
 from pathlib import Path
 
 from experiments import grpo
+from experiments.published import paths
 from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.data import gsm8k, sources
 from rlhf_jax.runs import cli
@@ -24,7 +25,7 @@ CONFIG = grpo.Config(
     out=Path("runs/gsm8k_grpo"),
     init=Path("runs/gsm8k_sft/model"),
     reward=(),
-    data="gsm8k:../shared/data/gsm8k_train.jsonl[:7000]",
+    data="gsm8k:PATH[:7000]",
     text=None,
     prompt_length=208,
     max_new_tokens=256,
@@ -34,6 +35,7 @@ CONFIG = grpo.Config(
 
 def main(cfg: grpo.Config) -> TrainState:
     """GRPO on answers that are right or wrong."""
+    paths.check_given(cfg, CONFIG, paths.GSM8K, "data")
     rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
     return grpo.main(cfg, score_text=gsm8k.score_text(rows))
 

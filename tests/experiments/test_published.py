@@ -2,10 +2,14 @@
 
 import dataclasses
 import gzip
+import importlib
 import json
+import pkgutil
+from pathlib import Path
 
 import pytest
 
+import experiments
 from experiments import grpo, ppo
 from experiments.published import (
     gsm8k_evaluate,
@@ -16,7 +20,7 @@ from experiments.published import (
     reward_hh,
     tinystories,
 )
-from rlhf_jax import models
+from rlhf_jax import models, runs
 from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.runs import log
@@ -95,7 +99,7 @@ def test_a_check_of_the_answer_is_a_reward(done, tmp_path, sums, capsys):
     """PPO without any reward model."""
     where = given(done, tmp_path / "run", data=sums, batch=16, steps=2, samples_every=1, **SIZES)
     algorithm = ppo_lib.Config(minibatches=2)
-    state = gsm8k_ppo.main(dataclasses.replace(gsm8k_ppo.CONFIG, **where, ppo=algorithm))
+    state = gsm8k_ppo.main(dataclasses.replace(gsm8k_ppo.CONFIG, **where, algorithm=algorithm))
     assert set(state.params["critic"]) == {"kernel", "bias"} and len(metrics_of(tmp_path / "run")) == 2
     assert {row["score"] for row in log.read(tmp_path / "run", "samples.jsonl")} <= {0.0, 1.0}
     capsys.readouterr()
@@ -126,3 +130,54 @@ def test_grpo_raises_the_share_of_problems_solved(done, tmp_path, sums):
     )
     before, after = (gsm8k_evaluate.main(dataclasses.replace(judge, model=out / "model")) for out in (tuned, better))
     assert after["accuracy"] > before["accuracy"] + 0.1 and sum(score[-5:]) > sum(score[:5])
+
+
+def defaults_of(module):
+    """The configurations that the module's command line starts from."""
+    if hasattr(module, "STAGES"):
+        return [config for _, config in module.STAGES.values()]
+    return [module.CONFIG if hasattr(module, "CONFIG") else module.Config()] if hasattr(module, "main") else []
+
+
+def paths_in(value):
+    """Each text in a configuration as JSON has it, without the name of a format in front and a slice behind."""
+    if isinstance(value, str):
+        yield Path(value.partition("[")[0].rpartition(":")[2])
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from paths_in(one)
+
+
+def test_no_default_is_outside_of_the_repository():
+    names = [
+        name for _, name, is_folder in pkgutil.walk_packages(experiments.__path__, "experiments.") if not is_folder
+    ]
+    defaults = {name: defaults_of(importlib.import_module(name)) for name in names}
+    assert sum(map(bool, defaults.values())) >= 25
+    for name, configs in defaults.items():
+        for config in configs:
+            for path in paths_in(runs.settings(config)):
+                outside = path.is_absolute() or ".." in path.parts or "~" in path.parts
+                assert not outside, f"{name}: {path}"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "flag"),
+    [
+        (tinystories, '--data "PATH"'),
+        (reward_hh, '--data "hh:PATH[:80%]"'),
+        (reward_finegrained, '--data "finegrained:PATH[:80%]"'),
+        (gsm8k_sft, '--data "gsm8k:PATH[:7000]"'),
+        (gsm8k_grpo, '--data "gsm8k:PATH[:7000]"'),
+        (gsm8k_ppo, '--data "gsm8k:PATH[:7000]"'),
+        (gsm8k_evaluate, '--data "gsm8k:PATH[7000:]"'),
+    ],
+)
+def test_data_are_required(experiment, flag, capsys, tmp_path):
+    (default,) = defaults_of(experiment)
+    said = refused(capsys, experiment.main, default, "--out", tmp_path / "run")
+    assert said.startswith(f"error: --data is required: {flag}, where PATH is ")
+    assert not (tmp_path / "run").exists()
+    if hasattr(default, "held_out"):
+        said = refused(capsys, experiment.main, default, "--out", tmp_path / "run", "--data", tmp_path)
+        assert said.startswith('error: --held-out is required: --held-out "')

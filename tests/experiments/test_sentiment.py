@@ -62,7 +62,7 @@ def config(tmp_path, data) -> sentiment.Config:
             text=None,
             batch=8,
             steps=2,
-            ppo=ppo_lib.Config(minibatches=1, temperature=0.7, kl_target=4.0),
+            algorithm=ppo_lib.Config(minibatches=1, temperature=0.7, kl_target=4.0),
         ),
     )
 
@@ -88,21 +88,21 @@ def test_two_steps_of_each_stage(tmp_path, data):
 
 
 def test_the_labeler_picks_what_it_finds_most_positive():
-    labeler = sentiment.classifier([(text, label) for seed in range(3) for text, label in sentences(seed, 40)])
+    labeler = sentiment.fit_classifier([(text, label) for seed in range(3) for text, label in sentences(seed, 40)])
     probability = labeler.predict_proba(["the film is a joy", "the film is a bore"])[:, 1]
     assert probability[0] > 0.8 and probability[1] < 0.2
     with pytest.raises(InputError, match="have the label 1: both are needed"):
-        sentiment.classifier([("a joy", 1), ("so warm", 1)])
+        sentiment.fit_classifier([("a joy", 1), ("so warm", 1)])
 
 
 def test_nothing_held_out_is_trained_on(tmp_path, data):
-    labelled, text, held_out = sentiment.corpus(config(tmp_path, data))
+    labelled, text, held_out = sentiment.read_corpus(str(data), tmp_path)
     assert (len(labelled), len(held_out)) == (60, 20)
     # A snippet that holds a held-out sentence is left out, and so is one seen before.
     assert text == ["naïve but a joy, it's said.", "a bore."]
     with (data / "sst_train.csv").open("a") as file:
         file.write(f'1,"{held_out[3][0].upper()}"\n')
-    assert sentiment.corpus(config(tmp_path, data))[0] == labelled
+    assert sentiment.read_corpus(str(data), tmp_path)[0] == labelled
 
 
 def test_tidy_spells_both_sources_alike():
@@ -113,14 +113,14 @@ def test_tidy_spells_both_sources_alike():
 
 
 def test_openings_leave_something_to_say():
-    starts = sentiment.openings(["a b c d e f g h i"] * 30 + ["too short to be cut in two"], random.Random(0))
+    starts = sentiment.cut_openings(["a b c d e f g h i"] * 30 + ["too short to be cut in two"], random.Random(0))
     assert len(starts) == 30
     assert set(starts) == {"a b c", "a b c d", "a b c d e"}
 
 
-def test_whole_drops_parts_of_sentences():
+def test_parts_of_sentences_are_dropped_of_sentences():
     rows = [("a joy", 1), ("the film is a joy.", 1), ("A Joy .", 1), ("a bore", 0)]
-    assert sorted(sentiment.whole(rows)) == [("a bore", 0), ("the film is a joy.", 1)]
+    assert sorted(sentiment.drop_parts(rows)) == [("a bore", 0), ("the film is a joy.", 1)]
 
 
 def test_a_published_data_set(tmp_path):
@@ -143,13 +143,16 @@ def test_a_published_data_set(tmp_path):
 
     with builders.quiet():
         Reviews(data_dir=tmp_path).download_and_prepare(file_format="array_record")
-    labelled, text, held_out = sentiment.corpus(sentiment.Config(data="reviews", data_dir=tmp_path))
+    labelled, text, held_out = sentiment.read_corpus("reviews", tmp_path)
     assert sorted(labelled) == [("a bore", 0), ("it is a joy.", 1)]
     assert (text, held_out) == ([], [("so cold", 0)])
 
 
 def test_mistakes_are_named(tmp_path, data):
     cfg = config(tmp_path, data)
+    with pytest.raises(InputError, match=r"^--data is required: a folder with sst_train.csv, .* or glue/sst2"):
+        sentiment.main(dataclasses.replace(cfg, data=None))
+    assert not cfg.out.exists()
     with pytest.raises(InputError, match=r"nowhere/sst_train.csv: no such file; point --data at a folder with"):
         sentiment.main(dataclasses.replace(cfg, data=str(tmp_path / "nowhere")))
     (data / "rt_polarity.neg").unlink()

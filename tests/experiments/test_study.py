@@ -1,5 +1,6 @@
 """What the studies share, and what they compare; test_experiments.py runs one."""
 
+import ast
 import dataclasses
 import math
 import os
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from experiments import dpo, grpo, ppo, pretrain, rank, reward, rloo
-from experiments.studies import frontier, overoptimization, ptx, study
+from experiments.studies import courses, frontier, overoptimization, ptx, study, tables
 from rlhf_jax import runs
 from rlhf_jax.analysis import overoptimization as curves
+from rlhf_jax.models import Compute
 from rlhf_jax.runs import log
 from rlhf_jax.types import InputError
 
@@ -62,16 +64,16 @@ def worker(cfg, item):
 
 def test_seeds_run_in_processes_of_their_own(tmp_path):
     cfg = study.Config(out=tmp_path, jobs=2)
-    (one, first, there), (two, second, _) = study.together(cfg, worker, ("a", "b"))
+    (one, first, there), (two, second, _) = study.run_each(cfg, worker, ("a", "b"))
     assert (one, two, there) == ("a", "b", 2)
     assert len({first, second, os.getpid()}) == 3
-    assert study.together(dataclasses.replace(cfg, jobs=1), lambda _, item: item, "ab") == ["a", "b"]
+    assert study.run_each(dataclasses.replace(cfg, jobs=1), lambda _, item: item, "ab") == ["a", "b"]
 
 
 def test_where_one_process_fails_the_others_end(tmp_path):
     start = time.monotonic()
     with pytest.raises(InputError, match="a bad item"):
-        study.together(study.Config(out=tmp_path, jobs=2), worker, ("bad", "slow"))
+        study.run_each(study.Config(out=tmp_path, jobs=2), worker, ("bad", "slow"))
     assert time.monotonic() - start < 120
 
 
@@ -87,13 +89,13 @@ def test_what_was_stopped_is_made_again(tmp_path):
 
 
 def test_course_reads_the_samples_of_a_run(tmp_path):
-    harm = next(prompt.text for prompt in study.WORLD.prompts(100, 0) if prompt.category == "harm")
+    harm = next(prompt.text for prompt in courses.WORLD.prompts(100, 0) if prompt.category == "harm")
     said = {"I will not do that.": 1.0, "": 0.0}  # gold of each
-    with log.start(tmp_path, Stage(tmp_path), total=4) as run:
+    with log.Records(tmp_path, Stage(tmp_path), total=4) as run:
         for step in range(1, 5):
             texts = list(said) if step > 2 else ["", ""]
             run.samples(step, [{"prompt": harm, "response": x, "score": step, "kl": 0.1 * step} for x in texts])
-    points = study.course(tmp_path, points=2)
+    points = courses.read_course(tmp_path, points=2)
     np.testing.assert_allclose([point["kl"] for point in points], [0.15, 0.35])
     np.testing.assert_allclose([point["proxy"] for point in points], [1.5, 3.5])
     np.testing.assert_allclose([point["gold"] for point in points], [0.0, 0.5])
@@ -101,13 +103,13 @@ def test_course_reads_the_samples_of_a_run(tmp_path):
 
 def test_measures_at_a_distance():
     points = [{"kl": 0.0, "gold": 0.2}, {"kl": 1.0, "gold": 0.6}, {"kl": 4.0, "gold": 0.0}]
-    np.testing.assert_allclose(study.interpolated(points, "gold", np.array([0.5, 2.5, 5.0])), [0.4, 0.3, np.nan])
-    np.testing.assert_allclose(study.interpolated(points[::-1], "gold", np.array([0.5, 1.5]), of=math.sqrt), [0.4, 0.3])
+    np.testing.assert_allclose(tables.interpolate(points, "gold", np.array([0.5, 2.5, 5.0])), [0.4, 0.3, np.nan])
+    np.testing.assert_allclose(tables.interpolate(points[::-1], "gold", np.array([0.5, 1.5]), math.sqrt), [0.4, 0.3])
     where = np.array([0.0, 1.0])
-    assert study.band([np.array([1.0, 2.0]), np.array([3.0, np.nan])], where) == [(0.0, 2.0, math.sqrt(2))]
-    assert study.mean_sd([0.25, 0.75]) == "0.500 ± 0.354"
-    assert study.mean_sd([0.25]) == "0.250"
-    assert study.mean_sd([0.25, math.nan]) == "-"
+    assert tables.band([np.array([1.0, 2.0]), np.array([3.0, np.nan])], where) == [(0.0, 2.0, math.sqrt(2))]
+    assert tables.mean_sd([0.25, 0.75]) == "0.500 ± 0.354"
+    assert tables.mean_sd([0.25]) == "0.250"
+    assert tables.mean_sd([0.25, math.nan]) == "-"
 
 
 def test_a_page_keeps_what_people_wrote(tmp_path):
@@ -127,8 +129,8 @@ def test_a_page_keeps_what_people_wrote(tmp_path):
 def test_curves_are_fitted_to_gains():
     d = np.array([0.0, 0.5, 1.0, 2.0])
     points = [{"kl": float(x * x), "gold": float(0.3 + x * (0.5 - 0.1 * x))} for x in d]
-    np.testing.assert_allclose(overoptimization.fitted(curves.best_of_n, points), (0.5, 0.1), rtol=1e-6)
-    assert all(map(math.isnan, overoptimization.fitted(curves.best_of_n, points[:2])))
+    np.testing.assert_allclose(overoptimization.fit_gain(curves.best_of_n, points), (0.5, 0.1), rtol=1e-6)
+    assert all(map(math.isnan, overoptimization.fit_gain(curves.best_of_n, points[:2])))
 
 
 def test_a_reward_model_learns_from_its_part_of_its_seeds_labels(tmp_path, monkeypatch):
@@ -144,17 +146,17 @@ def test_a_reward_model_learns_from_its_part_of_its_seeds_labels(tmp_path, monke
     monkeypatch.setattr(runs, "once", once)
     cfg = study.Config(out=tmp_path, prompts=16)
     for seed in (0, 1):
-        found = study.judge(cfg, seed, prompts=4, epochs=3, preset="llama-tiny")
-        assert found == {"model": tmp_path / f"seed{seed}" / "reward-llama-tiny-4" / "model", "accuracy": 0.7}
+        learnt = study.learn_reward(cfg, seed, study.RewardSpec(4, "llama-tiny", epochs=3))
+        assert learnt == study.RewardModel(tmp_path / f"seed{seed}" / "reward-llama-tiny-4" / "model", 0.7)
     ranked = [run for run in asked if isinstance(run, rank.Config)]
     assert [(run.seed, run.prompts, run.init) for run in ranked] == [
         (seed, 16, tmp_path / "llama-mini" / "sft" / "model") for seed in (0, 1)
     ]
-    learnt = [run for run in asked if isinstance(run, reward.Config)]
-    assert [(run.seed, run.epochs, run.init) for run in learnt] == [
+    rewards = [run for run in asked if isinstance(run, reward.Config)]
+    assert [(run.seed, run.epochs, run.init) for run in rewards] == [
         (seed, 3, tmp_path / "llama-tiny" / "sft" / "model") for seed in (0, 1)
     ]
-    assert [Path(run.data).read_text() for run in learnt] == ["0\n1\n2\n3\n"] * 2
+    assert [Path(run.data).read_text() for run in rewards] == ["0\n1\n2\n3\n"] * 2
     presets = {run.out.parts[-2]: run.preset for run in asked if isinstance(run, pretrain.Config)}
     assert presets == {"llama-mini": "llama-mini", "llama-tiny": "llama-tiny"}
 
@@ -162,8 +164,8 @@ def test_a_reward_model_learns_from_its_part_of_its_seeds_labels(tmp_path, monke
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     """Settings of a study whose models are there already."""
-    monkeypatch.setattr(study, "tuned", lambda *_: Path("sft"))
-    monkeypatch.setattr(study, "judge", lambda *_, **__: {"model": Path("reward/model"), "accuracy": 0.7})
+    monkeypatch.setattr(study, "fine_tune", lambda *_: Path("sft"))
+    monkeypatch.setattr(study, "learn_reward", lambda *_: study.RewardModel(Path("reward/model"), 0.7))
     return {"out": tmp_path / "studies", "docs": page(tmp_path / "docs"), "seeds": 2, "prompts": 16}
 
 
@@ -182,20 +184,21 @@ def asked(monkeypatch):
 
     def once(main, cfg, out=None):
         asked.append(cfg)
-        at = 0 if isinstance(cfg, overoptimization.Start) else 1
-        return points[at] | {"points": points, "nll": 0.5}
+        start = isinstance(cfg, courses.Trained) and cfg.model == cfg.run.init
+        return points[0 if start else 1] | {"points": points, "nll": 0.5}
 
     monkeypatch.setattr(runs, "once", once)
-    monkeypatch.setattr(study, "course", lambda _: points)
+    monkeypatch.setattr(courses, "read_course", lambda _: points)
     return asked
 
 
 def test_reward_models_are_followed_from_where_they_start(base, asked):
     cfg = overoptimization.Config(**base, labels=(8,), epochs=(2,), sizes=("llama-tiny",))
     results = overoptimization.main(cfg)
-    assert list(results["ppo"][1]) == ["8 prompts", "16 prompts", "16 prompts, llama-tiny"]
+    assert list(results) == ["8 prompts", "16 prompts", "16 prompts, llama-tiny"]
+    assert [len(seeds) for seeds in results.values()] == [2, 2, 2]
     policies = [run for run in asked if isinstance(run, ppo.Config)]
-    assert {(run.seed, run.ppo.kl_coef, run.text) for run in policies} == {(0, 0.0, None), (1, 0.0, None)}
+    assert {(run.seed, run.algorithm.kl_coef, run.text) for run in policies} == {(0, 0.0, None), (1, 0.0, None)}
     text = renewed(cfg.docs, "overoptimization")
     assert "| 16 prompts | 0.700 ± 0.000 | PPO | 1.000 ± 0.000 | 1.000 ± 0.000 | 0.750 ± 0.000 | - | - |" in text
     with pytest.raises(InputError, match=r"labels=\(16,\): expected fewer than the 16"):
@@ -208,10 +211,10 @@ def test_the_frontier_compares_at_equal_terms(base, asked):
     policies = [run for run in asked if hasattr(run, "text")]
     assert {type(run) for run in policies} == {ppo.Config, grpo.Config, rloo.Config}
     assert len({(run.steps, run.batch, run.data, run.reward, run.text) for run in policies}) == 1
-    assert {getattr(run, "algorithm", getattr(run, "ppo", None)).kl_coef for run in policies} == {0.0}
+    assert {run.algorithm.kl_coef for run in policies} == {0.0}
     preferred = [run for run in asked if isinstance(run, dpo.Config)]
-    assert [(run.seed, run.dpo.beta) for run in preferred] == [(0, 0.5), (0, 0.1), (1, 0.5), (1, 0.1)]
-    assert all(Path(run.data) == study.labels(cfg, run.seed, 16) for run in preferred)
+    assert [(run.seed, run.algorithm.beta) for run in preferred] == [(0, 0.5), (0, 0.1), (1, 0.5), (1, 0.1)]
+    assert all(Path(run.data) == study.labels_path(cfg, run.seed, 16) for run in preferred)
     text = renewed(cfg.docs, "frontier")
     for name in ("best-of-n", "PPO", "RLOO", "GRPO", "DPO"):
         assert f"| {name} | 0.500 ± 0.000 | - | 0.750 ± 0.000 | 1.000 ± 0.000 |" in text
@@ -223,7 +226,33 @@ def test_the_mix_is_compared_at_equal_episodes(base, asked):
     policies = [run for run in asked if isinstance(run, ppo.Config)][:3]
     assert len({(run.steps, run.batch, run.reward, run.seed) for run in policies}) == 1
     assert [run.text for run in policies] == [None, cfg.ppo.text, cfg.ppo.text]
-    assert [run.ppo.ptx_coef for run in policies[1:]] == [cfg.ppo.ppo.ptx_coef, 27.8]
+    assert [run.algorithm.ptx_coef for run in policies[1:]] == [cfg.ppo.algorithm.ptx_coef, 27.8]
     text = renewed(cfg.docs, "ptx")
     for name in ("SFT", "PPO", "PPO-ptx", "InstructGPT"):
         assert f"| {name} | 0.750 ± 0.000 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in text
+
+
+def test_every_stage_takes_what_the_study_decides(base, asked):
+    """Seeds count on from --seed, and the stages of InstructGPT's settings are told no less than the others."""
+    cfg = ptx.Config(**base, seed=5, data_dir=Path("prepared"), compute=Compute(remat="full"))
+    ptx.main(cfg)
+    assert {(run.data_dir, run.compute) for run in asked} == {(cfg.data_dir, cfg.compute)}
+    policies = [run for run in asked if isinstance(run, ppo.Config)]
+    assert [run.seed for run in policies] == [5, 5, 5, 6, 6, 6]
+    assert {(run.init, run.reward) for run in policies} == {(Path("sft"), (Path("reward/model"),))}
+    assert "Seeds: 5, 6." in (cfg.docs / "ptx.md").read_text()
+    with pytest.raises(InputError, match=r"--ppo.seed has no effect here"):
+        ptx.main(dataclasses.replace(cfg, ppo=dataclasses.replace(cfg.ppo, seed=3)))
+
+
+def test_studies_import_no_study():
+    """What two of them need is in `study`, `courses` or `tables`."""
+    shared = {"study", "courses", "tables"}
+    for path in Path(study.__file__).parent.glob("*.py"):
+        imported = [
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.module == "experiments.studies"
+            for alias in node.names
+        ]
+        assert set(imported) <= shared, f"{path.name} imports {imported}"
