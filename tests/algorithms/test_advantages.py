@@ -1,7 +1,9 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import logprobs
 from rlhf_jax.algorithms import advantages
 from rlhf_jax.logprobs import response_mask
 from tests.oracles import Case
@@ -10,7 +12,7 @@ MASK = jnp.array([[True, True, False], [False, True, True], [False, False, False
 
 
 def test_last_index():
-    np.testing.assert_array_equal(advantages.last_index(MASK), [1, 2, -1])
+    np.testing.assert_array_equal(logprobs.last_index(MASK), [1, 2, -1])
 
 
 def test_token_rewards_by_hand():
@@ -31,7 +33,7 @@ def test_token_rewards_oracle(name):
     mask = case["mask"] if "mask" in case.raw["inputs"] else response_mask(case["tokens"], case["eos_id"])
     kl = case["logp"] - case["logp_ref"]
     reward = advantages.token_rewards(case["score"], kl, mask, case["beta"])
-    case.check(reward=reward, last_index=advantages.last_index(mask), kl=jnp.where(mask, kl, 0))
+    case.check(reward=reward, last_index=logprobs.last_index(mask), kl=jnp.where(mask, kl, 0))
 
 
 def test_gae_by_hand():
@@ -99,3 +101,26 @@ def test_group_baselines_oracle():
 def test_leave_one_out_needs_two():
     with pytest.raises(ValueError, match="at least two"):
         advantages.leave_one_out(jnp.ones((3, 1)))
+
+
+# Scores and group sizes for which the mean of equal scores may be off by a rounding error.
+EQUAL = [(12345.678, 6), (100.1, 12), (1.0, 12), (-3.3e7, 7), (1e-30, 5), (0.0, 3)]
+
+
+@pytest.mark.parametrize(("score", "group"), EQUAL)
+def test_a_group_of_equal_scores_gives_exactly_no_advantage(score, group):
+    reward = jnp.full((2, group), score, jnp.float32)
+    for advantage in (advantages.above_mean, advantages.group_normalize, advantages.leave_one_out):
+        np.testing.assert_array_equal(jax.jit(advantage)(reward), np.zeros((2, group)))
+    mixed = reward.at[1, 0].add(2.0 * abs(score) + 1.0)  # the other group still learns
+    assert np.all(np.asarray(advantages.group_normalize(mixed)[1]) != 0)
+    np.testing.assert_array_equal(advantages.group_normalize(mixed)[0], np.zeros(group))
+
+
+@pytest.mark.parametrize(("score", "group"), EQUAL)
+def test_whitening_equal_values_blows_up_no_rounding_error(score, group):
+    mask = jnp.arange(group)[None] < jnp.array([[group], [group - 1]])
+    x = jnp.where(mask, jnp.float32(score), 7.0)  # what padding holds does not count
+    np.testing.assert_array_equal(jax.jit(advantages.whiten)(x, mask), np.zeros((2, group)))
+    kept = jax.jit(lambda x, mask: advantages.whiten(x, mask, shift_mean=False))(x, mask)
+    np.testing.assert_allclose(kept, np.where(mask, x, 0.0), rtol=1e-6)
