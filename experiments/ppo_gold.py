@@ -12,6 +12,7 @@ from experiments import ppo
 from rlhf_jax.data.tokenizer import Prompt, prompt_text
 from rlhf_jax.data.world import World
 from rlhf_jax.runs import cli
+from rlhf_jax.settings import Seed
 from rlhf_jax.types import TrainState
 
 
@@ -20,7 +21,7 @@ class Config(ppo.Config):
     """The reward model is only where the critic starts."""
 
     out: Path = Path("runs/ppo_gold")  # run directory; the model goes to its folder "model"
-    world: int = 0  # seed of the world that the prompts are of
+    world: Seed = 0  # seed of the world that the prompts are of
 
 
 def main(cfg: Config) -> TrainState:

@@ -18,7 +18,8 @@ from rlhf_jax.data import gsm8k, pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.runs import cli
-from rlhf_jax.types import check_positive, named_key
+from rlhf_jax.settings import Count, NonNegative
+from rlhf_jax.types import named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +29,10 @@ class Config(runs.Stage):
     model: Path = Path("runs/gsm8k_sft/model")  # model directory to evaluate
     data: str = "gsm8k:PATH[7000:]"  # problems with their answers
     out: Path | None = None  # type: ignore[assignment]  # file for the result, JSON
-    temperature: float = 0.0  # of the answers; 0 takes the likeliest token
-    prompt_length: int = 208  # tokens; longer problems are refused, and counted
-    max_new_tokens: int = 256  # tokens of an answer
-    batch: int = 64  # answers at once, over all devices
-
-    def __post_init__(self) -> None:
-        check_positive(self, "prompt_length", "max_new_tokens", "batch")
+    temperature: NonNegative = 0.0  # of the answers; 0 takes the likeliest token
+    prompt_length: Count = 208  # tokens; longer problems are refused, and counted
+    max_new_tokens: Count = 256  # tokens of an answer
+    batch: Count = 64  # answers at once, over all devices
 
 
 def main(cfg: Config) -> dict:
@@ -51,7 +49,7 @@ def main(cfg: Config) -> dict:
         model,
         prompts,
         named_key(cfg.seed, "gsm8k_evaluate"),
-        sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=tokenizer.eos_token_id),
+        sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=models.stop_ids(model)),
         batch=cfg.batch,
         layout=layout,
     )

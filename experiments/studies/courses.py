@@ -23,7 +23,8 @@ from rlhf_jax.data.world import World
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import log
-from rlhf_jax.types import Rollout, check_positive, named_key
+from rlhf_jax.settings import Count
+from rlhf_jax.types import Rollout, named_key
 
 BATCH = 256  # answers sampled or scored at once, over all devices
 WORLD = World.generate(0)
@@ -34,8 +35,8 @@ WORLD = World.generate(0)
 class Config(study.Config):
     """Reward models are followed without restraint: no KL penalty, no pretraining text."""
 
-    answers: int = 32  # to each prompt, of which best-of-n takes n at most
-    answered: int = 192  # prompts of best-of-n
+    answers: Count = 32  # to each prompt, of which best-of-n takes n at most
+    answered: Count = 192  # prompts of best-of-n
     ppo: "ppo.Config" = ppo.Config(
         steps=40,
         text=None,
@@ -43,10 +44,6 @@ class Config(study.Config):
         samples_every=1,  # and as many as there are, so that gold is known along the run
         samples=64,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "answers", "answered")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +139,7 @@ def score_answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) ->
     same_sampling = dataclasses.replace(run, reward=(), critic="policy", out=Path())
     sampled, gold = sample_answers(same_sampling, model, prompts, times)
     rewards = [models.load_reward(path, compute=run.compute, place=layout.sharding) for path in run.reward]
-    score = scores.reward_models(rewards, models.tokenizer_of(rewards[0]).eos_token_id, layout=layout)
+    score = scores.reward_models(rewards, models.stop_ids(rewards[0]), layout=layout)
     parts = [layout.gather(score(layout.rows(part))) for _, part in rollout.chunks(sampled, BATCH)]
     return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(sampled.index)], *parts), gold
 
@@ -162,7 +159,7 @@ def sample_answers(run: ppo.Config, model: Path, prompts: int, times: int) -> tu
         sampling.Config(
             max_new_tokens=run.max_new_tokens,
             temperature=run.algorithm.temperature,
-            eos_id=tokenizer.eos_token_id,
+            eos_id=models.stop_ids(policy),
         ),
         batch=BATCH,
         reference=reference,

@@ -23,6 +23,7 @@ from rlhf_jax import runs
 from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.algorithms import rloo as rloo_lib
 from rlhf_jax.runs import cli, plots
+from rlhf_jax.settings import NonNegative, Positive
 
 NAME = "frontier"
 
@@ -32,8 +33,8 @@ NAME = "frontier"
 class Config(courses.Config):
     """Sizes with which four seeds of every study take two CPU cores less than an hour."""
 
-    budgets: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # nats, at which the table compares
-    betas: tuple[float, ...] = (0.5, 0.1)  # of DPO, one run each
+    budgets: tuple[NonNegative, ...] = (0.25, 0.5, 1.0, 2.0)  # nats, at which the table compares
+    betas: tuple[Positive, ...] = (0.5, 0.1)  # of DPO, one run each
     # Without a KL penalty, as `ppo` here; what they share with it they take from there.
     grpo: "grpo.Config" = grpo.Config(
         algorithm=grpo_lib.Config(minibatches=4, group=4, kl_coef=0.0, kl_in="reward", unfinished_score=-1.0)

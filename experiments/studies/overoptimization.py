@@ -20,6 +20,7 @@ from experiments.studies import courses, study, tables
 from experiments.studies.tables import Point
 from rlhf_jax.analysis import overoptimization as curves
 from rlhf_jax.runs import cli, plots
+from rlhf_jax.settings import Count
 from rlhf_jax.types import InputError
 
 NAME = "overoptimization"
@@ -30,8 +31,8 @@ MEASURES = {"gold": "gold (0 to 1)", "proxy": "proxy (sd of answers)"}
 class Config(courses.Config):
     """Sizes with which four seeds of every study take two CPU cores less than an hour."""
 
-    labels: tuple[int, ...] = (100, 400)  # prompts to learn from, beside all
-    epochs: tuple[int, ...] = (4, 2)  # passes over each of them: few labels shall not mean few steps alone
+    labels: tuple[Count, ...] = (100, 400)  # prompts to learn from, beside all
+    epochs: tuple[Count, ...] = (4, 2)  # passes over each of them: few labels shall not mean few steps alone
     sizes: tuple[str, ...] = ("llama-micro", "llama-tiny")  # presets of smaller reward models, with all labels
 
     def __post_init__(self) -> None:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from experiments import ppo, pretrain, rank, reward, sft
 from rlhf_jax import runs
 from rlhf_jax.runs import cli
-from rlhf_jax.types import InputError, check_positive
+from rlhf_jax.settings import Count, Seed
+from rlhf_jax.types import InputError
 
 BEGIN, END = "<!-- made by the study: begin -->", "<!-- end -->"
 
@@ -31,21 +32,18 @@ Result = TypeVar("Result")
 class Config(runs.Stage):
     """Sizes with which four seeds of every study take two CPU cores less than an hour."""
 
-    seed: int = 0  # of the fine-tuned model, and the first of the seeds
+    seed: Seed = 0  # of the fine-tuned model, and the first of the seeds
     out: Path = Path("runs/studies")  # run directory, shared by the studies
     data_dir: Path | None = None  # type: ignore[assignment]  # where prepared data sets are kept; None is the folder "data" in `out`
     docs: Path | None = Path("docs")  # folder of the pages whose tables and plots are renewed; None for none
-    seeds: int = 4  # number of seeds, of labels, reward model and policy
-    jobs: int = 1  # seeds at a time, each in a process of its own: for CPUs, where models so small leave cores idle
-    prompts: int = 1600  # prompts whose answers are ranked, a seed
+    seeds: Count = 4  # number of seeds, of labels, reward model and policy
+    jobs: Count = 1  # seeds at a time, each in a process of its own: for CPUs, where models so small leave cores idle
+    prompts: Count = 1600  # prompts whose answers are ranked, a seed
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config(held_out=96)
     reward: "reward.Config" = reward.Config()
     ppo: "ppo.Config" = ppo.Config()
-
-    def __post_init__(self) -> None:
-        check_positive(self, "seeds", "jobs", "prompts")
 
     @property
     def each_seed(self) -> range:

@@ -49,6 +49,6 @@ class Rates:
             rates[f"mfu/{part}"] = operations / seconds / self.peak
         return rates
 
-    def _scalar(self, config: models.Config | None, tokens: float, read: float) -> float:
+    def _scalar(self, config: models.Config | None, tokens: float, read: float | int) -> float:
         """Operations of a scalar model, if there is one, that is read in the last columns."""
         return flops.forward(config, self.batch, tokens, read, logits=False) if config else 0.0
