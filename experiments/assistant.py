@@ -100,6 +100,7 @@ def main(cfg: Config) -> dict:
     """Run the stages one after the other, and return the summary."""
     start = time.monotonic()
     out = cfg.out
+    runs.claim(out, cfg)
     runs.write_config(out, cfg)
     each = stages(cfg)  # before anything runs
     base, tuned, final = each.sft.init, each.ppo.init, each.evaluate.model

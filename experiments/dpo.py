@@ -62,6 +62,7 @@ def build(
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
     runs.claim(cfg.out, cfg)
+    models.check_writable(cfg.out / "model")
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     models.check_length(model.config, length=cfg.length)

@@ -70,9 +70,10 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts, layout: paralle
     reference = model if cfg.best_of > 1 else models.load(cfg.reference, compute=cfg.compute, place=layout.sharding)
     loaded, score = {cfg.model: model} | ({} if reference is model else {cfg.reference: reference}), None
     if cfg.reward:
-        reward = loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
-        score = scores.reward_models([reward], models.stop_ids(model), layout=layout)
+        loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
+        score = scores.reward_models([loaded[cfg.reward]], models.stop_ids(model), layout=layout)
     models.check_vocabularies(loaded)
+    del loaded  # the reward model as it was loaded: `score` has a copy
     if reference.config != model.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.model}: take the model that it came from")
     if cfg.best_of > 1 and not cfg.reward:

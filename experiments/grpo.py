@@ -95,6 +95,7 @@ def main(
     A `score_text(prompt, response)` takes the place of the reward models.
     """
     runs.claim(cfg.out, cfg)
+    models.check_writable(cfg.out / "model")
     if cfg.reward and score_text:
         raise InputError("reward has no effect on scores that are not reward models': leave it out")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)

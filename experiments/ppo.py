@@ -123,6 +123,7 @@ def start(
 def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     """Train, and write the run directory. A `score_text(prompt, response)` replaces the reward models' scores."""
     runs.claim(cfg.out, cfg)
+    models.check_writable(cfg.out / "model")
     if score_text and cfg.pessimism:
         raise InputError("pessimism has no effect on scores that are not reward models': leave it out")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)

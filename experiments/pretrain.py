@@ -72,6 +72,7 @@ def build(cfg: Config, config: models.Config, layout: parallel.Layout) -> tuple[
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
     runs.claim(cfg.out, cfg)
+    models.check_writable(cfg.out / "model")
     rows = sources.rows(cfg.data, "text", data_dir=cfg.data_dir)
     layout = parallel.layout(cfg.devices)
     load = functools.partial(models.load, compute=cfg.compute, place=layout.sharding)

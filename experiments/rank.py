@@ -54,12 +54,13 @@ class Config(runs.Stage):
 
 def main(cfg: Config) -> dict[str, float]:
     """Write the rankings; returns how far labelers agree."""
+    runs.claim(cfg.out, cfg)
+    runs.write_config(cfg.out, cfg)
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
     world = World.generate(cfg.world)
     people = labelers.labelers(cfg.seed, cfg.people)
-    runs.write_config(cfg.out, cfg)
     sizes = {"train": (cfg.skip, cfg.prompts), "held_out": (0, cfg.held_out)}
     for split, (skip, count) in sizes.items():
         rng = random.Random(f"{cfg.seed}/{split}")

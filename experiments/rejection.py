@@ -56,6 +56,7 @@ def tuning(cfg: Config) -> sft.Config:
 def main(cfg: Config) -> TrainState:
     """Sample, pick, fine-tune, and write the run directory."""
     tune = tuning(cfg)
+    runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
     pick(cfg)
     return sft.main(tune)
@@ -72,13 +73,15 @@ def pick(cfg: Config) -> None:
     some = itertools.islice(rows, cfg.prompts)
     prompts, counts = pipeline.every_prompt(some, tokenizer, length=cfg.prompt_length)
     print(f"{cfg.data}: {counts}")
+    score = scores.reward_models([judge], models.stop_ids(model), layout=layout)
+    del judge  # as it was loaded: `score` has a copy
     sampled = rollout.episodes(
         model,
         best_of_n.repeat(prompts, cfg.best_of),
         named_key(cfg.seed, "rejection"),
         sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=models.stop_ids(model)),
         batch=cfg.batch,
-        score=scores.reward_models([judge], models.stop_ids(model), layout=layout),
+        score=score,
         layout=layout,
     )
     picked = best_of_n.select(sampled, cfg.best_of)

@@ -119,6 +119,7 @@ def split(cfg: Config, config: models.Config, policy: Params) -> tuple[Params, P
 def main(cfg: Config) -> dict[str, float]:
     """Train, and write the run directory; returns the accuracies."""
     runs.claim(cfg.out, cfg)
+    models.check_writable(cfg.out / "model")
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     models.check_length(model.config, length=cfg.length)

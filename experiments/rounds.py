@@ -94,6 +94,7 @@ def stages(cfg: Config, out: Path, n: int, policy: Path, answering: Path) -> Rou
 def main(cfg: Config) -> dict[str, list[dict]]:
     """Run both arms; returns gold, the reward model's score and KL after each round."""
     stages(cfg, cfg.out, 1, cfg.init, cfg.init)  # before anything runs: a flag without effect is refused at once
+    runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
     results = {"online": arm(cfg, online=True), "offline": arm(cfg, online=False)}
     runs.write(cfg.out / "rounds.json", json.dumps(results, indent=2) + "\n")

@@ -14,12 +14,11 @@ import dataclasses
 import functools
 import math
 import numbers
+import struct
 import types
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
-
-import numpy as np
 
 from rlhf_jax.types import SEEDS, InputError
 
@@ -43,10 +42,9 @@ class Range:
         )
 
     def __str__(self) -> str:
-        low = f"more than {self.above}" if self.above is not None else f"at least {self.least}"
-        high = f"less than {self.below}" if self.below is not None else f"at most {self.most}"
-        bounds = [bound for bound in (low, high) if not bound.endswith("None")]
-        return " and ".join(bounds) + (f" {self.unit}" if self.unit else "")
+        bounds = ("more than", self.above), ("at least", self.least), ("less than", self.below), ("at most", self.most)
+        said = " and ".join(f"{words} {bound}" for words, bound in bounds if bound is not None)
+        return f"{said} {self.unit}".strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Unbounded:
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
+Share = Annotated[float, Range(above=0, most=1)]  # of a whole, of which something must be left
 Rate = Annotated[float, Range(least=0, below=1)]  # of what is dropped, or of decay: 1 would leave nothing, or all
 LabelNoise = Annotated[float, Range(least=0, below=0.5)]  # from one half on, labels would say the opposite
 Count = Annotated[int, Range(above=0)]
@@ -146,19 +145,20 @@ def _expected_number(kind: type, declared: Range | Unbounded, value: Any) -> str
     wanted = numbers.Integral if kind is int else numbers.Real
     if not isinstance(value, wanted) or isinstance(value, bool):
         return "a whole number" if kind is int else "a number"
+    if kind is int:
+        if value not in declared:
+            return str(declared)
+        bounded = isinstance(declared, Range) and (declared.below is not None or declared.most is not None)
+        return "" if bounded or value < 2**31 else "less than 2^31"
     if not math.isfinite(single := _float32(value)):
         return "a finite number" if isinstance(declared, Unbounded) else f"a finite number, {declared}"
     if value not in declared:
         return str(declared)
-    if kind is float:
-        return "" if single in declared else f"{declared}, in float32 too"
-    bounded = isinstance(declared, Range) and (declared.below is not None or declared.most is not None)
-    return "" if bounded or value < 2**31 else "less than 2^31"
+    return "" if single in declared else f"{declared}, in float32 too"
 
 
 def _float32(value: Any) -> float:
     try:
-        with np.errstate(over="ignore", under="ignore"):
-            return float(np.float32(value))
-    except OverflowError:  # an int beyond all floats
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
         return math.inf

@@ -30,14 +30,6 @@ class InputError(ValueError):
     """Something the user supplied cannot be used. The message is one line: what, where, and what to do."""
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raises InputError for the first of these fields of a config that is not more than 0; None passes."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise InputError(f"{name}={value}: expected more than 0")
-
-
 SEEDS = 2**32  # how many there are: jax takes a larger one by its remainder, and so repeats the noise of a smaller
 
 

@@ -20,22 +20,20 @@ from rlhf_jax import models
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.rollouts import sampling
 from rlhf_jax.runs import cli
-from rlhf_jax.types import check_positive, named_key
+from rlhf_jax.settings import Count, NonNegative, Seed, Settings, Share, Whole
+from rlhf_jax.types import named_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     model: Path = Path("runs/quickstart/ppo/model")  # model directory
     dtype: Literal["float32", "bfloat16"] = "float32"  # of its parameters and of what is computed
     system: str | None = None  # system message that precedes every conversation
-    temperature: float = 0.7  # 0 is greedy
-    top_k: int = 0  # sample among the k likeliest tokens; 0: among all
-    top_p: float = 1.0  # sample among the likeliest tokens that have this probability together
-    max_new_tokens: int = 256  # of an answer; at most half of the model's context is used for it
-    seed: int = 0  # of sampling
-
-    def __post_init__(self) -> None:
-        check_positive(self, "max_new_tokens")
+    temperature: NonNegative = 0.7  # 0 is greedy
+    top_k: Whole = 0  # sample among the k likeliest tokens; 0: among all
+    top_p: Share = 1.0  # sample among the likeliest tokens that have this probability together
+    max_new_tokens: Count = 256  # of an answer; at most half of the model's context is used for it
+    seed: Seed = 0  # of sampling
 
 
 def main(cfg: Config) -> None:
@@ -69,12 +67,12 @@ def main(cfg: Config) -> None:
             cfg.top_p,
             stops,
         )
-        said = say(tokenizer, (i for i in tokens if i not in stops))
-        turns = [*asked[first:], {"role": "assistant", "content": said}]
+        answer = say(tokenizer, (i for i in tokens if i not in stops))
+        turns = [*asked[first:], {"role": "assistant", "content": answer}]
 
 
 def lines() -> Iterator[str]:
-    """What the user enters, up to /quit or the end."""
+    """The lines that the user enters, up to /quit or the end; empty ones are left out."""
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
@@ -110,20 +108,20 @@ def fit(
 
 
 def say(tokenizer: tokenizer_lib.Tokenizer, tokens: Iterable[int]) -> str:
-    """Prints the text of tokens as they come, up to control-C, and returns it.
+    """Print the text of tokens as they come, up to control-C, and return it.
 
     White space at the end waits for what follows it, and so do the first bytes of a character for its last.
     """
     ids: list[int] = []
-    said = ""
+    printed = ""
     with contextlib.suppress(KeyboardInterrupt):
         for i in tokens:
             ids.append(i)
             text = tokenizer_lib.decode(tokenizer, ids).rstrip("\N{REPLACEMENT CHARACTER}").strip()
-            print(text[len(said) :], end="", flush=True)
-            said = text
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
     print()
-    return said
+    return printed
 
 
 def note(text: str) -> None:

@@ -181,6 +181,37 @@ MUTANTS = [
         ('params["kernel"] / std', 'params["kernel"] * std'),
     ),
     *mutants(
+        "algorithms/updates",
+        "final_score",
+        ("jnp.where(rollout.ended, 0.0, cfg.unfinished_penalty)", "cfg.unfinished_penalty"),
+        ("jnp.where(rollout.ended, score, cfg.unfinished_score)", "score"),
+    ),
+    *mutants("algorithms/updates", "response_kl", ("rollout.logp - rollout.logp_ref, 0.0", "rollout.logp, 0.0")),
+    *mutants(
+        "algorithms/updates",
+        "extras",
+        ("= -masked_mean(entropy", "= masked_mean(entropy"),
+        ("total += cfg.ptx_coef * ", "total += "),
+        ('count=totals["text"]', "count=None"),
+    ),
+    *mutants(
+        "algorithms/updates",
+        "apply",
+        ("jax.random.fold_in(state.rng, state.step)", "state.rng"),
+        ("jax.random.fold_in(key, epoch)", "key"),
+        ('metrics["policy/approx_kl"] <= cfg.stop_kl', 'metrics["policy/approx_kl"] >= cfg.stop_kl'),
+        ("before.going & (", "("),
+        ('history.pop("ratio_error")[0]', 'history.pop("ratio_error")[-1]'),
+    ),
+    *mutants(
+        "algorithms/updates",
+        "gradients",
+        ("totals = parallel.psum(totals, axis)", "pass"),
+        ("jax.tree.map(jnp.sum, metrics)", "jax.tree.map(jnp.mean, metrics)"),
+        ("ragged.order(objective.live(own), parts)", "jnp.arange(objective.live(own).shape[0])"),
+    ),
+    *mutants("algorithms/updates", "step", ("1 - cfg.ema", "cfg.ema")),
+    *mutants(
         "algorithms/ppo",
         "policy_loss",
         ("plain = -advantage * ratio", "plain = advantage * ratio"),
@@ -284,15 +315,18 @@ EXTRA = {
     "logprobs": ["algorithms/test_gradients"],
     "algorithms/advantages": ["algorithms/test_gradients"],
     "algorithms/rloo": ["algorithms/test_grpo"],
-}  # beside the module's
+    "algorithms/updates": ["algorithms/test_ppo", "algorithms/test_grpo"],
+}  # tests beside the module's own
 
 
 def changed(mutant: Mutant) -> str:
-    """The module's source with the mutant in place."""
+    """The module's source with the mutant in place; leaves with a message where it does not fit."""
     path = ROOT / "rlhf_jax" / f"{mutant.module}.py"
     source = path.read_text()
     tree = ast.parse(source)
-    (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == mutant.function)
+    node = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == mutant.function), None)
+    if node is None:
+        raise SystemExit(f"{mutant}: the module has no function {mutant.function}")
     body = ast.get_source_segment(source, node)
     assert body and source.count(body) == 1, mutant
     _, quote, after = body.partition('"""')
@@ -300,6 +334,13 @@ def changed(mutant: Mutant) -> str:
     if code.count(mutant.old) != 1:
         raise SystemExit(f"{mutant}: the old text stands {code.count(mutant.old)} times in the code")
     return source.replace(body, f"{body.partition(quote)[0]}{quote}{doc}{end}{code.replace(mutant.old, mutant.new)}")
+
+
+def tests_of(module: str, root: Path) -> list[str]:
+    """The test files that are to catch the mutants of a module."""
+    room, _, name = module.rpartition("/")
+    names = [f"{room}/test_{name}".lstrip("/"), *EXTRA.get(module, [])]
+    return [f"tests/{name}.py" for name in names if (root / "tests" / f"{name}.py").exists()]
 
 
 def caught(mutant: Mutant, cache: Path) -> bool:
@@ -315,9 +356,7 @@ def passes(module: str, source: str, cache: Path) -> bool:
         if (shared := ROOT.parent / "shared").is_dir():
             (Path(folder) / "shared").symlink_to(shared)
         (copy / "rlhf_jax" / f"{module}.py").write_text(source)
-        room, _, name = module.rpartition("/")
-        names = [f"{room}/test_{name}".lstrip("/"), *EXTRA.get(module, [])]
-        tests = [f"tests/{name}.py" for name in names if (copy / "tests" / f"{name}.py").exists()]
+        tests = tests_of(module, copy)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         # What a mutant leaves alone is compiled once for all of them.
         found = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}

@@ -30,7 +30,8 @@ import orbax.checkpoint as ocp
 
 from rlhf_jax.devices import preemption
 from rlhf_jax.runs import checkpoint, cli, log
-from rlhf_jax.types import InputError, check_positive
+from rlhf_jax.settings import Count, Seed, Settings, Whole
+from rlhf_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("pretrain", "sft", "reward", "ppo")
@@ -38,22 +39,22 @@ STEPS = 24  # of each stage
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     stages: tuple[str, ...] = STAGES  # which to kill; those that they start from are run undisturbed
-    kills: int = 20  # kill -9 of each stage
-    terms: int = 10  # SIGTERM of each stage
-    seed: int = 0  # of the moments
-    patience: int = 600  # seconds that a process may take
+    kills: Whole = 20  # kill -9 of each stage
+    terms: Whole = 10  # SIGTERM of each stage
+    seed: Seed = 0  # of the moments
+    patience: Count = 600  # seconds that a process may take
     work: Path | None = None  # folder to work in, kept; None is a temporary one
 
     def __post_init__(self) -> None:
-        check_positive(self, "patience")
+        super().__post_init__()
         if unknown := set(self.stages) - set(STAGES):
             raise InputError(f"stages: {', '.join(sorted(unknown))} is not one of {', '.join(STAGES)}")
 
 
 def command(stage: str, out: Path, home: Path, rankings: Path) -> list[str]:
-    """That trains a stage in `out`; `home` has the models to start from."""
+    """The command line that trains a stage in `out`; `home` has the models to start from."""
     base, tuned, judge = (str(home / name / "model") for name in ("pretrain", "sft", "reward"))
     flags = {
         "pretrain": ["--data", "world:rows=200", "--preset", "tiny", "--vocab-size", "512", "--steps", str(STEPS)],
@@ -71,7 +72,7 @@ def command(stage: str, out: Path, home: Path, rankings: Path) -> list[str]:
 
 
 def write_rankings(path: Path) -> Path:
-    """Rankings of made-up answers."""
+    """Write rankings of made-up answers, and return where."""
     rng = random.Random(0)
     words = ["yes", "no", "perhaps", "never", "it is", "they are", "seven", "a town"]
     with path.open("w") as file:
@@ -84,7 +85,7 @@ def write_rankings(path: Path) -> Path:
 
 @contextlib.contextmanager
 def started(stage: str, out: Path, home: Path) -> Iterator[subprocess.Popen]:
-    """The process of a stage, which does not outlive the block."""
+    """Start the process of a stage, which does not outlive the block."""
     env = os.environ | {
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
@@ -93,8 +94,8 @@ def started(stage: str, out: Path, home: Path) -> Iterator[subprocess.Popen]:
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # processes mostly compile
     }
     arguments = command(stage, out, home, home / "rankings.jsonl")
-    with (home / f"{out.parent.name}-{stage}.log").open("a") as said:
-        process = subprocess.Popen(arguments, cwd=home, env=env, stdout=said, stderr=subprocess.STDOUT)
+    with (home / f"{out.parent.name}-{stage}.log").open("a") as log_file:
+        process = subprocess.Popen(arguments, cwd=home, env=env, stdout=log_file, stderr=subprocess.STDOUT)
     try:
         yield process
     finally:
@@ -103,19 +104,19 @@ def started(stage: str, out: Path, home: Path) -> Iterator[subprocess.Popen]:
 
 
 def undisturbed(stage: str, out: Path, home: Path, patience: float) -> float:
-    """Runs a stage; returns the seconds that it took. InputError if it fails."""
+    """Run a stage, and return the seconds that it took. Raises InputError if it fails."""
     begun = time.monotonic()
     with started(stage, out, home) as process:
         status = ended(process, patience)
     if status != 0:
-        said = (home / f"{out.parent.name}-{stage}.log").read_text().splitlines()
+        lines = (home / f"{out.parent.name}-{stage}.log").read_text().splitlines()
         what = f"did not end within {patience:g} s" if status is None else f"ended with {status}"
-        raise InputError(f"{stage} {what}: {said[-1] if said else 'it said nothing'}")
+        raise InputError(f"{stage} {what}: {lines[-1] if lines else 'it printed nothing'}")
     return time.monotonic() - begun
 
 
 def ended(process: subprocess.Popen, patience: float) -> int | None:
-    """Its status; None if it has none by then."""
+    """The exit status of a process; None if it is still running after `patience` seconds."""
     try:
         return process.wait(patience)
     except subprocess.TimeoutExpired:
@@ -123,13 +124,13 @@ def ended(process: subprocess.Popen, patience: float) -> int | None:
 
 
 def recorded(out: Path) -> int:
-    """Steps on record."""
+    """The number of steps on record."""
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def disturb(process: subprocess.Popen, out: Path, number: int, life: float, rng: random.Random) -> str:
-    """Sends the signal at some moment; returns what the process was at, or nothing if it ended before."""
+    """Send the signal at some moment; returns what the process was doing, or nothing if it ended before."""
     begun, step, wait = time.monotonic(), None, rng.uniform(0, 1.05 * life)
     if rng.random() < 0.5:
         step, wait = rng.randint(1, STEPS), rng.uniform(0, 0.3)
@@ -137,15 +138,15 @@ def disturb(process: subprocess.Popen, out: Path, number: int, life: float, rng:
         if step is not None and recorded(out) >= step:
             step, begun = None, time.monotonic()
         if step is None and time.monotonic() - begun >= wait:
-            at = "start" if not recorded(out) else "export" if recorded(out) >= STEPS else "training"
+            phase = "start" if not recorded(out) else "export" if recorded(out) >= STEPS else "training"
             process.send_signal(number)
-            return at if process.poll() is None or process.returncode == -number else ""
+            return phase if process.poll() is None or process.returncode == -number else ""
         time.sleep(0.002)
     return ""
 
 
 def last_checkpoint(out: Path) -> dict[str, bytes]:
-    """The arrays of the newest checkpoint, and its positions."""
+    """The arrays of the newest checkpoint as bytes, its step, and the positions of its streams."""
     path = checkpoint.latest(out / log.CHECKPOINTS)
     if path is None:
         return {}
@@ -157,7 +158,7 @@ def last_checkpoint(out: Path) -> dict[str, bytes]:
 
 
 def differences(out: Path, expected: Path) -> list[str]:
-    """What of two runs is not the same."""
+    """The names of the outcomes in which two runs differ."""
 
     def timeless(directory: Path) -> list[dict]:
         return [log.untimed(row) for row in log.read(directory)]
@@ -172,35 +173,37 @@ def differences(out: Path, expected: Path) -> list[str]:
 
 
 def torment(stage: str, number: int, count: int, life: float, home: Path, cfg: Config) -> tuple[Counter, list[str]]:
-    """Signals a stage so many times, over as many runs of it as that takes; how often where, and what differed."""
-    rng, at, differing, run = random.Random(f"{cfg.seed}/{stage}/{number}"), Counter[str](), [], 0
-    while at["signals"] < count or not at["runs"]:
+    """Signal a stage `count` times, over as many runs as that takes; returns how often where, and what differed."""
+    rng, counts, differing, run = random.Random(f"{cfg.seed}/{stage}/{number}"), Counter[str](), [], 0
+    while counts["signals"] < count or not counts["runs"]:
         run += 1
         out = home / f"{signal.Signals(number).name}-{run}" / stage
         out.parent.mkdir(exist_ok=True)
         while True:
             with started(stage, out, home) as process:
-                if at["signals"] < count and (where := disturb(process, out, number, life, rng)):
-                    at["signals"] += 1
-                    at[where] += 1
+                if counts["signals"] < count and (where := disturb(process, out, number, life, rng)):
+                    counts["signals"] += 1
+                    counts[where] += 1
                 status = ended(process, cfg.patience)
-            at[f"status {status}"] += 1
+            counts[f"status {status}"] += 1
             if status == 0:
                 break
             # By default SIGTERM kills, so it does until the program has begun.
             if status not in (-number, preemption.EXIT if number == signal.SIGTERM else -number):
                 differing.append(f"run {run} ended with {status}")
-                return at, differing
-        at["runs"] += 1
+                return counts, differing
+        counts["runs"] += 1
         differing += [f"{name} of run {run}" for name in differences(out, home / stage)]
-        print(f"{stage}: {at['signals']} of {count} {signal.Signals(number).name}, {at['runs']} runs", flush=True)
+        print(
+            f"{stage}: {counts['signals']} of {count} {signal.Signals(number).name}, {counts['runs']} runs", flush=True
+        )
         if not differing:
             shutil.rmtree(out.parent)
-    return at, differing
+    return counts, differing
 
 
 def main(cfg: Config) -> dict[str, list[str]]:
-    """Returns what differed, by stage and signal."""
+    """Run, disturb and compare the stages; returns what differed, by stage and signal."""
     with tempfile.TemporaryDirectory() as temporary:
         home = (cfg.work or Path(temporary)).absolute()
         home.mkdir(parents=True, exist_ok=True)
@@ -215,19 +218,20 @@ def main(cfg: Config) -> dict[str, list[str]]:
             print(f"{stage}: {life:.1f} s undisturbed", flush=True)
             for number, count in ((signal.SIGKILL, cfg.kills), (signal.SIGTERM, cfg.terms)):
                 if count:
-                    at, differing = torment(stage, number, count, life, home, cfg)
+                    counts, differing = torment(stage, number, count, life, home, cfg)
                     found[f"{stage} {number.name}"] = differing
-                    rows.append((stage, number.name, at, differing))
+                    rows.append((stage, number.name, counts, differing))
     return report(rows, found)
 
 
 def report(rows: Sequence[tuple[str, str, Counter, list[str]]], found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Print the table, and on stderr what differed; returns `found`."""
     places = ("start", "training", "export")
     print("\n| stage | signal | sent | " + " | ".join(f"at {x}" for x in places) + " | ended with | runs | differs |")
     print("| --- " * (len(places) + 6) + "|")
-    for stage, name, at, differing in rows:
-        ended = ", ".join(f"{key.split()[1]} ({at[key]})" for key in sorted(at) if key.startswith("status"))
-        cells = [stage, name, at["signals"], *(at[place] for place in places), ended, at["runs"]]
+    for stage, name, counts, differing in rows:
+        ended = ", ".join(f"{key.split()[1]} ({counts[key]})" for key in sorted(counts) if key.startswith("status"))
+        cells = [stage, name, counts["signals"], *(counts[place] for place in places), ended, counts["runs"]]
         print("| " + " | ".join(map(str, cells)) + f" | {'; '.join(differing) or 'nothing'} |")
     for what, differing in found.items():
         if differing:

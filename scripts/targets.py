@@ -12,19 +12,16 @@ from pathlib import Path
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.runs import cli
-from rlhf_jax.types import check_positive
+from rlhf_jax.settings import Count, Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     model: Path = Path("runs/quickstart/sft/model")  # directory with the tokenizer
     data: str = "world:rows=100"  # demonstrations: the world or a .jsonl file
-    rows: int = 3  # to show, from the first one on
-    length: int = 1024  # tokens of a row, beyond which it is cut
+    rows: Count = 3  # to show, from the first one on
+    length: Count = 1024  # tokens of a row, beyond which it is cut
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
-
-    def __post_init__(self) -> None:
-        check_positive(self, "rows", "length")
 
 
 def main(cfg: Config) -> None:

@@ -1,4 +1,4 @@
-"""The walls of the house: which rooms of the package may import which."""
+"""The rules of the house: which rooms of the package may import which, and how functions are called."""
 
 import ast
 from collections.abc import Iterator
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rlhf_jax"
 
 # What each room may import, beside itself. Nothing imports upwards, so there is no circle.
 GROUND = {"types", "settings", "logprobs"}
@@ -62,3 +63,105 @@ def test_no_circle():
         ready = {name for name in left if MAY_IMPORT[name] <= built}
         assert ready, f"{sorted(left)} import each other"
         built |= ready
+
+
+# Calls ----------------------------------------------------------------------------------------------------------------
+
+PARAMETERS = 8  # at most, of a function
+LONGER = {  # functions with more, and the reason
+    "rlhf_jax/algorithms/ppo.py:train_step": "the ninth is `axis`, which a layout binds",
+    "rlhf_jax/rollouts/rollout.py:collect": "the ninth is `axis`, which a layout binds",
+}
+SPREADING = {  # functions that hand a dict of arguments on, and the reason
+    "rlhf_jax/models/transformer.py:bind.apply": "hands a module's arguments on",
+    "rlhf_jax/models/transformer.py:part": "hands a network's arguments on",
+    "rlhf_jax/models/lora.py:with_base": "hands a network's arguments on",
+    "rlhf_jax/runs/cli.py:hand_down": "`decided` is written out where it is called, an argument a line",
+    "rlhf_jax/runs/gcs.py:_mirrors": "copies any dataclass",
+    "rlhf_jax/runs/checkpoint.py:_read": "Orbax has the name of an item as a keyword",
+    "rlhf_jax/models/config.py:gpt": "`others` are further fields of the config that it makes",
+    "rlhf_jax/models/config.py:llama": "`others` are further fields of the config that it makes",
+    "rlhf_jax/models/families.py:family": "a family is a row of a table: fields of the config by name",
+    "rlhf_jax/models/families.py:_gpt2_config": "a family is a row of a table: fields of the config by name",
+    "rlhf_jax/models/families.py:_gated_config": "a family is a row of a table: fields of the config by name",
+    "rlhf_jax/models/families.py:hf_config": "a family is a row of a table: settings of `transformers` by name",
+    "rlhf_jax/data/builders.py:_fetching.send_soon": "hands the arguments of a request on",
+    "rlhf_jax/data/world/world.py:World._prompt": "the solution of a question takes the numbers in it by name",
+}
+
+
+class Calls(ast.NodeVisitor):
+    """What a file has of long signatures and of dicts that are spread into calls, by the name of the function."""
+
+    def __init__(self, path: Path, root: Path = ROOT):
+        self._file, self._names = str(path.relative_to(root)), list[str]()
+        self.long, self.spread = list[tuple[str, str]](), list[tuple[str, str]]()  # (function, what to tell)
+        self.visit(ast.parse(path.read_text()))
+
+    def _within(self, node: ast.AST, name: str) -> None:
+        self._names.append(name)
+        self.generic_visit(node)
+        self._names.pop()
+
+    def _tell(self, found: list[tuple[str, str]], node: ast.expr | ast.stmt, what: str) -> None:
+        function = f"{self._file}:{'.'.join(self._names)}"
+        found.append((function, f"{self._file}:{node.lineno}: {what}"))
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self._within(node, node.name)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        every = node.args
+        names = [x.arg for x in (*every.posonlyargs, *every.args, *every.kwonlyargs, every.vararg, every.kwarg) if x]
+        count = len(names) - (names[:1] in (["self"], ["cls"]))
+        if count > PARAMETERS:
+            self._names.append(node.name)
+            self._tell(self.long, node, f"{node.name} has {count} parameters, more than {PARAMETERS}")
+            self._names.pop()
+        self._within(node, node.name)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        fills_text = isinstance(node.func, ast.Attribute) and node.func.attr == "format"
+        for keyword in node.keywords:
+            if keyword.arg is None and not fills_text:
+                self._tell(
+                    self.spread, keyword.value, f"**{ast.unparse(keyword.value)} in a call of {ast.unparse(node.func)}"
+                )
+        self.generic_visit(node)
+
+
+EVERY = [Calls(path) for room in ("rlhf_jax", "experiments") for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def test_functions_have_few_parameters():
+    """More are a dataclass that has no name yet."""
+    long = [pair for calls in EVERY for pair in calls.long]
+    wrong = [what for function, what in long if function not in LONGER]
+    assert not wrong, "\n".join(wrong)
+    assert len(LONGER) <= 3 and LONGER.keys() <= {function for function, _ in long}
+
+
+def test_calls_are_written_out():
+    """An argument a line, which a type checker reads: settings do not travel as a dict that is spread into a call."""
+    spread = [pair for calls in EVERY for pair in calls.spread]
+    wrong = [what for function, what in spread if function not in SPREADING]
+    assert not wrong, "\n".join(wrong)
+    assert SPREADING.keys() <= {function for function, _ in spread}
+
+
+def test_what_breaks_the_rules_is_found(tmp_path: Path):
+    path = tmp_path / "wrong.py"
+    path.write_text(
+        "class A:\n"
+        "    def f(self, a, b, c, d, /, e, f, *g, h, **i):\n"
+        "        given: dict[str, Any] = {'x': 1}\n"
+        "        return lambda: Config(1, **given, **{'y': 2})\n"
+        "def fine(a, b, c, d, e, f, *, g, h):\n"
+        "    return '{a}'.format(**a), Config(*b, x=1)\n"
+    )
+    found = Calls(path, tmp_path)
+    assert found.long == [("wrong.py:A.f", "wrong.py:2: f has 9 parameters, more than 8")]
+    assert found.spread == [
+        ("wrong.py:A.f", "wrong.py:4: **given in a call of Config"),
+        ("wrong.py:A.f", "wrong.py:4: **{'y': 2} in a call of Config"),
+    ]

@@ -147,7 +147,7 @@ def scores(
     rows, responses, length = batch.tokens.shape
     tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
     judge = lambda tokens, mask: score_fn(params, tokens, mask, keys)
-    return ragged.read(judge, mask, buckets, tokens, mask).reshape(rows, responses)
+    return ragged.in_buckets(judge, mask, buckets, tokens, mask).reshape(rows, responses)
 
 
 def train_step(
@@ -184,7 +184,7 @@ def train_step(
         live = lambda padded: jnp.any(padded[1], axis=1)
         index = ragged.order(live(mine[0]), parts)
         mine = jax.tree.map(lambda x: x[index], mine)
-        share = ragged.as_wide_as_needed(share, live, cfg.buckets)
+        share = ragged.trimmed(share, live, cfg.buckets)
     grads, found = parallel.accumulate(lambda rows: share(*rows), mine, parts)
     grads, (value, correct, pairs) = parallel.psum((grads, jax.tree.map(jnp.sum, found)), axis)
     metrics = {

@@ -236,7 +236,7 @@ def gradients(
     share = lambda rows, text: jax.grad(objective.loss, has_aux=True)(params, rows, text, totals)
     if buckets > 1:
         own = jax.tree.map(lambda x: x[ragged.order(objective.live(own), parts)], own)
-        share = ragged.as_wide_as_needed(share, objective.live, buckets)
+        share = ragged.trimmed(share, objective.live, buckets)
     grads, metrics = parallel.accumulate(lambda rows: share(*rows), (own, text), parts)
     worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # not a share but a maximum
     grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, metrics)), axis)

@@ -1,8 +1,7 @@
-"""Floating-point operations of a step: counted in its traced program, before XLA changes anything, or by a formula.
+"""Count the floating-point operations of a step, in its traced program before XLA changes anything, or by a formula.
 
-A product of matrices [m, k] and [k, n] counts 2 m k n; what a loop repeats counts as often as it runs, and what a
-rematerialised backward pass computes again counts again. All else (softmax, norms, activations) is left out: beside the
-products it is small, and other units compute it.
+A product of matrices [m, k] and [k, n] counts 2 m k n, as often as a loop repeats it or a backward pass recomputes it.
+All else (softmax, norms, activations) is left out: beside the products it is small, and other units compute it.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ PASSES = {  # of a TPU's matrix unit, which multiplies bfloat16, over a float32 
 }
 
 
-PEAKS = {  # dense bfloat16 products a second, by `jax.Device.device_kind`; of the makers' tables
+PEAKS = {  # dense bfloat16 products a second, by `jax.Device.device_kind`, from the makers' tables
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -39,10 +38,10 @@ PEAKS = {  # dense bfloat16 products a second, by `jax.Device.device_kind`; of t
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Operations of all devices together."""
+    """The operations of all devices together."""
 
     total: float = 0.0
-    passes: float = 0.0  # the same, each as often as the matrix unit of a TPU has to go over it
+    passes: float = 0.0  # the same, each counted once for every pass that a TPU's matrix unit makes over it
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(self.total + other.total, self.passes + other.passes)
@@ -52,7 +51,10 @@ class Flops:
 
 
 def count(step: Callable, *args: Any) -> Flops:
-    """Of one call of a step, which may be mapped over devices; `args` may be shapes. A while-loop counts its bound."""
+    """The operations of one call of a step, which may be mapped over devices; `args` may be shapes.
+
+    A while-loop counts as often as it can run.
+    """
     return _count(jax.make_jaxpr(step)(*args).jaxpr)
 
 
@@ -65,7 +67,7 @@ def _count(jaxpr: core.Jaxpr) -> Flops:
             case "scan":
                 total += _count(eqn.params["jaxpr"].jaxpr) * eqn.params["length"]
             case "while":
-                total += _count(eqn.params["body_jaxpr"].jaxpr) * _bound(eqn)
+                total += _count(eqn.params["body_jaxpr"].jaxpr) * _trip_count(eqn)
             case "shard_map":
                 total += _count(eqn.params["jaxpr"]) * eqn.params["mesh"].size
             case "cond":
@@ -90,12 +92,12 @@ def _product(eqn: core.JaxprEqn) -> Flops:
 
 
 def _kernel(eqn: core.JaxprEqn) -> Flops:
-    """A Pallas kernel: its body, once for each point of the grid."""
+    """The operations of a Pallas kernel: those of its body for each point of the grid."""
     return _count(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
 
 
-def _bound(eqn: core.JaxprEqn) -> int:
-    """How often a while-loop runs at most, where its condition says `counter < constant`; else 1."""
+def _trip_count(eqn: core.JaxprEqn) -> int:
+    """The most times that a while-loop runs, where its condition is `counter < constant`; else 1."""
     condition = eqn.params["cond_jaxpr"].jaxpr
     carried = condition.invars[eqn.params["cond_nconsts"] :]
     first = eqn.invars[eqn.params["cond_nconsts"] + eqn.params["body_nconsts"] :]
@@ -107,7 +109,7 @@ def _bound(eqn: core.JaxprEqn) -> int:
 
 
 def _branches(eqn: core.JaxprEqn) -> tuple:
-    """Those that may be taken: where it depends on the platform, a TPU's."""
+    """The branches that may be taken: where the platform decides, those of a TPU."""
     platforms = eqn.params.get("branches_platforms") or [None] * len(eqn.params["branches"])
     own = [n for n, names in enumerate(platforms) if names and "tpu" in names]
     others = [n for n, names in enumerate(platforms) if names is None] or range(len(platforms))
@@ -125,31 +127,31 @@ def _inner(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
 def forward(
     config: models.Config, rows: float | int, columns: float | int, read: float | int, logits: bool = True
 ) -> float:
-    """Of the model's forward pass over rows of so many columns, each of which sees those before it and itself.
+    """The operations of a forward pass over rows of so many columns, each of which sees those before it and itself.
 
-    The last `read` columns of a row are all that is asked of the last layer, and are unembedded if `logits`. A backward
-    pass takes twice as much again. What an implementation does beyond it (padding, scores that a mask hides, more of
-    the last layer, rematerialisation) is not counted: it is for utilisation.
+    The last layer computes only the last `read` columns of a row, which are unembedded if `logits`. A backward pass
+    takes twice as much again. What an implementation does beyond it (padding, scores that a mask hides, more of the
+    last layer, recompute) is not counted, so that this measures utilisation.
     """
     c = config
     width = c.n_heads * c.head_dim
-    seen = c.d_model * (width + 2 * c.n_kv_heads * c.head_dim)  # of each column, for others to see it
-    beyond = c.d_model * (width + (2 if c.mlp == "gelu" else 3) * c.d_ff)
-    # With query . key and weights . value, of the columns that one sees.
-    layer = lambda read: columns * seen + read * (beyond + width * (2 * columns - read + 1))
-    words = read * c.d_model * c.vocab_size if logits else 0
-    return float(2 * rows * ((c.n_layers - 1) * layer(columns) + layer(read) + words))
+    qkv = c.d_model * (width + 2 * c.n_kv_heads * c.head_dim)  # for every column, since others see its key and value
+    out_and_mlp = c.d_model * (width + (2 if c.mlp == "gelu" else 3) * c.d_ff)
+    # The term in `width` is query . key and weights . value over the columns that each one sees.
+    layer = lambda read: columns * qkv + read * (out_and_mlp + width * (2 * columns - read + 1))
+    unembedding = read * c.d_model * c.vocab_size if logits else 0
+    return float(2 * rows * ((c.n_layers - 1) * layer(columns) + layer(read) + unembedding))
 
 
 def peak(dtype: Any) -> float:
-    """Products a second of all devices: of PEAKS, or what one reaches on a large product, times their number."""
+    """The products a second of all devices together: by PEAKS, or else as measured on one large product."""
     device = jax.devices()[0]
     known = PEAKS.get(device.device_kind) if jnp.dtype(dtype) == jnp.bfloat16 else None
-    return jax.device_count() * (known or _measured(jnp.dtype(dtype), device.platform == "cpu"))
+    return jax.device_count() * (known or _measure_peak(jnp.dtype(dtype), device.platform == "cpu"))
 
 
 @functools.cache
-def _measured(dtype: Any, small: bool) -> float:
+def _measure_peak(dtype: Any, small: bool) -> float:
     size = 1024 if small else 8192
     x = jnp.zeros((size, size), dtype)
     product = jax.jit(jnp.matmul)

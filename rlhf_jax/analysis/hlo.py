@@ -1,8 +1,8 @@
-"""What a compiled program moves, read from its HLO text: collectives, and bytes to and from memory.
+"""The traffic of a compiled program, read from its HLO text: collectives, and bytes to and from memory.
 
-XLA's own cost analysis counts the body of a loop once. Here it counts as often as it runs: as the text says, where it
-does (`known_trip_count`), else up to the constant that the loop's counter is compared with. So a loop that may end
-early, such as sampling's, counts its longest run. Every branch of a conditional counts.
+XLA's own cost analysis counts the body of a loop once. Here it counts as often as it runs: by `known_trip_count`, where
+the text has one, else up to the constant that the loop's counter is compared with. So a loop that may end early, such
+as sampling's, counts its longest run. Every branch of a conditional counts.
 """
 
 import dataclasses
@@ -14,28 +14,28 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
-_FREE = {  # what moves nothing by itself
+_FREE = {  # opcodes that move nothing by themselves
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "optimization-barrier", "async-update", "add-dependency"),
 }
 _SLICES = "dynamic-slice", "slice", "gather"
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{[^{}]*?(?:S\((\d+)\))?\})?")
-_SPACES = {None: "device", "0": "device", "5": "host"}  # of an array; in all others it lies on the chip itself
+_SPACES = {None: "device", "0": "device", "5": "host"}  # memory spaces; an array in any other lies on the chip itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """An instruction of a computation, which is one line of the text."""
 
     name: str
     shape: str
     opcode: str
     operands: tuple[str, ...]  # names
     attributes: str
-    literal: str  # between the parentheses: the value of a constant, the number of a parameter
+    literal: str  # the text between the parentheses: the value of a constant, the number of a parameter
 
     def called(self, key: str) -> str | None:
-        """The computation that an attribute such as `body` names."""
+        """The name of the computation in an attribute such as `body`."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
@@ -49,13 +49,13 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> list[str]:
-        """Names, in order."""
+        """The names of the parameters, in order."""
         found = [(int(i.literal), i.name) for i in self.instructions.values() if i.opcode == "parameter"]
         return [name for _, name in sorted(found)]
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """The instructions that take each one as an operand."""
+        """The instructions that have an instruction as an operand, by its name."""
         found: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
             for name in dict.fromkeys(instruction.operands):
@@ -65,13 +65,13 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one device moves in a run of the program."""
+    """The traffic of one device in a run of the program."""
 
-    collectives: dict[str, float]  # bytes by kind: of the result, of a reduce-scatter of what it reduces
-    counts: dict[str, int]  # how many there are of each kind
+    collectives: dict[str, float]  # bytes by kind: of the result, or of a reduce-scatter's operands
+    counts: dict[str, int]  # the number of collectives of each kind
     sent: float  # bytes that a device sends to others, on a ring
-    memory: float  # bytes read from and written to its memory, once each where an instruction uses them
-    host: float  # the same to and from the host's memory
+    memory: float  # bytes read from and written to its memory, once for each instruction that uses them
+    host: float  # the same for the host's memory
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -96,30 +96,30 @@ def _instruction(line: str) -> Instruction | None:
     if start is None:
         return None
     rest = line[start.end() :]
-    split = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    split = _closing_index(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode, shape, rest = rest[split:].lstrip().split("(", 1)[0], rest[:split], rest[split:].lstrip()
-    stop = _closing(rest, len(opcode))
+    stop = _closing_index(rest, len(opcode))
     inside = rest[len(opcode) + 1 : stop]
     return Instruction(start[1], shape, opcode, tuple(re.findall(r"%([\w.\-]+)", inside)), rest[stop + 1 :], inside)
 
 
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+def _closing_index(text: str, start: int) -> int:
+    """The index at which the parenthesis closes that opens at `start`."""
     depth = 0
-    for at in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if at[0] == "(" else -1
+    for parenthesis in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if parenthesis[0] == "(" else -1
         if depth == 0:
-            return at.start()
+            return parenthesis.start()
     raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
 def size(shape: str, space: str | None = None) -> float:
-    """Bytes of an array or tuple as HLO writes it, such as `f32[2,3]{1,0}`, without the padding of a layout.
+    """The bytes of an array or tuple as HLO writes it, such as `f32[2,3]{1,0}`, without the padding of its layout.
 
-    `space` counts those arrays alone that lie in the device's or the host's memory.
+    With a `space`, "device" or "host", only arrays in that memory count.
     """
     arrays = (found.groups() for found in _ARRAY.finditer(shape))
-    counted = ((dtype, dims) for dtype, dims, where in arrays if space is None or _SPACES.get(where) == space)
+    counted = ((dtype, dims) for dtype, dims, number in arrays if space is None or _SPACES.get(number) == space)
     return sum((_itemsize(dtype) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in counted), 0.0)
 
 
@@ -129,7 +129,7 @@ def _itemsize(dtype: str) -> float:
 
 
 def traffic(text: str) -> Traffic:
-    """What a compiled program moves, of its HLO text."""
+    """The traffic of a compiled program, from its HLO text."""
     computations, entry = parse(text)
     counts = Counter[str]()
     payloads, moved = defaultdict[str, float](float), defaultdict[str, float](float)
@@ -138,37 +138,37 @@ def traffic(text: str) -> Traffic:
         computation = computations[name]
         for instruction in computation.instructions.values():
             kind = instruction.opcode.removesuffix("-start")
-            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # of which a fusion keeps a part
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # the fusion keeps a part of it
                 kind = "reduce-scatter"
-            step = _step(instruction)
-            if kind in COLLECTIVES and step not in seen:
-                seen |= {step} - {""}
-                payload = _payload(instruction, computation)
+            channel = _chained_channel(instruction)
+            if kind in COLLECTIVES and channel not in seen:
+                seen |= {channel} - {""}
+                payload = _payload_bytes(instruction, computation)
                 payloads[kind] += times * payload
                 counts[kind] += times
-                sent += times * payload * _share(kind, _group(instruction.attributes))
-                if step:
-                    held = [instruction.shape, *(computation.instructions[x].shape for x in instruction.operands)]
-                    moved["device"] += times * sum(size(shape, "device") for shape in held)
+                sent += times * payload * _sent_share(kind, _group_size(instruction.attributes))
+                if channel:
+                    shapes = [instruction.shape, *(computation.instructions[x].shape for x in instruction.operands)]
+                    moved["device"] += times * sum(size(shape, "device") for shape in shapes)
             if not fused:
                 for space in ("device", "host"):
-                    moved[space] += times * _moved(instruction, computation, computations, space)
+                    moved[space] += times * _moved_bytes(instruction, computation, computations, space)
     return Traffic(dict(payloads), dict(counts), sent, moved["device"], moved["host"])
 
 
-def _step(instruction: Instruction) -> str:
-    """The channel of a collective that several fusions carry out a step each, beside what they compute; else none."""
+def _chained_channel(instruction: Instruction) -> str:
+    """The channel of a collective that several fusions carry out step by step, beside their own work; else ""."""
     found = re.search(r"channel_id=(\d+).*\bchain_id=", instruction.attributes)
     return found[1] if found else ""
 
 
-def _passed_on(instruction: Instruction) -> bool:
-    """Whether a fusion that takes or gives what this is or makes moves nothing by that: it is a collective's step."""
-    return bool(_step(instruction)) or '"AsyncCollective' in instruction.attributes
+def _is_collective_step(instruction: Instruction) -> bool:
+    """Whether this is a step of a collective within a fusion, so that its operands and result move no bytes there."""
+    return bool(_chained_channel(instruction)) or '"AsyncCollective' in instruction.attributes
 
 
 def _walk(computations: dict[str, Computation], entry: str) -> Iterator[tuple[str, int, bool]]:
-    """Every computation that runs, with how often it does and whether within a fusion; some come more than once."""
+    """Yield each computation that runs, how often, and whether within a fusion; some come more than once."""
     waiting = [(entry, 1, False)]
     while waiting:
         name, times, fused = waiting.pop()
@@ -176,7 +176,7 @@ def _walk(computations: dict[str, Computation], entry: str) -> Iterator[tuple[st
         for instruction in computations[name].instructions.values():
             match instruction.opcode:
                 case "while":
-                    trips = _trips(instruction, computations[name], computations)
+                    trips = _trip_count(instruction, computations[name], computations)
                     waiting.append((instruction.called("body") or "", times * trips, fused))
                 case "fusion":
                     waiting.append((instruction.called("calls") or "", times, True))
@@ -192,12 +192,12 @@ def _walk(computations: dict[str, Computation], entry: str) -> Iterator[tuple[st
                     waiting.extend((branch or "", times, fused) for branch in branches)
 
 
-def _trips(loop: Instruction, caller: Computation, computations: dict[str, Computation]) -> int:
-    """How often a loop runs at most; 1 where the text does not tell."""
+def _trip_count(loop: Instruction, caller: Computation, computations: dict[str, Computation]) -> int:
+    """The most times that a loop runs; 1 where the text does not tell."""
     if known := re.search(r'known_trip_count\D*"?n"?\D*(\d+)', loop.attributes):
         return int(known[1])
     condition = computations[loop.called("condition") or ""]
-    bound = _bound(condition, computations)
+    bound = _loop_bound(condition, computations)
     if bound is None:
         return 1
     limit, index = bound
@@ -206,8 +206,8 @@ def _trips(loop: Instruction, caller: Computation, computations: dict[str, Compu
     return max(limit - (first or 0), 0)
 
 
-def _bound(condition: Computation, computations: dict[str, Computation]) -> tuple[int, int] | None:
-    """The constant that an element of the carry must stay below, and which element that is."""
+def _loop_bound(condition: Computation, computations: dict[str, Computation]) -> tuple[int, int] | None:
+    """The constant that an element of the carry must stay below, and the index of that element."""
     for instruction in condition.instructions.values():
         inner, outer = condition, list(instruction.operands)
         compare: Instruction | None = instruction
@@ -222,8 +222,8 @@ def _bound(condition: Computation, computations: dict[str, Computation]) -> tupl
                 resolved.append((outer[inner.parameters.index(name)], condition))
             else:
                 resolved.append((name, inner))
-        (counter, where), (limit, at) = resolved
-        element, value = where.instructions[counter], _constant(limit, at)
+        (counter, counter_home), (limit, limit_home) = resolved
+        element, value = counter_home.instructions[counter], _constant(limit, limit_home)
         if element.opcode == "get-tuple-element" and value is not None:
             return value, int(re.search(r"index=(\d+)", element.attributes)[1])  # type: ignore[index]
     return None
@@ -237,23 +237,23 @@ def _constant(name: str, computation: Computation) -> int | None:
     return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
 
 
-def _payload(instruction: Instruction, computation: Computation) -> float:
-    """Bytes of a collective's result; of a reduce-scatter, of what it reduces."""
+def _payload_bytes(instruction: Instruction, computation: Computation) -> float:
+    """The bytes of a collective's result, or of a reduce-scatter's operands."""
     operands = sum(size(computation.instructions[name].shape) for name in instruction.operands)
     if instruction.opcode.startswith("all-gather"):
-        whole = size(instruction.shape)  # of the asynchronous one with the operands before the results
+        whole = size(instruction.shape)  # the asynchronous one has the operands before the results
         return whole - operands if instruction.opcode.endswith("-start") else whole
     return operands
 
 
-def _share(kind: str, devices: int) -> float:
-    """What a device sends for each byte of the payload, on a ring of its group."""
+def _sent_share(kind: str, devices: int) -> float:
+    """The bytes that a device sends for each byte of the payload, on a ring of its group."""
     rest = (devices - 1) / devices
     return {"all-reduce": 2 * rest, "collective-permute": 1.0}.get(kind, rest)
 
 
-def _group(attributes: str) -> int:
-    """How many devices take part in one group of a collective."""
+def _group_size(attributes: str) -> int:
+    """The number of devices in one group of a collective."""
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
@@ -265,10 +265,10 @@ def _group(attributes: str) -> int:
     return 2  # a permutation has no groups
 
 
-def _moved(
+def _moved_bytes(
     instruction: Instruction, computation: Computation, computations: dict[str, Computation], space: str
 ) -> float:
-    """Bytes of this space that an instruction reads and writes."""
+    """The bytes of one memory space that an instruction reads and writes."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
         return 0.0
@@ -276,10 +276,10 @@ def _moved(
     if opcode == "fusion":
         inner = computations[instruction.called("calls") or ""]
         reads = [
-            _read(inner, parameter, computations) if size(shape, space) else 0.0
+            _read_bytes(inner, parameter, computations) if size(shape, space) else 0.0
             for shape, parameter in zip(shapes, inner.parameters, strict=True)
         ]
-        return sum(reads) + _written(inner, instruction.shape, space)
+        return sum(reads) + _written_bytes(inner, instruction.shape, space)
     result, operands = size(instruction.shape, space), sum((size(shape, space) for shape in shapes), 0.0)
     if opcode in _SLICES:
         return result + (size(instruction.shape) if size(shapes[0], space) else 0.0)
@@ -288,23 +288,23 @@ def _moved(
     return max(result, operands) if opcode.endswith("-start") else result + operands  # its result holds the operands
 
 
-def _read(computation: Computation, name: str, computations: dict[str, Computation]) -> float:
-    """Bytes of an operand that a fusion reads: of one that it slices, the slices."""
+def _read_bytes(computation: Computation, name: str, computations: dict[str, Computation]) -> float:
+    """The bytes of an operand that a fusion reads; where it slices the operand, those of the slices."""
     whole = size(computation.instructions[name].shape)
     total = 0.0
     for user in computation.users.get(name, []):
         if user.opcode in _SLICES and user.operands[0] == name:
             total += size(user.shape)
         elif user.opcode == "bitcast":
-            total += _read(computation, user.name, computations)
+            total += _read_bytes(computation, user.name, computations)
         elif (user.opcode == "dynamic-update-slice" and user.operands[0] == name) or user.opcode == "tuple":
             continue  # written in place, or passed on
-        elif _passed_on(user):
+        elif _is_collective_step(user):
             continue
         elif user.opcode == "fusion":
             inner = computations[user.called("calls") or ""]
             total += sum(
-                _read(inner, parameter, computations)
+                _read_bytes(inner, parameter, computations)
                 for operand, parameter in zip(user.operands, inner.parameters, strict=True)
                 if operand == name
             )
@@ -313,8 +313,8 @@ def _read(computation: Computation, name: str, computations: dict[str, Computati
     return min(total, whole)
 
 
-def _written(computation: Computation, shape: str, space: str) -> float:
-    """Bytes that a fusion writes: where it updates a slice in place, the slice."""
+def _written_bytes(computation: Computation, shape: str, space: str) -> float:
+    """The bytes that a fusion writes; where it updates a slice in place, those of the slice."""
     roots = [computation.root]
     if computation.root.opcode == "tuple":
         roots = [computation.instructions[name] for name in computation.root.operands]
@@ -324,7 +324,7 @@ def _written(computation: Computation, shape: str, space: str) -> float:
         arrays = list(itertools.islice(parts, len(_ARRAY.findall(root.shape))))
         while root.opcode == "bitcast":
             root = computation.instructions[root.operands[0]]
-        if root.opcode == "parameter" or _passed_on(root):
+        if root.opcode == "parameter" or _is_collective_step(root):
             continue
         if root.opcode == "dynamic-update-slice" and size(arrays[0][0], space):
             total += size(computation.instructions[root.operands[1]].shape)

@@ -1,8 +1,8 @@
-"""What a step takes on a Cloud TPU, compiled for it where there is none: memory, traffic, and a bound on its time.
+"""Compile a step for a Cloud TPU on a machine without one: its memory, its traffic, and a lower bound on its time.
 
-The compiler for TPUs (`libtpu`) runs on any machine. `compiled` hands it a step and the shapes of its arguments; the
-`Report` has what it says, what `hlo` reads in the compiled program, and what `flops` counts in the traced one. The time
-is a bound: as if matrix units, memory and links were each busy at their peak, and the slowest were waited for.
+The compiler for TPUs (`libtpu`) runs on any machine. `compile_report` hands it a step and the shapes of its arguments.
+The `Report` holds what the compiler says, what `hlo` reads in the compiled program, and what `flops` counts in the
+traced one. The bound takes matrix units, memory and links to be busy at their peak, and waits for the slowest.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ T = TypeVar("T")
 class Chip:
     """One chip, by the tables of cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); seconds and bytes."""
 
-    memory: float  # that a program may use, as the compiler tells when one uses more: a little less than in the tables
+    memory: float  # for a program, as the compiler tells when one uses more: a little less than in the tables
     flops: float  # bfloat16 products a second
     bandwidth: float  # of the memory
     links: float  # to its neighbours, all together and one way: half of the tables' both ways
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # that its topology is described with
+    megacore: bool = False  # whether its two cores are one device
 
 
 CHIPS = {
-    "v4": Chip(30.75 * GIB, 275e12, 1228e9, 300e9, {"chip_config_name": "megacore"}),  # its two cores are one device
+    "v4": Chip(30.75 * GIB, 275e12, 1228e9, 300e9, megacore=True),
     "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9),
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
     "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 400e9),
@@ -48,7 +48,7 @@ CHIPS = {
 
 
 def devices(topology: str) -> list[Any]:
-    """The devices of a slice such as "v5e:2x4", one a chip, to compile for.
+    """The devices of a slice such as "v5e:2x4", to compile for: one for each chip.
 
     Raises InputError where there is no compiler for TPUs, or no such slice.
     """
@@ -59,9 +59,13 @@ def devices(topology: str) -> list[Any]:
         raise InputError(f"topology {topology!r}: expected one of {', '.join(CHIPS)}, a colon and a shape, as v5e:2x4")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU that only one process may have
-    one = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(map(int, shape.split("x"))) == 1 else {}
+    describe = functools.partial(topologies.get_topology_desc, topology, "tpu")
+    if CHIPS[kind].megacore:
+        describe = functools.partial(describe, chip_config_name="megacore")
+    if math.prod(map(int, shape.split("x"))) == 1:  # by default a host has four
+        describe = functools.partial(describe, chips_per_host_bounds=(1, 1, 1))
     try:
-        return list(topologies.get_topology_desc(topology, "tpu", **CHIPS[kind].settings, **one).devices)
+        return list(describe().devices)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"topology {topology!r}: {error}") from error
 
@@ -71,29 +75,30 @@ class Program:
     """A step as an experiment runs it, with the shapes of its arguments."""
 
     name: str
-    step: Any  # what a layout's `step` returns
-    args: tuple  # of jax.ShapeDtypeStruct, placed by `state_shapes` and `row_shapes`
-    tokens: int  # that a call learns from, samples or scores, over all devices
-    beside: Any = ()  # shapes of what else lies on the devices meanwhile
+    step: Any  # as a layout's `step` returns it
+    args: tuple  # trees of jax.ShapeDtypeStruct, placed by `state_shapes` and `row_shapes`
+    tokens: int  # tokens that a call learns from, samples or scores, over all devices
+    beside: Any = ()  # shapes of the other arrays that lie on the devices during the call
     counted: float | None = None  # `train_bytes` of a train step, to compare its temporaries with
 
 
 def state_shapes(layout: parallel.Layout, tree: T, frozen: bool = False) -> T:
-    """`layout.state` of shapes, or `layout.frozen`."""
+    """The shapes that `layout.state`, or else `layout.frozen`, gives arrays of these shapes."""
     if not isinstance(layout, parallel.Mesh):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((_count(layout), *x.shape), x.dtype), tree)
+        count = _device_count(layout)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
     shardings = layout.shardings(tree, parallel.HOST if frozen and layout.offload else None)
     return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree, shardings)
 
 
-def _count(layout: Any) -> int:
+def _device_count(layout: Any) -> int:
     return len(layout.devices or jax.devices())
 
 
 def row_shapes(layout: parallel.Layout, tree: T, rows_axis: int = 0) -> T:
-    """`layout.rows` of shapes; raises InputError where they do not divide."""
+    """The shapes that `layout.rows` gives a batch of these shapes; raises InputError where the rows do not divide."""
     mesh = layout.mesh if isinstance(layout, parallel.Mesh) else None
-    count = math.prod(mesh.shape[name] for name in parallel.ROWS) if mesh else _count(layout)
+    count = math.prod(mesh.shape[name] for name in parallel.ROWS) if mesh else _device_count(layout)
 
     def split(x: Any) -> jax.ShapeDtypeStruct:
         rows, rest = divmod(x.shape[rows_axis], count)
@@ -109,7 +114,7 @@ def row_shapes(layout: parallel.Layout, tree: T, rows_axis: int = 0) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one chip holds and does in a call of a program; bytes."""
+    """The memory and the work of one chip in a call of a program; bytes."""
 
     name: str
     topology: str
@@ -119,11 +124,11 @@ class Report:
     temporaries: float
     outputs: float  # without those that take the place of arguments
     code: float
-    beside: float  # what else lies on the chip meanwhile
+    beside: float  # other arrays that lie on the chip during the call
     counted: float | None  # temporaries by a count on paper
     host: float  # in the memory of the chip's host
     flops: flops.Flops
-    traffic: hlo.Traffic | None  # None of a program that the compiler refuses, since it does not fit
+    traffic: hlo.Traffic | None  # None for a program that the compiler refuses because it does not fit
     compile_seconds: float
 
     @property
@@ -132,17 +137,17 @@ class Report:
 
     @property
     def total(self) -> float:
-        """Of the chip's memory."""
+        """All bytes in the chip's memory."""
         return self.arguments + self.temporaries + self.outputs + self.code + self.beside
 
     @property
     def share(self) -> float:
-        """Of the memory that a program may use; more than 1 does not fit."""
+        """The part that this takes of the memory for a program; more than 1 does not fit."""
         return self.total / self.chip.memory
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds that a call takes at least, by what it waits for."""
+        """The least seconds of a call, by the resource that it waits for."""
         moved = {"memory": self.traffic.memory, "links": self.traffic.sent} if self.traffic else {}
         speeds = {"memory": self.chip.bandwidth, "links": self.chip.links}
         return {"compute": self.flops.passes / self.chip.flops} | {name: x / speeds[name] for name, x in moved.items()}
@@ -152,49 +157,56 @@ class Report:
         return max(self.bounds.values())
 
     def record(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All fields and what follows from them, for JSON."""
         derived = "total", "share", "bounds", "seconds"
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
-def compiled(program: Program, topology: str, chips: int) -> Report:
-    """Compiles a program for the `chips` of a topology, over which its step and arguments are laid out."""
+def compile_report(program: Program, topology: str, chips: int) -> Report:
+    """Compile a program for the `chips` of a topology, over which its step and arguments are laid out."""
     counted = flops.count(program.step, *program.args)
-    each = flops.Flops(counted.total / chips, counted.passes / chips)
-    more: dict[str, Any] = {"beside": argument_bytes(program.beside, chips), "counted": program.counted}
-    report = functools.partial(Report, program.name, topology, chips, program.tokens, flops=each, **more)
+    report = Report(
+        name=program.name,
+        topology=topology,
+        chips=chips,
+        tokens=program.tokens,
+        arguments=argument_bytes(program.args, chips),
+        temporaries=0.0,
+        outputs=0.0,
+        code=0.0,
+        beside=argument_bytes(program.beside, chips),
+        counted=program.counted,
+        host=0.0,
+        flops=flops.Flops(counted.total / chips, counted.passes / chips),
+        traffic=None,
+        compile_seconds=0.0,
+    )
     start = time.perf_counter()
     try:
-        result = program.step.lower(*program.args).compile()
+        compiled = program.step.lower(*program.args).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)([KMGT])\)", str(error), re.DOTALL)
-        if found is None:
+        needed = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)([KMGT])\)", str(error), re.DOTALL)
+        if needed is None:
             raise
-        arguments, total = argument_bytes(program.args, chips), float(found[1]) * 1024 ** " KMGT".index(found[2])
-        return report(
-            arguments=arguments,
-            temporaries=total - arguments,
-            outputs=0.0,
-            code=0.0,
-            host=0.0,
-            traffic=None,
-            compile_seconds=time.perf_counter() - start,
-        )
-    seconds, memory = time.perf_counter() - start, result.memory_analysis()
+        total = float(needed[1]) * 1024 ** " KMGT".index(needed[2])
+        seconds = time.perf_counter() - start
+        return dataclasses.replace(report, temporaries=total - report.arguments, compile_seconds=seconds)
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     host = memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes + memory.host_temp_size_in_bytes
-    return report(
+    return dataclasses.replace(
+        report,
         arguments=float(memory.argument_size_in_bytes),
         temporaries=float(memory.temp_size_in_bytes),
         outputs=float(memory.output_size_in_bytes - memory.alias_size_in_bytes),
         code=float(memory.generated_code_size_in_bytes),
         host=float(host - memory.host_alias_size_in_bytes),
-        traffic=hlo.traffic(result.as_text()),
+        traffic=hlo.traffic(compiled.as_text()),
         compile_seconds=seconds,
     )
 
 
 def argument_bytes(args: Any, chips: int) -> float:
-    """What the shapes of arguments take on a chip, without the padding of a layout."""
+    """The bytes that arguments of these shapes take on a chip, without the padding of its memory layout."""
 
     def size(x: Any) -> float:
         if x.sharding is not None and x.sharding.memory_kind == parallel.HOST:
@@ -211,47 +223,57 @@ def argument_bytes(args: Any, chips: int) -> float:
 def train_bytes(
     config: models.Config, mesh: Mapping[str, int], rows: int, columns: int, microbatches: int = 1
 ) -> float:
-    """What a train step of one network on a mesh of this shape needs beside its arguments, counted on paper.
+    """The temporaries of a train step of one network on a mesh of this shape, counted on paper.
 
-    Bytes a chip, of layers that are computed again in the backward pass (`remat="full"`), for a batch of `rows`:
+    Bytes a chip for a batch of `rows`, where the backward pass recomputes the layers (`remat="full"`):
 
     - the gradient in float32, of which a chip has its part; with micro-batches twice, the sum and what is added to it
-    - the input of each layer, in the type of the trunk, as all that follows but logits
-    - of one layer its weights, gathered over "fsdp", and their gradient; what it computes, and the gradient of that
-    - the unembedding, gathered likewise; its gradient, logits of one chunk, and their gradient, in float32
+    - the input of each layer, in the type of the trunk, as everything below but logits
+    - the weights of one layer, gathered over "fsdp", and their gradient; its activations, and their gradient
+    - the unembedding, gathered likewise; its gradient, the logits of one chunk, and their gradient, in float32
 
-    "tensor" divides all that is of heads, the width of MLPs or the vocabulary, if that divides, and the columns of the
-    inputs.
+    "tensor" divides heads, the width of MLPs, the vocabulary, if that divides, and the columns of the inputs.
     """
     c, tensor = config, mesh["tensor"]
     width = 4 if c.compute.dtype == "float32" else 2
     parts = math.prod(mesh[name] for name in parallel.ROWS) * microbatches
-    here = rows * columns / parts  # tokens
+    tokens = rows * columns / parts  # on a chip
     gradient = 4 * models.parameter_count(c) / (mesh["fsdp"] * tensor) * (1 if microbatches == 1 else 2)
     query, both = c.n_heads * c.head_dim, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
     gates = 1 if c.mlp == "gelu" else 2
     weights = c.d_model * (both + query + (gates + 1) * c.d_ff) / tensor
-    computed = 5 * c.d_model + (both + query + (gates + 1) * c.d_ff) / tensor  # a token
-    words = c.vocab_size / (1 if c.vocab_size % tensor else tensor)
-    unread = min(c.compute.chunk or columns, columns) * rows / parts * words
-    table = words * c.d_model
-    inputs = c.n_layers * here * c.d_model / tensor
-    return gradient + width * (inputs + 2 * weights + 2 * here * computed + table) + 4 * (table + 2 * unread)
+    activations = 5 * c.d_model + (both + query + (gates + 1) * c.d_ff) / tensor  # of a token
+    vocabulary = c.vocab_size / (1 if c.vocab_size % tensor else tensor)
+    logits = min(c.compute.chunk or columns, columns) * rows / parts * vocabulary
+    table = vocabulary * c.d_model
+    inputs = c.n_layers * tokens * c.d_model / tensor
+    return gradient + width * (inputs + 2 * weights + 2 * tokens * activations + table) + 4 * (table + 2 * logits)
 
 
 def table(reports: Sequence[Report]) -> str:
     """The reports as a table in Markdown: GiB a chip, TFLOP a chip, and times at the chip's peak."""
-    head = "step", "arguments", "temporaries", "counted", "beside", "total", "of memory", "collectives", "TFLOP"
-    rows = [[*head, "seconds", "by", "tokens/s", "compiled in"], ["---"] * (len(head) + 4)]
-    for r in reports:
-        counted = "" if r.counted is None else f"{r.counted / GIB:.2f}"
-        held = [f"{x / GIB:.2f}" for x in (r.arguments, r.temporaries, r.beside, r.total)]
-        held.insert(2, counted)
-        moved = sorted(r.traffic.collectives.items()) if r.traffic else []
-        time = f"{r.seconds:.3g}", max(r.bounds, key=lambda name: r.bounds[name]), f"{r.tokens / r.seconds:,.0f}"
-        rows.append([
-            *(r.name, *held, f"{100 * r.share:.0f} %" + (": does not fit" if r.share > 1 else "")),
-            ", ".join(f"{kind} {size / GIB:.3g}" for kind, size in moved) or "none",
-            *(f"{r.flops.total / 1e12:.3g}", *(time if r.traffic else ("", "", "")), f"{r.compile_seconds:.0f} s"),
-        ])  # fmt: skip
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    rows = [_cells(report) for report in reports]
+    head = list(rows[0]) if rows else []
+    lines = [head, ["---"] * len(head), *(list(cells.values()) for cells in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(report: Report) -> dict[str, str]:
+    """A row of the table, by the heads of its columns."""
+    r, gib = report, lambda size: f"{size / GIB:.2f}"
+    collectives = sorted(r.traffic.collectives.items()) if r.traffic else []
+    return {
+        "step": r.name,
+        "arguments": gib(r.arguments),
+        "temporaries": gib(r.temporaries),
+        "counted": "" if r.counted is None else gib(r.counted),
+        "beside": gib(r.beside),
+        "total": gib(r.total),
+        "of memory": f"{100 * r.share:.0f} %" + (": does not fit" if r.share > 1 else ""),
+        "collectives": ", ".join(f"{kind} {size / GIB:.3g}" for kind, size in collectives) or "none",
+        "TFLOP": f"{r.flops.total / 1e12:.3g}",
+        "seconds": f"{r.seconds:.3g}" if r.traffic else "",
+        "by": max(r.bounds, key=lambda name: r.bounds[name]) if r.traffic else "",
+        "tokens/s": f"{r.tokens / r.seconds:,.0f}" if r.traffic else "",
+        "compiled in": f"{r.compile_seconds:.0f} s",
+    }

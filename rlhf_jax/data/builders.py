@@ -5,11 +5,14 @@ A row of each kind, as it stands in a JSON Lines file and as `source` returns it
     text            {"text"}
     demonstrations  {"prompt", "completion"} or {"messages"}, which ends with the assistant's message
     rankings        {"prompt", "responses": [K], "ranks": [K]} (smaller is better, equal is a tie);
-                    {"prompt", "chosen", "rejected"} is the same with K = 2
+                    {"prompt", "chosen", "rejected"} is the same with K = 2; both perhaps with "ended": [K] booleans,
+                    false for a response that was cut before its end
     prompts         {"prompt"}
 
 A prompt is verbatim text or a list of messages, `tokenizer` says how each is rendered. A response to messages may also
-be given as a list of one assistant message; `source` returns its content. Other fields are left out.
+be given as a list of one assistant message; `source` returns its content. A message may have a "weight": 0 where it is
+not to be learnt, 1 otherwise. Other fields are left out, but for those that would change what is learnt or rendered,
+such as "tool_calls", which are refused.
 
 Builders store a checked row as one JSON string, because a prompt is a string or a list and TFDS features hold no
 unions. They write ArrayRecord, keep the order of the rows, and need no TensorFlow. What is stored is found again by
@@ -18,15 +21,22 @@ what it was made of: the content of the file, or the parameters and the code of 
 
 import contextlib
 import dataclasses
+import errno
 import gzip
 import hashlib
 import io
 import json
+import math
+import os
+import sys
+import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+from unittest import mock
 
+import requests
 import tensorflow_datasets as tfds
 from absl import logging
 
@@ -38,19 +48,39 @@ Kind = Literal["text", "demonstrations", "rankings", "prompts"]
 Row = dict[str, Any]
 
 _ROLES = ("system", "user", "assistant")
+# Fields with which others say what this project does not read, or says otherwise; what to write instead.
+_UNREAD = {
+    "train": '"weight": 0 or 1',
+    "tool_calls": "the call as text in content",
+    "function_call": "the call as text in content",
+    "tool_call_id": "messages without tools",
+    "reasoning_content": "the reasoning as text in content",
+    "thinking": "the reasoning as text in content",
+}
 
 
 class Rows:
     """The rows of one split: `len`, indexing and iteration (many times faster than one index after another).
 
     `counts` is what their builder counted, of the whole source, as {what: how many}. `folder` is for what is derived
-    from these very rows and takes long to make again.
+    from these very rows and takes long to make again. `to_row` makes a row of a record and its index, and `where` names
+    the place of such a record, for errors.
     """
 
     def __init__(
-        self, records: Any, to_row: Callable[[dict[str, Any], int], Row], counts: dict[str, int], folder: Path
+        self,
+        records: Any,
+        to_row: Callable[[dict[str, Any], int], Row],
+        counts: dict[str, int],
+        folder: Path,
+        where: Callable[[dict[str, Any], int], str],
     ):
         self._records, self._to_row, self.counts, self.folder = records, to_row, counts, folder
+        self._where = where
+
+    def where(self, index: int) -> str:
+        """The place of a row, as an error names it."""
+        return self._where(self._records[index], index)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -92,7 +122,7 @@ def check(kind: Kind, row: Any, where: str) -> Row:
         }
     if "responses" not in row and "chosen" in row:
         pair = [_response(field(row, name, where), prompt, where, name) for name in ("chosen", "rejected")]
-        return {"prompt": prompt, "responses": pair, "ranks": [0, 1]}
+        return {"prompt": prompt, "responses": pair, "ranks": [0, 1]} | _ended(row, 2, where)
     responses = field(row, "responses", where)
     if not isinstance(responses, list) or len(responses) < 2:
         raise InputError(f"{where}, field responses: expected a list of at least 2, got {short(responses)}")
@@ -106,7 +136,17 @@ def check(kind: Kind, row: Any, where: str) -> Row:
         raise InputError(
             f"{where}, field ranks: expected {len(texts)} integers from 0 up, one per response, got {short(ranks)}"
         )
-    return {"prompt": prompt, "responses": texts, "ranks": ranks}
+    return {"prompt": prompt, "responses": texts, "ranks": ranks} | _ended(row, len(texts), where)
+
+
+def _ended(row: Row, count: int, where: str) -> Row:
+    """Which of the responses ended, if the row says so."""
+    ended = row.get("ended")
+    if ended is None:
+        return {}
+    if not isinstance(ended, list) or len(ended) != count or not all(type(one) is bool for one in ended):
+        raise InputError(f"{where}, field ended: expected {count} booleans, one per response, got {short(ended)}")
+    return {"ended": ended}
 
 
 def json_object(value: Any, where: str) -> Row:
@@ -138,14 +178,23 @@ def text_field(row: Any, name: str, where: str) -> str:
 def _messages(value: Any, where: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: expected a list of messages, got {short(value)}")
-    messages = []
+    messages: list[Message] = []
     for n, message in enumerate(value):
+        here = f"{where}[{n}]"
         if not isinstance(message, dict):
-            raise InputError(f'{where}[{n}]: expected {{"role", "content"}}, got {short(message)}')
-        role = text_field(message, "role", f"{where}[{n}]")
+            raise InputError(f'{here}: expected {{"role", "content"}}, got {short(message)}')
+        for name, instead in _UNREAD.items():
+            if message.get(name) not in (None, [], "") and (name, message[name]) != ("train", True):
+                raise InputError(f"{here}, field {name}: expected {instead}, got {short(message[name])}")
+        role = text_field(message, "role", here)
         if role not in _ROLES:
-            raise InputError(f"{where}[{n}], field role: expected one of {', '.join(_ROLES)}, got {short(role)}")
-        messages.append({"role": role, "content": text_field(message, "content", f"{where}[{n}]")})
+            raise InputError(f"{here}, field role: expected one of {', '.join(_ROLES)}, got {short(role)}")
+        weight = message.get("weight", 1)
+        if type(weight) is not int or weight not in (0, 1):
+            raise InputError(f"{here}, field weight: expected 0 or 1, got {short(weight)}")
+        messages.append({"role": role, "content": text_field(message, "content", here)})
+        if weight == 0:
+            messages[-1]["weight"] = 0
     return messages
 
 
@@ -166,6 +215,8 @@ def _response(value: Any, prompt: Prompt, where: str, name: str) -> str:
         messages = _messages(value, f"{where}, field {name}")
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             raise InputError(f"{where}, field {name}: expected one assistant message, got {short(value)}")
+        if "weight" in messages[0]:
+            raise InputError(f"{where}, field {name}[0], field weight: expected 1, for a response that counts, got 0")
         return messages[0]["content"]
     return text_field({name: value}, name, where)
 
@@ -185,17 +236,19 @@ def short(value: Any) -> str:
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Stores the rows that `rows` yields, in their order. A further reader is a subclass with `rows` and a config.
 
+    Each row comes with its place in the source, such as "line 3", by which errors name it.
+
     What `rows` puts into `self.info.metadata`, as {what: how many}, is stored too, and printed whenever they are read.
     """
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it when the rows change though the config does not
+    VERSION = tfds.core.Version("1.1.0")  # raise it when the rows change though the config does not
 
-    def rows(self) -> Iterator[Row]:
-        """Canonical rows, as `check` returns them; InputError on a bad one."""
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        """Places and canonical rows, as `check` returns them; InputError on a bad one."""
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({"row": tfds.features.Text()})
+        features = tfds.features.FeaturesDict({"row": tfds.features.Text(), "place": tfds.features.Text()})
         counts = tfds.core.MetadataDict()
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True, metadata=counts)
 
@@ -203,8 +256,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return {self.builder_config.split: self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
-        for n, row in enumerate(self.rows()):
-            yield n, {"row": json.dumps(row, ensure_ascii=False)}
+        for n, (place, row) in enumerate(self.rows()):
+            yield n, {"row": json.dumps(row, ensure_ascii=False), "place": place}
 
 
 @dataclasses.dataclass(eq=False)
@@ -240,6 +293,45 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise InputError(f"{path}, line {number}: expected UTF-8, got byte {line[error.start]:#x}") from error
 
 
+class _Flaw(NamedTuple):
+    """The field of an object that is no JSON, or says two things, and how; JSON itself makes no tuples."""
+
+    field: str
+    what: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row | _Flaw:
+    """The object of these fields, or its first flaw."""
+    row: Row = {}
+    for name, value in pairs:
+        shown = name if name.isidentifier() else short(name)
+        if name in row:
+            return _Flaw(shown, "given twice")
+        if flaw := _flaw(value):
+            return _Flaw(f"{shown}{flaw.field}", flaw.what)
+        row[name] = value
+    return row
+
+
+def _flaw(value: Any) -> _Flaw | None:
+    """The first flaw in a value, with its field as it follows on the name of the value's own."""
+    if isinstance(value, _Flaw):
+        return _Flaw(f", field {value.field}", value.what)
+    if isinstance(value, float) and not math.isfinite(value):
+        return _Flaw("", f"expected a finite number, got {value}")
+    if isinstance(value, list):
+        flaws = ((n, _flaw(one)) for n, one in enumerate(value))
+        return next((_Flaw(f"[{n}]{flaw.field}", flaw.what) for n, flaw in flaws if flaw), None)
+    return None
+
+
+def _checked(value: Any, where: str) -> Any:
+    """The value, if it has no flaw."""
+    if flaw := _flaw(value):
+        raise InputError(f"{where}{flaw.field if flaw.field.startswith(', ') else ''}: {flaw.what}")
+    return value
+
+
 def json_values(path: Path) -> Iterator[tuple[str, Any]]:
     """Each line's value, or each element of the list that a .json file may hold, with where it stands."""
     lines = numbered_lines(path)
@@ -247,29 +339,38 @@ def json_values(path: Path) -> Iterator[tuple[str, Any]]:
         text = "".join(line for _, line in lines)
         if text.lstrip().startswith("["):
             try:
-                values = json.loads(text)
+                values = json.loads(text, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 line = getattr(error, "lineno", 1)
                 raise InputError(f"{path}, line {line}: expected a list in JSON ({short(str(error))})") from error
-            yield from ((f"{path}, row {n}", value) for n, value in enumerate(values, start=1))
+            for n, value in enumerate(values, start=1):
+                yield f"{path}, row {n}", _checked(value, f"{path}, row {n}")
             return
         lines = enumerate(text.split("\n"), start=1)
     for number, line in lines:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: expected a JSON object, got {short(line.strip())}") from error
-        yield f"{path}, line {number}", value
+        yield f"{path}, line {number}", _checked(value, f"{path}, line {number}")
+
+
+def place(path: Path, where: str) -> str:
+    """The place in a file, without the file's name."""
+    return where.removeprefix(f"{path}, ")
 
 
 def file_digest(path: Path) -> str:
     """What names the file's content."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; name one that there is, or first run the experiment that writes it")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:24]
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:24]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def stored(make: Callable[[], Builder], where: str, split: str) -> Rows:
@@ -278,7 +379,13 @@ def stored(make: Callable[[], Builder], where: str, split: str) -> Rows:
     counts = dict(builder.info.metadata or {})
     if counts:
         print(f"{where}: {'; '.join(f'{n} {what}' for what, n in counts.items())}")
-    return Rows(records, lambda record, _: json.loads(record["row"]), counts, derived_folder(builder, split))
+    return Rows(
+        records,
+        lambda record, _: json.loads(record["row"]),
+        counts,
+        derived_folder(builder, split),
+        lambda record, _: f"{where}, {record['place'].decode()}",
+    )
 
 
 def derived_folder(builder: tfds.core.DatasetBuilder, split: str) -> Path:
@@ -301,6 +408,45 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+CONNECT = 5  # seconds, for each address of a host
+
+
+@contextlib.contextmanager
+def _fetching(builder: tfds.core.DatasetBuilder, where: str) -> Iterator[None]:
+    """Says what is fetched for a published data set, and gives up soon on hosts to which there is no connection.
+
+    TFDS tries each ten times, over minutes, and waits without limit. Once connected, it has all the time and trials
+    that it gives itself.
+    """
+    if isinstance(builder, Builder):
+        yield
+        return
+    if hosts.first():
+        names = sorted({urllib.parse.urlsplit(url).hostname or url for url in builder.url_infos or ()})
+        origin = f" from {', '.join(names)}" if names else ""
+        print(f"{where}: fetching it{origin} into {builder.data_dir}", file=sys.stderr, flush=True)
+    send = requests.adapters.HTTPAdapter.send
+
+    def send_soon(self: Any, request: Any, *args: Any, **options: Any) -> Any:
+        self.max_retries = self.max_retries.new(connect=1)
+        if options.get("timeout") is None and not args:
+            options["timeout"] = (CONNECT, None)
+        return send(self, request, *args, **options)
+
+    with mock.patch.object(requests.adapters.HTTPAdapter, "send", send_soon):
+        yield
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or its cause, comes of a full disk or quota; ArrayRecord says so in words alone."""
+    full = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)}
+    while error is not None:
+        if getattr(error, "errno", None) in full or any(words in str(error) for words in full.values()):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def open_records(
     make: Callable[[], tfds.core.DatasetBuilder], where: str, split: str
 ) -> tuple[tfds.core.DatasetBuilder, Any]:
@@ -312,10 +458,13 @@ def open_records(
         builder = make()
         if not builder.is_prepared():
             try:
-                builder.download_and_prepare(file_format="array_record")
+                with _fetching(builder, where):
+                    builder.download_and_prepare(file_format="array_record")
             except InputError:
                 raise
             except Exception as error:
+                if _disk_is_full(error):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(builder.data_dir)) from error
                 # Another process may have been quicker with the same data.
                 if not (builder := make()).is_prepared():
                     cause = str(error).strip().partition("\n")[0]

@@ -42,8 +42,8 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PAIRS = tuple(itertools.combinations(range(4), 2))  # 12, 13, 14, 23, 24, 34
 
 
-def read(kind: Kind, reader: Reader, path: Path, counts: Counter[str]) -> Iterator[Row]:
-    """The canonical rows of a file. InputError on a row that is not of the format, and if none can be used."""
+def read(kind: Kind, reader: Reader, path: Path, counts: Counter[str]) -> Iterator[tuple[str, Row]]:
+    """The places and canonical rows of a file. InputError on a row that is not of the format, and if none is usable."""
     kept = 0
     for where, value in builders.json_values(path):
         row = reader(value, where, counts)
@@ -60,7 +60,7 @@ def read(kind: Kind, reader: Reader, path: Path, counts: Counter[str]) -> Iterat
             counts["rows refused, the responses are the same"] += 1
             continue
         kept += 1
-        yield row
+        yield builders.place(path, where), row
     if not kept:
         told = "; ".join(f"{n} {what}" for what, n in counts.items())
         raise InputError(f"{path}: expected rows of {kind}, got {told or 'an empty file'}")
@@ -250,7 +250,7 @@ class FormatConfig(builders.FileConfig):
 class FormatFile(builders.Builder):
     """Rows of a local file in a published format."""
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[tuple[str, Row]]:
         """Each row that can be used."""
         config, counts = self.builder_config, Counter[str]()
         reader = templates(config.templates) if config.templates else (RANKINGS | DEMONSTRATIONS)[config.format]

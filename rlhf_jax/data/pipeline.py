@@ -189,8 +189,9 @@ def demonstrations(
     """Prompts with what should follow, packed into rows of `length` without leaking, or one a row.
 
     The targets are the tokens of the completion or, of `messages`, of each of the assistant's turns, EOS included;
-    without `completion_only`, all tokens but the first; and a message of weight 0 has none. What is too long, of a dialogue its last turns, is cut on the
-    right, and refused if nothing to learn is left. A row without a prompt or a completion is refused as empty.
+    without `completion_only`, all tokens but the first. A message of weight 0 has no targets. What is too long, of a
+    dialogue its last turns, is cut on the right, and refused if nothing to learn is left. A row without a prompt or a
+    completion is refused as empty.
     """
     rows = list(source)
     usable = [n for n, row in enumerate(rows) if not _lacks_text(row)]

@@ -56,11 +56,11 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
 class LocalFile(builders.Builder):
     """Rows of one local file."""
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[tuple[str, Row]]:
         """Each line's row, or each document."""
         path, kind = self.builder_config.path, self.builder_config.kind
         empty = True
-        checked = (check(kind, row, where) for where, row in builders.json_values(path))
+        checked = ((builders.place(path, where), check(kind, row, where)) for where, row in builders.json_values(path))
         for row in _documents(path) if path.suffix == ".txt" else checked:
             empty = False
             yield row
@@ -68,12 +68,12 @@ class LocalFile(builders.Builder):
             raise InputError(f"{path}: expected rows of {kind}, got an empty file")
 
 
-def _documents(path: Path) -> Iterator[Row]:
+def _documents(path: Path) -> Iterator[tuple[str, Row]]:
     text = "".join(line for _, line in builders.numbered_lines(path))
     pieces = text.split(EOS) if EOS in text else re.split(r"\n\s*\n", text)
-    for piece in pieces:
-        if document := piece.strip():
-            yield {"text": document}
+    documents = filter(None, map(str.strip, pieces))
+    for n, document in enumerate(documents, start=1):
+        yield f"document {n}", {"text": document}
 
 
 def _file(path: Path, kind: Kind, data_dir: Path, split: str) -> Rows:
@@ -95,7 +95,7 @@ class WorldConfig(builders.Config):
 class AssistantWorld(builders.Builder):
     """Rows that the embedded world generates; no two kinds or splits are the same sample of it."""
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[tuple[str, Row]]:
         """A sample of the world."""
         config = self.builder_config
         world, n, held_out = world_lib.World.generate(config.seed), config.n_rows, config.split == "held_out"
@@ -110,7 +110,7 @@ class AssistantWorld(builders.Builder):
             case "prompts":
                 rows = world.prompt_rows(n, seed=5, held_out=held_out)
         for number, row in enumerate(rows):
-            yield check(config.kind, row, f"world, row {number}")
+            yield f"row {number}", check(config.kind, row, f"world, row {number}")
 
 
 def _world(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
@@ -153,8 +153,11 @@ def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
                              f" there are {', '.join(strings) or 'none'}")  # fmt: skip
         target = {"text": "text", "prompts": "prompt"}[kind]
 
+    def where_of(_: dict[str, Any], index: int) -> str:
+        return f"data {spec!r}, split {split}, row {index}"
+
     def to_row(record: dict[str, Any], index: int) -> Row:
-        where = f"data {spec!r}, split {split}, row {index}"
+        where = where_of(record, index)
         try:
             row = {target: record[field].decode()} if field else {key: _plain(x) for key, x in record.items()}
         except UnicodeDecodeError as error:
@@ -163,7 +166,7 @@ def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
         return row if row == {"text": ""} else check(kind, row, where)
 
     builder, records = builders.open_records(make, f"data {spec!r}", split)
-    return Rows(records, to_row, {}, builders.derived_folder(builder, split) / (field or ""))
+    return Rows(records, to_row, {}, builders.derived_folder(builder, split) / (field or ""), where_of)
 
 
 def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.DatasetBuilder]:

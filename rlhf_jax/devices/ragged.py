@@ -1,8 +1,8 @@
-"""Responses of different lengths, without computing what is padding.
+"""Rows of different lengths in buckets, so that most of their padding is not computed.
 
-Rows are put in the order of their lengths and computed in parts, each as wide as its longest row needs: one of a few
-widths, for each of which the computation is compiled. Arrays are [B, ..., ..N] with N columns at the end of the last
-axis that may be padding, or [B]. What comes out is what whole rows give, but for rounding.
+Rows are sorted by length and computed in equal parts, each trimmed to the columns that its longest row needs, rounded
+up to one of a few widths: the computation is compiled once a width. Arrays are [B, ..., ..N], where the last N columns
+of the last axis may be padding, or [B]. The results are those of whole rows, but for rounding.
 """
 
 from collections.abc import Callable
@@ -18,61 +18,67 @@ T = TypeVar("T")
 Result = TypeVar("Result")
 
 
-def widths(columns: int, parts: int) -> tuple[int, ...]:
-    """The widths of responses that are compiled: `parts` equal steps up to all columns."""
-    return tuple(dict.fromkeys(-(-columns * (part + 1) // parts) for part in range(parts)))
+def widths(columns: int, buckets: int) -> tuple[int, ...]:
+    """The widths that are compiled: equal steps up to all columns, one a bucket."""
+    return tuple(dict.fromkeys(-(-columns * (bucket + 1) // buckets) for bucket in range(buckets)))
 
 
-def order(live: Bool[Array, "B N"], parts: int) -> Int[Array, "B"]:
-    """Row numbers, such that each of the parts that `parallel.split` makes has rows of like length.
+def lengths(mask: Bool[Array, "B N"]) -> Int[Array, "B"]:
+    """The number of columns of each row through its last real one."""
+    return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
 
-    Raises InputError where the rows do not divide.
+
+def order(mask: Bool[Array, "B N"], parts: int) -> Int[Array, "B"]:
+    """Row numbers, such that each of the parts that `parallel.split` makes has rows of similar lengths.
+
+    Raises InputError where the rows do not divide into parts.
     """
-    last = jnp.max(jnp.where(live, jnp.arange(1, live.shape[1] + 1), 0), axis=1)
-    return parallel.join(jnp.argsort(last).reshape(parts, parallel.part_size(len(last), parts)))
+    size = parallel.part_size(mask.shape[0], parts)
+    return parallel.join(jnp.argsort(lengths(mask)).reshape(parts, size))
 
 
-def narrow(tree: T, columns: int, width: int) -> T:
-    """Arrays without the last `columns - width` columns."""
+def trim(tree: T, columns: int, width: int) -> T:
+    """Arrays whose last `columns` columns are cut to the first `width` of them."""
     return jax.tree.map(lambda x: x[..., : x.shape[-1] - columns + width] if x.ndim > 1 else x, tree)
 
 
-def as_wide_as_needed(
-    compute: Callable[..., Result], live: Callable[[T], Bool[Array, "B N"]], parts: int
+def trimmed(
+    compute: Callable[..., Result], mask: Callable[[T], Bool[Array, "B N"]], buckets: int
 ) -> Callable[..., Result]:
-    """`compute(rows, *others)` of rows without the columns at the end in which none of them is `live(rows)`.
+    """`compute(rows, *others)` on rows trimmed to the smallest of the widths that has all of `mask(rows)`.
 
-    The others stay as they are. Its results must not have the width as a shape.
+    The others are not trimmed. The shapes of its results must not depend on the width.
     """
 
-    def computed(rows: T, *others: Any) -> Result:
-        needed = live(rows)
-        columns = needed.shape[1]
-        last = jnp.max(jnp.where(needed, jnp.arange(1, columns + 1), 0))
-        sizes = widths(columns, parts)
-        at = [lambda rows, *others, width=width: compute(narrow(rows, columns, width), *others) for width in sizes]
-        return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), last), at, rows, *others)
+    def compute_trimmed(rows: T, *others: Any) -> Result:
+        real = mask(rows)
+        columns = real.shape[1]
+        sizes = widths(columns, buckets)
+        branches = [lambda rows, *others, width=width: compute(trim(rows, columns, width), *others) for width in sizes]
+        narrowest = jnp.searchsorted(jnp.array(sizes), jnp.max(lengths(real)))
+        return jax.lax.switch(narrowest, branches, rows, *others)
 
-    return computed
+    return compute_trimmed
 
 
-def read(compute: Callable[..., Any], live: Bool[Array, "B N"], parts: int, *rows: Array) -> Any:
-    """`compute(*rows)`, a part of the rows at a time; its results are [B, N] or [B], and 0 in columns it did not see.
+def in_buckets(compute: Callable[..., Any], mask: Bool[Array, "B N"], buckets: int, *rows: Array) -> Any:
+    """`compute(*rows)`, a bucket of the rows at a time; results are [B, N] or [B], and 0 in columns that were trimmed.
 
-    Raises InputError where the rows do not divide into `parts`.
+    Raises InputError where the rows do not divide into buckets.
     """
-    if parts == 1:
+    if buckets == 1:
         return compute(*rows)
-    columns, index = live.shape[1], order(live, parts)
+    columns, index = mask.shape[1], order(mask, buckets)
 
-    def padded(rows: tuple[Array, ...]) -> Any:
+    def compute_padded(masked: tuple[Array, ...]) -> Any:
+        _, *rows = masked
         pad = lambda x: jnp.pad(x, ((0, 0), (0, columns - x.shape[1]))) if x.ndim > 1 else x
-        return jax.tree.map(pad, compute(*rows[1:]))
+        return jax.tree.map(pad, compute(*rows))
 
-    def of_part(rows: tuple[Array, ...]) -> Bool[Array, "B N"]:
-        return rows[0]
+    def mask_of(masked: tuple[Array, ...]) -> Bool[Array, "B N"]:
+        return masked[0]
 
-    split = tuple(parallel.split(x[index], parts) for x in (live, *rows))
-    results = jax.lax.map(as_wide_as_needed(padded, of_part, parts), split)
-    back = jnp.argsort(index)
-    return jax.tree.map(lambda x: parallel.join(x)[back], results)
+    split = tuple(parallel.split(x[index], buckets) for x in (mask, *rows))
+    results = jax.lax.map(trimmed(compute_padded, mask_of, buckets), split)
+    inverse = jnp.argsort(index)
+    return jax.tree.map(lambda x: parallel.join(x)[inverse], results)

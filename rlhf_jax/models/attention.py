@@ -1,14 +1,15 @@
-"""Attention whose scores [B, H, T, T] exist a block at a time: the kernel for TPUs that ships with JAX, and cuDNN's.
+"""Grouped-query attention, by plain matrix products or by a kernel whose scores [B, H, T, T] exist a block at a time.
 
-They serve where queries and keys are of the same columns: training, scoring, and reading a prompt. At padding, whose
-results nothing reads, they differ from `transformer.attend`. Over a mesh every device computes its own rows and heads.
+The kernels are JAX's splash attention for TPUs, and cuDNN's. They serve where queries and keys are of the same columns:
+training, scoring, and reading a prompt. Their results at padding, which nothing reads, differ from those of `attend`.
+On a mesh every device computes its own rows and heads.
 """
 
 import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,36 +22,36 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.devices import parallel
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Config
-from rlhf_jax.models.layers import Columns, Linear, Norm, View, capped, pick
-from rlhf_jax.models.rope import rope
+from rlhf_jax.models.layers import Columns, Linear, Norm, View, soft_cap, take_columns
+from rlhf_jax.models.rope import rotate
 from rlhf_jax.types import InputError
 
-LANES = 128  # a block of columns is a multiple of it
-BLOCK = 512  # columns of the largest one
+LANES = 128  # every block of columns is a multiple of this
+BLOCK = 512  # columns of the largest block
 
 
 def worthwhile(columns: int) -> bool:
-    """Whether what the step is traced for may have a kernel, and so many columns are worth a block of it."""
+    """Whether the platform that is traced for has a kernel, and this many columns are worth a block of it."""
     return parallel.platform() in ("tpu", "gpu") and columns > LANES
 
 
 def compute_capability() -> float:
-    """Of this machine's first device; 0 unless that is a GPU by NVIDIA."""
-    said = str(getattr(jax.devices()[0], "compute_capability", ""))
-    return float(said) if re.fullmatch(r"\d+\.\d+", said) else 0.0
+    """The compute capability of this machine's first device; 0 unless that is a GPU by NVIDIA."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0.0
 
 
-def _each_its_own(local: Callable[..., Array]) -> Callable[..., Array]:
-    """`local(query, key, value, rows)` on what each device of a mesh has; itself without one."""
+def _per_device(attention: Callable[..., Array]) -> Callable[..., Array]:
+    """`attention(query, key, value, rows)`, computed on a mesh by each device for its own rows and heads."""
     if not parallel.on_mesh():
-        return local
+        return attention
     rows, groups = PartitionSpec(parallel.ROWS), PartitionSpec(parallel.ROWS, "tensor")
     heads = PartitionSpec(parallel.ROWS, None, "tensor")
-    return jax.shard_map(local, in_specs=(heads, groups, groups, rows), out_specs=heads, check_vma=False)
+    return jax.shard_map(attention, in_specs=(heads, groups, groups, rows), out_specs=heads, check_vma=False)
 
 
 def _pad(x: Array, columns: int, *axes: int) -> Array:
-    """With zeros behind these axes, up to so many columns."""
+    """`x` with zeros behind it along these axes, up to this many columns."""
     return jnp.pad(x, [(0, columns - size if axis in axes else 0) for axis, size in enumerate(x.shape)])
 
 
@@ -62,24 +63,39 @@ def cudnn(
     scale: float,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T G R H"]:
-    """Causal attention over the keys that the mask allows, by cuDNN on a GPU from compute capability 8.0 on.
+    """Causal attention over the keys that the mask allows, by cuDNN, on a GPU of compute capability 8.0 or more.
 
-    In bfloat16, with at most 128 features a head, a multiple of 8. Scores are `scale` times the products of queries
-    and keys. `xla` computes the same anywhere, scores and all.
+    Takes bfloat16, and heads of at most 128 features, a multiple of 8. Scores are `scale` times the products of queries
+    and keys. The implementation `xla` computes the same on any device, and stores the scores.
     """
-    return _each_its_own(functools.partial(_cudnn, scale=scale, implementation=implementation))(query, key, value, mask)
+    return _per_device(functools.partial(_cudnn, scale=scale, implementation=implementation))(query, key, value, mask)
 
 
-def _cudnn(query: Array, key: Array, value: Array, mask: Array, *, scale: float, implementation: Any) -> Array:
+def _cudnn(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    *,
+    scale: float,
+    implementation: Literal["cudnn", "xla"],
+) -> Array:
     rows, columns, groups, shared, size = query.shape
-    # With a mask, some versions have NaN in gradients at other lengths (pytorch/pytorch#196678).
+    # With a mask, some versions of cuDNN yield NaN gradients at other lengths (pytorch/pytorch#196678).
     padded = LANES * -(-columns // LANES)
-    # A token that sees nothing, not even itself, would have the softmax of no scores.
+    # Every token attends to itself, padding too: the softmax of no scores at all is NaN.
     mask = _pad(mask, padded, 1, 2) | jnp.eye(padded, dtype=bool)[None]
     query = _pad(query, padded, 1).reshape(rows, padded, groups * shared, size)
     key, value = (_pad(x, padded, 2).transpose(0, 2, 1, 3) for x in (key, value))
-    settings: dict[str, Any] = {"scale": scale, "is_causal": True, "implementation": implementation}
-    mixed = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], **settings)
+    mixed = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask[:, None],
+        scale=scale,
+        is_causal=True,
+        implementation=implementation,
+    )
     return mixed[:, :columns].reshape(rows, columns, groups, shared, size)
 
 
@@ -94,10 +110,10 @@ def splash(
 ) -> Float[Array, "B T G R H"]:
     """Causal attention within documents, by splash attention (after arXiv:2205.14135).
 
-    Scores are `scale` times the products of queries and keys, and then `cap tanh(s / cap)`. `interpret` runs the kernel
-    anywhere, slowly.
+    Scores s are `scale` times the products of queries and keys, and become `cap tanh(s / cap)`. `interpret` runs the
+    kernel on any device, slowly.
     """
-    return _each_its_own(functools.partial(_splash, scale=scale, cap=cap, interpret=interpret))(
+    return _per_device(functools.partial(_splash, scale=scale, cap=cap, interpret=interpret))(
         query, key, value, segment
     )
 
@@ -111,17 +127,22 @@ def _splash(
     block = math.gcd(padded, BLOCK) if padded > BLOCK else padded
     query, segment = _pad(query * scale, padded, 1), _pad(segment.astype(jnp.int32), padded, 1)
     key, value = _pad(key, padded, 2), _pad(value, padded, 2)
-    names = "block_q", "block_kv", "block_q_dq", "block_kv_dq", "block_q_dkv", "block_kv_dkv"
-    sizes: dict[str, Any] = dict.fromkeys(names, block)
     kernel = kernels.make_splash_mqa_single_device(
         masks.MultiHeadMask([masks.CausalMask((padded, padded))] * shared),
-        block_sizes=kernels.BlockSizes(**sizes),
+        block_sizes=kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+        ),
         attn_logits_soft_cap=cap,
         interpret=interpret,
     )
-    within = lambda query, key, value, segment: kernel(query, key, value, kernels.SegmentIds(segment, segment))
-    every = jax.vmap(jax.vmap(within, (0, 0, 0, None)))  # rows, and groups of heads
-    mixed = every(query.transpose(0, 2, 3, 1, 4), key, value, segment)
+    one_group = lambda query, key, value, segment: kernel(query, key, value, kernels.SegmentIds(segment, segment))
+    all_groups = jax.vmap(one_group, (0, 0, 0, None))
+    mixed = jax.vmap(all_groups)(query.transpose(0, 2, 3, 1, 4), key, value, segment)
     return mixed.transpose(0, 3, 1, 2, 4)[:, :columns]
 
 
@@ -134,45 +155,53 @@ def attend(
 ) -> Float[Array, "B T G R H"]:
     """Each query's mean of the values under `softmax(query . key / sqrt(H))`, over the keys that mask [B, T, S] allows.
 
-    `config` may give another size than H, and a cap. Heads go first, so that both products are plain batched matrix
-    products; rows and groups stay apart, which a mesh may spread over different axes. Softmax in float32.
+    `config` may replace H by its `query_size`, and cap the scores. Softmax in float32. Heads are moved in front of the
+    columns, so that both products are plain batched matrix products; rows and groups stay separate axes, since a mesh
+    may shard them differently.
     """
     rows, columns, groups, shared, size = query.shape
     query = query.transpose(0, 2, 3, 1, 4).reshape(rows, groups, shared * columns, size)
     scores = jnp.einsum("bgqh,bgsh->bgqs", query, key, preferred_element_type=jnp.float32)
     scores = scores.reshape(rows, groups, shared, columns, -1) * (config.query_size or size) ** -0.5
-    scores = capped(scores, config.attention_cap)
+    scores = soft_cap(scores, config.attention_cap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
     mixed = weights.astype(value.dtype).reshape(rows, groups, shared * columns, -1) @ value
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
 
 
 def kernel(config: Config, queries: int, keys: int) -> Literal["splash", "cudnn"] | None:
-    """Which kernel of `attention` serves so many columns, in what is being traced; None is `attend`.
+    """The kernel for this many columns of queries and keys on the platform that is traced for; None is `attend`.
 
-    Raises InputError where one is asked for that does not serve.
+    Raises InputError where `attention=flash` asks for a kernel that cannot compute this model.
     """
-    c, wanted = config, config.compute.attention
-    if queries != keys or wanted == "plain" or (wanted == "auto" and not worthwhile(queries)):
+    c, setting = config, config.compute.attention
+    if queries != keys or setting == "plain" or (setting == "auto" and not worthwhile(queries)):
         return None
     name: Literal["splash", "cudnn"] = "cudnn" if parallel.platform() == "gpu" else "splash"
     if name == "cudnn":
         capability = compute_capability()
-        serves = c.compute.dtype == "bfloat16" and c.head_dim in range(8, 129, 8) and c.attention_cap is None
-        serves = serves and capability >= 8.0
+        serves = (
+            c.compute.dtype == "bfloat16"
+            and c.head_dim in range(8, 129, 8)
+            and c.attention_cap is None
+            and capability >= 8.0
+        )
         why = (
             "takes bfloat16, at most 128 features a head by eights, no cap, and compute capability 8.0 or more: here"
             f" are {c.compute.dtype}, {c.head_dim}, {c.attention_cap} and {capability}"
         )
     else:
         serves, why = c.window is None, "has no window, which this model has"
-    if not serves and wanted == "flash":
+    if not serves and setting == "flash":
         raise InputError(f"attention=flash {why}; use auto or plain")
     return name if serves else None
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention; softmax in float32."""
+    """Grouped-query causal attention; softmax in float32.
+
+    Yields what these `columns` of x attend to, and the cache, if there is one, with the keys and values of all of x.
+    """
 
     config: Config
 
@@ -184,21 +213,21 @@ class Attention(nn.Module):
         groups, shared = c.n_kv_heads, c.n_heads // c.n_kv_heads
         qkv = Linear(c, (c.d_model,), (groups, shared + 2, c.head_dim), 0.02, c.bias != "none", name="qkv")(x)
         query, key, value = jax.lax.split(qkv, (shared, 1, 1), axis=3)
-        query = pick(query, columns)
+        query = take_columns(query, columns)
         if c.qk_norm:
             query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
         if c.position == "rope":
-            query = rope(query, jax.tree.map(lambda part: pick(part, columns), view.turn))
-            key = rope(key, view.turn)
+            query = rotate(query, jax.tree.map(lambda part: take_columns(part, columns), view.rotation))
+            key = rotate(key, view.rotation)
         key, value = (x[..., 0, :].transpose(0, 2, 1, 3) for x in (key, value))
         if cache is not None:
             cache = cache.put(layer, key, value)
-            if view.attend.shape[2] != key.shape[2]:  # not a prefill: look back at the cache
-                key, value = cache.at(layer)
-        mask = view.attend
+            if view.mask.shape[2] != key.shape[2]:  # a token attends to the whole cache, a prompt to itself alone
+                key, value = cache.layer(layer)
+        mask = view.mask
         if c.window is not None:
-            far = jnp.isin(layer, jnp.array(c.full_layers, jnp.int32))
-            mask = jnp.where(far, view.attend, view.near) if c.full_layers else view.near
+            full = jnp.isin(layer, jnp.array(c.full_layers, jnp.int32))
+            mask = jnp.where(full, view.mask, view.window_mask) if c.full_layers else view.window_mask
         scale = (c.query_size or c.head_dim) ** -0.5
         match kernel(c, query.shape[1], key.shape[2]):
             case "splash":
@@ -206,7 +235,7 @@ class Attention(nn.Module):
             case "cudnn":
                 mixed = cudnn(query, key, value, mask, scale)
             case None:
-                mixed = attend(query, key, value, pick(mask, columns), c)
+                mixed = attend(query, key, value, take_columns(mask, columns), c)
         std = 0.02 / (2 * c.n_layers) ** 0.5
         out = Linear(c, (groups, shared, c.head_dim), (c.d_model,), std, c.bias == "all", name="out")
         return out(mixed), cache

@@ -58,18 +58,41 @@ class Config(Settings):
             raise InputError(f"RoPE rotates pairs of features: head_dim={self.head_dim} must be even")
 
 
-def gpt(n_layers: int, d_model: int, n_heads: int, **settings) -> Config:
-    """A GPT-2/GPT-3 shaped config: learned positions, LayerNorm, GELU, biases, tied embeddings."""
-    shape: dict[str, Any] = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_heads}
-    return Config(**shape, head_dim=d_model // n_heads, d_ff=4 * d_model, **settings)
+def gpt(n_layers: int, d_model: int, n_heads: int, **others: Any) -> Config:
+    """A config of GPT-2's shape: learned positions, LayerNorm, GELU, biases, tied embeddings.
+
+    `others` are further fields of `Config`.
+    """
+    return Config(
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=d_model // n_heads,
+        d_ff=4 * d_model,
+        **others,
+    )
 
 
-def llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int, **settings) -> Config:
-    """A Llama shaped config: RoPE, RMSNorm, SwiGLU, grouped-query attention, no biases, untied by default."""
-    shape = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_ff": d_ff}
-    family = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "tie_embeddings": False}
-    every: dict[str, Any] = {"head_dim": d_model // n_heads} | shape | family | settings
-    return Config(**every)
+def llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int, **others: Any) -> Config:
+    """A config of Llama's shape: RoPE, RMSNorm, SwiGLU, grouped-query attention, no biases, no tied embeddings.
+
+    `others` are further fields of `Config`, in which they may differ from that.
+    """
+    shape = Config(
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=others.get("head_dim", d_model // n_heads),  # checked at once, for RoPE needs an even one
+        d_ff=d_ff,
+        position="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="none",
+        tie_embeddings=False,
+    )
+    return dataclasses.replace(shape, **others)
 
 
 PRESETS: dict[str, Config] = {

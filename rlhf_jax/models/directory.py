@@ -8,7 +8,6 @@ runs. All that can be checked before the weights are read is, and each tensor as
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import math
 import os
@@ -147,8 +146,7 @@ def load_reward(
     """A reward model from a directory: a trunk and a score head of one output, read at the last real token."""
     config, tokenizer, generation = _settings(Path(path), compute)
     params = _read(Path(path), config, scalar=True, dtype=dtype, place=place)
-    apply = functools.partial(transformer.bind(heads.ScalarModel(config)), method="last")
-    return Model(config, params, tokenizer, apply, generation)
+    return Model(config, params, tokenizer, heads.score_fn(config), generation)
 
 
 def _settings(path: Path, compute: Compute) -> tuple[Config, tokenizers.Tokenizer | None, dict[str, Any] | None]:
@@ -165,6 +163,8 @@ def check_writable(path: str | Path) -> None:
     """
     target = _destination(Path(path))
     folder = next(folder for folder in target.parents if folder.exists())
+    with _writable(Path(path)), contextlib.suppress(FileNotFoundError):
+        os.lstat(target.with_name(f".{target.name}-12345678-former"))  # the longest name that `save` gives a folder
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(
             f"a model cannot be written to {path}: {folder} is read-only; make it writable, or name another"
@@ -364,16 +364,23 @@ _BUFFERS = re.compile(r"attn\.(masked_)?bias|.*\.attn\.(masked_)?bias|.*rotary_e
 
 def _read(path: Path, config: Config, scalar: bool, dtype: Any, place: Placement) -> Params:
     tensors = files.Tensors(path)
-    expected, prefix = _expected(tensors, config, scalar)
+    tensors.where = {name: file for name, file in tensors.where.items() if not _BUFFERS.fullmatch(name)}
+    parts, prefix = [], _prefix(tensors, config, scalar)
+    expected = _head(tensors, config, scalar)
+    for entry, layer, shapes in _layout(config, scalar):
+        found = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+        for name in found:
+            tensors.need(name)  # at once: a config may ask for a billion layers
+        expected |= found
+        parts.append((entry, layer, [*found]))
     tensors.check(expected)
     if config.tie_embeddings and "lm_head.weight" in expected:
-        _check_tied(tensors, _embedding_name(config, scalar).removeprefix(prefix))
+        _check_tied(tensors, parts[0][2][0])
     shapes = transformer.parameter_shapes(config)
     params: dict[str, Any] = {}
     # The largest tensors, those without layers, come first: what a tensor takes on its way adds to what is there.
-    for entry, layer, names in sorted(_layout(config, scalar), key=lambda part: part[1] is not None):
-        parts = (tensors.get(name.removeprefix(prefix), dtype) for name in names)
-        value = entry.into(*parts).astype(dtype, copy=False)
+    for entry, layer, names in sorted(parts, key=lambda part: part[1] is not None):
+        value = entry.into(*(tensors.get(name, dtype) for name in names)).astype(dtype, copy=False)
         shape = _get(shapes, entry.leaf).shape
         sharding = place(entry.leaf, shape)
         if layer is None:
@@ -389,35 +396,21 @@ def _read(path: Path, config: Config, scalar: bool, dtype: Any, place: Placement
     return {"trunk": params, "kernel": jnp.asarray(weight), "bias": jnp.asarray(bias)}
 
 
-def _expected(tensors: files.Tensors, config: Config, scalar: bool) -> tuple[dict[str, tuple[int, ...]], str]:
-    """The shapes of the tensors that a checkpoint should have, and the prefix that its names lack, which is often none.
-
-    Buffers that older checkpoints hold beside their weights are no longer among `tensors`. Raises InputError for the
-    first tensor that is missing, without listing those of a config of a billion layers.
-    """
-    embedding = _embedding_name(config, scalar)
-    prefix = embedding.split(".")[0] + "."
-    if any(name.startswith(prefix) for name in tensors.where):  # which GPT-2's own files lack
-        prefix = ""
-    tensors.where = {name: file for name, file in tensors.where.items() if not _BUFFERS.fullmatch(name)}
-    expected: dict[str, tuple[int, ...]] = {}
-    if scalar:
-        if "score.weight" not in tensors.where:
-            raise InputError(f"{tensors.path} has no score head (score.weight): it is not a reward model")
-        expected["score.weight"] = (1, config.d_model)
-        if "score.bias" in tensors.where:
-            expected["score.bias"] = (1,)
-    elif config.tie_embeddings and "lm_head.weight" in tensors.where:
-        expected["lm_head.weight"] = (config.vocab_size, config.d_model)
-    for *_, shapes in _layout(config, scalar):
-        for name, shape in shapes.items():
-            tensors.need(name.removeprefix(prefix))
-            expected[name.removeprefix(prefix)] = shape
-    return expected, prefix
+def _prefix(tensors: files.Tensors, config: Config, scalar: bool) -> str:
+    """The prefix that the names in this checkpoint lack, as in GPT-2's own files; empty for most."""
+    prefix = families.entries(config, scalar)[0].names[0].split(".")[0] + "."
+    return "" if any(name.startswith(prefix) for name in tensors.where) else prefix
 
 
-def _embedding_name(config: Config, scalar: bool) -> str:
-    return families.entries(config, scalar)[0].names[0]
+def _head(tensors: files.Tensors, config: Config, scalar: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of a score head, which a reward model must have, or of a tied unembedding, which may be there too."""
+    if not scalar:
+        tied = config.tie_embeddings and "lm_head.weight" in tensors.where
+        return {"lm_head.weight": (config.vocab_size, config.d_model)} if tied else {}
+    if "score.weight" not in tensors.where:
+        raise InputError(f"{tensors.path} has no score head (score.weight): it is not a reward model")
+    head: dict[str, tuple[int, ...]] = {"score.weight": (1, config.d_model)}
+    return head | ({"score.bias": (1,)} if "score.bias" in tensors.where else {})
 
 
 # Writes one layer [1, ...] of a leaf in place.

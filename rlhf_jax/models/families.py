@@ -95,11 +95,10 @@ _NEVER_NULL = {*_SIZES.values(), *_GPT2_SIZES.values(), "rope_theta"} - {"num_ke
 def family(config: Config) -> str:
     """The first family that expresses a config; raises InputError where none does."""
     square = config.n_kv_heads == config.n_heads and config.n_heads * config.head_dim == config.d_model
-    gpt2 = gpt(config.n_layers, config.d_model, config.n_heads)
-    if square and config.tie_embeddings and _same(config, gpt2, ()):
+    if square and config.tie_embeddings and _same(config, gpt(config.n_layers, config.d_model, config.n_heads), ()):
         return "gpt2"
     for name, (settings, optional) in _GATED.items():
-        like = llama(config.n_layers, config.d_model, config.n_heads, config.n_kv_heads, config.d_ff)
+        like = llama(1, config.head_dim, 1, 1, config.d_ff)  # sizes may differ
         if _same(config, dataclasses.replace(like, **settings), ("rope_scaling", *optional)):
             return name
     raise InputError(f"no Hugging Face architecture among {', '.join(SUPPORTED)} expresses {config}")

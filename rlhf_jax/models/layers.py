@@ -1,4 +1,8 @@
-"""The layers that a block is made of, and what each of them needs to know of the rows."""
+"""The layers of a block, and the view of the rows that all of them share: who attends to whom, and from which position.
+
+A view is made once a forward pass: by `whole_view` where all columns are computed at once (training, scoring, reading a
+prompt), by `token_view` where one column is appended to a cache.
+"""
 
 import functools
 import math
@@ -11,29 +15,58 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlhf_jax.devices import parallel
+from rlhf_jax.models import rope
 from rlhf_jax.models.config import Config
 from rlhf_jax.types import Leaf
 
+# Columns of a row: a slice, the same for every row, or indices, each row's own.
+Columns = slice | Int[Array, "B N"]
+ALL = slice(None)
+
+
+def take_columns(x: Shaped[Array, "B T ..."], columns: Columns) -> Shaped[Array, "B N ..."]:
+    """These columns of each row."""
+    return x[:, columns] if isinstance(columns, slice) else jax.vmap(lambda row, n: row[n])(x, columns)
+
 
 class View(struct.PyTreeNode):
-    """What every layer needs to know of the rows."""
+    """What every layer needs to know of the T columns that are computed and the S that they may attend to."""
 
-    turn: Any  # cosine and sine of RoPE's angles, [B, T, head_dim / 2] each; None without RoPE
-    attend: Leaf  # [B, T, S] bool
-    near: Leaf  # [B, T, S] bool, the same within the window; None without one
-    segment: Leaf  # [B, T] of these columns
-    keys: Leaf  # [B] dropout keys, one a row, or None to evaluate
-
-
-Columns = slice | Int[Array, "B N"]  # of a row: the same of each, or its own
+    position: Leaf  # [B, T] int32, within the document; arbitrary at padding
+    rotation: Any  # `rope.Rotation` of these positions; None without RoPE
+    mask: Leaf  # [B, T, S] bool, the columns that a token attends to
+    window_mask: Leaf  # [B, T, S] bool, those of them within the window; None without one
+    segment: Leaf  # [B, T], see `types`
+    keys: Leaf  # [B] dropout keys, or None to evaluate
 
 
-EVERY = slice(None)
+def whole_view(
+    config: Config, segment: Int[Array, "B T"] | Bool[Array, "B T"], table: rope.Table | None, keys: Array | None = None
+) -> View:
+    """The view of T columns that attend to each other alone."""
+    position, mask = positions(segment), causal_mask(segment)
+    return View(
+        position=position,
+        rotation=rope.look_up(table, position),
+        mask=mask,
+        window_mask=within_window(config, mask, position, position),
+        segment=segment,
+        keys=keys,
+    )
 
 
-def pick(x: Shaped[Array, "B T ..."], columns: Columns) -> Shaped[Array, "B N ..."]:
-    """These columns alone."""
-    return x[:, columns] if isinstance(columns, slice) else jax.vmap(lambda row, n: row[n])(x, columns)
+def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Table | None) -> View:
+    """The view of each row's last real token, which attends to all the real columns of a cache with this mask."""
+    position = jnp.sum(mask, axis=1, dtype=jnp.int32, keepdims=True) - 1
+    attended = mask[:, None, :]
+    return View(
+        position=position,
+        rotation=rope.look_up(table, position),
+        mask=attended,
+        window_mask=within_window(config, attended, position, jnp.cumsum(mask, axis=1) - 1),
+        segment=jnp.ones_like(position, bool),
+        keys=None,
+    )
 
 
 def positions(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -46,29 +79,38 @@ def positions(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Int[Array, "B 
     return count - jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
 
 
-def causal(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Which tokens attend to which: to themselves and the earlier real tokens of their own document."""
+def causal_mask(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Which tokens attend to which: each to itself and the earlier real tokens of its own document."""
     columns = jnp.arange(segment.shape[1])
     same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
     return same & (columns[:, None] >= columns[None, :])[None]
 
 
+def within_window(
+    config: Config, mask: Bool[Array, "B T S"], position: Int[Array, "B T"], key_position: Int[Array, "B S"]
+) -> Bool[Array, "B T S"] | None:
+    """The part of the mask that lies within the model's window of positions; None where the model has none."""
+    if config.window is None:
+        return None
+    return mask & (position[:, :, None] - key_position[:, None, :] < config.window)
+
+
 def dropout(x: Float[Array, "B T D"], keys: Array | None, site: int | Array, rate: float) -> Float[Array, "B T D"]:
-    """Inverted dropout whose mask depends on the row's key and the site alone, so never on batch size or devices."""
+    """Inverted dropout whose mask depends on the row's key and the site alone, never on batch size or devices."""
     if keys is None or rate == 0.0:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1.0 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
-def capped(x: Array, cap: float | None) -> Array:
-    """`cap tanh(x / cap)`: x where it is small, and never beyond the cap."""
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """`cap tanh(x / cap)`: about x where it is small, and never beyond the cap; x itself where the cap is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-# What is cheap to compute and as large as what it is computed from is computed again in the backward pass, which would
-# else read back intermediates from memory, several of each.
-again = functools.partial(jax.checkpoint, prevent_cse=False)
+# Recompute cheap elementwise operations in the backward pass: storing their intermediates, several of each and all as
+# large as their input, costs more memory traffic than computing them again.
+recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class Norm(nn.Module):
@@ -79,25 +121,28 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        along = (1,) * (x.ndim - 1) + x.shape[-1:]
+        features = (1,) * (x.ndim - 1) + x.shape[-1:]
         scale = self.param("scale", nn.initializers.zeros if c.unit_offset else nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, along[-1:]) if c.norm == "layernorm" else None
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if c.norm == "layernorm" else None
 
-        def normed(x: Array, scale: Array, bias: Array | None) -> Array:
+        def normalize(x: Array, scale: Array, bias: Array | None) -> Array:
             x = x.astype(jnp.float32)
             if bias is not None:
                 x = x - jnp.mean(x, axis=-1, keepdims=True)
             x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
-            x = x * (scale + 1.0 if c.unit_offset else scale).reshape(along)
+            x = x * (scale + 1.0 if c.unit_offset else scale).reshape(features)
             if bias is not None:
-                x = x + bias.reshape(along)
+                x = x + bias.reshape(features)
             return x.astype(c.compute.dtype)
 
-        return again(normed)(x, scale, bias)
+        return recompute(normalize)(x, scale, bias)
 
 
 class Linear(nn.Module):
-    """`x @ kernel + bias`, from the last axes of x [B, T, *inputs] to [B, T, *outputs]."""
+    """`x @ kernel + bias`, from the last axes of x [B, T, *inputs] to [B, T, *outputs].
+
+    Where its parameters have LoRA's factors beside the kernel, `x @ kernel_a @ kernel_b` is added.
+    """
 
     config: Config
     inputs: tuple[int, ...]
@@ -109,28 +154,29 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.std), (*self.inputs, *self.outputs))
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
-        outputs = *x.shape[:2], *self.outputs
-        # One plain matrix product: XLA for CPU takes three times as long over the gradient of anything else.
-        flat = lambda x, kernel: (x.reshape(-1, fan_in) @ kernel.astype(x.dtype).reshape(fan_in, fan_out)).reshape(
-            outputs
-        )
-        # On a mesh, flat outputs [2 F] could not be spread over F.
-        whole = lambda x, kernel: jnp.tensordot(x, kernel.astype(x.dtype), len(self.inputs))
-        product = whole if parallel.on_mesh() else flat
-        if self.has_variable("params", "kernel_a"):  # of lora.py
+        shape = *x.shape[:2], *self.outputs
+
+        def matmul(x: Array, kernel: Array) -> Array:
+            kernel = kernel.astype(x.dtype)
+            if parallel.on_mesh():  # flat outputs [2 F] could not be sharded over F
+                return jnp.tensordot(x, kernel, len(self.inputs))
+            # One plain matrix product: XLA for CPU takes three times as long over the gradient of anything else.
+            return (x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)).reshape(shape)
+
+        if self.has_variable("params", "kernel_a"):
             a, b = (self.variables["params"][f"kernel_{factor}"].astype(x.dtype) for factor in "ab")
-            # The backward pass keeps the kernel itself, not a cast and reshaped copy for each layer.
-            y = jax.checkpoint(product, prevent_cse=False)(x, kernel)
-            y = y + (x.reshape(-1, fan_in) @ a @ b).reshape(outputs)
+            # The backward pass keeps the kernel itself, not a cast and reshaped copy of it for each layer.
+            y = recompute(matmul)(x, kernel)
+            y = y + (x.reshape(-1, fan_in) @ a @ b).reshape(shape)
         else:
-            y = product(x, kernel)
+            y = matmul(x, kernel)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype)[None, None]
         return y
 
 
 class MLP(nn.Module):
-    """GELU, or SwiGLU or GeGLU, whose gate and input projections are one. GELU is the tanh form, as GPT-2's."""
+    """GELU in its tanh form, as GPT-2's, or SwiGLU or GeGLU with gate and input in one projection."""
 
     config: Config
 
@@ -139,7 +185,7 @@ class MLP(nn.Module):
         c = self.config
         gated, biased = c.mlp != "gelu", c.bias == "all"
         hidden = Linear(c, (c.d_model,), (2, c.d_ff) if gated else (c.d_ff,), 0.02, biased, name="up")(x)
-        activation = jax.nn.silu if c.mlp == "swiglu" else jax.nn.gelu  # its default is the tanh form
-        active = lambda x: activation(x[..., 0, :]) * x[..., 1, :] if gated else activation(x)
-        hidden = again(active)(hidden)
+        nonlinearity = jax.nn.silu if c.mlp == "swiglu" else jax.nn.gelu  # its default is the tanh form
+        activate = lambda x: nonlinearity(x[..., 0, :]) * x[..., 1, :] if gated else nonlinearity(x)
+        hidden = recompute(activate)(hidden)
         return Linear(c, (c.d_ff,), (c.d_model,), 0.02 / (2 * c.n_layers) ** 0.5, biased, name="down")(hidden)

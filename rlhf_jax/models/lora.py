@@ -1,9 +1,9 @@
-"""Low-rank adaptation (arXiv:2106.09685): y = x W + (alpha / rank) x A B, of which A and B alone are trained.
+"""Low-rank adaptation (arXiv:2106.09685): y = x W + (alpha / rank) x A B, where only A and B are trained.
 
-What is trained and the frozen base are two trees. Adapters have the paths of the kernels that they adapt, so `attach`
-lays one tree over the other: the result serves wherever parameters do, and `transformer.Linear` adds x A B where it
-finds adapters beside its kernel. A scalar model's head is trained whole. Without a rank everything is trained and the
-base is empty, so that an experiment is written once for both.
+Trained parameters and the frozen base are two trees. Adapters have the paths of the kernels that they adapt, so
+`attach` merges one tree into the other; the result can be used wherever parameters can, since `layers.Linear` adds
+x A B where it finds adapters beside its kernel. A scalar model's head is trained whole. Without a rank all parameters
+are trained and the base is empty, so that an experiment is written once for both.
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ class Config(Settings):
 
 
 def split(params: Params, cfg: Config, key: jax.Array) -> tuple[Params, Params]:
-    """(trained, base) of a network; `attach` of the two computes what `params` does.
+    """Trained and base parameters of a network; `attach` of the two computes the same as `params`.
 
-    Trained are the adapters, `kernel_a` [L, inputs, rank] from N(0, 1 / inputs) and `kernel_b` [L, rank, outputs], at
-    first 0, and a scalar model's head. Without a rank all of `params` is.
+    The trained ones are the adapters, `kernel_a` [L, inputs, rank] from N(0, 1 / inputs) and `kernel_b`
+    [L, rank, outputs], at first 0, and a scalar model's head. Without a rank they are all of `params`.
     """
     if cfg.rank is None:
         return params, {}
@@ -60,7 +60,7 @@ def split(params: Params, cfg: Config, key: jax.Array) -> tuple[Params, Params]:
 
 
 def attach(base: Params, trained: Params, cfg: Config) -> Params:
-    """Parameters for an apply function: `trained` laid over `base`, with alpha / rank multiplied into `kernel_b`."""
+    """Parameters for an apply function: `trained` merged into `base`, with `kernel_b` scaled by alpha / rank."""
     scaled = {
         path: x * (cfg.alpha / cfg.rank) if path[-1] == "kernel_b" and cfg.rank else x
         for path, x in flatten_dict(trained).items()
@@ -69,7 +69,7 @@ def attach(base: Params, trained: Params, cfg: Config) -> Params:
 
 
 def merge(base: Params, trained: Params, cfg: Config) -> Params:
-    """Parameters without adapters that compute what `attach` of the two does, to save: W + (alpha / rank) A B."""
+    """Parameters to save, whose kernels are W + (alpha / rank) A B: they compute the same as `attach` of the two."""
     params = flatten_dict(attach(base, trained, cfg))
     for path in [path[:-1] for path in params if path[-1] == "kernel_a"]:
         change = jnp.matmul(params.pop((*path, "kernel_a")), params.pop((*path, "kernel_b")), precision="highest")
@@ -79,14 +79,14 @@ def merge(base: Params, trained: Params, cfg: Config) -> Params:
 
 
 def with_base(network: Callable, base: Params, cfg: Config) -> Callable:
-    """`network(params, ...)` as a function of what is trained, over this base."""
+    """`network(params, ...)` as a function of the trained parameters, on this base."""
     return lambda trained, *args, **kwargs: network(attach(base, trained, cfg), *args, **kwargs)
 
 
 def on_base(cfg: Config, make_step: Callable[[Callable[[Callable], Callable]], Callable]) -> Callable:
     """A train step `(state, base, *batch)` that trains adapters on a frozen base.
 
-    It is the step `(state, *batch)` that `make_step(on)` returns, where `on(network)` computes a network over the base:
+    `make_step(on)` returns a train step `(state, *batch)`; `on(network)` is the network on the base:
 
         on_base(cfg, lambda on: functools.partial(sft.train_step, logprobs_fn=on(network), tx=tx))
     """

@@ -1,9 +1,12 @@
 """The decoder-only Transformer. GPT-2, Llama, Mistral, Qwen and Gemma 2 are settings of one block.
 
-The layers are one scanned block whose parameters are stacked on a leading axis [L]. Query heads lie beside the key and
-value head that they share: one fused projection yields [G groups, R query heads + key + value, head_dim].
+The parameters of the layers are stacked on a leading axis [L], for one scan over them; where the layers are unrolled,
+each takes its slice. Query heads lie beside the key and value head that they share: one fused projection yields
+[G groups, R query heads + key + value, head_dim].
+
 Padding may be anywhere in a row: a token attends to the earlier real tokens of its own document, and its position is
-how many of them there are.
+the number of those. `Transformer.hidden` computes whole rows, for training and scoring; for generation, `prefill` reads
+a prompt into a cache and `decode` appends a token to it.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,38 +15,52 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import by_columns, entropy, token_logprobs
-from rlhf_jax.models.attention import Attention, kernel
+from rlhf_jax.models import attention
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Config
-from rlhf_jax.models.layers import EVERY, MLP, Columns, Norm, View, capped, causal, dropout, pick, positions
-from rlhf_jax.models.rope import turns
+from rlhf_jax.models.layers import (
+    ALL,
+    MLP,
+    Columns,
+    Norm,
+    View,
+    dropout,
+    soft_cap,
+    take_columns,
+    token_view,
+    whole_view,
+)
+from rlhf_jax.models.rope import rotary_table
 from rlhf_jax.types import InputError, LogprobsFn, Params
+
+LAST = slice(-1, None)  # the last column of each row
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, the body of the scan over layers. Of what it yields, `columns` alone are computed."""
+    """Pre-norm attention and MLP: one layer, which yields the residual stream at `columns` and the cache."""
 
     config: Config
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, Cache | None], layer: int | Array, view: View, columns: Columns = EVERY
+        self, carry: tuple[Array, Cache | None], layer: int | Array, view: View, columns: Columns = ALL
     ) -> tuple[tuple, None]:
         c = self.config
         x, cache = carry
-        mixed, cache = Attention(c, name="attention")(Norm(c, name="norm_1")(x), layer, view, cache, columns)
+        normed = Norm(c, name="norm_1")(x)
+        mixed, cache = attention.Attention(c, name="attention")(normed, layer, view, cache, columns)
         if c.post_norm:
             mixed = Norm(c, name="post_norm_1")(mixed)
-        x = pick(x, columns) + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
+        x = take_columns(x, columns) + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
         added = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
         if c.post_norm:
             added = Norm(c, name="post_norm_2")(added)
         x = x + dropout(added, view.keys, 2 * layer + 2, c.dropout)
-        # What the backward pass keeps of a layer, if anything.
+        # On a mesh the backward pass stores x, its input to the next layer, sharded over tensor too.
         return (parallel.constrain(x, parallel.ROWS, "tensor"), cache), None
 
 
@@ -51,7 +68,7 @@ SAVED = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full
 
 
 class Transformer(nn.Module):
-    """The trunk and its unembedding. `__call__` maps tokens to logits; `hidden` stops before the unembedding."""
+    """The trunk and its unembedding; `__call__` maps tokens to logits."""
 
     config: Config
 
@@ -77,78 +94,105 @@ class Transformer(nn.Module):
 
     def hidden(
         self,
-        tokens: Array,
-        segment: Array,
+        tokens: Int[Array, "B T"],
+        segment: Int[Array, "B T"] | Bool[Array, "B T"],
         keys: Array | None = None,
-        cache: Cache | None = None,
-        layers: Sequence[Params] | None = None,
-        columns: Columns = EVERY,
-    ) -> tuple[Array, Cache | None]:
-        """Final hidden states [B, N, D] of these of the columns, and the cache with all T of them appended.
-
-        `segment` is a bool mask or document ids [B, T]. `keys` [B] turn residual dropout on. With a cache, T columns
-        are appended at `cache.column`: either the whole prompt into an empty cache, or one column. `layers` are the
-        parameters of the blocks one by one (`layers_of`), which then run one by one, on a cache that is `apart`.
-        """
-        if self.config.position == "learned" and tokens.shape[1] > self.config.max_length:
-            raise InputError(f"{tokens.shape[1]} columns exceed the model's context of {self.config.max_length}")
-        if cache is None and unrolled(self.config) and not self.is_initializing():
+        columns: Columns = ALL,
+    ) -> Float[Array, "B N D"]:
+        """Final hidden states at these columns; `keys` [B] turn residual dropout on."""
+        view = whole_view(self.config, segment, rotary_table(tokens.shape[1], self.config), keys)
+        x = self._embed(tokens, view)
+        if unrolled(self.config) and not self.is_initializing():
             layers = layers_of(self.variables["params"], self.config)
-        position, attend = positions(segment), causal(segment)
-        key_position = position
-        if cache is not None:
-            start = (0, cache.column)
-            cache = cache.replace(mask=jax.lax.dynamic_update_slice(cache.mask, segment.astype(bool), start))
-            if tokens.shape[1] == 1:
-                position = jnp.sum(cache.mask, axis=1, dtype=jnp.int32, keepdims=True) - 1
-                attend = cache.mask[:, None, :]
-        near = None
-        if self.config.window is not None:
-            if cache is not None and tokens.shape[1] == 1:
-                key_position = jnp.cumsum(cache.mask, axis=1) - 1
-            near = attend & (position[:, :, None] - key_position[:, None, :] < self.config.window)
-        x = self.embedding[tokens]
-        if self.config.scale_embedding:
-            x = x * jnp.asarray(self.config.d_model**0.5, self.config.compute.dtype)
-        if self.config.position == "learned":
-            x = x + self.position_table[position]
-        x = dropout(x.astype(self.config.compute.dtype), keys, 0, self.config.dropout)
-        x = parallel.constrain(x, parallel.ROWS, "tensor")
-        table = turns(tokens.shape[1], self.config) if cache is None else cache.turns
-        turn = jax.tree.map(lambda part: jnp.take(part, position, axis=0, mode="clip"), table)  # padding's may be any
-        view = View(turn=turn, attend=attend, near=near, segment=segment, keys=keys)
-        if layers is None:
-            (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)
+            x, _ = self._unrolled(layers, x, None, view, columns)
         else:
-            # Of the last layer only what is asked for, unless that takes dropout of all, or is no faster.
-            whole = (keys is not None and self.config.dropout > 0) or kernel(self.config, *(tokens.shape[1],) * 2)
-            asked, columns = (EVERY, columns) if whole else (columns, EVERY)
-            for layer, params in enumerate(layers):
-                last = layer == self.config.n_layers - 1
-                x, cache = self._block(params, x, cache, layer, view, asked if last else EVERY)
-        if cache is not None:
-            cache = cache.replace(column=cache.column + tokens.shape[1])
-        return self.final_norm(pick(x, columns)), cache
+            x, _ = self._scanned(x, None, view, columns)
+        return self.final_norm(x)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B P"],
+        mask: Bool[Array, "B P"],
+        cache: Cache,
+        layers: Sequence[Params] | None = None,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits of the token after the prompt, whose last column is real, and the empty cache with the prompt in it.
+
+        `layers` are the parameters of each block (`layers_of`), to run them unrolled, with an unstacked cache.
+        """
+        cache = cache.extend_mask(mask)
+        return self._next_logits(tokens, whole_view(self.config, mask, cache.rotary_table), cache, layers)
+
+    def decode(
+        self, token: Int[Array, "B"], cache: Cache, layers: Sequence[Params] | None = None
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits of the token after this one, and the cache with this one in it; `layers` as in `prefill`."""
+        tokens = token[:, None]
+        cache = cache.extend_mask(jnp.ones_like(tokens, bool))
+        return self._next_logits(tokens, token_view(self.config, cache.mask, cache.rotary_table), cache, layers)
+
+    def _next_logits(
+        self, tokens: Int[Array, "B T"], view: View, cache: Cache, layers: Sequence[Params] | None
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits after the last of the columns, and the cache with all of them; its mask has them already."""
+        x = self._embed(tokens, view)
+        if layers is None:
+            x, cache = self._scanned(x, cache, view, LAST)
+        else:
+            x, cache = self._unrolled(layers, x, cache, view, LAST)
+        return self.unembed(self.final_norm(x))[:, 0], cache.advance(tokens.shape[1])
+
+    def _embed(self, tokens: Int[Array, "B T"], view: View) -> Float[Array, "B T D"]:
+        """The input of the first block."""
+        c = self.config
+        x = self.embedding[tokens]
+        if c.scale_embedding:
+            x = x * jnp.asarray(c.d_model**0.5, c.compute.dtype)
+        if c.position == "learned":
+            if tokens.shape[1] > c.max_length:
+                raise InputError(f"{tokens.shape[1]} columns exceed the model's context of {c.max_length}")
+            x = x + self.position_table[view.position]
+        x = dropout(x.astype(c.compute.dtype), view.keys, 0, c.dropout)
+        return parallel.constrain(x, parallel.ROWS, "tensor")
+
+    def _scanned(self, x: Array, cache: Any, view: View, columns: Columns) -> tuple[Array, Any]:
+        """All blocks, as one loop over the stack of their parameters: the output at these columns, and the cache."""
+        (x, cache), _ = self.blocks((x, cache), jnp.arange(self.config.n_layers), view)
+        return take_columns(x, columns), cache
+
+    def _unrolled(
+        self, layers: Sequence[Params], x: Array, cache: Any, view: View, columns: Columns
+    ) -> tuple[Array, Any]:
+        """All blocks, one by one: the output at these columns, and the cache.
+
+        The last one computes these columns alone, unless that is no faster, as with a kernel, or takes dropout of all.
+        """
+        c, length = self.config, x.shape[1]
+        whole = (view.keys is not None and c.dropout > 0) or attention.kernel(c, length, length)
+        of_last, afterwards = (ALL, columns) if whole else (columns, ALL)
+        for layer, params in enumerate(layers):
+            x, cache = self._block(params, x, cache, layer, view, of_last if layer == c.n_layers - 1 else ALL)
+        return take_columns(x, afterwards), cache
 
     def _block(
-        self, params: Params, x: Array, cache: Cache | None, layer: int, view: View, columns: Columns
-    ) -> tuple[Array, Cache | None]:
-        """One layer by itself."""
+        self, params: Params, x: Array, cache: Any, layer: int, view: View, columns: Columns
+    ) -> tuple[Array, Any]:
+        """The block with these parameters."""
 
-        def run(params: Params, x: Array) -> tuple[Array, Cache | None]:
+        def run(params: Params, x: Array) -> tuple[Array, Any]:
             return Block(self.config, parent=None).apply({"params": params}, (x, cache), layer, view, columns)[0]
 
         if self.config.compute.remat != "none":
             run = jax.checkpoint(run, policy=SAVED[self.config.compute.remat])
         return run(params, x)
 
-    def unembed(self, hidden: Float[Array, "B T D"], over: str | None = None) -> Float[Array, "B T V"]:
-        """Logits of the next token, float32; the vocabulary is spread `over` an axis of the mesh, or whole."""
+    def unembed(self, hidden: Float[Array, "B T D"], vocab_axis: str | None = None) -> Float[Array, "B T V"]:
+        """Logits of the next token, float32; on a mesh the vocabulary is sharded over `vocab_axis`, or replicated."""
         table = self.embedding if self.config.tie_embeddings else self.unembedding
         flat = hidden.reshape(-1, hidden.shape[-1])
         logits = jnp.matmul(flat, table.astype(hidden.dtype).T, preferred_element_type=jnp.float32)
-        logits = capped(logits, self.config.logit_cap).reshape(*hidden.shape[:2], -1)
-        return parallel.constrain(logits, parallel.ROWS, None, over)
+        logits = soft_cap(logits, self.config.logit_cap).reshape(*hidden.shape[:2], -1)
+        return parallel.constrain(logits, parallel.ROWS, None, vocab_axis)
 
     def logprobs(
         self,
@@ -160,14 +204,15 @@ class Transformer(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
     ) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
-        """Log-probability of each token after column `start`, N = T - 1 - start, and the entropy that it came out of.
+        """Log-probability of each token after column `start`, N = T - 1 - start, and the entropy of its distribution.
 
-        Of `softmax(logits / temperature)`. Logits exist for these columns alone, `compute.chunk` of them at a time.
+        The distribution is `softmax(logits / temperature)`. Logits exist for these columns alone, `compute.chunk`
+        columns at a time.
         """
-        hidden, _ = self.hidden(tokens, segment, keys, columns=slice(start, -1))
+        hidden = self.hidden(tokens, segment, keys, slice(start, -1))
 
         def read(hidden: Array, targets: Array) -> tuple[Array, Array | None]:
-            logits = self.unembed(hidden, over="tensor")
+            logits = self.unembed(hidden, vocab_axis="tensor")
             logp = token_logprobs(logits, targets, temperature)
             return logp, entropy(logits, temperature) if with_entropy else None
 
@@ -175,13 +220,13 @@ class Transformer(nn.Module):
 
     def __call__(self, tokens: Array, segment: Array, keys: Array | None = None) -> Float[Array, "B T V"]:
         """Logits at each column, which predict the token at the next."""
-        return self.unembed(self.hidden(tokens, segment, keys)[0])
+        return self.unembed(self.hidden(tokens, segment, keys))
 
 
 def bind(module: Any, method: Callable | None = None) -> Callable:
     """`module.apply` on bare parameters: `(params, *args) -> method(*args)`; no method is the module's `__call__`.
 
-    A float32 trunk is float32 on every device: some compute such matrix products in bfloat16 unless told otherwise.
+    A float32 trunk multiplies in float32 on every device: some would use bfloat16 unless told otherwise.
     """
     precision = "highest" if module.config.compute.dtype == "float32" else None
 
@@ -193,7 +238,7 @@ def bind(module: Any, method: Callable | None = None) -> Callable:
 
 
 def logprobs_fn(config: Config) -> LogprobsFn:
-    """The network of `sft`, `dpo` and, as a `part` of what they train, of PPO and its kin: `Transformer.logprobs`."""
+    """`Transformer.logprobs` as a function of parameters: the network of `sft`, `dpo` and, as a `part`, of PPO."""
     return bind(Transformer(config), Transformer.logprobs)
 
 
@@ -203,14 +248,18 @@ def part(name: str, network: Callable) -> Callable:
 
 
 def layers_of(params: Params, config: Config) -> list[Params]:
-    """The parameters of each block, cut out of the stack."""
+    """The parameters of each block, sliced out of the stack."""
     leaves, tree = jax.tree.flatten(params["blocks"])
-    cut = [jax.lax.split(x, (1,) * config.n_layers) for x in leaves]
-    return [jax.tree.unflatten(tree, [jnp.squeeze(x[layer], 0) for x in cut]) for layer in range(config.n_layers)]
+    slices = [jax.lax.split(x, (1,) * config.n_layers) for x in leaves]
+    return [jax.tree.unflatten(tree, [jnp.squeeze(x[layer], 0) for x in slices]) for layer in range(config.n_layers)]
 
 
 def unrolled(config: Config) -> bool:
-    """Whether the layers are written out, in what is being traced."""
+    """Whether training and scoring unroll the layers, on the platform that is traced for.
+
+    `compute.unroll` says so. None: unroll on CPU for up to 12 layers if remat is none (XLA for CPU honours remat only
+    inside a loop).
+    """
     compute = config.compute
     if compute.unroll is None:
         return config.n_layers <= 12 and compute.remat == "none" and parallel.platform() == "cpu"

@@ -56,7 +56,7 @@ def collect(
     logp_ref = value = None
     if "reference" in params or critic_fn is not None:
         # A critic is asked for the value of the first column after a response too: PPO may put the score there.
-        logp_ref, value = ragged.read(read, through_first_pad(sample.mask), buckets, tokens, mask)
+        logp_ref, value = ragged.in_buckets(read, through_first_pad(sample.mask), buckets, tokens, mask)
     return Rollout(
         tokens=tokens,
         mask=mask,

@@ -1,14 +1,14 @@
-"""Generation with a key/value cache: one prefill, then a loop that stops when every row has ended.
+"""Generation with a key/value cache: one prefill, then a loop over tokens that ends when every row has.
 
-On CPU, whose time goes with the number of rows, the loop is several, each over half the rows of the one before.
-No step of `generate`'s loop copies or converts weights.
+There are two strategies, `_sample_unrolled` for CPUs and GPUs and `_sample_stacked` for TPUs and meshes. On CPU, where
+a step takes as long as it has rows, the first has several loops, each over half the rows of the one before. No step
+copies or converts weights.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from rlhf_jax import models
 from rlhf_jax.devices import parallel
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.transformer import Transformer, bind, layers_of
+from rlhf_jax.settings import Count, NonNegative, Settings, Share, Whole
 from rlhf_jax.types import InputError, Leaf, Params
 
 
@@ -32,25 +33,15 @@ class HasConfig(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """How responses are sampled."""
 
-    max_new_tokens: int
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # sample from this many of the likeliest tokens; 0 is from all
-    top_p: float = 1.0  # sample from the likeliest tokens whose probability reaches this; 1 is from all
-    eos_id: int | tuple[int, ...] | None = None  # tokens that end a response; None is none
+    max_new_tokens: Count  # the longest response
+    temperature: NonNegative = 1.0  # 0 is greedy
+    top_k: Whole = 0  # sample from this many of the likeliest tokens; 0: from all
+    top_p: Share = 1.0  # sample from the likeliest tokens whose probability reaches this; 1: from all
+    eos_id: Whole | tuple[Whole, ...] | None = None  # tokens that end a response; None: there are none
     stop_at_eos: bool = True  # False: a response goes on after its end, up to max_new_tokens
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise InputError(f"temperature={self.temperature}: expected 0 or more")
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k}: expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}: expected a probability in (0, 1]")
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -66,20 +57,20 @@ class Config:
 class Sample(struct.PyTreeNode):
     """Responses, padded on the right."""
 
-    tokens: Leaf  # [B, N] int32
+    tokens: Leaf  # [B, N] int32, padding is the first EOS
     mask: Leaf  # [B, N] bool, the EOS counts
     logp: Leaf  # [B, N] float32 under the distribution that was sampled from, 0 at padding
 
 
 def left_pad(tokens: Int[Array, "B P"], mask: Bool[Array, "B P"]) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
-    """Move each row's real tokens to its right end, keeping their order."""
+    """Tokens and mask with each row's real tokens at its right end, in the same order."""
     order = jnp.argsort(mask, axis=1, stable=True)
     return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
 
 
 def truncate_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """-inf for all but the `top_k` most likely tokens, and outside the smallest set of likeliest tokens whose
-    probability reaches `top_p` (arXiv:1904.09751). `top_k=0` and `top_p=1` keep everything."""
+    """Logits that are -inf for all but the `top_k` most likely tokens, and outside of the smallest set of likeliest
+    tokens whose probability reaches `top_p` (arXiv:1904.09751). `top_k=0` and `top_p=1` keep all tokens."""
     if top_k > 0:
         lowest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
@@ -93,14 +84,14 @@ def truncate_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Fl
 
 
 def noise(keys: Array, n: int | Array) -> Float[Array, "B"]:
-    """What decides token n of each row: a number in [0, 1)."""
+    """A number in [0, 1) for each row, which decides its token n."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, n)))(keys)
 
 
 def draw(uniform: Float[Array, "B"], logits: Float[Array, "B V"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """One token a row from `softmax(logits)`, by inverting its distribution function, and its log-probability.
 
-    The sum of a block of the vocabulary decides which block, and then that block alone is looked into. A token of
+    The sums of blocks of the vocabulary decide the block, and cumulative sums within it the token. A token of
     probability 0 is never drawn, also where rounding leaves a cumulative sum not quite monotone.
     """
     rows, vocab = logits.shape
@@ -119,11 +110,11 @@ def draw(uniform: Float[Array, "B"], logits: Float[Array, "B V"]) -> tuple[Int[A
     return token, logp
 
 
-BLOCK = 128  # tokens
+BLOCK = 128  # tokens of the vocabulary
 
 
 def _last(reached: Bool[Array, "B X"], possible: Bool[Array, "B X"]) -> Int[Array, "B"]:
-    """The last place of each row that is reached and possible; where there is none, the first that is possible."""
+    """The last place of each row that is reached and possible, or else the first that is possible."""
     place = jnp.arange(1, reached.shape[1] + 1)
     last = jnp.max(jnp.where(reached & possible, place, 0), axis=1)
     return jnp.where(last > 0, last - 1, jnp.argmax(possible, axis=1)).astype(jnp.int32)
@@ -134,9 +125,9 @@ def generate(
 ) -> Sample:
     """Sample a response to each prompt.
 
-    `key` is one key, which row b folds its number into, or an array of keys [B]. A row's sample depends on its own
+    `key` is one key, into which row b folds its number, or an array of keys [B]. A row's sample depends on its own
     prompt and key alone, not on the rest of the batch. Padding may be anywhere in a prompt. Raises InputError when
-    the context is too short.
+    the model's context is too short.
     """
     _check(tokens.shape[1], cfg.max_new_tokens, model.config.max_length)
     if key.ndim == 0:
@@ -145,7 +136,7 @@ def generate(
 
 
 def stream(model: HasConfig, params: Params, tokens: Sequence[int], key: Array, cfg: Config) -> Iterator[int]:
-    """The tokens that `generate` answers one prompt with, each as soon as it is sampled, the EOS included.
+    """The tokens that `generate` samples after one prompt, each as soon as it is there, the EOS included.
 
     Prompts are padded to a power of two, so that prompts of all lengths share a few compiled programs.
     """
@@ -154,24 +145,22 @@ def stream(model: HasConfig, params: Params, tokens: Sequence[int], key: Array, 
     columns = min(max(32, 1 << (len(tokens) - 1).bit_length()), config.max_length)
     padded, mask = np.zeros((1, columns), np.int32), np.zeros((1, columns), bool)
     padded[0, columns - len(tokens) :], mask[0, columns - len(tokens) :] = tokens, True
-    keys, one = jax.random.fold_in(key, 0)[None], jnp.ones((1, 1), bool)
+    keys = jax.random.fold_in(key, 0)[None]
     cache = Cache.empty(config, 1, columns + cfg.max_new_tokens)
-    cache = jax.tree.map(jnp.copy, cache)  # its leaves share memory
-    max_new_tokens, cfg = (
-        cfg.max_new_tokens,
-        dataclasses.replace(cfg, max_new_tokens=1),
-    )  # of the compiled step, which is the same for any number
-    token, cache = _step(config, cfg, params, cache, jnp.asarray(padded), jnp.asarray(mask), keys, jnp.int32(0))
-    for n in range(1, max_new_tokens + 1):
+    cache = jax.tree.map(jnp.copy, cache)  # its leaves share memory, which cannot be donated twice
+    one_token = dataclasses.replace(cfg, max_new_tokens=1)  # so that responses of all lengths share programs too
+    token, cache = _first_token(config, one_token, params, cache, jnp.asarray(padded), jnp.asarray(mask), keys)
+    for n in range(1, cfg.max_new_tokens + 1):
         sampled = token
-        if n < max_new_tokens:  # the device goes on before the host has the token
-            token, cache = _step(config, cfg, params, cache, sampled[:, None], one, keys, jnp.int32(n))
+        if n < cfg.max_new_tokens:  # the device goes on before the host has the token
+            token, cache = _next_token(config, one_token, params, cache, sampled, keys, jnp.int32(n))
         yield int(sampled[0])
         if int(sampled[0]) in cfg.stops:
             return
 
 
 def _check(columns: int, max_new_tokens: int, max_length: int) -> None:
+    """Raises InputError when the context is too short for these prompts and responses."""
     if columns + max_new_tokens > max_length:
         raise InputError(
             f"{columns} prompt columns and {max_new_tokens} new tokens exceed the model's context of "
@@ -179,27 +168,22 @@ def _check(columns: int, max_new_tokens: int, max_length: int) -> None:
         )
 
 
-def _forward(
-    config: models.Config, params: Params, tokens: Array, mask: Array, cache: Cache, layers: list[Params] | None = None
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _first_token(
+    config: models.Config, cfg: Config, params: Params, cache: Cache, tokens: Array, mask: Array, keys: Array
 ) -> tuple[Array, Cache]:
-    """Logits [B, V] after the last of these columns."""
-    module = Transformer(config)
-    hidden, unembed = bind(module, Transformer.hidden), bind(module, Transformer.unembed)
-    last, cache = hidden(params, tokens, mask, None, cache, layers, slice(-1, None))
-    return unembed(params, last)[:, 0], cache
+    """The first token of a stream, and the cache with the prompt."""
+    logits, cache = bind(Transformer(config), Transformer.prefill)(params, tokens, mask, cache)
+    return _choose(logits, noise(keys, 0), cfg)[0], cache
 
 
-def _converted(config: models.Config, params: Params) -> tuple[models.Config, Params]:
-    """The same model, its matrices already in the type that they are multiplied in."""
-    dtype = config.compute.dtype
-
-    def convert(path: tuple, x: Array) -> Array:
-        return x.astype(dtype) if path[-1].key.startswith("kernel") else x
-
-    blocks = jax.tree_util.tree_map_with_path(convert, params["blocks"])
-    table = params["embedding" if config.tie_embeddings else "unembedding"].astype(dtype)
-    config = dataclasses.replace(config, tie_embeddings=False)  # what is looked up stays as it was
-    return config, {**params, "blocks": blocks, "unembedding": table}
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _next_token(
+    config: models.Config, cfg: Config, params: Params, cache: Cache, token: Array, keys: Array, n: Array
+) -> tuple[Array, Cache]:
+    """Token n of a stream, and the cache with the token before it."""
+    logits, cache = bind(Transformer(config), Transformer.decode)(params, token, cache)
+    return _choose(logits, noise(keys, n), cfg)[0], cache
 
 
 def _choose(logits: Array, uniform: Array, cfg: Config) -> tuple[Array, Array]:
@@ -210,116 +194,174 @@ def _choose(logits: Array, uniform: Array, cfg: Config) -> tuple[Array, Array]:
     return draw(uniform, truncate_logits(logits / cfg.temperature, cfg.top_k, cfg.top_p))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _step(
-    config: models.Config,
-    cfg: Config,
-    params: Params,
-    cache: Cache,
-    tokens: Array,
-    mask: Array,
-    keys: Array,
-    n: Array,
-) -> tuple[Array, Cache]:
-    """Token n of each row, after these columns."""
-    logits, cache = _forward(config, params, tokens, mask, cache)
-    return _choose(logits, noise(keys, n), cfg)[0], cache
+# The loop of `generate` ---------------------------------------------------------------------------------------------
+
+
+class _Network(struct.PyTreeNode):
+    """The policy that samples, its matrices already in the type that they are multiplied in."""
+
+    config: models.Config = struct.field(pytree_node=False)
+    params: Params
+    layers: Any = None  # parameters of each layer, to run them unrolled; None is a scan over the stack
+
+    def prefill(self, tokens: Array, mask: Array, cache: Cache) -> tuple[Array, Cache]:
+        return bind(Transformer(self.config), Transformer.prefill)(self.params, tokens, mask, cache, self.layers)
+
+    def decode(self, token: Array, cache: Cache) -> tuple[Array, Cache]:
+        return bind(Transformer(self.config), Transformer.decode)(self.params, token, cache, self.layers)
+
+    def unrolled(self) -> "_Network":
+        return self.replace(layers=layers_of(self.params, self.config))
+
+
+class _Prompts(struct.PyTreeNode):
+    """What sampling starts from."""
+
+    tokens: Leaf  # [B, P], padded on the left
+    mask: Leaf  # [B, P]
+    uniform: Leaf  # [B, N], which decides each token
+    cache: Cache  # empty, of P + N columns
 
 
 class _Rows(struct.PyTreeNode):
-    """Where each row that is still computed has got to."""
+    """The rows that are still computed, each with `n` tokens sampled."""
 
-    number: Leaf  # [B] int32, of the row within the batch
+    n: Leaf  # [] int32
+    index: Leaf  # [B] int32, of each row within the batch
     done: Leaf  # [B] bool
-    token: Leaf  # [B] int32, the last one
+    token: Leaf  # [B] int32, the last one sampled
     uniform: Leaf  # [B, N]
     sample: Sample
     cache: Cache
 
-    def take(self, index: Array) -> "_Rows":
-        pick = functools.partial(jax.tree.map, lambda x: x[index])
-        return _Rows(
-            number=pick(self.number),
-            done=pick(self.done),
-            token=pick(self.token),
-            uniform=pick(self.uniform),
-            sample=pick(self.sample),
-            cache=self.cache.rows(index),
+    def take(self, rows: Array) -> "_Rows":
+        """These rows alone."""
+        return self.replace(
+            index=self.index[rows],
+            done=self.done[rows],
+            token=self.token[rows],
+            uniform=self.uniform[rows],
+            sample=jax.tree.map(lambda x: x[rows], self.sample),
+            cache=self.cache.take(rows),
         )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _generate(config: models.Config, params: Params, tokens: Array, mask: Array, keys: Array, cfg: Config) -> Sample:
-    max_new_tokens, ends = cfg.max_new_tokens, cfg.stops
-    batch, prompt_columns = tokens.shape
+    """`generate` with a key for each row, by the strategy of the platform that it is compiled for."""
     tokens, mask = left_pad(tokens, mask)
-    config, params = _converted(config, params)
-    choose = functools.partial(_choose, cfg=cfg)
-
-    def ended(token: Array) -> Array:
-        return jnp.isin(token, jnp.array(ends, jnp.int32)) if ends else jnp.zeros(token.shape, bool)
-
-    def prefill(params: Params, layers: list[Params] | None, cache: Cache, uniform: Array) -> _Rows:
-        logits, cache = _forward(config, params, tokens, mask, cache, layers)
-        token, logp = choose(logits, uniform[:, 0])
-        empty = jnp.zeros((batch, max_new_tokens))
-        sample = Sample(
-            tokens=jnp.full(empty.shape, ends[0] if ends else 0, jnp.int32).at[:, 0].set(token),
-            mask=empty.astype(bool).at[:, 0].set(True),
-            logp=empty.at[:, 0].set(logp),
-        )
-        return _Rows(jnp.arange(batch), ended(token), token, uniform, sample, cache)
-
-    def extend(params: Params, layers: list[Params] | None, carry: tuple[Array, _Rows]) -> tuple[Array, _Rows]:
-        n, rows = carry
-        here = jnp.ones((len(rows.token), 1), bool)
-        logits, cache = _forward(config, params, rows.token[:, None], here, rows.cache, layers)
-        token, logp = choose(logits, jax.lax.dynamic_index_in_dim(rows.uniform, n, 1, keepdims=False))
-        live = ~rows.done
-
-        def put(column: Array, values: Array) -> Array:
-            return column.at[:, n].set(jnp.where(live, values, column[:, n]))
-
-        old = rows.sample
-        sample = Sample(put(old.tokens, token), put(old.mask, live), put(old.logp, logp))
-        return n + 1, rows.replace(done=rows.done | ended(token), token=token, sample=sample, cache=cache)
-
-    def written_out(params: Params, cache: Cache, uniform: Array, loops: int) -> Sample:
-        """Layers by themselves: XLA for CPU and GPU copies what is cut out of a stack, in each step.
-
-        Whenever half the rows have ended, the others go on by themselves, in up to so many loops.
-        """
-        layers = layers_of(params, config)
-        rows = prefill(params, layers, cache.apart(), uniform)
-        n, sample, sizes = jnp.int32(1), rows.sample, [batch]
-        while ends and sizes[-1] >= FEWEST and len(sizes) < loops:
-            sizes.append(sizes[-1] // 2)
-        for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
-            if size < batch:
-                rows = rows.take(jnp.argsort(rows.done, stable=True)[:size])
-
-            def unfinished(carry: tuple[Array, _Rows], smaller: int = smaller) -> Array:
-                return (carry[0] < max_new_tokens) & (jnp.sum(~carry[1].done) > smaller)
-
-            n, rows = jax.lax.while_loop(unfinished, functools.partial(extend, params, layers), (n, rows))
-            sample = jax.tree.map(lambda whole, x, number=rows.number: whole.at[number].set(x), sample, rows.sample)
-        return sample
-
-    def stacked(params: Params, cache: Cache, uniform: Array) -> Sample:
-        """A loop over the layers, which TPUs read where they lie; on a mesh it gathers one at a time."""
-
-        def unfinished(carry: tuple[Array, _Rows]) -> Array:
-            return (carry[0] < max_new_tokens) & ~jnp.all(carry[1].done)
-
-        start = (jnp.int32(1), prefill(params, None, cache, uniform))
-        return jax.lax.while_loop(unfinished, functools.partial(extend, params, None), start)[1].sample
-
-    # On GPUs all rows go on until the last has ended: each further loop would be compiled, layer by layer.
-    on_cpu, on_gpu = (functools.partial(written_out, loops=loops) for loops in (LOOPS, 1))
-    cache = Cache.empty(config, batch, prompt_columns + max_new_tokens)
-    uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(max_new_tokens))
+    network = _converted(config, params)
+    cache = Cache.empty(network.config, tokens.shape[0], tokens.shape[1] + cfg.max_new_tokens)
+    uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(cfg.max_new_tokens))
+    prompts = _Prompts(tokens=tokens, mask=mask, uniform=uniform, cache=cache)
+    stacked = functools.partial(_sample_stacked, cfg=cfg)
+    # On GPUs one loop runs until the last row has ended: further loops would be compiled, layer by layer, for little.
+    on_gpu = functools.partial(_sample_unrolled, cfg=cfg, loops=1)
+    on_cpu = functools.partial(_sample_unrolled, cfg=cfg, loops=LOOPS)
     default = stacked if parallel.on_mesh() else on_gpu
-    return jax.lax.platform_dependent(params, cache, uniform, cpu=on_cpu, tpu=stacked, default=default)
+    return jax.lax.platform_dependent(network, prompts, cpu=on_cpu, tpu=stacked, default=default)
 
 
-FEWEST, LOOPS = 32, 4  # rows of which half are worth a loop of their own, and the most loops: each is compiled
+def _converted(config: models.Config, params: Params) -> _Network:
+    """The policy with its matrices converted, once and not in each step, to the type that they are multiplied in."""
+    dtype = config.compute.dtype
+
+    def convert(path: tuple, x: Array) -> Array:
+        return x.astype(dtype) if path[-1].key.startswith("kernel") else x
+
+    blocks = jax.tree_util.tree_map_with_path(convert, params["blocks"])
+    table = params["embedding" if config.tie_embeddings else "unembedding"].astype(dtype)
+    untied = dataclasses.replace(config, tie_embeddings=False)  # embeddings are looked up as they were, unconverted
+    return _Network(config=untied, params={**params, "blocks": blocks, "unembedding": table})
+
+
+def _sample_unrolled(network: _Network, prompts: _Prompts, cfg: Config, loops: int) -> Sample:
+    """Sample with the layers unrolled: XLA for CPU and GPU would copy slices of a stack of layers in each step.
+
+    The rows are halved, up to `loops - 1` times, whenever half of them have ended: the others go on in a loop of their
+    own, which on CPU takes half the time.
+    """
+    network, prompts = network.unrolled(), prompts.replace(cache=prompts.cache.unstacked())
+    rows = _prefill(network, prompts, cfg)
+    sample, sizes = rows.sample, _loop_sizes(len(rows.index), cfg, loops)
+    for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
+        if size < sizes[0]:
+            rows = rows.take(jnp.argsort(rows.done, stable=True)[:size])
+        rows = _extend_until(network, rows, cfg, next_size)
+        sample = _scatter(sample, rows)
+    return sample
+
+
+def _sample_stacked(network: _Network, prompts: _Prompts, cfg: Config) -> Sample:
+    """Sample by a scan over the layers: TPUs read a stack where it lies, and a mesh gathers one layer at a time."""
+    return _extend_until(network, _prefill(network, prompts, cfg), cfg, 0).sample
+
+
+LOOPS = 4  # at most, over ever fewer rows: each is compiled
+MIN_ROWS = 32  # the fewest of which half are worth a loop of their own
+
+
+def _loop_sizes(rows: int, cfg: Config, loops: int) -> list[int]:
+    """The number of rows of each loop."""
+    sizes = [rows]
+    while cfg.stops and sizes[-1] >= MIN_ROWS and len(sizes) < loops:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _scatter(sample: Sample, rows: _Rows) -> Sample:
+    """The sample of the whole batch with the samples of these rows in their places."""
+    return jax.tree.map(lambda whole, x: whole.at[rows.index].set(x), sample, rows.sample)
+
+
+def _prefill(network: _Network, prompts: _Prompts, cfg: Config) -> _Rows:
+    """The rows after their first token."""
+    logits, cache = network.prefill(prompts.tokens, prompts.mask, prompts.cache)
+    token, logp = _choose(logits, prompts.uniform[:, 0], cfg)
+    empty = jnp.zeros(prompts.uniform.shape)
+    sample = Sample(
+        tokens=jnp.full(empty.shape, cfg.stops[0] if cfg.stops else 0, jnp.int32).at[:, 0].set(token),
+        mask=empty.astype(bool).at[:, 0].set(True),
+        logp=empty.at[:, 0].set(logp),
+    )
+    return _Rows(
+        n=jnp.int32(1),
+        index=jnp.arange(len(token)),
+        done=_is_stop(token, cfg),
+        token=token,
+        uniform=prompts.uniform,
+        sample=sample,
+        cache=cache,
+    )
+
+
+def _extend_until(network: _Network, rows: _Rows, cfg: Config, unfinished: int) -> _Rows:
+    """The rows once at most so many of them are unfinished, or all have `max_new_tokens`."""
+
+    def more(rows: _Rows) -> Array:
+        return (rows.n < cfg.max_new_tokens) & (jnp.sum(~rows.done) > unfinished)
+
+    return jax.lax.while_loop(more, functools.partial(_extend, network, cfg=cfg), rows)
+
+
+def _extend(network: _Network, rows: _Rows, cfg: Config) -> _Rows:
+    """The rows with one more token each, where they are not done."""
+    logits, cache = network.decode(rows.token, rows.cache)
+    token, logp = _choose(logits, jax.lax.dynamic_index_in_dim(rows.uniform, rows.n, 1, keepdims=False), cfg)
+    live = ~rows.done
+
+    def append(column: Array, values: Array) -> Array:
+        return column.at[:, rows.n].set(jnp.where(live, values, column[:, rows.n]))
+
+    sample = Sample(
+        tokens=append(rows.sample.tokens, token),
+        mask=append(rows.sample.mask, live),
+        logp=append(rows.sample.logp, logp),
+    )
+    done = rows.done | _is_stop(token, cfg)
+    return rows.replace(n=rows.n + 1, done=done, token=token, sample=sample, cache=cache)
+
+
+def _is_stop(token: Array, cfg: Config) -> Array:
+    """Whether each token ends its row."""
+    return jnp.isin(token, jnp.array(cfg.stops, jnp.int32)) if cfg.stops else jnp.zeros(token.shape, bool)

@@ -69,7 +69,7 @@ def score_responses(
 
     def score(one: Params) -> jax.Array:
         judge = lambda tokens, read: score_fn(one, tokens, read)
-        return ragged.read(judge, live, buckets, tokens, read)
+        return ragged.in_buckets(judge, live, buckets, tokens, read)
 
     per_model = jax.lax.map(score, params)
     if len(per_model) == 1:
@@ -164,8 +164,8 @@ def text_function(
 ) -> Source:
     """`function(prompt, response)` on the host, where `rows` are what the episodes' `index` counts.
 
-    The response ends before its first EOS, by default the tokenizer's, even where it went on. Raises InputError, which names the function and the
-    response, for a score that is no finite number.
+    The response ends before its first EOS, by default the tokenizer's, even where it went on. Raises InputError, which
+    names the function and the response, for a score that is no finite number.
     """
 
     ends = tokenizer.eos_token_id if eos_id is None else eos_id

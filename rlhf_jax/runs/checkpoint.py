@@ -60,7 +60,7 @@ class FullDiskError(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """When a run is saved, what is kept of that, and when it goes on from there."""
+    """How often a run is saved, which checkpoints are kept, and whether it goes on from them."""
 
     every: Count = 50  # steps between checkpoints
     keep: Count = 2  # newest checkpoints to keep
@@ -82,7 +82,7 @@ class Writer:
     """
 
     def __init__(self, directory: Path, cfg: Config = Config(), start: int = 0, total: int | None = None):
-        """Opens `directory`, made if needed, for a run that begins after step `start` and ends with step `total`.
+        """Open `directory`, made if needed, for a run that begins after step `start` and ends with step `total`.
 
         Checkpoints of later steps are deleted: they belong to a run that this one replaces.
         """
@@ -123,7 +123,7 @@ class Writer:
         streams: Mapping[str, Stream] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Saves `state` as its step, and where the streams are; a step that is already there stays as it is.
+        """Save `state` as its step, and where the streams are; a step that is already there stays as it is.
 
         The values are read before this returns, so the state may be donated to the next step; the files are written
         in the background. An error of an earlier write is raised here. `metrics` are those of the step, to find the
@@ -159,7 +159,7 @@ class Writer:
         self._orbax.save(step, args=args, metrics=measured, force=True)
 
     def wait(self) -> None:
-        """Returns when everything saved so far is on disk; raises what went wrong in writing it."""
+        """Wait until everything saved so far is on disk; raises what went wrong in writing it."""
         with self._writing():
             self._orbax.wait_until_finished()
 
@@ -177,19 +177,19 @@ class Writer:
         return self._scope.__exit__(*error)
 
     def _worth(self, metrics: Mapping[str, float]) -> float:
-        """What the best checkpoint has most of."""
+        """The number that is largest for the best checkpoint."""
         return metrics.get(self._cfg.best or "", -math.inf)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Makes a full disk one clear error, from wherever in Orbax it came."""
+        """Turn a full disk into one clear error, from wherever in Orbax it came."""
         try:
             yield
         except Exception as error:
             if not disk_is_full(error):
                 raise
-            left = steps(self._directory)
-            last = f"the last checkpoint is {self._where / str(left[-1])}" if left else "there is no checkpoint yet"
+            saved = steps(self._directory)
+            last = f"the last checkpoint is {self._where / str(saved[-1])}" if saved else "there is no checkpoint yet"
             raise FullDiskError(errno.ENOSPC, f"no space is left to write to {self._where}; {last}") from error
 
 
@@ -259,8 +259,8 @@ def latest(directory: Path, before: int | None = None) -> Path | epath.Path | No
     """
     if writer := _open.get(directory.absolute()):
         writer.wait()
-    found = [step for step in steps(directory) if before is None or step < before]
-    return gcs.place(directory) / str(found[-1]) if found else None
+    earlier = [step for step in steps(directory) if before is None or step < before]
+    return gcs.place(directory) / str(earlier[-1]) if earlier else None
 
 
 class DamagedError(InputError):
@@ -317,7 +317,7 @@ def _bit_sums(arrays: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def _sums(arrays: dict[str, Any]) -> dict[str, int]:
-    """Of each array, the sum of its bit patterns as integers, modulo 2^32: any one that changes changes it."""
+    """The sum of each array's bit patterns as integers, modulo 2^32: any one that changes changes it."""
     places: dict[Any, dict[str, Any]] = {}  # one program takes what lies on the same devices
     for name, leaf in arrays.items():
         place = frozenset(leaf.sharding.device_set) if isinstance(leaf, jax.Array) else None
@@ -354,7 +354,7 @@ def _check(path: Path | epath.Path, saved: dict[str, str], wanted: dict[str, str
 
 
 def _template(leaf: Any) -> Any:
-    """What Orbax is to restore in place of `leaf`."""
+    """The array or shape that tells Orbax how to restore `leaf`."""
     if isinstance(leaf, np.ndarray):
         return leaf
     data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf

@@ -9,12 +9,13 @@ import io
 import itertools
 import os
 import re
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 # Read when transformers is first imported, which says that there is no PyTorch. There need not be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -104,8 +105,9 @@ def _output() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        if _flush() is None:
+        if not any(map(_is_unread, (sys.stdout, sys.stderr))):
             raise  # it was another pipe
+        _flush()
         raise SystemExit(UNREAD) from None
     except BaseException:
         _flush()
@@ -114,6 +116,13 @@ def _output() -> Iterator[None]:
         if not isinstance(error, BrokenPipeError):
             _tell(f"error: the output cannot be written: {error.strerror}")
         raise SystemExit(UNREAD if isinstance(error, BrokenPipeError) else FAILURE)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe, or a socket, that the other side has closed."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)  # an error is reported in any case
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _flush() -> OSError | None:

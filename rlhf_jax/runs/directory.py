@@ -94,7 +94,7 @@ def changed_settings(directory: Path, config: Any) -> set[str]:
 
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Makes an InputError of an error in writing there; a full disk, which the flags are no cause of, stays one."""
+    """Turn an error in writing there into an InputError; a full disk, which no flag is the cause of, stays one."""
     try:
         yield
     except OSError as error:

@@ -34,11 +34,11 @@ _HERE = "data_dir", "docs"  # settings that name folders of this machine
 _SIGN = ".mirror"  # in a run directory's mirror: what was deleted with it is not to be deleted in the bucket
 _outs: list[Path] = []  # mirrors of the run directories of this process
 _marked: set[Path] = set()  # those of them that have been sent
-_known: dict[Path, tuple[int, int]] = {}  # size and time of each file there as it is in the bucket
+_sent: dict[Path, tuple[int, int]] = {}  # size and time of each file there as it is in the bucket
 
 
 def at(name: str) -> epath.Path:
-    """What `gs://...` names. InputError where the packages for that are missing."""
+    """The path of what `gs://...` names. Raises InputError where the packages for that are missing."""
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{name}: gs:// paths need gcsfs; install the extra tpu, or: pip install 'etils[epath-gcs]'")
     # Others write there too, and a listing is cached for ever.
@@ -47,12 +47,12 @@ def at(name: str) -> epath.Path:
 
 
 def place(directory: Path) -> Any:
-    """Where checkpoints of `directory` lie: in its bucket if it is in a mirror, else there."""
+    """The place of the checkpoints of `directory`: in its bucket if it is in a mirror, else there."""
     return at(named(str(directory))) if holds(directory) else directory
 
 
 def holds(path: Path) -> bool:
-    """Whether this is a mirror, or in one."""
+    """Whether a path is a mirror, or in one."""
     return path.is_relative_to(_root())
 
 
@@ -63,7 +63,7 @@ def named(text: str) -> str:
 
 @contextlib.contextmanager
 def mirrored(config: Config) -> Iterator[Config]:
-    """`config` with mirrors in place of gs:// paths. What it names has been fetched, and what is written is sent.
+    """Put mirrors in place of the gs:// paths of `config`: fetched before the block, and sent back after it.
 
     Its field `out` is the run directory; all other paths must be there. Raises InputError where they are not.
     """
@@ -90,11 +90,11 @@ def mirrored(config: Config) -> Iterator[Config]:
     finally:
         _outs.clear()
         _marked.clear()
-        _known.clear()
+        _sent.clear()
 
 
 def push(path: Path | None = None) -> None:
-    """Makes the bucket equal to `path`, by default to the run directory. The first process does it.
+    """Make the bucket equal to `path`, by default to the run directory. The first process does it.
 
     The newest file goes last, for it may tell that the others are there. What others put there stays.
     """
@@ -112,17 +112,17 @@ def push(path: Path | None = None) -> None:
                 _marked.add(out)
             there = [one for one in [top, *top.rglob("*")] if one.is_file() and _counts(one.relative_to(out))]
             for one in sorted(there, key=lambda one: one.stat().st_mtime_ns):
-                if _known.get(one) != _mark(one):
+                if _sent.get(one) != _mark(one):
                     _send(one)
-            for one in [one for one in _known if one.is_relative_to(top) and not one.exists()]:
+            for one in [one for one in _sent if one.is_relative_to(top) and not one.exists()]:
                 files, where = _opened(one)
                 with _reaching(one, "cannot be written to"), contextlib.suppress(FileNotFoundError):
                     files.rm_file(where)
-                del _known[one]
+                del _sent[one]
 
 
 def share(path: Path) -> None:
-    """Of what the first process has just written: it sends that, and every other one fetches it then."""
+    """Send what the first process has just written to the bucket, and fetch it from there in every other one."""
     if holds(path):
         with hosts.first_before_others():
             if hosts.first():
@@ -132,7 +132,7 @@ def share(path: Path) -> None:
 
 
 def pull(path: Path, quiet: bool = False) -> bool:
-    """Makes the mirror of a file or directory equal to it; False, and an empty mirror, if there is none."""
+    """Make the mirror of a file or directory equal to it; False, and an empty mirror, if there is none."""
     files, where = _opened(path)
     with _reaching(path, "cannot be read from"):
         try:
@@ -154,7 +154,7 @@ def pull(path: Path, quiet: bool = False) -> bool:
                 os.utime(partial, ns=(_time(info),) * 2)
                 os.replace(partial, one)
                 size += info["size"]
-            _known[one] = _mark(one)
+            _sent[one] = _mark(one)
     if size and not quiet:
         print(f"{named(str(path))}: fetched {size / 2**20:.1f} MiB", flush=True)
     return bool(listed)
@@ -192,7 +192,7 @@ def _send(path: Path) -> None:
         if _mark(path) == mark == (info["size"], mark[1]):  # nothing was added meanwhile
             os.utime(path, ns=(_time(info),) * 2)
             mark = _mark(path)
-    _known[path] = mark
+    _sent[path] = mark
 
 
 def _opened(path: Path) -> tuple[Any, str]:
@@ -222,7 +222,7 @@ def _mark(path: Path) -> tuple[int, int]:
 
 
 def _time(info: dict[str, Any]) -> int:
-    """When a file was written, in nanoseconds but in whole microseconds."""
+    """The time at which a file was written, in nanoseconds but in whole microseconds."""
     when = info["mtime"]
     return round((when if isinstance(when, float) else when.timestamp()) * 10**6) * 1000
 

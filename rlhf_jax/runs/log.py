@@ -28,7 +28,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from rlhf_jax.runs import checkpoint, gcs, timing
+from rlhf_jax.runs import checkpoint, events, gcs, timing
 from rlhf_jax.runs.directory import CHECKPOINTS, write_config, writing
 from rlhf_jax.types import InputError
 
@@ -81,7 +81,7 @@ class Records:
         write_config(directory, config)
         if client and main:
             settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-            client.init(project="rlhf_jax", name=directory.name, dir=str(directory), config=settings)
+            client.init(project="rlhf_jax", name=directory.resolve().name, dir=str(directory), config=settings)
         self.directory = directory
         self._limits = limits
         self._compiled = timing.compile_seconds()
@@ -205,7 +205,7 @@ class Records:
             if self._main:
                 self._bar.close()
                 self._metrics.close()
-                self._tensorboard.close()
+                events.close(self._tensorboard)
             if self._wandb:
                 self._wandb.finish()
 

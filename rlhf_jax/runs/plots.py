@@ -18,7 +18,7 @@ Panels = Mapping[str, Mapping[str, float]]
 
 
 def curves(directory: Path, panels: Mapping[str, Sequence[str]] | None = None) -> Path:
-    """Draws the metrics of the run in `directory` over its steps, into `curves.png` there.
+    """Draw the metrics of the run in `directory` over its steps, into `curves.png` there.
 
     `panels` maps the label of a panel, with its unit ("KL to the reference (nats)"), to the metrics drawn in it; by
     default a panel shows all metrics of one prefix. Metrics that the run does not have are left out. Where a curve has
@@ -56,7 +56,7 @@ def curves(directory: Path, panels: Mapping[str, Sequence[str]] | None = None) -
 
 
 def stages(path: Path, panels: Panels, spread: Panels | None = None) -> Path:
-    """Draws a bar a stage in a panel a measure, and writes the figure to `path`.
+    """Draw a bar a stage in a panel a measure, and write the figure to `path`.
 
     `panels` maps the label of a measure, with its unit, to its value at each stage:
     `{"gold score (0 to 1)": {"base": 0.21, "SFT": 0.48, "PPO": 0.71}}`. The last stage is set off by its colour.
@@ -79,7 +79,7 @@ def stages(path: Path, panels: Panels, spread: Panels | None = None) -> Path:
 
 
 def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, ...]]]], x: str) -> Path:
-    """Draws series of points (x, y), or (x, y, spread), in a panel a measure, and writes the figure to `path`.
+    """Draw series of points (x, y), or (x, y, spread), in a panel a measure, and write the figure to `path`.
 
     `panels` maps the label of a measure, with its unit, to the points of each series by its name; `x` is the label of
     what they share: `{"gold (0 to 1)": {"PPO": [(0.1, 0.5), (0.4, 0.8)]}}` over "KL (nats)". A spread is drawn as a

@@ -35,8 +35,7 @@ def tuning(config):
     state = jax.eval_shape(lambda p: optim.init(p, tx, jax.random.key(0)), models.parameter_shapes(config))
     of = lambda dtype: jax.ShapeDtypeStruct((ROWS, COLUMNS), dtype)
     batch = Tokens(tokens=of(jnp.int32), segment=of(jnp.int32), target=of(bool))
-    apply_fn = models.bind(models.Transformer(config))
-    return functools.partial(sft.train_step, apply_fn=apply_fn, tx=tx), state, batch
+    return functools.partial(sft.train_step, logprobs_fn=models.logprobs_fn(config), tx=tx), state, batch
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -49,7 +48,7 @@ def test_a_train_step_is_what_a_hand_counts(name, remat):
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "qwen3"])
-def test_of_the_last_layer_written_out_no_more_than_is_asked_for_counts(name):
+def test_of_an_unrolled_last_layer_no_more_than_is_asked_for_counts(name):
     config = dataclasses.replace(tiny.CONFIGS[name], n_layers=3, compute=models.Compute(unroll=True))
     layer, _, logits = by_hand(config)
     qkv = 2 * ROWS * COLUMNS * config.d_model * (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
@@ -101,7 +100,12 @@ def test_sampling_counts_its_longest_run():
     tokens = jnp.zeros((2, 4), jnp.int32)
     count = lambda new: flops.count(
         lambda params: sampling.generate(
-            models.Transformer(config), params, tokens, tokens == 0, jax.random.key(0), new, eos_id=0
+            models.Transformer(config),
+            params,
+            tokens,
+            tokens == 0,
+            jax.random.key(0),
+            sampling.Config(max_new_tokens=new, eos_id=0),
         ),
         models.parameter_shapes(config),
     )

@@ -71,8 +71,8 @@ def test_rows_that_do_not_divide_are_refused(cfg, parts):
 def program(cfg, config=tiny.LLAMA, columns=20, devices=None):
     """`sft`'s step over all devices."""
     layout, tx = parallel.layout(cfg, devices), optim.adamw(1e-3)
-    apply_fn = models.bind(models.Transformer(config))
-    step = layout.step(functools.partial(sft.train_step, apply_fn=apply_fn, tx=tx), donate=(0,))
+    train_step = functools.partial(sft.train_step, logprobs_fn=models.logprobs_fn(config), tx=tx)
+    step = layout.step(train_step, donate=(0,))
     state = jax.eval_shape(lambda p: optim.init(p, tx, jax.random.key(0)), models.parameter_shapes(config))
     of = lambda dtype: jax.ShapeDtypeStruct((16, columns), dtype)
     batch = Tokens(tokens=of(jnp.int32), segment=of(jnp.int32), target=of(bool))
@@ -81,12 +81,12 @@ def program(cfg, config=tiny.LLAMA, columns=20, devices=None):
 
 def test_a_report_of_a_step_over_all_devices():
     weights = 4 * models.parameter_count(tiny.LLAMA)
-    report = tpu.compiled(program(parallel.Config()), "v5e:2x4", 8)
+    report = tpu.compile_report(program(parallel.Config()), "v5e:2x4", 8)
     assert report.arguments == pytest.approx(3 * weights, rel=0.05)  # with Adam's two moments; rows are small
     assert report.outputs < 0.02 * weights  # the state takes the place of the one before
     assert report.traffic is not None and report.temporaries > weights  # gradients
     assert report.traffic.collectives["all-reduce"] == pytest.approx(weights, rel=0.01)
-    spread = tpu.compiled(program(parallel.Config(fsdp=8)), "v5e:2x4", 8)
+    spread = tpu.compile_report(program(parallel.Config(fsdp=8)), "v5e:2x4", 8)
     assert spread.arguments == pytest.approx(3 * weights / 8, rel=0.25)  # some norms and biases are whole
     assert spread.flops == report.flops
     assert spread.traffic is not None and "all-gather" in spread.traffic.collectives
@@ -170,7 +170,7 @@ def test_a_step_for_a_tpu_has_its_attention(cfg):
 
 @needs_libtpu
 def test_a_report_of_a_step_for_a_tpu():
-    report = tpu.compiled(program(parallel.Config(), devices=tpu.devices("v5e:2x4")), "v5e:2x4", 8)
+    report = tpu.compile_report(program(parallel.Config(), devices=tpu.devices("v5e:2x4")), "v5e:2x4", 8)
     weights = 4 * models.parameter_count(tiny.LLAMA)
     assert report.traffic is not None and report.share < 0.01
     assert report.arguments > 3 * weights
@@ -186,7 +186,7 @@ def test_a_step_that_does_not_fit_is_reported(topology):
     )
     x = jax.ShapeDtypeStruct((int(0.6 * memory) // 4096, 1024), jnp.float32, sharding=place)
     step = jax.jit(lambda x: x + 1)
-    report = tpu.compiled(tpu.Program("x", step, (x,), 1), topology, 1)
+    report = tpu.compile_report(tpu.Program("x", step, (x,), 1), topology, 1)
     assert (report.share, report.arguments / memory) == (pytest.approx(1.2, rel=0.01), pytest.approx(0.6, rel=0.01))
     with pytest.raises(jax.errors.JaxRuntimeError, match=rf"available HBM \({memory / tpu.GIB:.2f}G\)"):
         step.lower(x).compile()

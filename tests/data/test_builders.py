@@ -1,7 +1,12 @@
 """Tests of rlhf_jax.data.builders: each kind of source, what is prepared anew and what is not, and every bad row."""
 
+import errno
 import gzip
 import json
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +21,9 @@ REPLY = {"role": "assistant", "content": "say"}
 
 def write(path, *rows):
     """A JSON Lines file of rows, or of lines as they are."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -41,6 +48,23 @@ def load(path, kind, **options):
             "rankings",
             {"prompt": USER, "chosen": [REPLY], "rejected": "b"},
             {"prompt": USER, "responses": ["say", "b"], "ranks": [0, 1]},
+        ),
+        (
+            "rankings",
+            {"prompt": "p", "chosen": "a", "rejected": "b", "ended": [True, False]},
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "ended": [True, False]},
+        ),
+        (
+            "demonstrations",
+            {
+                "messages": [
+                    USER[0] | {"weight": 1},
+                    REPLY | {"weight": 0, "train": True, "tool_calls": None},
+                    *USER,
+                    REPLY,
+                ]
+            },
+            {"messages": [*USER, REPLY | {"weight": 0}, *USER, REPLY]},
         ),
         ("prompts", {"prompt": "", "answer": 4}, {"prompt": ""}),
         ("prompts", {"prompt": [{"role": "system", "content": "s"}, *USER]}, None),
@@ -124,8 +148,54 @@ BAD = [
     ("rankings", {"prompt": "p", "responses": ["a", "b"]}, "line 2, field ranks: missing"),
     *[
         ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": ranks}, "field ranks: expected 2 integers")
-        for ranks in ([0], [0, 1, 2], [0, 1.0], [True, 0], ["0", "1"], [-1, 0], 0, [0, 2**31])
+        for ranks in ([0], [0, 1, 2], [0, 1.0], [True, 0], ["0", "1"], [-1, 0], 0, [0, 2**31], [10**400, 0])
     ],
+    *[
+        (
+            "rankings",
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "ended": ended},
+            "line 2, field ended: expected 2 booleans, one per response",
+        )
+        for ended in ([True], [1, 0], True, ["true", "false"], [None, True])
+    ],
+    *[
+        ("prompts", {"prompt": [USER[0] | {"weight": weight}]}, r"prompt\[0\], field weight: expected 0 or 1, got")
+        for weight in (0.5, 2, -1, True, "0", None, [0], 1.0)
+    ],
+    *[
+        (
+            "demonstrations",
+            {"messages": [*USER, REPLY | extra]},
+            rf"line 2, field messages\[1\], field {name}: expected",
+        )
+        for name, extra in {
+            "train": {"train": False},
+            "tool_calls": {"tool_calls": [{"id": 1}]},
+            "reasoning_content": {"reasoning_content": "hm"},
+            "content": {"content": None},
+            "content ": {"content": [{"type": "text", "text": "say"}]},
+            "role": {"role": "tool"},
+            "role ": {"role": "function"},
+        }.items()
+        for name in [name.strip()]
+    ],
+    (
+        "demonstrations",
+        {"prompt": USER, "completion": [REPLY | {"weight": 0}]},
+        r"completion\[0\], field weight: expected 1",
+    ),
+    ("text", '{"text": "a", "text": "b"}', "line 2, field text: given twice"),
+    ("text", '{"text": "a", "n": NaN}', "line 2, field n: expected a finite number, got nan"),
+    ("text", '{"text": "a", "n": [0, -Infinity]}', r"line 2, field n\[1\]: expected a finite number, got -inf"),
+    ("text", '{"text": "a", "n": {"m": 1e999}}', "line 2, field n, field m: expected a finite number, got inf"),
+    (
+        "prompts",
+        '{"prompt": [{"role": "user", "role": "user"}]}',
+        r"line 2, field prompt\[0\], field role: given twice",
+    ),
+    ("text", '{"a\\ud800": 1, "a\\ud800": 1}', r"line 2, field 'a.ud800': given twice"),
+    ("text", "NaN", "line 2: expected a finite number, got nan"),
+    ("text", '{"text": "a", "n": 1' + "0" * 5000 + "}", "line 2: expected a JSON object, got"),
 ]
 
 
@@ -303,3 +373,89 @@ def test_published_name_that_cannot_be_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
     with pytest.raises(InputError, match=r"'glue/sst2': cannot be prepared \(ConnectionError: no route to host\)"):
         sources.rows("glue/sst2", "text", data_dir=tmp_path)
+
+
+def test_published_name_without_a_network(tmp_path, monkeypatch, capfd):
+    """It says at once what it does, and ends soon, whatever the number of trials that TFDS has in mind."""
+    asked = []
+
+    def refuse(address, *_, **__):
+        asked.append(address)
+        raise ConnectionRefusedError("no way out")
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", refuse)
+    monkeypatch.setenv("NO_PROXY", "*")
+    start = time.monotonic()
+    with pytest.raises(
+        InputError, match=r"'imdb_reviews': cannot be prepared \(ConnectionError: .*ai\.stanford\.edu"
+    ) as error:
+        sources.rows("imdb_reviews", "text", data_dir=tmp_path)
+    assert time.monotonic() - start < 30 and 0 < len(asked) < 5 and "\n" not in str(error.value)
+    out, err = capfd.readouterr()
+    line = f"data 'imdb_reviews': fetching it from ai.stanford.edu into {tmp_path / 'imdb_reviews'}"
+    assert out == "" and err.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Failed to finalize writing: write() failed: No space left on device; writing x"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_is_no_mistake_of_the_users(tmp_path, monkeypatch, error, wrapped):
+    def fill(self, **_):
+        if wrapped:
+            raise RuntimeError("while preparing") from error
+        raise error
+
+    write(tmp_path / "data.jsonl", {"text": "a"})
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fill)
+    with pytest.raises(OSError) as caught:
+        load(tmp_path / "data.jsonl", "text")
+    assert caught.value.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def test_the_place_of_a_row(tmp_path, publish):
+    path = tmp_path / "data.jsonl"
+    write(path, "", *({"text": f"t{n}"} for n in range(4)))
+    rows = sources.rows(f"{path}[2:]", "text", data_dir=tmp_path / "store")
+    assert (rows[0], rows.where(0), rows.where(1)) == ({"text": "t2"}, f"{path}, line 4", f"{path}, line 5")
+    publish({"text": TEXT}, {"text": "a"}, {"text": "b"})
+    rows = sources.rows("published[1:]", "text", data_dir=tmp_path)
+    assert rows.where(0) == "data 'published', split train[1:], row 0"
+    assert sources.rows("world:rows=3", "prompts", data_dir=tmp_path).where(2) == "data 'world:rows=3', row 2"
+
+
+LOCALES = [{"LC_ALL": "C"}, {"LC_ALL": "POSIX"}, {"LC_ALL": "en_US.ISO-8859-1"}]
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_files_are_utf_8_whatever_the_locale(tmp_path, locale):
+    row = {"prompt": "Say café 🙂: ", "completion": "ok 🙂"}
+    path = tmp_path / "données.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "templates.jsonl").write_text('{"prompt": "ü {prompt}", "target": "{completion}"}', encoding="utf-8")
+    code = (
+        "import os, sys\n"
+        "from rlhf_jax.data import sources, tokenizer\n"
+        "for spec in (os.environ['ROWS'], 'template:' + os.environ['TEMPLATES'] + ':' + os.environ['ROWS']):\n"
+        "    rows = sources.rows(spec, 'demonstrations', data_dir=os.environ['STORE'])\n"
+        "    print(ascii(rows[0]['prompt']), ascii(rows[0]['completion']))\n"
+        "tok = tokenizer.train([rows[0]['prompt']] * 3, 270, os.environ['STORE'] + '/tok')\n"
+        "print(ascii(tokenizer.decode(tok, tokenizer.render_prompt(tok, rows[0]['prompt']))))\n"
+    )
+    environment = {
+        **os.environ, **locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "",
+        "ROWS": str(path), "TEMPLATES": str(tmp_path / "templates.jsonl"), "STORE": str(tmp_path / "store"),
+        "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert first == ascii(row["prompt"]) + " " + ascii(row["completion"])
+    assert second == ascii("ü " + row["prompt"]) + " " + ascii(row["completion"]) and third == ascii(
+        "ü " + row["prompt"]
+    )

@@ -431,7 +431,9 @@ def test_rankings_that_order_nothing_are_refused(tokenizer):
         " 1 rows rank identical responses differently too"
     )
     assert sorted(batch.rank[0].tolist() for batch in data) == [[0, 0, 1], [0, 1, 1]]
-    with pytest.raises(InputError, match="rankings: no row has two responses of different rank that differ.*4 refused"):
+    with pytest.raises(
+        InputError, match=r"rankings: no row has two responses of different rank that differ.*4 refused"
+    ):
         pipeline.rankings([rows[n] for n in (0, 1, 3, 5)], tokenizer, length=9, batch=1, seed=0)
 
 
@@ -526,9 +528,9 @@ def test_the_row_that_a_template_refuses_is_named(tokenizer, tmp_path):
         make = functools.partial(getattr(pipeline, kind), tokenizer=strict, length=64, batch=1, seed=0)
         with pytest.raises(InputError, match=r"^row 2: the tokenizer's chat template refuses.*no system.*; change the"):
             make(some)
-        for part in ("", "[1:]", "[50%:]"):
+        for part in ("", "[1:]", "[1:2]"):
             stored = sources.rows(f"{tmp_path / kind}.jsonl{part}", kind, data_dir=tmp_path / "data")
             with pytest.raises(InputError, match=rf"{kind}\.jsonl, line 4: the tokenizer's chat template refuses"):
                 make(stored)
-    with pytest.raises(InputError, match="row 2: .* refuses"):
+    with pytest.raises(InputError, match=r"row 2: .* refuses"):
         pipeline.every_prompt(rows["prompts"], strict, length=64)

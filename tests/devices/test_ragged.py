@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.devices import parallel, ragged
-from rlhf_jax.rollouts import rollout, scores
+from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.types import InputError, Prompts
 from tests import tiny
 from tests.algorithms import test_grpo, test_ppo
@@ -41,7 +41,7 @@ def test_each_part_is_as_wide_as_its_longest_row():
         return jnp.cumsum(x, axis=1), jnp.sum(x, axis=1)
 
     x = jnp.where(live(lengths, 8), jax.random.normal(KEY, (8, 8)), 0.0)
-    along, whole = jax.jit(functools.partial(ragged.read, compute, live(lengths, 8), 4))(x)
+    along, whole = jax.jit(functools.partial(ragged.in_buckets, compute, live(lengths, 8), 4))(x)
     jax.effects_barrier()
     assert sorted(widths) == [2, 4, 6, 8]  # of rows with 0 and 1, 2 and 3, 4 and 5, 6 and 8 columns
     np.testing.assert_allclose(whole, jnp.sum(x, axis=1), rtol=1e-6)
@@ -49,25 +49,24 @@ def test_each_part_is_as_wide_as_its_longest_row():
     np.testing.assert_allclose(along, jnp.where(seen, jnp.cumsum(x, axis=1), 0.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=2, tensor=2)], ids=["pmap", "mesh"])
-def test_a_rollout_in_buckets_is_the_whole_one(cfg):
-    place = parallel.layout(cfg)
+@pytest.mark.parametrize("devices", [parallel.Config(), parallel.Config(fsdp=2, tensor=2)], ids=["pmap", "mesh"])
+def test_a_rollout_in_buckets_is_the_whole_one(devices):
+    place = parallel.layout(devices)
     config = tiny.CONFIGS["gpt"]
     tokens = np.arange(32 * 5, dtype=np.int32).reshape(32, 5) % config.vocab_size
     prompts = Prompts(tokens=tokens, mask=np.ones((32, 5), bool), index=np.arange(32, dtype=np.int32))
-    params = place.state({"policy": tiny.policy(config), "critic": tiny.scalar(config)})
+    policy = tiny.policy(config)
+    params = place.state({"policy": policy, "critic": tiny.scalar(config), "reference": policy})
+    cfg = sampling.Config(max_new_tokens=8, eos_id=tuple(range(8)))
     judges = place.state(jax.tree.map(lambda x: x[None], tiny.scalar(config, seed=2)))
 
     def scored(buckets):
-        collect = rollout.collecting(
-            config, place, critic_fn=test_ppo.CRITIC, max_new_tokens=8, temperature=1.0,
-            eos_id=tuple(range(8)), buckets=buckets,
-        )  # fmt: skip
+        collect = rollout.collector(config, place, cfg, test_ppo.CRITIC, buckets)
         judge = scores.scoring(config, 0, 0.0, place, buckets)
-        sampled = collect(params, params["policy"], place.rows(prompts), place.state(KEY), place.state(np.uint32(0)))
+        sampled = collect(params, place.rows(prompts), place.state(KEY), place.state(np.uint32(0)))
         return place.gather(judge(judges, sampled))
 
-    whole, parts = scored(1), scored(4 if cfg == parallel.Config() else 2)
+    whole, parts = scored(1), scored(4 if devices == parallel.Config() else 2)
     assert len(set(whole.response_mask.sum(axis=1).tolist())) > 4
     mask = np.pad(whole.response_mask, ((0, 0), (1, 0)), constant_values=True)[:, :-1]  # and a column more
     clean = lambda x: x.replace(value=np.where(mask, x.value, 0.0))

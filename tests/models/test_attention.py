@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.models import attention, layers, transformer
+from rlhf_jax.models import attention, cache, layers
 from rlhf_jax.types import InputError
 from tests import tiny
 
@@ -43,7 +43,7 @@ def test_splash_is_plain_attention(segment, shared, cap, size):
     real = (segment > 0)[..., None, None, None]
 
     def plain(query, key, value):
-        return attention.attend(query, key, value, layers.causal(segment), config)
+        return attention.attend(query, key, value, layers.causal_mask(segment), config)
 
     def splash(query, key, value):
         return attention.splash(query, key, value, segment, 7**-0.5, cap, interpret=True)
@@ -71,7 +71,7 @@ def test_cudnn_is_plain_attention(segment, implementation, dtype, atol, window):
     segment = jnp.array(segment)
     *inputs, cotangent = arrays(2, 150, 2, 2, 8, dtype)
     real = (segment > 0)[..., None, None, None]
-    mask = layers.causal(segment)
+    mask = layers.causal_mask(segment)
     if window is not None:
         at = jnp.arange(150)
         mask &= (at[:, None] - at[None] < window)[None]
@@ -90,21 +90,25 @@ def test_cudnn_is_plain_attention(segment, implementation, dtype, atol, window):
     assert all(bool(jnp.isfinite(x).all()) for x in results[1])
 
 
-def traced(compute, columns, cache=False, **settings):
-    """The names of what a model computes over so many columns."""
+def traced(compute, columns, method="hidden", **settings):
+    """The operations of a method of a model over so many columns."""
     config = dataclasses.replace(tiny.LLAMA, max_length=512, compute=compute, **settings)
-    apply_fn = models.bind(models.Transformer(config))
-    tokens = jax.ShapeDtypeStruct((2, columns), jnp.int32)
-    held = jax.eval_shape(lambda: cache.Cache.empty(config, 2, 400)) if cache else None
-    step = lambda params, tokens, cache: apply_fn(params, tokens, tokens, None, cache, method="hidden")
-    return str(jax.make_jaxpr(step)(models.parameter_shapes(config), tokens, held))
+    tokens, mask = (jax.ShapeDtypeStruct((2, columns), dtype) for dtype in (jnp.int32, bool))
+    empty = jax.eval_shape(lambda: cache.Cache.empty(config, 2, 400))
+    args = {
+        "hidden": (tokens, mask),
+        "prefill": (tokens, mask, empty),
+        "decode": (jax.ShapeDtypeStruct((2,), jnp.int32), empty),
+    }
+    step = models.bind(models.Transformer(config), getattr(models.Transformer, method))
+    return str(jax.make_jaxpr(step)(models.parameter_shapes(config), *args[method]))
 
 
 def test_the_kernel_serves_where_it_is_asked_for():
     plain, flash = models.Compute(attention="plain"), models.Compute(attention="flash")
     assert "pallas_call" in traced(flash, 20)
-    assert "pallas_call" in traced(flash, 20, cache=True)  # reading a prompt
-    assert "pallas_call" not in traced(flash, 1, cache=True)
+    assert "pallas_call" in traced(flash, 20, "prefill")
+    assert "pallas_call" not in traced(flash, 1, "decode")
     assert "pallas_call" not in traced(plain, 300)
     assert "pallas_call" not in traced(models.Compute(), 300)  # on a CPU
 
@@ -153,7 +157,7 @@ def test_a_model_with_cudnn_is_the_model(left, monkeypatch):
     tokens, mask = tiny.arrays((tiny.random_tokens(1, 2, 20), tiny.ragged(2, 2, 20, left=left)))
     logits = []
     for name in (None, "cudnn"):
-        monkeypatch.setattr(transformer, "kernel", lambda *_, name=name: name)
+        monkeypatch.setattr(attention, "kernel", lambda *_, name=name: name)
         logits.append(models.bind(models.Transformer(config))(tiny.policy(config), tokens, mask))
     np.testing.assert_allclose(*(x[mask] for x in logits), rtol=0, atol=2e-5)
 
@@ -178,7 +182,7 @@ def test_over_a_mesh_each_device_has_its_rows_and_heads(name):
     segment = jnp.asarray(tiny.ragged(4, 4, 140))
     kernel, last = {
         "splash": (functools.partial(attention.splash, scale=0.4, interpret=True), segment),
-        "cudnn": (functools.partial(attention.cudnn, scale=0.4, implementation="xla"), layers.causal(segment)),
+        "cudnn": (functools.partial(attention.cudnn, scale=0.4, implementation="xla"), layers.causal_mask(segment)),
     }[name]
 
     def spread(*args):

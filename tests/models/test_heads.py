@@ -15,7 +15,7 @@ def test_scalar_is_linear_in_the_hidden_state():
     tokens, mask = jnp.array(tiny.random_tokens(0, 3, 6)), jnp.array(tiny.ragged(1, 3, 6))
     params = tiny.scalar()
     module = models.Transformer(tiny.GPT)
-    hidden, _ = jax.jit(functools.partial(models.bind(module), method="hidden"))(params["trunk"], tokens, mask)
+    hidden = jax.jit(models.bind(module, models.Transformer.hidden))(params["trunk"], tokens, mask)
     expected = hidden @ params["kernel"] + 0.25
     values = jax.jit(models.bind(heads.ScalarModel(tiny.GPT)))(params | {"bias": jnp.float32(0.25)}, tokens, mask)
     np.testing.assert_allclose(values, expected, atol=1e-5)
@@ -40,7 +40,6 @@ def test_the_last_real_token(unroll):
     tokens, params = jnp.array(tiny.random_tokens(0, 3, 6)), tiny.scalar()
     mask = jnp.array([[True] * 4 + [False] * 2, [False] * 2 + [True] * 4, [False] * 6])
     config = dataclasses.replace(tiny.GPT, compute=models.Compute(unroll=unroll))
-    apply_fn = models.bind(heads.ScalarModel(config))
-    every = jax.jit(apply_fn)(params, tokens, mask)
-    last = jax.jit(functools.partial(apply_fn, method="last"))(params, tokens, mask)
+    every = jax.jit(models.bind(heads.ScalarModel(config)))(params, tokens, mask)
+    last = jax.jit(heads.score_fn(config))(params, tokens, mask)
     np.testing.assert_allclose(last, every[jnp.arange(3), jnp.array([3, 5, 0])], atol=1e-6)

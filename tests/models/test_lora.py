@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from experiments import ppo as ppo_experiment
-from experiments import reward as reward_experiment
 from experiments import sft as sft_experiment
 from rlhf_jax import models
-from rlhf_jax.algorithms import optim, ppo
+from rlhf_jax.algorithms import optim, ppo, reward, sft
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads, layers, lora
 from rlhf_jax.rollouts import rollout, sampling
@@ -23,12 +21,15 @@ from tests.algorithms.test_sft import batch
 CFG = lora.Config(rank=3, alpha=4.5)
 BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
 TOKENS, MASK = tiny.arrays((tiny.random_tokens(0, 3, 6), tiny.ragged(1, 3, 6)))
-SFT = functools.partial(
-    sft_experiment.train_step,
-    apply_fn=models.bind(models.Transformer(dataclasses.replace(tiny.GPT, dropout=0.1))),
-    lora=CFG,
-    tx=optim.adamw(1e-3, weight_decay=0.1),
-)
+TX = optim.adamw(1e-3, weight_decay=0.1)
+
+
+def sft_step(config, cfg=CFG):
+    network = models.logprobs_fn(config)
+    return lora.on_base(cfg, lambda on: functools.partial(sft.train_step, logprobs_fn=on(network), tx=TX))
+
+
+SFT = sft_step(dataclasses.replace(tiny.GPT, dropout=0.1))
 
 
 def parts(params, cfg=CFG):
@@ -39,7 +40,7 @@ def parts(params, cfg=CFG):
 
 
 def sft_state(trained):
-    return optim.init(trained, SFT.keywords["tx"], jax.random.key(0))
+    return optim.init(trained, TX, jax.random.key(0))
 
 
 def names(tree) -> set[str]:
@@ -106,7 +107,7 @@ def test_adapted_computes_and_learns_what_merged_does(config, remat):
     apply_fn = models.bind(models.Transformer(dataclasses.replace(config, compute=models.Compute(remat=remat))))
 
     def adapted(trained, base):
-        logits = lora.over(apply_fn, base, CFG)(trained, TOKENS, MASK)
+        logits = lora.with_base(apply_fn, base, CFG)(trained, TOKENS, MASK)
         return jnp.mean(logits**2), logits
 
     def merged(trained, base):
@@ -123,8 +124,8 @@ def test_adapted_computes_and_learns_what_merged_does(config, remat):
 @BOTH
 def test_generation_says_what_merged_does(config):
     trained, base = parts(tiny.policy(config))
-    model = models.Transformer(config)
-    say = lambda params: sampling.generate(model, params, TOKENS, MASK, jax.random.key(0), 8)
+    model, cfg = models.Transformer(config), sampling.Config(max_new_tokens=8)
+    say = lambda params: sampling.generate(model, params, TOKENS, MASK, jax.random.key(0), cfg)
     adapted, merged = say(lora.attach(base, trained, CFG)), say(lora.merge(base, trained, CFG))
     tiny.assert_close(adapted, merged, atol=1e-4)
     assert not np.array_equal(adapted.tokens, say(base).tokens)
@@ -183,8 +184,8 @@ def test_weight_decay_falls_on_adapters():
 def test_a_reward_model_learns():
     trained, base = lora.split(tiny.scalar(), CFG, jax.random.key(1))
     before, tx = copied(base), optim.adamw(1e-2)
-    apply_fn = models.bind(heads.ScalarModel(tiny.GPT))
-    step = jax.jit(functools.partial(reward_experiment.train_step, apply_fn=apply_fn, lora=CFG, tx=tx))
+    network = heads.score_fn(tiny.GPT)
+    step = jax.jit(lora.on_base(CFG, lambda on: functools.partial(reward.train_step, score_fn=on(network), tx=tx)))
     rng = np.random.default_rng(0)
     rank = jnp.array(np.argsort(rng.random((4, 3)), axis=1), jnp.int32)
     tokens, mask = tiny.random_tokens(0, 4, 3, 8), tiny.ragged(1, 12, 8).reshape(4, 3, 8)
@@ -201,7 +202,8 @@ def test_a_reward_model_learns():
 @pytest.mark.parametrize("shared", [False, True], ids=["critic", "shared critic"])
 def test_ppo_holds_the_policy_to_its_own_base(shared):
     model = models.Transformer(tiny.GPT)
-    policy_fn, critic_fn = models.bind(model), (heads.shared_critic if shared else heads.critic)(tiny.GPT)
+    policy_fn = models.part("policy", models.logprobs_fn(tiny.GPT))
+    critic_fn = (heads.shared_critic if shared else heads.critic)(tiny.GPT)
     critic = heads.fresh(tiny.GPT) if shared else tiny.scalar()
     halves = {"policy": parts(tiny.policy()), "critic": parts(critic)}
     trained, base = ({name: half[n] for name, half in halves.items()} for n in (0, 1))
@@ -210,19 +212,23 @@ def test_ppo_holds_the_policy_to_its_own_base(shared):
     collect = functools.partial(
         rollout.collect,
         policy=model,
-        policy_fn=policy_fn,
+        cfg=sampling.Config(max_new_tokens=5, temperature=0.8, eos_id=2),
         critic_fn=critic_fn,
-        max_new_tokens=5,
-        temperature=0.8,
-        eos_id=2,
     )
-    params = lora.attach(base, trained, CFG)
-    episodes = jax.jit(collect)(params, base["policy"], tiny.arrays(prompts), jax.random.key(0), jnp.uint32(0))
+    params = lora.attach(base, trained, CFG) | {"reference": base["policy"]}
+    episodes = jax.jit(collect)(params, tiny.arrays(prompts), jax.random.key(0), jnp.uint32(0))
     episodes = episodes.replace(score=jnp.linspace(-1.0, 1.5, 16))
     cfg = ppo.Config(epochs=2, minibatches=2, temperature=0.8, ema=0.5)
     tx = ppo.optimizer(optim.adamw(1e-3), optim.adamw(1e-3))
-    step = functools.partial(
-        ppo_experiment.train_step, policy_fn=policy_fn, critic_fn=critic_fn, lora=CFG, tx=tx, cfg=cfg
+    step = lora.on_base(
+        CFG,
+        lambda on: functools.partial(
+            ppo.train_step,
+            policy_fn=on(policy_fn),
+            critic_fn=on(critic_fn),
+            tx=tx,
+            cfg=cfg,
+        ),
     )
     state, metrics = jax.jit(step)(ppo.init(trained, tx, cfg, jax.random.key(0)), base, episodes, None)
     assert metrics["ratio/first_error"] < 1e-5
@@ -254,10 +260,14 @@ def test_a_step_needs_less_memory():
 
     def needed(cfg, dtype="float32"):
         """Bytes of the arguments, and of what the step needs beside them."""
-        module = models.Transformer(dataclasses.replace(config, compute=models.Compute(dtype)))
+        step = sft_step(dataclasses.replace(config, compute=models.Compute(dtype)), cfg)
         trained, base = jax.eval_shape(lambda params: lora.split(params, cfg, jax.random.key(0)), shapes)
-        step = jax.jit(functools.partial(SFT, apply_fn=models.bind(module), lora=cfg), donate_argnums=0)
-        memory = step.lower(jax.eval_shape(sft_state, trained), base, text).compile().memory_analysis()
+        memory = (
+            jax.jit(step, donate_argnums=0)
+            .lower(jax.eval_shape(sft_state, trained), base, text)
+            .compile()
+            .memory_analysis()
+        )
         return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
     arguments, temporaries = needed(lora.Config())

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,65 @@ def test_whoever_samples_stops_at_eos(named, ends, tmp_path):
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == ends
 
 
+def test_n_inner_is_the_width_of_the_mlp(tmp_path):
+    import transformers
+
+    wide = dataclasses.replace(tiny.GPT, d_ff=24)
+    models.save(model(wide), tiny.policy(wide), tmp_path / "model")
+    assert transformers.GPT2Config.from_pretrained(tmp_path / "model").n_inner == 24
+    assert models.load(tmp_path / "model").config == wide
+    config, _ = saved(tmp_path / "model", tiny.GPT)
+    assert config["n_inner"] is None
+    for named in (None, 64):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"n_inner": named}))
+        assert models.load(tmp_path / "model").config == tiny.GPT
+
+
+@pytest.mark.parametrize(("ends", "stops"), [(None, (0,)), (7, (0, 7)), ([9, 0, 7], (0, 9, 7))])
+def test_stop_ids_are_eos_and_what_the_generation_settings_name(ends, stops, tmp_path):
+    tok = tokenizer.train(["a few words"], 300, tmp_path / "tokenizer")
+    config = dataclasses.replace(tiny.LLAMA, vocab_size=300)
+    with_tokenizer = dataclasses.replace(model(config), tokenizer=tok)
+    for params, load in ((tiny.policy(config), models.load), (tiny.scalar(config), models.load_reward)):
+        models.save(with_tokenizer, params, tmp_path / "model")
+        if ends is not None:
+            (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert models.stop_ids(load(tmp_path / "model")) == stops
+        if ends is not None:  # config.json speaks where there is no generation_config.json
+            (tmp_path / "model" / "generation_config.json").unlink()
+            named = json.loads((tmp_path / "model" / "config.json").read_text()) | {"eos_token_id": ends}
+            (tmp_path / "model" / "config.json").write_text(json.dumps(named))
+            loaded = load(tmp_path / "model")
+            assert models.stop_ids(loaded) == stops
+            models.save(loaded, tiny.policy(config), tmp_path / "again")
+            assert models.stop_ids(models.load(tmp_path / "again")) == stops
+
+
+def test_other_conventions_than_the_policys_are_warned_of(tmp_path, capsys):
+    tok = tokenizer.train(["a few words"], 300, tmp_path)
+    policy = dataclasses.replace(model(tiny.LLAMA), tokenizer=tok)
+
+    def warned(**changes):
+        other = tokenizer.load(tmp_path)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        loaded = {tmp_path / "policy": policy, tmp_path / "same": policy}
+        models.check_vocabularies(loaded | {tmp_path / "reward": dataclasses.replace(policy, tokenizer=other)})
+        return capsys.readouterr().err
+
+    assert warned() == "" and warned(chat_template=tok.chat_template + " \n\n") == ""
+    for changes, what in (
+        ({"eos_token": "!"}, "differ in EOS ('<|endoftext|>', '!'): "),
+        ({"bos_token": "a"}, "differ in BOS (None, 'a'): "),
+        ({"pad_token": "a"}, "differ in PAD ('<|endoftext|>', 'a'): "),
+        ({"chat_template": "{{ messages[0].content }}"}, "differ in chat template: "),
+        ({"eos_token": "!", "chat_template": "{{ 1 }}"}, "differ in EOS ('<|endoftext|>', '!'), chat template: "),
+    ):
+        message = warned(**changes)
+        assert message.startswith(f"warning: {tmp_path / 'policy'} and {tmp_path / 'reward'} {what}")
+        assert message.count("\n") == 1
+
+
 def test_a_length_beyond_the_context(tmp_path, capsys):
     for config in (tiny.GPT, tiny.LLAMA):
         models.check_length(config, length=24)
@@ -218,6 +278,92 @@ def test_a_length_beyond_the_context(tmp_path, capsys):
     assert capsys.readouterr().err == f"warning: {warning}\n"
     with pytest.raises(InputError, match="length=25 is more than the model's context of 24 tokens, beyond which it"):
         models.check_length(tiny.GPT, length=25)
+
+
+BEYOND = {  # of their range, or of another type
+    "size": (0, -1, 2**31, 10**30, 2.0, 0.5, True, "16", [16], {}),
+    "positive": (0, -1.0, 1e-300, 1e39, True, "1e-5", [1.0]),
+    "rate": (-0.1, 1, 1.0, 2, True, "0.1"),
+    "flag": (0, 1, "true", [True]),
+}
+FIELDS = {
+    "gpt": {
+        "size": ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
+        "positive": ("layer_norm_epsilon",),
+        "rate": ("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+        "flag": ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"),
+    },
+    "gemma2": {
+        "size": (
+            *("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "intermediate_size", "sliding_window", "query_pre_attn_scalar"),
+        ),
+        "positive": ("rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping", "rope_theta"),
+        "rate": ("attention_dropout",),
+        "flag": ("attention_bias", "tie_word_embeddings"),
+    },
+    "llama3": {
+        "size": ("rope_parameters.original_max_position_embeddings",),
+        "positive": (
+            *("rope_parameters.rope_theta", "rope_parameters.factor"),
+            *("rope_parameters.low_freq_factor", "rope_parameters.high_freq_factor"),
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_number_of_a_config_has_its_range(name, tmp_path):
+    config, _ = saved(tmp_path / "model", tiny.CONFIGS[name])
+    for kind, fields in FIELDS[name].items():
+        for field, value in itertools.product(fields, BEYOND[kind]):
+            outer, _, inner = field.rpartition(".")
+            changed = config | ({outer: config[outer] | {inner: value}} if outer else {field: value})
+            (tmp_path / "model" / "config.json").write_text(json.dumps(changed))
+            refused(tmp_path / "model", rf"config\.json: {re.escape(field)}=.*: expected (a|true)")
+
+
+def test_rope_factors_that_are_absent_or_in_another_order(tmp_path):
+    config, _ = saved(tmp_path / "model", tiny.CONFIGS["llama3"])
+    rope = config["rope_parameters"]
+    for changed, message in (
+        (rope | {"low_freq_factor": 4.0}, "low_freq_factor=4.0: expected less than high_freq_factor=4.0"),
+        ({name: x for name, x in rope.items() if name != "factor"}, "factor"),
+        ("llama3", "rope_parameters='llama3': expected an object"),
+    ):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rope_parameters": changed}))
+        refused(tmp_path / "model", message)
+
+
+@pytest.mark.parametrize("ends", [True, -1, 31, 2**40, 2.0, [2, "3"], [2, None], [[2]], {"a": 1}])
+def test_eos_ids_are_ids_of_the_vocabulary(ends, tmp_path):
+    saved(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    refused(
+        tmp_path / "model", r"generation_config\.json: eos_token_id=.*: expected an id, or a list of ids, from 0 to 30"
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(odd, dtype, tmp_path):
+    path = tmp_path / "model"
+    _, tensors = saved(path, params=tiny.scalar(tiny.LLAMA) | {"bias": jnp.float32(1.0)})
+    tensors = {name: x.astype(dtype) for name, x in tensors.items()}
+    for name in ("model.norm.weight", "model.layers.1.self_attn.k_proj.weight", "score.weight", "score.bias"):
+        spoiled = tensors[name].copy()
+        spoiled.reshape(-1)[-1] = odd
+        safetensors.numpy.save_file(tensors | {name: spoiled}, path / "model.safetensors")
+        what = f"model.safetensors: {re.escape(name)} has an element that is {'NaN' if np.isnan(odd) else 'inf'}"
+        refused(path, what, models.load_reward)
+
+
+def test_weights_that_overflow_the_type_that_they_are_loaded_in(tmp_path):
+    _, tensors = saved(tmp_path / "model")
+    big = tensors | {"model.norm.weight": np.full(16, -7e4, np.float32)}
+    safetensors.numpy.save_file(big, tmp_path / "model" / "model.safetensors")
+    models.load(tmp_path / "model")
+    refused(tmp_path / "model", "model.norm.weight .* 70000 .*: float16 ends at", lambda p: models.load(p, jnp.float16))
 
 
 def saved(path, config=tiny.LLAMA, params=None):
@@ -265,6 +411,7 @@ CONFIG_ERRORS = {
         ({"tie_word_embeddings": True}, "lm_head.weight differs from the embedding"),
     ],
     "qwen2-window": [
+        ({"num_attention_heads": 64}, r"q_proj.\w+ \[.*16.*\] does not fit config.json, which asks for \[256.*\]"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "cannot be read|layer_types=.* is not supported"),
     ],
     "gemma2": [
@@ -418,6 +565,68 @@ def test_what_a_killed_save_left_is_cleared_away(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == len(others) + 3
     models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
     assert {*tmp_path.iterdir()} == {*others, tmp_path / "model"}
+
+
+def test_a_link_is_followed(tmp_path):
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    out.mkdir(), disk.mkdir()
+    (out / "model").symlink_to(disk / "weights")  # dangling, at first
+    (out / "relative").symlink_to("../disk/there/weights")
+    for name, target in (("model", disk / "weights"), ("relative", disk / "there" / "weights")):
+        for seed in (0, 1):
+            models.check_writable(out / name)
+            models.save(model(tiny.GPT), tiny.policy(seed=seed), out / name)
+            assert (out / name).is_symlink() and target.is_dir() and not target.is_symlink()
+            tiny.assert_close(models.load(out / name).params, tiny.policy(seed=seed), atol=0)
+    assert {path.name for path in out.iterdir()} == {"model", "relative"}
+    assert {path.name for path in disk.iterdir()} == {"weights", "there"}
+
+
+def test_a_path_where_no_model_can_be_is_refused_before_training(tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "self").symlink_to(".")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "to_file").symlink_to(tmp_path / "file")
+    (tmp_path / "things").mkdir()
+    (tmp_path / "things" / "precious").write_text("mine")
+    (tmp_path / "to_things").symlink_to(tmp_path / "things")
+    there = sorted(tmp_path.rglob("*"))
+    for name, message in {
+        "loop": "it is a link that leads to itself",
+        "self": "in which it lies itself",
+        "file": "file is a file",
+        "to_file": "file is a file",
+        "file/model": "file is a file",
+        "to_things": "holds other things than a model",
+        "a" * 250: "File name too long",
+    }.items():
+        for write in (models.check_writable, lambda path: models.save(model(tiny.GPT), tiny.policy(), path)):
+            with pytest.raises(InputError, match=f"a model cannot be written to .*: .*{message}") as error:
+                write(tmp_path / name)
+            assert "\n" not in str(error.value)
+    monkeypatch.setattr(directory.os, "access", lambda *args: False)
+    with pytest.raises(InputError, match=f"{tmp_path} is read-only"):
+        models.check_writable(tmp_path / "some" / "model")
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_what_was_there_comes_back_if_the_last_move_fails(tmp_path, monkeypatch):
+    models.save(model(tiny.GPT), tiny.policy(), tmp_path / "model")
+    rename = directory.Path.rename
+
+    def fail(self, target):
+        if re.fullmatch(r"\.model-.{8}", self.name):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(directory.Path, "rename", fail)
+        models.save(model(tiny.GPT), tiny.policy(seed=1), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    tiny.assert_close(models.load(tmp_path / "model").params, tiny.policy(), atol=0)
+    (tmp_path / ".model-abcd1234-former").symlink_to("gone")  # as links were moved away once
+    models.save(model(tiny.GPT), tiny.policy(seed=1), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_shape_that_no_family_has_is_refused(tmp_path):

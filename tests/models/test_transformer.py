@@ -88,8 +88,8 @@ def test_the_backward_pass_keeps_what_products_take_and_yield():
     def kept(n_layers, compute):
         config = models.gpt(n_layers, 64, 2, vocab_size=64, max_length=64, compute=compute)
         tokens = jax.ShapeDtypeStruct((64, 8), jnp.int32)
-        hidden = functools.partial(models.bind(models.Transformer(config)), method="hidden")
-        loss = lambda params, tokens: jnp.sum(hidden(params, tokens, tokens)[0])
+        hidden = models.bind(models.Transformer(config), models.Transformer.hidden)
+        loss = lambda params, tokens: jnp.sum(hidden(params, tokens, tokens))
         compiled = jax.jit(jax.grad(loss)).lower(models.parameter_shapes(config), tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -103,7 +103,7 @@ def test_the_backward_pass_keeps_what_products_take_and_yield():
 @EVERY
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_layers_written_out_are_those_of_the_loop(config, remat, dropout):
+def test_unrolled_layers_are_those_of_the_scan(config, remat, dropout):
     """Where only the columns asked for are computed of the last layer."""
     tokens, mask = jnp.array(tiny.random_tokens(0, 4, 9)), jnp.array(tiny.ragged(0, 4, 9))
     keys, own = jax.random.split(jax.random.key(0), 4), jnp.array([[3, 1], [0, 5], [7, 7], [2, 8]])
@@ -112,13 +112,13 @@ def test_layers_written_out_are_those_of_the_loop(config, remat, dropout):
     def gradient(unroll):
         compute = models.Compute(remat=remat, unroll=unroll)
         changed = dataclasses.replace(config, n_layers=3, dropout=dropout, compute=compute)
-        hidden = functools.partial(models.bind(models.Transformer(changed)), method="hidden")
+        hidden = models.bind(models.Transformer(changed), models.Transformer.hidden)
 
         def loss(params):
             each = []
             for asked in (slice(0, -1), slice(4, 7), own):
-                x, _ = hidden(params, tokens, mask, keys, columns=asked)
-                each.append(jnp.where(layers.pick(mask, asked)[..., None], x, 0.0))
+                x = hidden(params, tokens, mask, keys, columns=asked)
+                each.append(jnp.where(layers.take_columns(mask, asked)[..., None], x, 0.0))
             return sum(jnp.sum(x * noise[:, : x.shape[1]]) for x in each), each
 
         return jax.jit(jax.grad(loss, has_aux=True))(tiny.policy(changed))
@@ -144,9 +144,8 @@ def test_log_probabilities_are_those_of_the_logits_in_chunks_too(name, dtype):
         return dataclasses.replace(config, compute=models.Compute(dtype, chunk=chunk))
 
     def in_chunks(params, chunk):
-        apply_fn = models.bind(models.Transformer(with_chunk(chunk)))
-        settings = {"start": start, "temperature": temperature, "with_entropy": True}
-        return apply_fn(params, tokens, mask, method="logprobs", **settings)
+        network = models.logprobs_fn(with_chunk(chunk))
+        return network(params, tokens, mask, start=start, temperature=temperature, with_entropy=True)
 
     def both(read):
         def loss(params):
@@ -169,8 +168,8 @@ def test_memory_of_the_loss_is_one_chunk_of_logits():
     def temporaries(vocabulary, chunk):
         compute = models.Compute(chunk=chunk)
         config = models.gpt(1, 16, 2, vocab_size=vocabulary, max_length=129, compute=compute)
-        apply_fn = models.bind(models.Transformer(config))
-        loss = lambda params, tokens: jnp.mean(apply_fn(params, tokens, tokens > 0, method="logprobs")[0])
+        network = models.logprobs_fn(config)
+        loss = lambda params, tokens: jnp.mean(network(params, tokens, tokens > 0)[0])
         shapes = models.parameter_shapes(config), jax.ShapeDtypeStruct((16, 129), jnp.int32)
         return jax.jit(jax.grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 

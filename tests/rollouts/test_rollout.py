@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,25 +9,17 @@ import pytest
 from rlhf_jax import models
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
-from rlhf_jax.rollouts import rollout
+from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.types import Prompts
 from tests import tiny
 
 MODULE = models.Transformer(tiny.GPT)
-POLICY, SCALAR = models.bind(MODULE), models.bind(heads.ScalarModel(tiny.GPT))
+LOGPROBS, SCALAR = models.logprobs_fn(tiny.GPT), models.bind(heads.ScalarModel(tiny.GPT))
 CRITIC = heads.critic(tiny.GPT)
 N, EOS = 5, 2
-PARAMS = lambda: {"policy": tiny.policy(), "critic": tiny.scalar()}
-REFERENCE = lambda: tiny.policy(seed=3)
-COLLECT = functools.partial(
-    rollout.collect,
-    policy=MODULE,
-    policy_fn=POLICY,
-    critic_fn=CRITIC,
-    max_new_tokens=N,
-    temperature=0.8,
-    eos_id=EOS,
-)
+PARAMS = lambda: {"policy": tiny.policy(), "critic": tiny.scalar(), "reference": tiny.policy(seed=3)}
+CFG = sampling.Config(max_new_tokens=N, temperature=0.8, eos_id=EOS)
+COLLECT = functools.partial(rollout.collect, policy=MODULE, cfg=CFG, critic_fn=CRITIC)
 
 
 def prompts(rows: int = 16) -> Prompts:
@@ -34,8 +27,8 @@ def prompts(rows: int = 16) -> Prompts:
 
 
 def test_a_rollout_says_what_each_model_says():
-    sampled = jax.jit(COLLECT)(PARAMS(), REFERENCE(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
-    score = jax.jit(lambda p: rollout.response_logprobs(POLICY, p, sampled.tokens, sampled.mask, N, 0.8))
+    sampled = jax.jit(COLLECT)(PARAMS(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
+    score = jax.jit(lambda p: LOGPROBS(p, sampled.tokens, sampled.mask, start=3, temperature=0.8)[0])
     on = np.asarray(sampled.response_mask)
     assert 0 < on.sum() < on.size  # some responses end early
     np.testing.assert_allclose(sampled.logp, np.where(on, score(tiny.policy()), 0), atol=1e-5)
@@ -48,8 +41,9 @@ def test_a_rollout_says_what_each_model_says():
 
 
 def test_responses_that_go_on_after_their_end():
-    args = (PARAMS(), REFERENCE(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
-    stopped, whole = (jax.jit(functools.partial(COLLECT, stop_at_eos=stop))(*args) for stop in (True, False))
+    args = (PARAMS(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
+    settings = CFG, dataclasses.replace(CFG, stop_at_eos=False)
+    stopped, whole = (jax.jit(functools.partial(COLLECT, cfg=cfg))(*args) for cfg in settings)
     assert np.all(whole.response_mask)
     assert 0 < np.sum(whole.ended) < 16
     np.testing.assert_array_equal(stopped.ended, whole.ended)
@@ -59,25 +53,26 @@ def test_responses_that_go_on_after_their_end():
 
 @pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=4, tensor=2)], ids=["pmap", "mesh"])
 def test_one_device_equals_eight(cfg):
-    one = jax.jit(COLLECT)(PARAMS(), REFERENCE(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(7))
+    one = jax.jit(COLLECT)(PARAMS(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(7))
     place = parallel.layout(cfg)
-    params, reference, *rest = place.state((PARAMS(), REFERENCE(), jax.random.key(0), jnp.uint32(7)))
-    eight = place.gather(place.step(COLLECT)(params, reference, place.rows(prompts()), *rest))
+    params, *rest = place.state((PARAMS(), jax.random.key(0), jnp.uint32(7)))
+    eight = place.gather(place.step(COLLECT)(params, place.rows(prompts()), *rest))
     tiny.assert_close(jax.tree.map(np.asarray, one), eight, atol=1e-5)
     np.testing.assert_array_equal(one.tokens, eight.tokens)
 
 
 def test_two_rollouts_share_no_noise():
     same = tiny.arrays(Prompts(tokens=np.full((32, 3), 5), mask=np.ones((32, 3), bool), index=np.arange(32)))
-    collect = jax.jit(functools.partial(COLLECT, temperature=3.0))
-    rows = [collect(PARAMS(), REFERENCE(), same, jax.random.key(0), jnp.uint32(f)).tokens for f in (0, 32)]
+    collect = jax.jit(functools.partial(COLLECT, cfg=dataclasses.replace(CFG, temperature=3.0)))
+    rows = [collect(PARAMS(), same, jax.random.key(0), jnp.uint32(f)).tokens for f in (0, 32)]
     assert len({tuple(row) for row in np.concatenate(rows).tolist()}) > 60
 
 
 def test_responses_do_not_depend_on_the_batch():
-    args = (MODULE, tiny.policy(), prompts(20), jax.random.key(0))
-    settings = {"max_new_tokens": N, "temperature": 1.0, "eos_id": EOS}
-    small, large = rollout.respond(*args, batch=8, **settings), rollout.respond(*args, batch=16, **settings)
-    assert small.tokens.shape == (20, N)
+    model = models.Model(tiny.GPT, tiny.policy(), None, lambda: None)
+    args = model, prompts(20), jax.random.key(0), sampling.Config(max_new_tokens=N, eos_id=EOS)
+    small, large = rollout.episodes(*args, batch=8), rollout.episodes(*args, batch=16)
+    assert small.response_tokens.shape == (20, N)
+    assert small.logp_ref is None and small.value is None and small.score is None
     np.testing.assert_array_equal(small.tokens, large.tokens)
     np.testing.assert_array_equal(small.mask, large.mask)

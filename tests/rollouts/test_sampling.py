@@ -16,13 +16,14 @@ from tests import tiny
 BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
 NAMES = "gpt", "llama", "mistral", "qwen3", "gemma2"  # families that differ in how tokens see each other
 EVERY = pytest.mark.parametrize("config", [tiny.CONFIGS[name] for name in NAMES], ids=NAMES)
-EOS = 2
+EOS, KEY = 2, jax.random.key(0)
 
 
-def generate(config, tokens, mask, key=None, n=8, **kwargs):
+def generate(config, tokens, mask, key=None, n=8, **settings):
     key = jax.random.key(7) if key is None else key
+    cfg = sampling.Config(max_new_tokens=n, **settings)
     module = models.Transformer(config)
-    return sampling.generate(module, tiny.policy(config), jnp.asarray(tokens), jnp.asarray(mask), key, n, **kwargs)
+    return sampling.generate(module, tiny.policy(config), jnp.asarray(tokens), jnp.asarray(mask), key, cfg)
 
 
 def scored(config, tokens, mask, sample, temperature=1.0):
@@ -83,8 +84,8 @@ def test_rows_that_have_ended_are_left_out_without_a_trace(config):
 def fresh(monkeypatch):
     """Has `generate` traced anew, which for the same function it would not be."""
     run = sampling._generate.__wrapped__
-    again = jax.jit(lambda *args: run(*args), static_argnums=(0, *range(5, 10)))
-    monkeypatch.setattr(sampling, "_generate", again)
+    traced = jax.jit(lambda *args: run(*args), static_argnums=(0, 5))
+    monkeypatch.setattr(sampling, "_generate", traced)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "default"])
@@ -105,7 +106,7 @@ def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
     tokens, mask = tiny.random_tokens(0, 8, 6), tiny.ragged(1, 8, 6)
     before = generate(config, tokens, mask, eos_id=EOS)
-    monkeypatch.setattr(sampling, "_converted", lambda config, params: (config, params))
+    monkeypatch.setattr(sampling, "_converted", lambda config, params: sampling._Network(config, params))
     fresh(monkeypatch)
     tiny.assert_close(before, generate(config, tokens, mask, eos_id=EOS), atol=0)
 
@@ -123,7 +124,7 @@ def within_loops(jaxpr, inside=False):
 @BOTH
 def test_no_step_converts_weights(config):
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
-    step = functools.partial(sampling.generate, models.Transformer(config), max_new_tokens=4, eos_id=EOS)
+    step = functools.partial(sampling.generate, models.Transformer(config), cfg=sampling.Config(4, eos_id=EOS))
     args = tiny.policy(config), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), jax.random.key(0)
     made = list(within_loops(jax.make_jaxpr(step)(*args).jaxpr))
     assert any(eqn.primitive.name == "dot_general" for eqn in made)
@@ -136,7 +137,7 @@ def test_no_step_converts_weights(config):
 @pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
 def test_the_cache_is_updated_in_place(config):
     tokens, mask = tiny.random_tokens(0, 4, 7), tiny.ragged(0, 4, 7)
-    generate = functools.partial(sampling.generate, models.Transformer(config), max_new_tokens=6, eos_id=3)
+    generate = functools.partial(sampling.generate, models.Transformer(config), cfg=sampling.Config(6, eos_id=3))
     program = jax.jit(generate).lower(tiny.policy(config), tokens, mask, jax.random.key(0)).compile().as_text()
     layer = 4 * config.n_kv_heads * 13 * config.head_dim
     copied = re.findall(r" f32\[([\d,]+)\]\S* copy\(", program)
@@ -163,23 +164,28 @@ def test_any_of_several_ends():
 @BOTH
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 9}, {"temperature": 1.5, "top_p": 0.9}])
 def test_a_stream_is_a_sample(config, settings):
-    module, keys, ends = models.Transformer(config), jax.random.split(jax.random.key(3), 6), (0, EOS, 5, 7)
+    module, keys = models.Transformer(config), jax.random.split(jax.random.key(3), 6)
+    cfg = sampling.Config(max_new_tokens=8, eos_id=(0, EOS, 5, 7), **settings)
     tokens, mask = tiny.random_tokens(0, 6, 8), tiny.ragged(1, 6, 8)
     rows = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    sample = generate(config, tokens, mask, rows, eos_id=ends, **settings)
+    sample = sampling.generate(module, tiny.policy(config), jnp.asarray(tokens), jnp.asarray(mask), rows, cfg)
     for b in range(6):
         prompt = tokens[b, mask[b]].tolist()
-        stream = sampling.stream(module, tiny.policy(config), prompt, keys[b], 8, eos_id=ends, **settings)
-        assert list(stream) == sample.tokens[b, sample.mask[b]].tolist()
+        assert (
+            list(sampling.stream(module, tiny.policy(config), prompt, keys[b], cfg))
+            == sample.tokens[b, sample.mask[b]].tolist()
+        )
     assert not sample.mask.all()  # some end early
 
 
 def test_streams_after_prompts_of_all_lengths_share_programs():
     module = models.Transformer(dataclasses.replace(tiny.LLAMA, max_length=80))
-    before = sampling._step._cache_size()
+    programs = lambda: (sampling._first_token._cache_size(), sampling._next_token._cache_size())
+    before = programs()
     for n in (1, 32, 33, 64):
-        assert len(list(sampling.stream(module, tiny.policy(tiny.LLAMA), [3] * n, jax.random.key(0), 5))) == 5
-    assert sampling._step._cache_size() - before == 4  # for up to 32 columns and up to 64: the prompt, the next token
+        stream = sampling.stream(module, tiny.policy(tiny.LLAMA), [3] * n, jax.random.key(0), sampling.Config(5))
+        assert len(list(stream)) == 5
+    assert programs() == (before[0] + 2, before[1] + 2)  # for up to 32 columns and for up to 64
 
 
 def test_samples_follow_the_distribution():
@@ -239,4 +245,4 @@ def test_bad_settings_are_refused():
     with pytest.raises(InputError, match="max_new_tokens=0"):
         generate(tiny.GPT, tokens, mask, n=0)
     with pytest.raises(InputError, match="6 prompt columns and 19 new tokens exceed the model's context of 24"):
-        next(sampling.stream(models.Transformer(tiny.GPT), tiny.policy(), [3] * 6, jax.random.key(0), 19))
+        next(sampling.stream(models.Transformer(tiny.GPT), tiny.policy(), [3] * 6, KEY, sampling.Config(19)))

@@ -294,3 +294,26 @@ def test_no_room_for_a_checkpoint(tmp_path, monkeypatch):
         f"no space is left to write to {tmp_path}; the last checkpoint is {tmp_path / '2'}"
     )
     assert bits(checkpoint.restore(tmp_path, make_state())[0]) == bits(make_state(2))
+
+
+class Short(Counter):
+    """A stream of so few batches that the place of another one lies beyond its end."""
+
+    def set_state(self, state):
+        raise IndexError(f"Checkpoint `next_index` {state['next']} is out of range for dataset of length 5.")
+
+
+def test_a_run_that_has_done_more_than_there_is_to_do_is_trained(tmp_path):
+    with checkpoint.Writer(tmp_path) as writer:
+        writer.save(make_state(8), {"data": Counter(8)})
+    changed = checkpoint.Config(resume="changed")
+    for total in (5, 8):
+        data = Short()
+        assert int(checkpoint.resume(tmp_path, make_state(0), {"data": data}, changed, total=total).step) == 8
+        assert data.at == 0
+    for total in (None, 9):
+        with pytest.raises(InputError, match=r"after step 8 the stream data cannot go on \(Checkpoint `next_index` 8"):
+            checkpoint.resume(tmp_path, make_state(0), {"data": Short()}, changed, total=total)
+    data = Counter()
+    checkpoint.resume(tmp_path, make_state(0), {"data": data}, changed, total=9)
+    assert data.at == 8

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Literal
@@ -185,3 +186,143 @@ def test_a_stage_by_its_name(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run_stage(stages, ["--help"])
     assert not stop.value.code and capsys.readouterr().out.startswith("A recipe.\nStages: one, two")
+
+
+TALKER = """
+import dataclasses
+import sys
+from pathlib import Path
+from rlhf_jax.runs import cli
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    out: Path = Path("run")  # directory
+    rewards: tuple[Path, ...] = ()  # models
+    system: str = ""  # text
+    lines: int = 100_000  # to print
+
+def main(config):
+    for number in range(config.lines):
+        print(number)
+    print(config.system, repr(sys.stdin.read() if config.lines == 0 else ""))
+
+if __name__ == "__main__":
+    cli.run(main, Config())
+"""
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def talk(folder: Path, *cases: tuple[bytes, bytes, dict[str, str]]) -> list[tuple[int, bytes, bytes]]:
+    """Runs shell commands at once, in which $TALK is an experiment that prints: status, output and errors of each."""
+    (folder / "talk.py").write_text(TALKER)
+    paths = {"PYTHONPATH": str(Path(__file__).parents[2]), "TALK": f"{sys.executable} talk.py"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = [
+        subprocess.Popen([b"bash", b"-c", command], cwd=folder, env=os.environ | paths | env, **pipes)
+        for command, _, env in cases
+    ]
+    ended = [process.communicate(stdin) for process, (_, stdin, _) in zip(started, cases, strict=True)]
+    return [(process.returncode, *output) for process, output in zip(started, ended, strict=True)]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_nobody_reads_ends_in_silence(tmp_path, unbuffered):
+    expected = {
+        b"$TALK | head -n 1 > /dev/null; exit ${PIPESTATUS[0]}": (cli.UNREAD, b"", b""),
+        b"$TALK --lines 1 | true; exit ${PIPESTATUS[0]}": (cli.UNREAD, b"", b""),  # flushed at the end
+        b"$TALK --lines 1 >&-": (0, b"", b""),
+        b"$TALK --lines x 2>&-": (cli.USAGE, b"", b""),
+    }
+    done = talk(tmp_path, *((command, b"", {"PYTHONUNBUFFERED": unbuffered}) for command in expected))
+    assert dict(zip(expected, done, strict=True)) == expected
+
+
+def test_help_that_nobody_reads_and_a_full_disk(tmp_path):
+    env = {"PYTHONUNBUFFERED": ""}
+    help_, full = talk(
+        tmp_path,
+        (b"$TALK --help | true; exit ${PIPESTATUS[0]}", b"", env),
+        (b"$TALK --lines 1 > /dev/full", b"", env),
+    )
+    assert help_[0] in (0, cli.UNREAD) and help_[1:] == (b"", b"")
+    assert full == (1, b"", b"error: the output cannot be written: No space left on device\n")
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    command = "$TALK --lines 0 --system 'wörld 字'".encode()
+    expected = "wörld 字 '\N{REPLACEMENT CHARACTER}a\\x00b'\n".encode()
+    for done in talk(tmp_path, (command, b"\xffa\x00b", {}), (command, b"\xffa\x00b", ASCII)):
+        assert done == (0, expected, b"")
+
+
+def test_an_argument_that_the_locale_has_no_name_for_is_one_line(tmp_path):
+    strange, named = talk(
+        tmp_path, (b"$TALK --system $'a\\xffb'", b"", ASCII), ("$TALK --lines 0 --out wörld".encode(), b"", ASCII)
+    )
+    assert strange == (2, b"", b"error: argument a\\udcffb: expected UTF-8; rename the file, if it names one\n")
+    assert named == (2, b"", b"error: --out w\\xf6rld: this locale has no such names; set PYTHONUTF8=1\n")
+
+
+@pytest.mark.parametrize("flags", [["--init", "a\udcffb"], ["--ppo.kl-kind=a\udcffb"], ["--n\udcff"], ["\udcff"]])
+def test_an_argument_that_is_not_utf_8_is_one_line(capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(same, Config(), flags)
+    said = capsys.readouterr().err
+    assert stop.value.code == cli.USAGE and said.count("\n") == 1
+    assert said.startswith("error: argument ") and "\\udcff" in said and "expected UTF-8" in said
+
+
+@pytest.mark.parametrize("flags", [["--init", ""], ["--init="], ["--ppo.clip", "0.1", "--init="]])
+def test_an_empty_path_is_one_line(capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(same, Config(), flags)
+    assert stop.value.code == cli.USAGE
+    assert capsys.readouterr().err == "error: --init is empty: expected a path, such as . for the working directory\n"
+    assert cli.run(same, Config(), ["--init", "."]).init == Path(".")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), 2, "error: a/b: Permission denied\n"),
+        (OSError(28, "No space left on device", "a"), 1, "error: the disk is full: [Errno 28] No space left on device"),
+        (OSError(27, "File too large"), 1, "error: the disk is full: [Errno 27] File too large; make room, and run"),
+    ],
+)
+def test_the_file_system_refuses_in_one_line(capsys, error, status, message):
+    def main(config):
+        raise error
+
+    def prepare(config):
+        try:
+            raise error
+        except OSError as cause:
+            raise InputError("rows.jsonl: cannot be prepared") from cause
+
+    for function in (main, prepare) if status == 1 else (main,):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(function, Config(), [])
+        said = capsys.readouterr().err
+        assert stop.value.code == status and said.count("\n") == 1
+        assert said.startswith(message) or function is prepare
+
+
+@pytest.mark.parametrize(("number", "tells"), [(28, False), (5, True)])
+def test_threads_do_not_tell_of_a_full_disk(capsys, number, tells):
+    """The main one does."""
+
+    def main(config):
+        def fail():
+            raise OSError(number, os.strerror(number))
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    told = []
+    former, threading.excepthook = threading.excepthook, told.append
+    try:
+        cli.run(main, Config(), [])
+        assert bool(told) == tells and threading.excepthook == told.append
+    finally:
+        threading.excepthook = former

@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -376,3 +377,20 @@ def test_checkpoints_of_what_is_done_may_be_deleted(tmp_path):
     (cfg.out / runs.CHECKPOINTS).rmdir()
     runs.once(main, cfg)
     assert len(calls) == 1
+
+
+def test_a_directory_that_another_process_uses(tmp_path):
+    """Its lock is another open file, which flock takes for another process."""
+    cfg = Config(tmp_path / "run")
+    cfg.out.mkdir()
+    with (cfg.out / ".lock").open("w") as file:
+        file.write("process 7 on elsewhere\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for use in (runs.claim, runs.write_config, lambda _, cfg: runs.once(lambda _: None, cfg)):
+            with pytest.raises(InputError, match=rf"^{cfg.out} is in use by process 7 on elsewhere: wait until"):
+                use(cfg.out, cfg)
+    runs.once(lambda _: None, cfg)
+    with (cfg.out / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # what is done is free
+    assert ".lock" not in (cfg.out / "done.json").read_text()

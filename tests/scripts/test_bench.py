@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax.types import InputError
 from scripts import bench
+from scripts.benchmark import workloads
 
 SIZES = {
     "model": {"vocab": 64, "hidden": 16, "intermediate": 24, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8},
@@ -34,9 +35,9 @@ def cfg(tmp_path_factory):
     return bench.with_sizes(bench.Config(workload=path))
 
 
-@pytest.mark.parametrize("name", bench.WORKLOADS)
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_a_workload_has_rates_a_limit_and_memory(cfg, name):
-    result = bench.measure(cfg, name)
+    result = workloads.measure(cfg, name)
     counted = next(key.removeprefix("median_") for key in result if key.startswith("median_"))
     assert 0 < result[f"median_{counted}"] <= result[f"best_{counted}"]
     assert result["of_limit"] == pytest.approx(result[f"median_{counted}"] / result[f"limit_{counted}"])
@@ -49,14 +50,14 @@ def test_a_workload_has_rates_a_limit_and_memory(cfg, name):
 
 def test_sizes_and_settings_reach_the_model(cfg):
     assert cfg.learning_rate == 1e-3 and cfg.decode_ragged.batches == (8, 16) and cfg.ppo_ragged.eos_fraction == 0.2
-    config = bench.architecture(dataclasses.replace(cfg, dtype="bfloat16", remat="full"))
+    config = workloads.architecture(dataclasses.replace(cfg, dtype="bfloat16", remat="full"))
     assert (config.vocab_size, config.d_model, config.n_kv_heads) == (64, 16, 1)
     assert config.compute.dtype == "bfloat16" and config.compute.remat == "full"
-    assert bench.architecture(dataclasses.replace(cfg, preset="gpt2")).d_model == 768
+    assert workloads.architecture(dataclasses.replace(cfg, preset="gpt2")).d_model == 768
 
 
 def test_packed_documents_have_the_lengths_asked_for():
-    segment = bench.documents(bench.Packing(batch=256, length=64, mean=8.0))
+    segment = workloads.random_documents(workloads.Packing(batch=256, length=64, mean=8.0))
     assert segment.shape == (256, 64) and (np.diff(segment, axis=1) >= 0).all() and segment.min() == 1
     assert segment[:, -1].mean() == pytest.approx(1 + 63 / 8, rel=0.05)  # a new one starts at any token in eight
 
@@ -75,7 +76,7 @@ print(json.dumps({"peer": "other", "versions": {"other": "1"}, "results": {name:
 
 def test_peers_stand_in_the_table(cfg, tmp_path, monkeypatch, capsys):
     found = {"median_tokens_per_s": 3e9, "best_tokens_per_s": 4e9, "of_limit": 0.5, "peak_mib": 100.0}
-    monkeypatch.setattr(bench, "apart", lambda cfg, name: dict(found))
+    monkeypatch.setattr(bench, "measure_alone", lambda cfg, name: dict(found))
     script = tmp_path / "peer.py"
     script.write_text(PEER)
     cfg = dataclasses.replace(cfg, only="sft,reward,packing", peer=(f"other={sys.executable}:{script}",), rounds=2)
@@ -98,7 +99,7 @@ def test_the_scaling_is_drawn(cfg, tmp_path, monkeypatch):
         seen.append((name, cfg.sft.batch, cfg.decode.new, cfg.model.vocab, cfg.decode_ragged.eos_fraction))
         return {"median_tokens_per_s": 1e4, "peak_mib": 100.0}
 
-    monkeypatch.setattr(bench, "apart", found)
+    monkeypatch.setattr(bench, "measure_alone", found)
     scaled = bench.main(dataclasses.replace(cfg, scaling=tmp_path / "scaling.png"))
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     assert scaled["sft by rows"][-1] == (64, 100.0, 100.0)

@@ -37,7 +37,7 @@ def mib(tree, chips=8):
 
 
 def planned(experiment, *flags):
-    steps = tpu_compile.planned(experiment, flags, jax.devices())
+    steps = tpu_compile.plan_experiment(experiment, flags, jax.devices())
     return {step.name: step for step in steps}
 
 
@@ -47,7 +47,7 @@ def test_every_experiment_has_its_steps(experiment):
 
 
 def test_the_quickstart_has_those_of_its_stages():
-    found = [step.name for step in tpu_compile.planned("assistant", [], jax.devices())]
+    found = [step.name for step in tpu_compile.plan_experiment("assistant", [], jax.devices())]
     assert found[:3] == ["pretrain train", "pretrain sample", "sft train"] and found[-1] == "evaluate loss"
 
 
@@ -98,9 +98,26 @@ def test_a_mesh_keeps_one_copy_where_pmap_makes_another():
 
 
 def test_a_recipe_names_its_stage():
-    (train, _) = tpu_compile.planned("tldr_stiennon2020:reward-1.3b", [], jax.devices())
+    (train, _) = tpu_compile.plan_experiment("tldr_stiennon2020:reward-1.3b", [], jax.devices())
     billions = sum(x.size for x in jax.tree.leaves(train.args[0].params)) / 8e9
     assert billions == pytest.approx(1.32, rel=0.02)
+
+
+@pytest.mark.parametrize("mesh", [(), ("--devices.fsdp", "8")], ids=["pmap", "mesh"])
+def test_a_loaded_reward_model_is_gone_where_the_scorer_has_its_copy(mesh):
+    for experiment in ("best_of_n", "rejection"):
+        steps = planned(experiment, *mesh)
+        judge = mib(steps["score"].args[0])
+        policies = mib({id(x): x for x in jax.tree.leaves(steps["collect"].args[0])})
+        assert mib(steps["collect"].beside) == pytest.approx(judge, rel=0.01)
+        assert mib(steps["score"].beside) == pytest.approx(policies, rel=0.01)
+
+
+def test_nothing_is_written_or_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for experiment in ("pretrain", "reward", "rank", "ppo", "evaluate"):
+        planned(experiment)
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -125,7 +142,9 @@ def told(monkeypatch):
     """The script, with a compiler that says what the test has put here."""
     reports = []
     monkeypatch.setattr(tpu, "devices", lambda topology: jax.devices())
-    monkeypatch.setattr(tpu, "compiled", lambda program, *_: dataclasses.replace(reports.pop(0), name=program.name))
+    monkeypatch.setattr(
+        tpu, "compile_report", lambda program, *_: dataclasses.replace(reports.pop(0), name=program.name)
+    )
     return reports
 
 
@@ -156,7 +175,7 @@ def test_steps_compile(mesh):
     """On CPU devices: the shapes that each step hands on are those that the next one takes."""
     steps = planned("ppo", *SMALL, "--text-length", "8", "--batch", "32", *mesh)
     for step in steps.values():
-        report = tpu.compiled(step, "v5e:2x4", 8)
+        report = tpu.compile_report(step, "v5e:2x4", 8)
         assert report.arguments == pytest.approx(tpu.argument_bytes(step.args, 8), rel=0.01)
         assert report.flops.total > 0 and report.share < 0.01
 
