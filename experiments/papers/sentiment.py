@@ -31,6 +31,7 @@ import resource
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.settings import Count, Seed
+from rlhf_jax.settings import Count, Range, Seed
 from rlhf_jax.types import InputError, Prompts, Rollout, named_key
 
 
@@ -64,7 +65,7 @@ class Config(runs.Stage):
     data_dir: Path | None = None  # type: ignore[assignment]  # where prepared data sets are kept; None is the folder "data" in `out`
     choices: Count = 3000  # openings for the reward model to learn from
     held_out_choices: Count = 256  # openings to measure its accuracy on, and to normalise it on
-    best_of: Count = 4  # continuations of each, of which the labeler picks one
+    best_of: Annotated[int, Range(least=2)] = 4  # continuations of each, of which the labeler picks one
     sample_batch: Count = 128  # continuations sampled at once, over all devices
     pretrain: "pretrain.Config" = pretrain.Config(
         preset="llama-mini", vocab_size=2048, length=64, batch=16, steps=2400, lr=3e-3, warmup=60, weight_decay=0.1
@@ -323,7 +324,7 @@ def sampled_as(cfg: Config, model: models.Model) -> sampling.Config:
     return sampling.Config(
         max_new_tokens=cfg.ppo.max_new_tokens,
         temperature=cfg.ppo.algorithm.temperature,
-        eos_id=models.tokenizer_of(model).eos_token_id,
+        eos_id=models.stop_ids(model),
     )
 
 
@@ -362,7 +363,7 @@ def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Pro
     layout = parallel.layout(cfg.devices)
     reference = models.load(paths[0], compute=cfg.compute, place=layout.sharding)
     reward_model = models.load_reward(learnt, compute=cfg.compute, place=layout.sharding)
-    score = scores.reward_models([reward_model], models.tokenizer_of(reference).eos_token_id, layout=layout)
+    score = scores.reward_models([reward_model], models.stop_ids(reference), layout=layout)
     for path in paths:
         yield rollout.episodes(
             models.load(path, compute=cfg.compute, place=layout.sharding),

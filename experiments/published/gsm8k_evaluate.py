@@ -49,7 +49,7 @@ def main(cfg: Config) -> dict:
         model,
         prompts,
         named_key(cfg.seed, "gsm8k_evaluate"),
-        sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=tokenizer.eos_token_id),
+        sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=models.stop_ids(model)),
         batch=cfg.batch,
         layout=layout,
     )

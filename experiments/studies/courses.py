@@ -139,7 +139,7 @@ def score_answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) ->
     same_sampling = dataclasses.replace(run, reward=(), critic="policy", out=Path())
     sampled, gold = sample_answers(same_sampling, model, prompts, times)
     rewards = [models.load_reward(path, compute=run.compute, place=layout.sharding) for path in run.reward]
-    score = scores.reward_models(rewards, models.tokenizer_of(rewards[0]).eos_token_id, layout=layout)
+    score = scores.reward_models(rewards, models.stop_ids(rewards[0]), layout=layout)
     parts = [layout.gather(score(layout.rows(part))) for _, part in rollout.chunks(sampled, BATCH)]
     return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(sampled.index)], *parts), gold
 
@@ -159,7 +159,7 @@ def sample_answers(run: ppo.Config, model: Path, prompts: int, times: int) -> tu
         sampling.Config(
             max_new_tokens=run.max_new_tokens,
             temperature=run.algorithm.temperature,
-            eos_id=tokenizer.eos_token_id,
+            eos_id=models.stop_ids(policy),
         ),
         batch=BATCH,
         reference=reference,

@@ -105,13 +105,13 @@ def test_a_check_of_the_answer_is_a_reward(done, tmp_path, sums, capsys):
     capsys.readouterr()
     said = refused(capsys, gsm8k_ppo.main, gsm8k_ppo.CONFIG, "--critic", "reward")
     assert said.startswith("error: critic=reward starts as a reward model: name one by --reward")
-    said = refused(capsys, ppo.main, ppo.Config(), "--critic", "policy", "--reward")
+    plain = given(done, tmp_path / "plain", data="world:rows=100", text=None, reward=(), **SIZES)
+    said = refused(capsys, ppo.main, ppo.Config(critic="policy", **plain))
     assert said == "error: reward: expected at least one model directory"
     said = refused(capsys, gsm8k_grpo.main, gsm8k_grpo.CONFIG, "--data", sums, "--reward", tmp_path)
     assert said.startswith("error: reward has no effect on scores that are not reward models'")
-    assert (
-        refused(capsys, grpo.main, grpo.Config(), "--reward") == "error: reward: expected at least one model directory"
-    )
+    said = refused(capsys, grpo.main, grpo.Config(**plain))
+    assert said == "error: reward: expected at least one model directory"
     with pytest.raises(InputError, match="the prompts come without answers to check responses by"):
         gsm8k_grpo.main(dataclasses.replace(gsm8k_grpo.CONFIG, data="world:rows=20", data_dir=where["data_dir"]))
 

@@ -79,7 +79,7 @@ def test_where_one_process_fails_the_others_end(tmp_path):
 
 def test_what_was_stopped_is_made_again(tmp_path):
     def stopped(cfg):
-        cfg.out.mkdir()
+        cfg.out.mkdir(exist_ok=True)
         raise KeyboardInterrupt
 
     stage = Stage(tmp_path / "stage")

@@ -8,9 +8,9 @@ from tests.quickstart import TINY
 
 def test_a_study_makes_what_is_missing_and_renews_its_page(done, tmp_path, monkeypatch, capsys):
     quick, summary = done
-    monkeypatch.setattr(study, "tuned", lambda *_: quick.out / "sft" / "model")
-    judge = {"model": quick.out / "reward" / "model", "accuracy": summary["reward"]["accuracy"]}
-    monkeypatch.setattr(study, "judge", lambda *_, **__: judge)
+    monkeypatch.setattr(study, "fine_tune", lambda *_: quick.out / "sft" / "model")
+    learnt = study.RewardModel(quick.out / "reward" / "model", summary["reward"]["accuracy"])
+    monkeypatch.setattr(study, "learn_reward", lambda *_: learnt)
     docs = tmp_path / "overoptimization.md"
     docs.write_text(f"# Mine\n\n{study.BEGIN}\nearlier\n{study.END}\n\nFindings.\n")
     cfg = overoptimization.Config(
@@ -26,9 +26,10 @@ def test_a_study_makes_what_is_missing_and_renews_its_page(done, tmp_path, monke
         answered=8,
     )
     results = overoptimization.main(cfg)
-    alone, best = results["best_of_n"][0]["16 prompts"]
+    (followed,) = results["16 prompts"]
+    alone, best = followed.best_of_n
     assert alone["kl"] == 0 and best["kl"] > 0 and best["proxy"] > alone["proxy"]
-    assert len(results["ppo"][0]["16 prompts"]) == 1 + cfg.ppo.steps
+    assert len(followed.ppo) == 1 + cfg.ppo.steps
     assert "\n| 16 prompts |" in docs.read_text() and "earlier" not in docs.read_text()
     assert (tmp_path / "overoptimization.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
