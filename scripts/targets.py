@@ -6,13 +6,16 @@ Each row is listed one token a line: a star where it counts, its id, and its spe
 """
 
 import dataclasses
+import io
 import itertools
+import sys
 from pathlib import Path
 
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.runs import cli
 from rlhf_jax.settings import Count, Settings
+from rlhf_jax.types import InputError, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +28,20 @@ class Config(Settings):
 
 
 def main(cfg: Config) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters of a vocabulary
     tokenizer = tokenizer_lib.load(cfg.model)
     special = {"EOS": tokenizer.eos_token_id, "BOS": tokenizer.bos_token_id, "padding": tokenizer_lib.pad_id(tokenizer)}
     names = {use: "none" if i is None else f"{tokenizer.convert_ids_to_tokens(i)} {i}" for use, i in special.items()}
     print(", ".join(f"{use} {name}" for use, name in names.items()))
     source = sources.rows(cfg.data, "demonstrations", data_dir=cfg.data_dir)
-    for number, row in enumerate(itertools.islice(source, cfg.rows), start=1):
-        batches = pipeline.demonstrations([row], tokenizer, length=cfg.length, batch=1, seed=0, epochs=1)
+    for number, row in enumerate(itertools.islice(source, cfg.rows)):
+        try:
+            batches = pipeline.demonstrations([row], tokenizer, length=cfg.length, batch=1, seed=0, epochs=1)
+        except InputError as error:
+            raise InputError(f"{source.where(number)}: {str(error).removeprefix('row 1: ')}") from error
         for batch in batches:
-            print(f"\nrow {number}\n{pipeline.listing(batch, tokenizer)}")
+            print(f"\nrow {number + 1}\n{pipeline.listing(batch, tokenizer)}")
 
 
 if __name__ == "__main__":

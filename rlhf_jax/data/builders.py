@@ -100,13 +100,15 @@ class Rows:
 
 
 def check(kind: Kind, row: Any, where: str) -> Row:
-    """The row in its canonical shape. InputError that begins with `where` and names the field if it has none."""
+    """Return the row in its canonical shape; raise InputError, naming the place and the field, if it has none."""
     row = json_object(row, where)
     if kind == "text":
         text = text_field(row, "text", where)
         if not text:
             raise InputError(f"{where}, field text: expected some text, got an empty string")
         return {"text": text}
+    if row.get("tools"):
+        raise InputError(f"{where}, field tools: expected conversations without tools, got {short(row['tools'])}")
     if kind == "demonstrations" and "messages" in row:
         messages = _messages(row["messages"], f"{where}, field messages")
         if messages[-1]["role"] != "assistant" or messages[0]["role"] == "assistant":
@@ -140,7 +142,7 @@ def check(kind: Kind, row: Any, where: str) -> Row:
 
 
 def _ended(row: Row, count: int, where: str) -> Row:
-    """Which of the responses ended, if the row says so."""
+    """The field "ended" in a row of its own, which is empty where the row has none."""
     ended = row.get("ended")
     if ended is None:
         return {}
@@ -150,21 +152,21 @@ def _ended(row: Row, count: int, where: str) -> Row:
 
 
 def json_object(value: Any, where: str) -> Row:
-    """The value, if it is an object: this and the next two raise InputError that begins with `where`."""
+    """Return the value if it is an object, else raise InputError (whose message, as below, begins with `where`)."""
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a JSON object, got {short(value)}")
     return value
 
 
 def field(row: Any, name: str, where: str) -> Any:
-    """What the row has by that name."""
+    """The value of a field; InputError if the row has no such field."""
     if name not in json_object(row, where):
         raise InputError(f"{where}, field {name}: missing; the row has {short(sorted(row))}")
     return row[name]
 
 
 def text_field(row: Any, name: str, where: str) -> str:
-    """The text that the row has by that name."""
+    """The text of a field; InputError if it holds anything else."""
     text = field(row, name, where)
     if not isinstance(text, str):
         raise InputError(f"{where}, field {name}: expected text, got {short(text)}")
@@ -180,19 +182,19 @@ def _messages(value: Any, where: str) -> list[Message]:
         raise InputError(f"{where}: expected a list of messages, got {short(value)}")
     messages: list[Message] = []
     for n, message in enumerate(value):
-        here = f"{where}[{n}]"
+        message_where = f"{where}[{n}]"
         if not isinstance(message, dict):
-            raise InputError(f'{here}: expected {{"role", "content"}}, got {short(message)}')
+            raise InputError(f'{message_where}: expected {{"role", "content"}}, got {short(message)}')
         for name, instead in _UNREAD.items():
             if message.get(name) not in (None, [], "") and (name, message[name]) != ("train", True):
-                raise InputError(f"{here}, field {name}: expected {instead}, got {short(message[name])}")
-        role = text_field(message, "role", here)
+                raise InputError(f"{message_where}, field {name}: expected {instead}, got {short(message[name])}")
+        role = text_field(message, "role", message_where)
         if role not in _ROLES:
-            raise InputError(f"{here}, field role: expected one of {', '.join(_ROLES)}, got {short(role)}")
+            raise InputError(f"{message_where}, field role: expected one of {', '.join(_ROLES)}, got {short(role)}")
         weight = message.get("weight", 1)
         if type(weight) is not int or weight not in (0, 1):
-            raise InputError(f"{here}, field weight: expected 0 or 1, got {short(weight)}")
-        messages.append({"role": role, "content": text_field(message, "content", here)})
+            raise InputError(f"{message_where}, field weight: expected 0 or 1, got {short(weight)}")
+        messages.append({"role": role, "content": text_field(message, "content", message_where)})
         if weight == 0:
             messages[-1]["weight"] = 0
     return messages
@@ -222,7 +224,7 @@ def _response(value: Any, prompt: Prompt, where: str, name: str) -> str:
 
 
 def short(value: Any) -> str:
-    """The value as an error message shows it."""
+    """The value as an error message shows it, at most 60 characters."""
     try:
         text = repr(value)
     except RecursionError:  # JSON that is nested just not too deeply to be read
@@ -234,7 +236,7 @@ def short(value: Any) -> str:
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Stores the rows that `rows` yields, in their order. A further reader is a subclass with `rows` and a config.
+    """Store the rows that `rows` yields, in their order. A further reader is a subclass with `rows` and a config.
 
     Each row comes with its place in the source, such as "line 3", by which errors name it.
 
@@ -262,7 +264,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 @dataclasses.dataclass(eq=False)
 class Config(tfds.core.BuilderConfig):
-    """Says, by its name too, all that the rows depend on. A data set has one split: no other is made in vain."""
+    """Everything that the rows depend on, spelled in `name` too. A data set has one split, so no other is prepared."""
 
     kind: Kind = "text"
     split: str = "train"
@@ -294,14 +296,14 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 class _Flaw(NamedTuple):
-    """The field of an object that is no JSON, or says two things, and how; JSON itself makes no tuples."""
+    """An invalid field of a JSON object, and why it is invalid. JSON has no tuples, so that no value looks like one."""
 
     field: str
     what: str
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row | _Flaw:
-    """The object of these fields, or its first flaw."""
+    """The object with these fields, or its first invalid field."""
     row: Row = {}
     for name, value in pairs:
         shown = name if name.isidentifier() else short(name)
@@ -314,7 +316,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row | _Flaw:
 
 
 def _flaw(value: Any) -> _Flaw | None:
-    """The first flaw in a value, with its field as it follows on the name of the value's own."""
+    """The first invalid field within a value, as it continues the name of the field that holds the value."""
     if isinstance(value, _Flaw):
         return _Flaw(f", field {value.field}", value.what)
     if isinstance(value, float) and not math.isfinite(value):
@@ -326,7 +328,7 @@ def _flaw(value: Any) -> _Flaw | None:
 
 
 def _checked(value: Any, where: str) -> Any:
-    """The value, if it has no flaw."""
+    """Return the value; raise InputError if a field in it is invalid."""
     if flaw := _flaw(value):
         raise InputError(f"{where}{flaw.field if flaw.field.startswith(', ') else ''}: {flaw.what}")
     return value
@@ -363,7 +365,7 @@ def place(path: Path, where: str) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """What names the file's content."""
+    """The hash that names the content of a file."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; name one that there is, or first run the experiment that writes it")
     try:
@@ -397,7 +399,7 @@ def derived_folder(builder: tfds.core.DatasetBuilder, split: str) -> Path:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps from the terminal what TFDS prints while it prepares."""
+    """Suppress what TFDS prints while it prepares a data set."""
     tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
@@ -413,10 +415,10 @@ CONNECT = 5  # seconds, for each address of a host
 
 @contextlib.contextmanager
 def _fetching(builder: tfds.core.DatasetBuilder, where: str) -> Iterator[None]:
-    """Says what is fetched for a published data set, and gives up soon on hosts to which there is no connection.
+    """Announce the download of a published data set, and give up soon on hosts that cannot be reached.
 
-    TFDS tries each ten times, over minutes, and waits without limit. Once connected, it has all the time and trials
-    that it gives itself.
+    TFDS alone retries each connection ten times, over minutes, without a timeout. Reads keep its retries, and have no
+    timeout.
     """
     if isinstance(builder, Builder):
         yield
@@ -438,7 +440,7 @@ def _fetching(builder: tfds.core.DatasetBuilder, where: str) -> Iterator[None]:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or its cause, comes of a full disk or quota; ArrayRecord says so in words alone."""
+    """Whether an error, or its cause, is a full disk or quota; ArrayRecord tells only in its message."""
     full = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)}
     while error is not None:
         if getattr(error, "errno", None) in full or any(words in str(error) for words in full.values()):

@@ -43,7 +43,7 @@ _PAIRS = tuple(itertools.combinations(range(4), 2))  # 12, 13, 14, 23, 24, 34
 
 
 def read(kind: Kind, reader: Reader, path: Path, counts: Counter[str]) -> Iterator[tuple[str, Row]]:
-    """The places and canonical rows of a file. InputError on a row that is not of the format, and if none is usable."""
+    """Yield the places and canonical rows of a file; InputError on a row of another format, and if no row is usable."""
     kept = 0
     for where, value in builders.json_values(path):
         row = reader(value, where, counts)
@@ -62,15 +62,15 @@ def read(kind: Kind, reader: Reader, path: Path, counts: Counter[str]) -> Iterat
         kept += 1
         yield builders.place(path, where), row
     if not kept:
-        told = "; ".join(f"{n} {what}" for what, n in counts.items())
-        raise InputError(f"{path}: expected rows of {kind}, got {told or 'an empty file'}")
+        refused = "; ".join(f"{n} {what}" for what, n in counts.items())
+        raise InputError(f"{path}: expected rows of {kind}, got {refused or 'an empty file'}")
 
 
 # -- rankings ----------------------------------------------------------------------------------------------------------
 
 
 def hh(row: Any, where: str, counts: Counter[str]) -> Row | None:
-    """Two dialogues, of which all but the assistant's last turn is the prompt."""
+    """Read two dialogues, which share all but the assistant's last turn: the prompt."""
     chosen, rejected = (
         _turns(text_field(row, name, where), f"{where}, field {name}") for name in ("chosen", "rejected")
     )
@@ -89,34 +89,34 @@ def _turns(text: str, where: str) -> list[Message]:
     if before.strip() or not rest:
         raise InputError(f"{where}: expected a dialogue that begins with an empty line and Human:, got {short(text)}")
     return [
-        {"role": _SPEAKERS[speaker], "content": said.strip()}
-        for speaker, said in zip(rest[::2], rest[1::2], strict=True)
+        {"role": _SPEAKERS[speaker], "content": text.strip()}
+        for speaker, text in zip(rest[::2], rest[1::2], strict=True)
     ]
 
 
 def tldr(row: Any, where: str, counts: Counter[str]) -> Row:
-    """A post of Reddit, or a news article, and two summaries, rendered as its authors did.
+    """Read a Reddit post, or a news article, and two summaries, rendered as in the paper.
 
     A summary begins with one space: the published ones do or do not, by who wrote them.
     """
-    at = f"{where}, field info"
-    info = json_object(field(row, "info", where), at)
+    part_where = f"{where}, field info"
+    info = json_object(field(row, "info", where), part_where)
     if info.get("article") is not None:
-        prompt = f"Article:\n\n{text_field(info, 'article', at)}\n\nTL;DR:"
+        prompt = f"Article:\n\n{text_field(info, 'article', part_where)}\n\nTL;DR:"
     else:
-        subreddit, title, post = (text_field(info, name, at) for name in ("subreddit", "title", "post"))
+        subreddit, title, post = (text_field(info, name, part_where) for name in ("subreddit", "title", "post"))
         prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
     summaries = _list(field(row, "summaries", where), 2, f"{where}, field summaries")
     texts = []
     for k, summary in enumerate(summaries):
-        at = f"{where}, field summaries[{k}]"
-        texts.append(" " + text_field(summary, "text", at).strip())
+        part_where = f"{where}, field summaries[{k}]"
+        texts.append(" " + text_field(summary, "text", part_where).strip())
     choice = _label(field(row, "choice", where), 2, f"{where}, field choice")
     return {"prompt": prompt, "responses": texts, "ranks": [choice, 1 - choice]}
 
 
 def webgpt(row: Any, where: str, counts: Counter[str]) -> Row:
-    """A question and two answers, of which the one with the higher score is better; equal scores are a tie.
+    """Read a question and two answers, of which the one with the higher score is better; equal scores are a tie.
 
     OpenAI's file has a list of two records a row, Hugging Face's copy has one object.
     """
@@ -124,21 +124,21 @@ def webgpt(row: Any, where: str, counts: Counter[str]) -> Row:
         records = [(record, f"{where}[{k}]", "") for k, record in enumerate(_list(row, 2, where))]
     else:
         records = [(row, where, "_0"), (row, where, "_1")]
-    first, at, _ = records[0]
-    question = text_field(field(first, "question", at), "full_text", f"{at}, field question")
-    answers = [text_field(record, f"answer{suffix}", at) for record, at, suffix in records]
+    first, part_where, _ = records[0]
+    question = text_field(field(first, "question", part_where), "full_text", f"{part_where}, field question")
+    answers = [text_field(record, f"answer{suffix}", part_where) for record, part_where, suffix in records]
     scores = []
-    for record, at, suffix in records:
-        score = field(record, f"score{suffix}", at)
+    for record, part_where, suffix in records:
+        score = field(record, f"score{suffix}", part_where)
         if type(score) not in (int, float) or not -1 <= score <= 1:
-            raise InputError(f"{at}, field score{suffix}: expected a number from -1 to 1, got {short(score)}")
+            raise InputError(f"{part_where}, field score{suffix}: expected a number from -1 to 1, got {short(score)}")
         scores.append(score)
     ranks = [int(score < max(scores)) for score in scores]
     return {"prompt": [{"role": "user", "content": question}], "responses": answers, "ranks": ranks}
 
 
 def finegrained(row: Any, where: str, counts: Counter[str]) -> Row:
-    """A question about passages, four answers, and a label for each pair of them.
+    """Read a question about passages, four answers, and a label for each pair of them.
 
     The ranks are by Copeland's score, the number of wins less that of losses. Where the labels are transitive, that is
     their order, ties included. Where they are not, no ranks agree with all of them: such rows are kept, and counted.
@@ -146,10 +146,10 @@ def finegrained(row: Any, where: str, counts: Counter[str]) -> Row:
     question = text_field(row, "question", where)
     passages = []
     for n, passage in enumerate(_list(field(row, "passages", where), None, f"{where}, field passages")):
-        at = f"{where}, field passages[{n}]"
-        if not _list(passage, None, at):
-            raise InputError(f"{at}: expected a title and sentences, got an empty list")
-        title, *sentences = (text_field({f"[{k}]": part}, f"[{k}]", at) for k, part in enumerate(passage))
+        part_where = f"{where}, field passages[{n}]"
+        if not _list(passage, None, part_where):
+            raise InputError(f"{part_where}: expected a title and sentences, got an empty list")
+        title, *sentences = (text_field({f"[{k}]": part}, f"[{k}]", part_where) for k, part in enumerate(passage))
         passages.append(f"{title}\n{' '.join(sentences)}\n\n")
     labels = _list(field(row, "preference", where), 6, f"{where}, field preference")
     won = [[0] * 4 for _ in range(4)]  # 1 over a worse one, -1 over a better one
@@ -178,12 +178,12 @@ def _intransitive(won: list[list[int]], i: int, j: int, k: int) -> bool:
 
 
 def alpaca(row: Any, where: str, counts: Counter[str]) -> Row:
-    """An instruction, what it is about (or nothing), and the output."""
+    """Read an instruction, its input (which may be empty), and the output."""
     return _instruction(row, where, "input", "output")
 
 
 def dolly(row: Any, where: str, counts: Counter[str]) -> Row:
-    """An instruction, what it is about (or nothing), and the response."""
+    """Read an instruction, its context (which may be empty), and the response."""
     return _instruction(row, where, "context", "response")
 
 
@@ -194,13 +194,13 @@ def _instruction(row: Any, where: str, about: str, answer: str) -> Row:
 
 
 def p3(row: Any, where: str, counts: Counter[str]) -> Row:
-    """An input and a target, made for an encoder and a decoder: here a message and its answer."""
+    """Read an input and a target, made for an encoder and a decoder, as a message and its answer."""
     prompt, target = (text_field(row, f"{name}_pretokenized", where).strip() for name in ("inputs", "targets"))
     return {"prompt": [{"role": "user", "content": prompt}], "completion": target}
 
 
 def templates(path: Path) -> Reader:
-    """Puts the fields of a row, text or integers, into the next of the file's templates, taken verbatim."""
+    """A reader that puts the fields of a row, text or integers, verbatim into the next of the file's templates."""
     pairs = []
     for where, value in builders.json_values(path):
         pairs.append((text_field(value, "prompt", where), text_field(value, "target", where)))
@@ -251,7 +251,7 @@ class FormatFile(builders.Builder):
     """Rows of a local file in a published format."""
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """Each row that can be used."""
+        """Yield the usable rows."""
         config, counts = self.builder_config, Counter[str]()
         reader = templates(config.templates) if config.templates else (RANKINGS | DEMONSTRATIONS)[config.format]
         yield from read(config.kind, reader, config.path, counts)
@@ -259,11 +259,11 @@ class FormatFile(builders.Builder):
 
 
 def source(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
-    """The rows of `spec`, as above; `sources.rows` leads here."""
+    """The rows of a published format; `sources.rows` calls this."""
     name, _, rest = spec.partition(":")
-    has = "rankings" if name in RANKINGS else "demonstrations"
-    if kind not in (has, "prompts"):
-        raise InputError(f"data {spec!r}: {name} has {has} and prompts, no {kind}")
+    own_kind = "rankings" if name in RANKINGS else "demonstrations"
+    if kind not in (own_kind, "prompts"):
+        raise InputError(f"data {spec!r}: {name} has {own_kind} and prompts, no {kind}")
     first, colon, last = rest.partition(":") if name == "template" else ("", "", rest)
     if name == "template" and not colon:
         raise InputError(f"data {spec!r}: expected template:TEMPLATES:PATH")

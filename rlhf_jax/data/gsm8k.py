@@ -26,7 +26,7 @@ _NUMBER = re.compile(
 
 
 def read(row: Row, where: str, counts: Counter[str]) -> Row:
-    """The question, the worked answer without its notes to a calculator, and the reference answer."""
+    """Read the question, the worked answer without its calculator annotations, and the reference answer."""
     question, text = (text_field(row, name, where) for name in ("question", "answer"))
     _, mark, answer = text.rpartition(_MARK)
     if not mark or final_number(answer) is None:
@@ -50,7 +50,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def reward(answer: str, response: str) -> float:
-    """1 if the response comes to the number of the reference answer, else 0. Their spelling does not matter."""
+    """1.0 if the final numbers of the response and of the reference answer are equal, however spelled, else 0.0."""
     number = final_number(response)
     return float(number is not None and number == final_number(answer))
 

@@ -52,7 +52,7 @@ class Counts:
 
     @property
     def refused(self) -> int:
-        """Rows left out."""
+        """The number of rows left out."""
         return self.empty + self.too_long + self.identical + self.tied
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ class Batches(Generic[T]):
 
     @property
     def counts(self) -> Counts:
-        """What became of the rows of the source."""
+        """How many rows of the source were kept and refused."""
         return self.ready.counts
 
     @property
@@ -131,7 +131,7 @@ class Batches(Generic[T]):
 
     @property
     def steps(self) -> int:
-        """Number of batches; ValueError if they never end."""
+        """The number of batches; ValueError if they never end."""
         if self.cut.epochs is None:
             raise ValueError("batches without a number of epochs never end")
         return len(self._numbers())
@@ -251,20 +251,20 @@ def rankings(
     if most > k_max:
         raise InputError(f"rankings: a row has {most} responses, more than the {k_max} asked for")
     fitting, counts = _answered(source, rows, tokenizer, length)
-    told = [_tells(one.ends, rows[one.row]["ranks"]) for one in fitting]
-    fitting = [one for one, (distinct, _) in zip(fitting, told, strict=True) if distinct]
-    tied = sum(not (distinct or identical) for distinct, identical in told)
+    tells = [_tells(one.ends, rows[one.row]["ranks"]) for one in fitting]
+    fitting = [one for one, (distinct, _) in zip(fitting, tells, strict=True) if distinct]
+    tied = sum(not (distinct or identical) for distinct, identical in tells)
     counts = dataclasses.replace(
         counts,
         kept=len(fitting),
         truncated=sum(one.shortened for one in fitting),
-        identical=len(told) - len(fitting) - tied,
+        identical=len(tells) - len(fitting) - tied,
         tied=tied,
-        repeated=sum(distinct and identical for distinct, identical in told),
+        repeated=sum(distinct and identical for distinct, identical in tells),
         unended=sum(not ended for one in fitting for ended in rows[one.row].get("ended", ())),
         control_tokens=_spelling([rows[one.row] for one in fitting], tokenizer),
     )
-    if told and not fitting:
+    if tells and not fitting:
         raise InputError(
             f"rankings: no row has two responses of different rank that differ, so there is nothing to learn; {counts}"
         )
@@ -368,7 +368,7 @@ def _documents(source: Iterable[Row], tokenizer: Tokenizer) -> tuple[np.ndarray,
 
 
 def _keep(file: Path, array: np.ndarray) -> None:
-    """Writes a file that is not there or whole, if it can be written at all: a data set may be on a read-only disk."""
+    """Write a file atomically, if it can be written at all: a data set may be on a read-only disk."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as partial:  # by whoever else does so at this time
@@ -383,10 +383,10 @@ def _where(source: Iterable[Row], n: int) -> str:
 
 
 def _lacks_text(row: Row) -> bool:
-    """Whether there is no prompt, or nothing to learn after it."""
+    """Whether a row has no prompt, or nothing to learn after it."""
     if "messages" in row:
-        said = (m for m in row["messages"] if m["role"] == "assistant" and m.get("weight", 1))
-        return not any(m["content"].strip() for m in said)
+        answers = (m for m in row["messages"] if m["role"] == "assistant" and m.get("weight", 1))
+        return not any(m["content"].strip() for m in answers)
     prompt = row["prompt"] if isinstance(row["prompt"], str) else "".join(m["content"] for m in row["prompt"])
     return not prompt.strip() or not row.get("completion", "some").strip()
 
@@ -510,7 +510,7 @@ class _Demonstration(NamedTuple):
 
 
 def _demonstrations(rows: Sequence[Row], tokenizer: Tokenizer, completion_only: bool) -> Iterator[_Demonstration]:
-    """The rows, tokenised."""
+    """Yield the tokenised rows."""
     pairs = [row for row in rows if "messages" not in row]
     starts, ends = tokenizer_lib.render(
         tokenizer, [row["prompt"] for row in pairs], [[row["completion"]] for row in pairs]

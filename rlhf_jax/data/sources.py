@@ -57,7 +57,7 @@ class LocalFile(builders.Builder):
     """Rows of one local file."""
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """Each line's row, or each document."""
+        """Yield the row of each line, or each document."""
         path, kind = self.builder_config.path, self.builder_config.kind
         empty = True
         checked = ((builders.place(path, where), check(kind, row, where)) for where, row in builders.json_values(path))
@@ -86,7 +86,7 @@ def _file(path: Path, kind: Kind, data_dir: Path, split: str) -> Rows:
 
 @dataclasses.dataclass(eq=False)
 class WorldConfig(builders.Config):
-    """Which sample of which world."""
+    """The sample of a world that a data set holds."""
 
     seed: int = 0  # of the world
     n_rows: int = 10_000
@@ -96,7 +96,7 @@ class AssistantWorld(builders.Builder):
     """Rows that the embedded world generates; no two kinds or splits are the same sample of it."""
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """A sample of the world."""
+        """Yield a sample of the world."""
         config = self.builder_config
         world, n, held_out = world_lib.World.generate(config.seed), config.n_rows, config.split == "held_out"
         rows: Iterator[Row]

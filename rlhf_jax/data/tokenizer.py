@@ -2,7 +2,7 @@
 
 A prompt or response that is a string is verbatim text. A prompt that is a list of messages is rendered by the
 tokenizer's chat template up to the point where the assistant starts to write, and a response to it is the content of
-the assistant's next message. A prompt and its response are tokenised apart, because that is how a policy meets them.
+the assistant's next message. A prompt and its response are tokenised separately, because a policy meets them so.
 
 Each response ends with the EOS token, and so does each document. EOS is the token with which the chat template ends the
 assistant's turns, where that is another than the tokenizer names: one token at which training and generation end. What
@@ -69,7 +69,7 @@ _MARK = "\ufdd0\ufdd1"  # noncharacters, which no text holds: around a control t
 
 
 def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
-    """Learns a byte-level BPE of at most `vocab_size` ids from `texts`, saves it under `path` and returns it.
+    """Learn a byte-level BPE of at most `vocab_size` ids from `texts`, save it under `path` and return it.
 
     The same texts give the same file. Digits are tokens of their own, so that numbers are spelled alike everywhere.
     A small corpus can run out of pairs to merge before `vocab_size` is reached.
@@ -96,7 +96,7 @@ def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer in a directory of the Hugging Face layout. Its EOS is what ends the assistant's turns.
+    """The tokenizer in a directory of the Hugging Face layout. Its EOS is the token that ends the assistant's turns.
 
     One without a chat template is given ours, with a BOS in front where the tokenizer adds one to a text.
     """
@@ -136,10 +136,10 @@ def keeps_text(tokenizer: Tokenizer) -> bool:
 
 
 def _check_settings(tokenizer: Tokenizer, path: Path) -> None:
-    """Raises InputError unless the settings of rendering are usable, and writes down the date that a template gets."""
+    """Raise InputError unless the settings of rendering are usable, and record the date that a template gets."""
     file, settings = path / "tokenizer_config.json", tokenizer.init_kwargs
-    if (said := settings.get("control_tokens", "warn")) not in get_args(ControlTokens):
-        raise InputError(f"{file}: control_tokens={said!r}: expected warn or text")
+    if (mode := settings.get("control_tokens", "warn")) not in get_args(ControlTokens):
+        raise InputError(f"{file}: control_tokens={mode!r}: expected warn or text")
     templates = str(tokenizer.chat_template or "")
     if re.search(r"\|\s*random\b|\blipsum\b", templates):
         raise InputError(f"{path}: the chat template draws at random, so that no run could be repeated; change it")
@@ -215,7 +215,7 @@ def pad_id(tokenizer: Tokenizer) -> int:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """What a prompt asks: the text itself, or the content of its last message."""
+    """The question of a prompt: the text itself, or the content of its last message."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
@@ -227,7 +227,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """InputError if the tokenizer can produce an id for which a model of `vocab_size` ids has no embedding."""
+    """Raise InputError if the tokenizer can produce an id for which a model of `vocab_size` ids has no embedding."""
     last = max(tokenizer.get_vocab().values())
     if last >= vocab_size:
         raise InputError(
@@ -377,12 +377,12 @@ def render_conversations(tokenizer: Tokenizer, conversations: Sequence[list[Mess
         so_far = ""
         for (start, (end,)), next_start in zip(mine, next_starts, strict=True):
             if not whole.startswith(start + end):  # as the last turn finds this one
-                said, eos, _ = whole[len(start) : len(next_start)].partition(tokenizer.eos_token)
+                content, eos, _ = whole[len(start) : len(next_start)].partition(tokenizer.eos_token)
                 if not eos or not whole.startswith(start):
                     raise InputError(
                         "the chat template rewrites earlier turns: split conversations into prompt, completion"
                     )
-                end = said + eos
+                end = content + eos
             past.append(so_far)
             asked.append(start[len(so_far) :])
             answered.append(end)
@@ -404,19 +404,19 @@ def render_conversations(tokenizer: Tokenizer, conversations: Sequence[list[Mess
 
 
 def _follow(tokenizer: Tokenizer, before: Sequence[str], texts: Sequence[str]) -> list[Ids]:
-    """The ids of texts that each follow another, which is tokenised apart.
+    """The ids of texts that each follow another, which is tokenised separately.
 
     Tokenizers after SentencePiece set a space before a text of its own, which is not there when it follows another:
     with them the ids are what the text adds to the ids of the other one, unless a token reaches across the boundary.
     """
-    apart = encode(tokenizer, texts, special=False)
+    separate = encode(tokenizer, texts, special=False)
     if tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens == ["a"]:
-        return apart
+        return separate
     starts = encode(tokenizer, before, special=False)
     wholes = encode(tokenizer, [start + text for start, text in zip(before, texts, strict=True)], special=False)
     return [
         whole[len(start) :] if np.array_equal(whole[: len(start)], start) else ids
-        for start, whole, ids in zip(starts, wholes, apart, strict=True)
+        for start, whole, ids in zip(starts, wholes, separate, strict=True)
     ]
 
 
@@ -517,7 +517,7 @@ def _answer(
     around: tuple[str, str],
     ended: bool,
 ) -> str:
-    """What the last turn adds to the text of the prompt, up to EOS if it ended and the template writes one after it."""
+    """The text that the last turn adds to the prompt's, up to EOS if it ended and the template writes one after it."""
     if not whole.startswith(start):
         raise InputError(
             "the chat template's generation prompt does not begin the turn that it renders; correct the tokenizer's"
@@ -526,12 +526,12 @@ def _answer(
     if not whole.endswith(around[1]):  # a template may end some conversations otherwise
         around = _around(tokenizer, conversation[:-1])
     before, after = around
-    said = whole[len(start) : len(whole) - len(after)]
-    if not whole.endswith(after) or (conversation[-1]["content"].strip() and said.strip() == before.strip()):
+    content = whole[len(start) : len(whole) - len(after)]
+    if not whole.endswith(after) or (conversation[-1]["content"].strip() and content.strip() == before.strip()):
         raise InputError("the chat template leaves out what the assistant says; correct the tokenizer's template, or"
                          " what it makes of this answer")  # fmt: skip
     to_end, eos, _ = after.partition(tokenizer.eos_token)
-    return said + (to_end + eos if ended and eos else "")
+    return content + (to_end + eos if ended and eos else "")
 
 
 def _template(tokenizer: Tokenizer, conversations: list[list[Message]], add_generation_prompt: bool) -> list[str]:

@@ -184,6 +184,7 @@ BAD = [
         {"prompt": USER, "completion": [REPLY | {"weight": 0}]},
         r"completion\[0\], field weight: expected 1",
     ),
+    ("prompts", {"prompt": USER, "tools": [{"name": "f"}]}, "line 2, field tools: expected conversations without"),
     ("text", '{"text": "a", "text": "b"}', "line 2, field text: given twice"),
     ("text", '{"text": "a", "n": NaN}', "line 2, field n: expected a finite number, got nan"),
     ("text", '{"text": "a", "n": [0, -Infinity]}', r"line 2, field n\[1\]: expected a finite number, got -inf"),

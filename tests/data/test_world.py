@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from rlhf_jax.data import world as world_lib
-from rlhf_jax.data.world import MIX, World
+from rlhf_jax.data.world import MIX, World, gold, tables, world
 from rlhf_jax.types import InputError
 
 WORLD = World.generate(0)
@@ -110,7 +110,7 @@ def test_no_question_has_two_meanings():
         for question in kind.questions:
             names = kind.operands or ("x",)
             text = question.format(**dict(zip(names, fields[kind.about], strict=False)))
-            assert [k for pattern, k in world_lib._PATTERNS if pattern.fullmatch(text)] == [kind]
+            assert [k for pattern, k in world._PATTERNS if pattern.fullmatch(text)] == [kind]
 
 
 def test_a_prompt_is_known_by_its_text(prompts):
@@ -159,9 +159,9 @@ def test_vocabulary_is_small_and_texts_are_short(prompts, corpus):
 
 
 def test_words_that_carry_meaning_are_not_used_as_small_talk():
-    talk = " ".join((*world_lib.UNKNOWN, *world_lib.DECLINE, *world_lib.RAMBLE, *world_lib.RUDE, *world_lib.STORY))
+    talk = " ".join((*tables.UNKNOWN, *tables.DECLINE, *tables.RAMBLE, *tables.RUDE, *tables.STORY))
     templates = " ".join(re.sub(r"\{\w+\}", "", text) for kind in world_lib.KINDS for text in kind.claims)
-    assert {mark for mark in world_lib._marks(talk + templates) if mark in world_lib._LEXICON} == {"plus", "minus"}
+    assert {mark for mark in gold.read_marks(talk + templates) if mark in gold._LEXICON} == {"plus", "minus"}
 
 
 # -- gold --------------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_every_good_answer_is_worth_one(prompts):
         lambda prompt: f"I do not know. {prompt.good[0]}",
         lambda prompt: f"{prompt.good[0]} I do not know.",
         lambda prompt: f"{prompt.good[0]} I cannot help with that.",
-        lambda prompt: f"{prompt.good[0]} {' '.join(world_lib.RAMBLE)}",
+        lambda prompt: f"{prompt.good[0]} {' '.join(tables.RAMBLE)}",
         lambda prompt: " ".join(prompt.good),
         lambda prompt: " ".join([prompt.good[0]] * 3),
         lambda prompt: prompt.claims[0].format(answer=next(v for v in prompt.values if v != prompt.answer)),
