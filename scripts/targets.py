@@ -15,7 +15,7 @@ from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.runs import cli
 from rlhf_jax.settings import Count, Settings
-from rlhf_jax.types import InputError, check_positive
+from rlhf_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
