@@ -60,8 +60,8 @@ def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
     error, reliability = calibration.reliability(pairs.margin)
     panels = {
         f"accuracy by confidence (error {error:.3f})": reliability,
-        "accuracy by margin of scores": calibration.by(np.abs(pairs.margin), pairs.margin),
-        "accuracy by length, preferred less other (tokens)": calibration.by(pairs.longer, pairs.margin),
+        "accuracy by margin of scores": calibration.binned(np.abs(pairs.margin), pairs.margin),
+        "accuracy by length, preferred less other (tokens)": calibration.binned(pairs.longer, pairs.margin),
     }
     accuracy = float(calibration.correct(pairs.margin).mean())
     count = len(pairs.margin)
@@ -165,7 +165,7 @@ def main(cfg: Config) -> dict[str, float]:
             run.record(step, state, metrics)
         params = lora_lib.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
         score_fn = jax.jit(heads.score_fn(model.config))
-        scored_rows = lambda tokens, mask: hosts.whole(score_fn(params, tokens, mask))
+        scored_rows = lambda tokens, mask: hosts.to_host(score_fn(params, tokens, mask))
         run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, scored_rows, cfg.length))
     models.save(model, params, cfg.out / "model")
     runs.share(cfg.out / "model")

@@ -62,7 +62,9 @@ MUTANTS = [
         ("jnp.expm1(-d) + d", "jnp.expm1(d) - d"),
         ("jnp.expm1(-d) + d", "jnp.exp(-d) + d"),
     ),
-    *mutants("logprobs", "by_columns", ("jnp.moveaxis(x, 0, 1).reshape", "x.reshape"), ("parts * size - columns", "0")),
+    *mutants(
+        "logprobs", "map_columns", ("jnp.moveaxis(x, 0, 1).reshape", "x.reshape"), ("parts * size - columns", "0")
+    ),
     *mutants("logprobs", "kl_full", ("logp - logq", "logq - logp"), ("jnp.exp(logp)", "jnp.exp(logq)")),
     *mutants("logprobs", "response_mask", ("- is_eos == 0", "== 0"), ("- is_eos == 0", "- is_eos <= 1")),
     *mutants(
@@ -106,17 +108,17 @@ MUTANTS = [
     *mutants(
         "algorithms/advantages",
         "group_normalize",
-        ("jnp.mean(reward, axis=1, keepdims=True)", "jnp.mean(reward, axis=0, keepdims=True)"),
+        ("axis=1, keepdims=True", "axis=0, keepdims=True"),
         ("ddof=ddof", "ddof=1 - ddof"),
         ("+ 1e-4", "+ 1e-1"),
     ),
     *mutants(
         "algorithms/advantages",
-        "leave_one_out",
-        ("(size / (size - 1))", "1"),
+        "subtract_mean",
         ("axis=1, keepdims=True", "axis=0, keepdims=True"),
-        ("(reward - jnp.mean", "(reward + jnp.mean"),
+        ("difference - jnp.mean", "difference + jnp.mean"),
     ),
+    *mutants("algorithms/advantages", "leave_one_out", ("(size / (size - 1))", "1")),
     *mutants(
         "algorithms/sft",
         "next_token_loss",
@@ -139,7 +141,7 @@ MUTANTS = [
     ),
     *mutants(
         "algorithms/reward",
-        "better",
+        "pair_mask",
         ("<", "<="),
         ("present = rank >= 0", "present = rank >= -1"),
         ("rank[:, :, None] < rank[:, None, :]", "rank[:, :, None] > rank[:, None, :]"),
@@ -166,7 +168,7 @@ MUTANTS = [
         "algorithms/reward",
         "ranked_choice_loss",
         ("jnp.argmin", "jnp.argmax"),
-        ("jnp.any(better(rank), axis=(1, 2))", "best >= 0"),
+        ("jnp.any(pair_mask(rank), axis=(1, 2))", "best >= 0"),
     ),
     *mutants(
         "algorithms/reward",
@@ -249,7 +251,10 @@ MUTANTS = [
     *mutants("algorithms/best_of_n", "kl", ("(n - 1) / n", "(n - 1)"), ("math.log(n) -", "math.log(n) +")),
     *mutants("algorithms/best_of_n", "select", ("np.argmax", "np.argmin"), ("n * np.arange", "np.arange")),
     *mutants(
-        "algorithms/best_of_n", "picking", ("- 2 * np.ptp", "+ 2 * np.ptp"), ("episodes.ended, ", "~episodes.ended, ")
+        "algorithms/best_of_n",
+        "selection_scores",
+        ("- 2 * np.ptp", "+ 2 * np.ptp"),
+        ("episodes.ended, ", "~episodes.ended, "),
     ),
     *mutants(
         "algorithms/best_of_n",

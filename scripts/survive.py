@@ -160,7 +160,7 @@ def differences(out: Path, expected: Path) -> list[str]:
     """What of two runs is not the same."""
 
     def timeless(directory: Path) -> list[dict]:
-        return [log.untimed(row) for row in log.read(directory)]
+        return [log.without_timings(row) for row in log.read(directory)]
 
     same = {
         "metrics.jsonl": timeless(out) == timeless(expected),

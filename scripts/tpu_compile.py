@@ -337,14 +337,14 @@ def evaluating(cfg: evaluate.Config, models: Models, place: Place) -> Iterator[t
     yield from measured(cfg, config, reference, params, cfg.reward, models, place)
     if cfg.best_of == 1:
         batch = place.rows(tokens(cfg.batch, cfg.text_length))
-        yield program("loss", evaluate.measuring(config, place.layout), (params, batch), cfg.batch * cfg.text_length)
+        yield program("loss", evaluate.nll_step(config, place.layout), (params, batch), cfg.batch * cfg.text_length)
 
 
 def rejecting(cfg: rejection.Config, models: Models, place: Place) -> Iterator[tpu.Program]:
     config = models(cfg.init)
     params = place.state(lambda x: x, models.parameter_shapes(config))
     yield from measured(cfg, config, place.again(params), params, cfg.reward, models, place)
-    yield from tuning(rejection.tuning(cfg), models, place)
+    yield from tuning(rejection.sft_config(cfg), models, place)
 
 
 def answering(cfg: rank.Config | gsm8k_evaluate.Config, models: Models, place: Place) -> Iterator[tpu.Program]:

@@ -140,7 +140,7 @@ def best_of_n_course(cfg: Following, seed: int, judge: Path) -> list[study.Point
 def picked(pick: Pick) -> dict[str, list[study.Point]]:
     """See `best_of_n_course`."""
     scored, gold = study.answers(pick.run, pick.run.init, pick.prompts, pick.answers)
-    by, proxy, worth = (x.reshape(-1, pick.answers) for x in (best_of_n.picking(scored), scored.score, gold))
+    by, proxy, worth = (x.reshape(-1, pick.answers) for x in (best_of_n.selection_scores(scored), scored.score, gold))
     points = [
         {
             "kl": best_of_n.kl(n),

@@ -42,7 +42,7 @@ def compute_capability() -> float:
 
 def _each_its_own(local: Callable[..., Array]) -> Callable[..., Array]:
     """`local(query, key, value, rows)` on what each device of a mesh has; itself without one."""
-    if not parallel.on_mesh():
+    if not parallel.has_mesh():
         return local
     rows, groups = PartitionSpec(parallel.ROWS), PartitionSpec(parallel.ROWS, "tensor")
     heads = PartitionSpec(parallel.ROWS, None, "tensor")

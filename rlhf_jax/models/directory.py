@@ -352,7 +352,7 @@ def _hand_over(config: Config, params: Params) -> None:
 def _tensors(entry: families.Entry, layer: int | None, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of one part of the parameters, by name."""
     leaf = _get(params, entry.leaf)
-    for name, tensor in zip(entry.names, entry.out(hosts.whole(leaf if layer is None else leaf[layer])), strict=True):
+    for name, tensor in zip(entry.names, entry.out(hosts.to_host(leaf if layer is None else leaf[layer])), strict=True):
         yield name.format(layer), np.ascontiguousarray(tensor)
 
 

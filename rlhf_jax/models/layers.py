@@ -116,7 +116,7 @@ class Linear(nn.Module):
         )
         # On a mesh, flat outputs [2 F] could not be spread over F.
         whole = lambda x, kernel: jnp.tensordot(x, kernel.astype(x.dtype), len(self.inputs))
-        product = whole if parallel.on_mesh() else flat
+        product = whole if parallel.has_mesh() else flat
         if self.has_variable("params", "kernel_a"):  # of lora.py
             a, b = (self.variables["params"][f"kernel_{factor}"].astype(x.dtype) for factor in "ab")
             # The backward pass keeps the kernel itself, not a cast and reshaped copy for each layer.

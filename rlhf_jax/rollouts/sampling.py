@@ -318,7 +318,7 @@ def _generate(config: models.Config, params: Params, tokens: Array, mask: Array,
     on_cpu, on_gpu = (functools.partial(written_out, loops=loops) for loops in (LOOPS, 1))
     cache = Cache.empty(config, batch, prompt_columns + max_new_tokens)
     uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(max_new_tokens))
-    default = stacked if parallel.on_mesh() else on_gpu
+    default = stacked if parallel.has_mesh() else on_gpu
     return jax.lax.platform_dependent(params, cache, uniform, cpu=on_cpu, tpu=stacked, default=default)
 
 

@@ -85,7 +85,7 @@ class Run:
         resumed = checkpoint.resume(cfg.out / CHECKPOINTS, state, self.streams, cfg.saves, total=steps)
         if cfg.saves.resume == "changed":
             changed = {in_state[name] for name in changed_settings(cfg.out, cfg) if name in in_state}
-            resumed = _with_leaves(resumed, state, changed)
+            resumed = _replace_leaves(resumed, state, changed)
         self._done = int(resumed.step)
         self.state = layout.state(resumed)
 
@@ -122,7 +122,7 @@ class Run:
         self._records.samples(step, rows)
 
 
-def _with_leaves(state: TrainState, other: TrainState, names: set[str]) -> TrainState:
+def _replace_leaves(state: TrainState, other: TrainState, names: set[str]) -> TrainState:
     """`state` with the leaves of these names, such as "opt_state/kl_coef", of another one."""
 
     def choose(path: tuple, leaf: Any, changed: Any) -> Any:
