@@ -69,7 +69,7 @@ def main(cfg: Config) -> TrainState:
     rows = sources.rows(cfg.data, "rankings", data_dir=cfg.data_dir)
     batches = pipeline.rankings(
         rows,
-        models.tokenizer_of(model),
+        models.tokenizer_of(model, cfg.control_tokens),
         length=cfg.length,
         batch=cfg.batch,
         seed=cfg.seed,

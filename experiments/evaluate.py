@@ -46,7 +46,7 @@ class Config(runs.Stage):
     world: Seed = 0  # seed of the world that the model was trained on
 
 
-def measuring(config: models.Config, layout: parallel.Layout) -> Callable:
+def nll_step(config: models.Config, layout: parallel.Layout) -> Callable:
     """`sft.evaluate` by a model of this architecture, compiled: it takes (params, batch)."""
     return layout.step(functools.partial(sft.evaluate, logprobs_fn=models.logprobs_fn(config)))
 
@@ -57,7 +57,7 @@ def held_out_nll(cfg: Config, model: models.Model, layout: parallel.Layout) -> f
     rows = sources.rows(f"world:seed={cfg.world},rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
     tokenizer = models.tokenizer_of(model)
     batches = pipeline.text(rows, tokenizer, length=cfg.text_length, batch=cfg.batch, seed=0, epochs=1)
-    step = measuring(model.config, layout)
+    step = nll_step(model.config, layout)
     params = layout.state(model.params)
     totals = [layout.get(step(params, layout.rows(batch))) for batch in batches]
     nll, count = np.sum(jax.device_get(totals), axis=0)

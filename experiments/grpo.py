@@ -102,7 +102,7 @@ def main(
     policy = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     rewards = [models.load_reward(path, compute=cfg.compute, place=layout.sharding) for path in cfg.reward]
     models.check_vocabularies({cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True)))
-    tokenizer = models.tokenizer_of(policy)
+    tokenizer = models.tokenizer_of(policy, cfg.control_tokens)
 
     rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
     prompts = pipeline.prompts(

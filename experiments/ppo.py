@@ -136,7 +136,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     if cfg.reference and reference:
         loaded[cfg.reference] = reference
     models.check_vocabularies(loaded)
-    tokenizer = models.tokenizer_of(policy)
+    tokenizer = models.tokenizer_of(policy, cfg.control_tokens)
 
     rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
     prompts = pipeline.prompts(

@@ -78,7 +78,9 @@ def main(cfg: Config) -> TrainState:
     load = functools.partial(models.load, compute=cfg.compute, place=layout.sharding)
     model = load(cfg.init) if cfg.init else new_model(cfg, rows)
     models.check_length(model.config, length=cfg.length)
-    batches = pipeline.text(rows, models.tokenizer_of(model), length=cfg.length, batch=cfg.batch, seed=cfg.seed)
+    batches = pipeline.text(
+        rows, models.tokenizer_of(model, cfg.control_tokens), length=cfg.length, batch=cfg.batch, seed=cfg.seed
+    )
     print(f"{cfg.data}: {batches.counts}")
     print(f"{sum(x.size for x in jax.tree.leaves(model.params)):,} parameters, {jax.device_count()} devices")
 

@@ -48,14 +48,14 @@ class Config(runs.Stage):
             raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
 
 
-def tuning(cfg: Config) -> sft.Config:
+def sft_config(cfg: Config) -> sft.Config:
     """The fine-tuning on the best answers."""
     return cli.hand_down("sft", cfg.sft, cfg, out=cfg.out / "sft", init=cfg.init, data=str(cfg.out / "best.jsonl"))
 
 
 def main(cfg: Config) -> TrainState:
     """Sample, pick, fine-tune, and write the run directory."""
-    tune = tuning(cfg)
+    tune = sft_config(cfg)
     runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
     pick(cfg)

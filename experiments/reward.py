@@ -60,8 +60,8 @@ def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
     error, reliability = calibration.reliability(pairs.margin)
     panels = {
         f"accuracy by confidence (error {error:.3f})": reliability,
-        "accuracy by margin of scores": calibration.by(np.abs(pairs.margin), pairs.margin),
-        "accuracy by length, preferred less other (tokens)": calibration.by(pairs.longer, pairs.margin),
+        "accuracy by margin of scores": calibration.binned(np.abs(pairs.margin), pairs.margin),
+        "accuracy by length, preferred less other (tokens)": calibration.binned(pairs.longer, pairs.margin),
     }
     accuracy = float(calibration.correct(pairs.margin).mean())
     count = len(pairs.margin)
@@ -76,16 +76,20 @@ def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
 
 
 def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, score_fn: Callable, length: int) -> list:
-    """The responses of the rows, as far as they fit, with rank and score."""
-    said = [(row["prompt"], *some) for row in rows for some in zip(row["responses"], row["ranks"], strict=True)]
-    starts, ends = tokenizer_lib.render(tokenizer, [prompt for prompt, *_ in said], [[text] for _, text, _ in said])
-    tokens, mask = np.full((len(said), length), tokenizer_lib.pad_id(tokenizer)), np.zeros((len(said), length), bool)
-    for b, (start, (end,)) in enumerate(zip(starts, ends, strict=True)):
-        ids = np.append(start, end)[:length]
+    """The responses of the rows, as far as they fit in `length` tokens, with rank and score."""
+    rows = list(rows)
+    prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
+    ended = [row.get("ended", [True] * len(row["responses"])) for row in rows]
+    starts, ends = tokenizer_lib.render(tokenizer, prompts, responses, ended)
+    sequences = [np.append(start, end)[:length] for start, each in zip(starts, ends, strict=True) for end in each]
+    tokens = np.full((len(sequences), length), tokenizer_lib.pad_id(tokenizer))
+    mask = np.zeros(tokens.shape, bool)
+    for b, ids in enumerate(sequences):
         tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
+    answers = [(row["prompt"], *pair) for row in rows for pair in zip(row["responses"], row["ranks"], strict=True)]
     return [
         {"prompt": tokenizer_lib.prompt_text(prompt), "response": text, "rank": rank, "score": score}
-        for (prompt, text, rank), score in zip(said, score_fn(tokens, mask), strict=True)
+        for (prompt, text, rank), score in zip(answers, score_fn(tokens, mask), strict=True)
     ]
 
 
@@ -123,7 +127,7 @@ def main(cfg: Config) -> dict[str, float]:
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     models.check_length(model.config, length=cfg.length)
-    tokenizer = models.tokenizer_of(model)
+    tokenizer = models.tokenizer_of(model, cfg.control_tokens)
     source = functools.partial(sources.rows, kind="rankings", data_dir=cfg.data_dir)
     read = functools.partial(pipeline.rankings, tokenizer=tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed)
     train, held_out = source(cfg.data), source(cfg.held_out) if cfg.held_out else None
@@ -166,7 +170,7 @@ def main(cfg: Config) -> dict[str, float]:
             run.record(step, state, metrics)
         params = lora_lib.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
         score_fn = jax.jit(heads.score_fn(model.config))
-        scored_rows = lambda tokens, mask: hosts.whole(score_fn(params, tokens, mask))
+        scored_rows = lambda tokens, mask: hosts.to_host(score_fn(params, tokens, mask))
         run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, scored_rows, cfg.length))
     models.save(model, params, cfg.out / "model")
     runs.share(cfg.out / "model")

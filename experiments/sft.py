@@ -79,7 +79,7 @@ def main(cfg: Config) -> TrainState:
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     models.check_length(model.config, length=cfg.length)
-    tokenizer = models.tokenizer_of(model)
+    tokenizer = models.tokenizer_of(model, cfg.control_tokens)
     rows = sources.rows(cfg.data, "demonstrations", data_dir=cfg.data_dir)
     # Dropout goes by a row's place in the batch: a process takes its share of demonstrations and text together.
     batches = pipeline.demonstrations(

@@ -1,4 +1,4 @@
-"""What each number of a configuration may be, declared in its type, beside the field:
+"""The range of each number of a configuration, declared in the type of its field:
 
     @dataclasses.dataclass(frozen=True)
     class Config(Settings):
@@ -6,8 +6,8 @@
         batch: Count = 64
         unfinished_score: Annotated[float, Unbounded("scores have either sign")] | None = None
 
-A config is checked whenever one is made, from flags or in code. NaN and infinities are refused everywhere, and so is
-what is out of range once it is float32 or int32, which all numbers become in a step.
+A config is checked whenever it is constructed, from flags or in code. NaN and infinities are always refused, and so is
+a number that leaves its range when it is converted to float32 or int32, as all numbers are inside a step.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Range:
     least: int | float | None = None
     below: int | float | None = None
     most: int | float | None = None
-    unit: str = ""  # what is counted, for the message
+    unit: str = ""  # noun for the error message, such as "responses to compare"
 
     def __contains__(self, value: Any) -> bool:
         return (
@@ -49,7 +49,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Unbounded:
-    """Any finite number, for this reason."""
+    """Any finite number is allowed, for the given reason."""
 
     reason: str
 
@@ -64,18 +64,21 @@ Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
 Share = Annotated[float, Range(above=0, most=1)]  # of a whole, of which something must be left
-Rate = Annotated[float, Range(least=0, below=1)]  # of what is dropped, or of decay: 1 would leave nothing, or all
-LabelNoise = Annotated[float, Range(least=0, below=0.5)]  # from one half on, labels would say the opposite
+Rate = Annotated[float, Range(least=0, below=1)]  # dropout or decay: 1 would drop everything, or never decay
+LabelNoise = Annotated[float, Range(least=0, below=0.5)]  # from 0.5 on, labels would mean the opposite
 Count = Annotated[int, Range(above=0)]
 Whole = Annotated[int, Range(least=0)]
-Seed = Annotated[int, Range(least=0, below=SEEDS)]  # a larger one would repeat the noise of a smaller
+Seed = Annotated[int, Range(least=0, below=SEEDS)]  # a larger seed would repeat the noise of a smaller one
 
 
 class Settings:
-    """The base of a dataclass whose numbers have ranges. A `__post_init__` of its own begins with that of `super()`."""
+    """The base class of config dataclasses whose numbers have ranges.
+
+    A subclass that defines `__post_init__` must call `super().__post_init__()` first.
+    """
 
     def __post_init__(self) -> None:
-        """Raises InputError for the first number that is out of its range, in one line that names field and range."""
+        """Raise InputError for the first number out of range; the message names the field and the range."""
         for name, hint in ranges(type(self)).items():  # type: ignore[arg-type]  # mypy doubts that a class has a hash
             value = getattr(self, name)
             if expected := _expected(hint, value):
@@ -84,9 +87,12 @@ class Settings:
 
 @functools.cache
 def ranges(config: type) -> dict[str, Any]:
-    """The types of the fields of a dataclass that hold numbers, by name; TypeError for a number without a range."""
+    """The type of each field of a dataclass that holds numbers, by field name.
+
+    Raises TypeError for a number that declares no range.
+    """
     hints = typing.get_type_hints(config, include_extras=True)
-    found = {}
+    result = {}
     for field in dataclasses.fields(config):
         declared = list(declarations(hints[field.name]))
         if None in declared:
@@ -95,12 +101,12 @@ def ranges(config: type) -> dict[str, Any]:
                 " or Count of rlhf_jax.settings, or the reason why it is Unbounded"
             )
         if declared:
-            found[field.name] = hints[field.name]
-    return found
+            result[field.name] = hints[field.name]
+    return result
 
 
 def declarations(hint: Any) -> Iterator[Range | Unbounded | None]:
-    """What a type says of each number in it, in tuples and unions too; None where it says nothing."""
+    """The declared range of each number in a type, also inside tuples and unions; None for a number without one."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated and (declared := _declared(inner)):
         yield declared
@@ -118,7 +124,7 @@ def _declared(annotated: tuple) -> Range | Unbounded | None:
 
 
 def _expected(hint: Any, value: Any) -> str:
-    """What a type wants instead of `value`, and nothing where it is content."""
+    """A description of the values that a type allows, if `value` is not one of them; else an empty string."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         declared = _declared(inner)

@@ -21,40 +21,43 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from flax import struct
 
-Leaf = Any  # an array on device or host, and whatever else jax.tree.map may put in its place
+Leaf = Any  # an array on a device or the host, or whatever jax.tree.map puts in its place (a shape, a sharding)
 Params = Any  # a nested dict of arrays
 Metrics = dict[str, jax.Array]  # scalars by name, such as "loss/policy"
 
 
 class InputError(ValueError):
-    """Something the user supplied cannot be used. The message is one line: what, where, and what to do."""
+    """An input that the user supplied cannot be used. The message is one line: what, where, and what to do."""
 
 
-SEEDS = 2**32  # how many there are: jax takes a larger one by its remainder, and so repeats the noise of a smaller
+SEEDS = 2**32  # number of seeds: jax.random.key reduces a larger seed modulo this, so two seeds would share their noise
 
 
 def named_key(seed: int, use: str) -> jax.Array:
-    """The key that `seed` gives for one use of it, such as "ppo/sampling": no two uses share noise."""
+    """The random key for one named use of a seed, such as "ppo/sampling": different uses never share noise. [].
+
+    Raises InputError when the seed is not in [0, 2^32).
+    """
     if not 0 <= seed < SEEDS:
         raise InputError(f"seed={seed}: expected at least 0 and less than {SEEDS}")
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode()))
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a run changes. Arrays only, so that it replicates, shards, donates and checkpoints whole."""
+    """Everything that a training step changes: arrays only, so it can be replicated, sharded, donated, checkpointed."""
 
-    step: Leaf  # [] int32, number of completed calls of the train step
+    step: Leaf  # [] int32, number of completed train steps
     params: Params
     opt_state: Any
-    rng: Leaf  # [] key; a step folds in `step` and the row index, and never replaces it
+    rng: Leaf  # [] key; a step folds in `step` and the row index, and never replaces the key
 
 
 class Tokens(struct.PyTreeNode):
-    """Rows of text to learn from, for `sft.train_step`."""
+    """Rows of text to train on, for `sft.train_step`."""
 
     tokens: Leaf  # [B, T] int32
     segment: Leaf  # [B, T] int32, see above
-    target: Leaf  # [B, T] bool: token t is predicted, from what precedes it in its document
+    target: Leaf  # [B, T] bool: token t counts in the loss, predicted from the tokens before it in its document
 
 
 class Prompts(struct.PyTreeNode):
@@ -62,7 +65,7 @@ class Prompts(struct.PyTreeNode):
 
     tokens: Leaf  # [B, P] int32
     mask: Leaf  # [B, P] bool
-    index: Leaf  # [B] int32, the row of the data source, to find its text again
+    index: Leaf  # [B] int32, row number in the data source, where the prompt's text is
 
 
 class Rankings(struct.PyTreeNode):
@@ -70,63 +73,64 @@ class Rankings(struct.PyTreeNode):
 
     tokens: Leaf  # [B, K, T] int32
     mask: Leaf  # [B, K, T] bool
-    start: Leaf  # [B] int32, columns of the prompt, where the responses start
+    start: Leaf  # [B] int32, number of prompt columns: the column where the responses start
     rank: Leaf  # [B, K] int32: smaller is better, equal is a tie, -1 is absent
 
 
 class Rollout(struct.PyTreeNode):
-    """Sampled responses with everything that the behaviour policy, reference, critic and score source said of them."""
+    """Sampled responses, with log-probabilities, values and scores. A field that was not computed is None."""
 
-    tokens: Leaf  # [B, P + N] int32, prompt then response
+    tokens: Leaf  # [B, P + N] int32, the prompt followed by the response
     mask: Leaf  # [B, P + N] bool
     response_mask: Leaf  # [B, N] bool, the EOS counts
-    logp: Leaf  # [B, N] under the policy that sampled
-    ended: Leaf  # [B] bool, the response has its EOS
+    logp: Leaf  # [B, N] nats, under the behaviour policy (the one that sampled the response)
+    ended: Leaf  # [B] bool, the response contains an EOS
     index: Leaf  # [B] int32, as in `Prompts`
-    logp_ref: Leaf = None  # [B, N] under the reference policy
-    value: Leaf = None  # [B, N] of the state in which each token was chosen; at the first pad, of the ended response
-    score: Leaf = None  # [B] of the whole response
-    token_score: Leaf = None  # [B, N] of each token, where there is such a source
-    disagreement: Leaf = None  # [B] standard deviation of an ensemble's scores
+    logp_ref: Leaf = None  # [B, N] nats, under the frozen reference model
+    value: Leaf = None  # [B, N] value of the state before each token; at the first pad, of the completed response
+    score: Leaf = None  # [B] score of the whole response
+    token_score: Leaf = None  # [B, N] score of each token, if the score source gives one
+    disagreement: Leaf = None  # [B] standard deviation of the scores of several reward models
 
     @property
     def response_tokens(self) -> Leaf:
-        """[B, N] int32, the response alone."""
+        """The response's part of `tokens`. [B, N] int32."""
         return self.tokens[:, -self.response_mask.shape[1] :]
 
 
-# How a loss calls a network: as a function of parameters and tokens, which `rlhf_jax.models` makes of an architecture.
+# A loss calls a network as a function of parameters and tokens, so it does not depend on any architecture.
+# `rlhf_jax.models` builds these functions.
 
 
 @runtime_checkable
 class LogprobsFn(Protocol):
-    """A language model: what it says of the tokens after column `start`, N = T - 1 - start."""
+    """A language model that scores the N = T - 1 - start tokens after column `start`."""
 
     def __call__(
         self,
         params: Params,
         tokens: jax.Array,  # [B, T]
         segment: jax.Array,  # [B, T], see above
-        keys: jax.Array | None = None,  # [B], they turn dropout on
+        keys: jax.Array | None = None,  # [B], one a row for dropout; None turns dropout off
         *,
         start: int = 0,
         temperature: float = 1.0,
         with_entropy: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Log-probability of each token [B, N] and, if asked, the entropy of what it was drawn from."""
+        """The log-probability of each token and, if `with_entropy`, its distribution's entropy. [B, N] each, nats."""
 
 
 @runtime_checkable
 class ScoreFn(Protocol):
-    """A reward model."""
+    """A reward model, which gives a scalar score to each row."""
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """The score of each row [B], read at its last real token."""
+        """The score of each row [B], read at its last token that is not padding."""
 
 
 @runtime_checkable
 class ValueFn(Protocol):
-    """A critic; `params` are all that is trained, since it may share the policy's trunk."""
+    """A critic. Its `params` are all trained parameters, since it may share the policy's trunk."""
 
     def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array, start: int) -> jax.Array:
         """The value [B, N] of the state before each token after column `start`, N = T - 1 - start."""

@@ -62,7 +62,9 @@ MUTANTS = [
         ("jnp.expm1(-d) + d", "jnp.expm1(d) - d"),
         ("jnp.expm1(-d) + d", "jnp.exp(-d) + d"),
     ),
-    *mutants("logprobs", "by_columns", ("jnp.moveaxis(x, 0, 1).reshape", "x.reshape"), ("parts * size - columns", "0")),
+    *mutants(
+        "logprobs", "map_columns", ("jnp.moveaxis(x, 0, 1).reshape", "x.reshape"), ("parts * size - columns", "0")
+    ),
     *mutants("logprobs", "kl_full", ("logp - logq", "logq - logp"), ("jnp.exp(logp)", "jnp.exp(logq)")),
     *mutants("logprobs", "response_mask", ("- is_eos == 0", "== 0"), ("- is_eos == 0", "- is_eos <= 1")),
     *mutants(
@@ -111,7 +113,7 @@ MUTANTS = [
     ),
     *mutants(
         "algorithms/advantages",
-        "above_mean",
+        "subtract_mean",
         ("axis=1, keepdims=True", "axis=0, keepdims=True"),
         ("return difference - jnp.mean", "return difference + jnp.mean"),
         ("precise(reward) - precise(reward[:, :1])", "precise(reward)"),
@@ -139,7 +141,7 @@ MUTANTS = [
     ),
     *mutants(
         "algorithms/reward",
-        "better",
+        "pair_mask",
         ("<", "<="),
         ("present = rank >= 0", "present = rank >= -1"),
         ("rank[:, :, None] < rank[:, None, :]", "rank[:, :, None] > rank[:, None, :]"),
@@ -166,7 +168,7 @@ MUTANTS = [
         "algorithms/reward",
         "ranked_choice_loss",
         ("jnp.argmin", "jnp.argmax"),
-        ("jnp.any(better(rank), axis=(1, 2))", "best >= 0"),
+        ("jnp.any(pair_mask(rank), axis=(1, 2))", "best >= 0"),
     ),
     *mutants(
         "algorithms/reward",
@@ -189,7 +191,7 @@ MUTANTS = [
     *mutants("algorithms/updates", "response_kl", ("rollout.logp - rollout.logp_ref, 0.0", "rollout.logp, 0.0")),
     *mutants(
         "algorithms/updates",
-        "extras",
+        "auxiliary_losses",
         ("= -masked_mean(entropy", "= masked_mean(entropy"),
         ("total += cfg.ptx_coef * ", "total += "),
         ('count=totals["text"]', "count=None"),
@@ -200,7 +202,7 @@ MUTANTS = [
         ("jax.random.fold_in(state.rng, state.step)", "state.rng"),
         ("jax.random.fold_in(key, epoch)", "key"),
         ('metrics["policy/approx_kl"] <= cfg.stop_kl', 'metrics["policy/approx_kl"] >= cfg.stop_kl'),
-        ("before.going & (", "("),
+        ("before.active & (", "("),
         ('history.pop("ratio_error")[0]', 'history.pop("ratio_error")[-1]'),
     ),
     *mutants(
@@ -208,7 +210,7 @@ MUTANTS = [
         "gradients",
         ("totals = parallel.psum(totals, axis)", "pass"),
         ("jax.tree.map(jnp.sum, metrics)", "jax.tree.map(jnp.mean, metrics)"),
-        ("ragged.order(objective.live(own), parts)", "jnp.arange(objective.live(own).shape[0])"),
+        ("ragged.order(objective.live(local), parts)", "jnp.arange(objective.live(local).shape[0])"),
     ),
     *mutants("algorithms/updates", "step", ("1 - cfg.ema", "cfg.ema")),
     *mutants(
@@ -280,7 +282,10 @@ MUTANTS = [
     *mutants("algorithms/best_of_n", "kl", ("(n - 1) / n", "(n - 1)"), ("math.log(n) -", "math.log(n) +")),
     *mutants("algorithms/best_of_n", "select", ("np.argmax", "np.argmin"), ("n * np.arange", "np.arange")),
     *mutants(
-        "algorithms/best_of_n", "picking", ("- 2 * np.ptp", "+ 2 * np.ptp"), ("episodes.ended, ", "~episodes.ended, ")
+        "algorithms/best_of_n",
+        "selection_scores",
+        ("- 2 * np.ptp", "+ 2 * np.ptp"),
+        ("episodes.ended, ", "~episodes.ended, "),
     ),
     *mutants(
         "algorithms/best_of_n",

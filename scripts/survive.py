@@ -161,7 +161,7 @@ def differences(out: Path, expected: Path) -> list[str]:
     """The names of the outcomes in which two runs differ."""
 
     def timeless(directory: Path) -> list[dict]:
-        return [log.untimed(row) for row in log.read(directory)]
+        return [log.without_timings(row) for row in log.read(directory)]
 
     same = {
         "metrics.jsonl": timeless(out) == timeless(expected),

@@ -32,7 +32,7 @@ TINY = assistant.Config(
 
 
 def metrics_of(directory):
-    return [log.untimed(row) for row in log.read(directory)]
+    return [log.without_timings(row) for row in log.read(directory)]
 
 
 def refused(capsys, main, default, *flags) -> str:

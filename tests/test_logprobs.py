@@ -91,7 +91,7 @@ def test_columns_in_chunks(chunk):
 
     def total(table, chunk):
         read = lambda x, tokens: (logprobs.token_logprobs(x @ table, tokens), logprobs.entropy(x @ table))
-        logp, entropy = logprobs.by_columns(read, chunk, features, tokens)
+        logp, entropy = logprobs.map_columns(read, chunk, features, tokens)
         return jnp.sum(logp @ jnp.arange(10.0)), (logp, entropy)
 
     (_, found), gradient = jax.value_and_grad(total, has_aux=True)(table, chunk)

@@ -111,7 +111,7 @@ def measure_picks(candidates: Candidates) -> dict[str, list[Point]]:
     """The expected gold and proxy of the best of n answers, for n = 1, 2, 4, .. of them."""
     episodes, gold = score_answers(candidates.run, candidates.run.init, candidates.prompts, candidates.answers)
     picked_by, proxy, worth = (
-        x.reshape(-1, candidates.answers) for x in (best_of_n.picking(episodes), episodes.score, gold)
+        x.reshape(-1, candidates.answers) for x in (best_of_n.selection_scores(episodes), episodes.score, gold)
     )
     points = [
         {

@@ -1,9 +1,9 @@
 """Group-relative policy optimisation (arXiv:2402.03300): PPO without a critic.
 
-Each prompt gets a group of responses, and a response's advantage is how far its score lies above the group's mean. The
-KL to the reference stands in the loss by default, as the k3 estimate on the sampled tokens. What that descends is the
-KL of the *reference to the policy*, a token at a time; with `kl_in="reward"` it is the KL of the policy to the
-reference, of the whole response.
+Each prompt gets a group of responses, and the advantage of a response is its score minus the group's mean. By default
+the KL to the reference is a term of the loss, the k3 estimate on the sampled tokens. Its gradient reduces the KL of the
+*reference to the policy*, token by token; with `kl_in="reward"` it is the KL of the policy to the reference, over the
+whole response.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import updates
-from rlhf_jax.algorithms.advantages import above_mean, group_normalize
+from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import kl_estimate, masked_mean
@@ -28,43 +28,49 @@ from rlhf_jax.types import InputError, Leaf, LogprobsFn, Metrics, Params, Rollou
 class Config(updates.Config):
     """Settings of the algorithm; the defaults are those of DeepSeekMath (arXiv:2402.03300, section 4.2)."""
 
-    # responses to a prompt, in consecutive rows of the rollout; 64 there
+    # Responses to each prompt, in consecutive rows of the rollout; the paper has 64.
     group: Annotated[int, Range(least=2, unit="responses to compare")] = 8
-    kl_coef: NonNegative = 0.04  # weight of the KL to the reference
-    kl_in: Literal["loss", "reward"] = "loss"  # k3 of each token, or the response's summed k1 off its score
-    scale: bool = True  # divide by the standard deviation of the group; not so in Dr. GRPO (arXiv:2503.20783)
-    mean: Literal["sequence", "token"] = "sequence"  # of the loss: first within each response, or over all tokens
+    kl_coef: NonNegative = 0.04  # weight of the KL to the reference, in nats
+    kl_in: Literal["loss", "reward"] = "loss"  # k3 of each token added to the loss, or the sum of k1 off the score
+    scale: bool = True  # divide advantages by the group's standard deviation; False is Dr. GRPO (arXiv:2503.20783)
+    mean: Literal["sequence", "token"] = "sequence"  # average the loss within each response first, or over all tokens
 
 
 class Experience(struct.PyTreeNode):
-    """A rollout, and how much better than its group each response is."""
+    """A rollout with the advantage of each response."""
 
     rollout: Rollout
     advantage: Leaf  # [B]
 
 
 def groups(score: Float[Array, "B"], group: int) -> Float[Array, "B_over_G G"]:
-    """The scores of each prompt's responses, which lie in consecutive rows; InputError when they do not divide."""
+    """The scores grouped by prompt, whose responses are in consecutive rows.
+
+    Raises InputError when the number of rows is not a multiple of `group`.
+    """
     if score.shape[0] % group:
-        raise InputError(f"{score.shape[0]} episodes do not divide into groups of {group}")
+        raise InputError(f"{score.shape[0]} episodes do not divide into groups of {group}: use a multiple")
     return score.reshape(-1, group)
 
 
 def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
-    """The advantages of a whole rollout."""
+    """The advantages of a whole rollout, and metrics of it."""
     score = updates.response_score(rollout, cfg)
     reward = score - cfg.kl_coef * updates.response_kl(rollout) if cfg.kl_in == "reward" else score
     grouped = groups(reward, cfg.group)
-    advantage = group_normalize(grouped) if cfg.scale else above_mean(grouped)
+    advantage = group_normalize(grouped) if cfg.scale else subtract_mean(grouped)
     metrics = updates.describe(rollout, score) | {
         "reward/spread": jnp.mean(jnp.std(grouped, axis=1)),
-        "reward/flat": jnp.mean(jnp.all(grouped == grouped[:, :1], axis=1)),  # groups that teach nothing
+        "reward/flat": jnp.mean(jnp.all(grouped == grouped[:, :1], axis=1)),  # share of groups without a gradient
     }
     return Experience(rollout=rollout, advantage=advantage.reshape(-1)), metrics
 
 
 def weights(mask: Bool[Array, "B N"], mean: str) -> tuple[Float[Array, "B N"], Array]:
-    """What each token counts for, and what these weights are to be divided by: their sum over the global minibatch."""
+    """The weight of each token in the loss, and the sum of all weights, by which the loss is divided. [B, N], [].
+
+    mean="token": 1 for every valid token. mean="sequence": 1 / (length of its response).
+    """
     if mean == "token":
         return mask.astype(jnp.float32), jnp.sum(mask)
     length = jnp.sum(mask, axis=1, keepdims=True)
@@ -72,13 +78,13 @@ def weights(mask: Bool[Array, "B N"], mean: str) -> tuple[Float[Array, "B N"], A
 
 
 def totals(batch: Experience, cfg: Config) -> updates.Totals:
-    """How many tokens there are, and what their weights are divided by."""
+    """The number of valid tokens in a batch of episodes, and the sum of their weights."""
     mask = batch.rollout.response_mask
     return {"tokens": jnp.sum(mask), "weights": weights(mask, cfg.mean)[1]}
 
 
 def live(batch: Experience) -> Bool[Array, "B N"]:
-    """Which columns of the responses have a part in the loss."""
+    """A mask of the response columns that the loss depends on."""
     return batch.rollout.response_mask
 
 
@@ -91,23 +97,29 @@ def loss(
     policy_fn: LogprobsFn,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The share of these rows in: the clipped surrogate, kl_coef * k3 (`kl_in="loss"`), and `updates.extras`."""
+    """The share that these rows have in the loss of the global minibatch, and its metrics (arXiv:2402.03300, eq. 3).
+
+        sum_t w_t (surrogate_t [+ kl_coef k3_t, if kl_in="loss"]) / sum_t w_t + auxiliary losses
+
+    The sums are over the tokens t of the minibatch, with w from `weights`. The surrogate is that of `ppo.policy_loss`;
+    the last term is `updates.auxiliary_losses`.
+    """
     rollout = batch.rollout
     mask = rollout.response_mask
     logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
     weight, _ = weights(mask, cfg.mean)
     count, total = totals["tokens"], totals["weights"]
     advantage = batch.advantage[:, None] * weight
-    # The surrogate is linear in the advantage, so a token's weight can go there.
-    value, found = policy_loss(logp, rollout.logp, advantage, mask, cfg.clip, count=count)
+    # The surrogate is linear in the advantage, so multiplying the advantage by a weight multiplies the token's loss.
+    value, details = policy_loss(logp, rollout.logp, advantage, mask, cfg.clip, count=count)
     value = value * count / total
-    metrics = {"loss/policy": value} | {f"policy/{name}": x for name, x in found.items()}
+    metrics = {"loss/policy": value} | {f"policy/{name}": x for name, x in details.items()}
     if cfg.kl_in == "loss":
         kl = kl_estimate(jnp.where(mask, logp, rollout.logp_ref), rollout.logp_ref, "k3") * weight  # finite at padding
         metrics["loss/kl"] = masked_mean(kl, mask, total)
         value = value + cfg.kl_coef * metrics["loss/kl"]
-    more, found = updates.extras(params, entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
-    return value + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
+    extra, details = updates.auxiliary_losses(params, entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
+    return value + extra, metrics | details | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
 
 
 def train_step(
@@ -121,9 +133,10 @@ def train_step(
     microbatches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """All epochs and minibatches on one rollout, in one compiled call. `state` is from `updates.init`.
+    """All epochs and minibatches of updates on one rollout, in one compiled call. `state` is from `updates.init`.
 
-    Rows `g * group .. (g + 1) * group - 1` of the global batch are the responses to one prompt.
+    Rows g * group to (g + 1) * group - 1 of the global batch must be the responses to one prompt. `text` is pretraining
+    text, shaped as in `updates.apply`.
     """
     rollout = parallel.all_gather(rollout, axis)
     batch, metrics = experience(rollout, cfg)
@@ -132,7 +145,7 @@ def train_step(
         totals=functools.partial(totals, cfg=cfg),
         live=live,
     )
-    state, found = updates.apply(
+    state, update_metrics = updates.apply(
         state,
         batch,
         text,
@@ -142,4 +155,4 @@ def train_step(
         microbatches=microbatches,
         axis=axis,
     )
-    return state, metrics | found
+    return state, metrics | update_metrics

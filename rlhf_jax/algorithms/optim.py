@@ -1,4 +1,4 @@
-"""The optimisers of the recipe, from optax."""
+"""The optimisers and learning-rate schedules of the recipe, built from optax."""
 
 import dataclasses
 from typing import Literal
@@ -14,9 +14,9 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 def cosine(peak: float, total: int, warmup: int = 0, final_fraction: float = 0.1) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine decay to `final_fraction * peak` at step `total`, constant from there on.
+    """A learning rate with linear warm-up from 0, then cosine decay to `final_fraction * peak` at step `total`.
 
-    `total` includes the warm-up. InstructGPT (arXiv:2203.02155, appendix C) decays to 10 % of the peak.
+    It is constant after that; `total` includes the warm-up. InstructGPT (arXiv:2203.02155, appendix C) decays to 10 %.
     """
     if warmup == 0:
         return optax.cosine_decay_schedule(peak, max(total, 1), alpha=final_fraction)
@@ -24,7 +24,11 @@ def cosine(peak: float, total: int, warmup: int = 0, final_fraction: float = 0.1
 
 
 def schedule(kind: Schedule, peak: float, total: int, warmup: int = 0) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak`; then cosine to 10 % of it or linear to 0, at step `total`, or constant."""
+    """A learning rate with linear warm-up from 0 to `peak`, then cosine, linear or no decay.
+
+    Cosine decay goes to 10 % of the peak, linear decay to 0, both at step `total`, which
+    includes the warm-up. Raises ValueError for an unknown kind.
+    """
     match kind:
         case "cosine":
             return cosine(peak, total, warmup)
@@ -39,25 +43,25 @@ def schedule(kind: Schedule, peak: float, total: int, warmup: int = 0) -> optax.
 
 @dataclasses.dataclass(frozen=True)
 class Adam(Settings):
-    """Settings of Adam, and of what goes with it."""
+    """Settings of Adam (arXiv:1412.6980) and of gradient clipping."""
 
-    b1: Rate = 0.9  # decay of the mean of the gradient
-    b2: Rate = 0.95  # decay of the mean of its square
-    eps: Positive = 1e-8  # added to the root of that
-    tensorflow: bool = False  # eps is added before the bias correction, as in TensorFlow: OpenAI's code of 2019
-    clip_norm: Positive | None = 1.0  # global norm to which a gradient is clipped
+    b1: Rate = 0.9  # decay rate of the running mean of the gradient
+    b2: Rate = 0.95  # decay rate of the running mean of the squared gradient
+    eps: Positive = 1e-8  # added to the root of the mean square, against division by 0
+    tensorflow: bool = False  # add eps before the bias correction, as TensorFlow and OpenAI's code of 2019 do
+    clip_norm: Positive | None = 1.0  # scale gradients down to this global norm; None does not clip
 
 
 def adamw(
     learning_rate: float | optax.Schedule, adam: Adam = Adam(), *, weight_decay: float = 0.0, skip_bad: bool = False
 ) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping; weight decay falls on matrices, not on norms, biases and position tables.
+    """AdamW with global-norm clipping. Weight decay applies to matrices, not to norms, biases and position tables.
 
-    `skip_bad` leaves out updates by a gradient that is not finite, as if they had not been. How many of them a run
-    bears is for `log.start` to say.
+    `skip_bad` skips every update whose gradient is not finite: parameters and optimiser state stay as they are.
+    `log.Limits.skip_bad` decides how many in a row end the run.
     """
 
-    def decayed(params: Params) -> Params:
+    def decay_mask(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(
             lambda path, x: any(k in jax.tree_util.keystr(path) for k in ("kernel", "embedding")), params
         )
@@ -66,16 +70,17 @@ def adamw(
     tx = optax.chain(
         optax.identity() if adam.clip_norm is None else optax.clip_by_global_norm(adam.clip_norm),
         scale(adam.b1, adam.b2, adam.eps),
-        optax.add_decayed_weights(weight_decay, decayed),
+        optax.add_decayed_weights(weight_decay, decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
     return optax.apply_if_finite(tx, max_consecutive_errors=2**31 - 1) if skip_bad else tx
 
 
 def scale_by_tensorflow_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam as TensorFlow has it: sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps).
+    """Adam as TensorFlow computes it: sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps) at step t.
 
-    optax adds eps to the bias-corrected root instead, which is eps / sqrt(1 - b2^t) here: early steps are smaller.
+    m and v are the running means of the gradient and of its square. optax adds eps to the bias-corrected root instead,
+    so its eps corresponds to eps sqrt(1 - b2^t) here: early steps are smaller here.
     """
     plain = optax.scale_by_adam(b1, b2, eps)
 
@@ -89,11 +94,11 @@ def scale_by_tensorflow_adam(b1: float, b2: float, eps: float) -> optax.Gradient
 
 
 def apply_gradients(state: TrainState, grads: Params, tx: optax.GradientTransformation) -> TrainState:
-    """The state after one optimiser step; `grads` must already be those of the global batch."""
+    """The state after one optimiser step; `grads` must already be summed over the global batch."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     return state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
 
 def init(params: Params, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    """The state before the first step."""
+    """The state before the first training step."""
     return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=rng)

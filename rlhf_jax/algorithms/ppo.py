@@ -1,8 +1,8 @@
 """Proximal policy optimisation for language models, with the pretraining mix of InstructGPT (PPO-ptx).
 
-The reward of a token is `-kl_coef` times its KL to the reference policy, plus the reward model's score at the last one
-(arXiv:1909.08593, arXiv:2203.02155). The critic is a network of its own or a head on the
-policy's trunk, with an optimiser of its own.
+The reward of a token is `-kl_coef` times its KL to the frozen reference model; the last token also gets the reward
+model's score (arXiv:1909.08593, arXiv:2203.02155). The critic is a separate network or a head on the policy's trunk,
+and has its own optimiser.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import updates
-from rlhf_jax.algorithms.advantages import gae, through_first_pad, token_rewards, whiten
+from rlhf_jax.algorithms.advantages import extend_to_first_pad, gae, token_rewards, whiten
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import KLKind, kl_estimate, masked_mean, precise
 from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Range
@@ -37,44 +37,45 @@ from rlhf_jax.types import (
 class Config(updates.Config):
     """Settings of the algorithm; the defaults are InstructGPT's where its paper gives them."""
 
-    minibatches: Count = 8  # updates a pass
+    minibatches: Count = 8  # parts of a rollout in each pass; each part gives one update
 
-    kl_coef: NonNegative = 0.02  # reward per nat of KL to the reference, at the start where it adapts
-    kl_kind: KLKind = "k1"  # estimator of that KL
-    kl_clamp: Positive | None = None  # bound of a token's estimate, to each side of 0
-    kl_in: Literal["reward", "loss"] = (
-        "reward"  # in the loss k2 has the gradient of each token's KL, blind to later ones
-    )
-    kl_target: Positive | None = None  # nats a response: kl_coef adapts (Ziegler et al. 2019); None keeps it fixed
-    kl_horizon: Positive = 10_000.0  # episodes over which the coefficient adapts
+    kl_coef: NonNegative = 0.02  # reward subtracted per nat of KL to the reference; with kl_target, its initial value
+    kl_kind: KLKind = "k1"  # estimator of each token's KL to the reference: k1, k2 or k3
+    kl_clamp: Positive | None = None  # clamp each token's KL estimate to [-kl_clamp, kl_clamp]
+    # Where the KL term goes: off each token's reward, or into the loss, where it ignores its effect on later tokens.
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_target: Positive | None = None  # adapt kl_coef to reach this KL, nats a response (arXiv:1909.08593); None: fixed
+    kl_horizon: Positive = 10_000.0  # time scale on which kl_coef adapts, in episodes
 
-    score_at: Literal["last", "first_pad"] = "last"  # the response's last token (its EOS), or the column after it
-    whiten_rewards: bool = False  # token rewards of a rollout to unit variance; their mean stays
-    whiten_advantages: Literal["biased", "bessel"] | None = "biased"  # estimator of the variance; None leaves them
-    gamma: Fraction = 1.0  # discount
-    lam: Fraction = 0.95  # GAE's lambda
+    score_at: Literal["last", "first_pad"] = "last"  # add the score to the last token, or to the column after it
+    whiten_rewards: bool = False  # scale the token rewards of a rollout to unit variance, keeping their mean
+    whiten_advantages: Literal["biased", "bessel"] | None = "biased"  # variance estimator; None: no whitening
+    gamma: Fraction = 1.0  # discount factor of a token's reward per step
+    lam: Fraction = 0.95  # lambda of generalised advantage estimation: 0 trusts the critic, 1 the sampled return
 
-    # bound of the ratio where the advantage is negative, above 1 (arXiv:1912.09729)
+    # Bound on the probability ratio for tokens with a negative advantage (dual-clip PPO, arXiv:1912.09729).
     dual_clip: Annotated[float, Range(above=1)] | None = None
-    penalty: NonNegative | None = None  # weight of the KL to the sampling policy, which then replaces the clip
-    value_clip: Positive = 0.2  # how far a value may move from the rollout's
-    value_coef: NonNegative = 1.0  # weight of half the squared error
+    penalty: NonNegative | None = None  # weight of a penalty on the KL to the behaviour policy, in place of clipping
+    value_clip: Positive = 0.2  # clip the critic's value to within this distance of its value at the rollout
+    value_coef: NonNegative = 1.0  # weight of the value loss, which is half the squared error
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kl_in == "loss" and self.kl_kind == "k1":
-            raise InputError("kl_in=loss with kl_kind=k1 has no effect: the gradient of k1 is 0 on average; use k2")
+            raise InputError(
+                "kl_in=loss with kl_kind=k1 has no effect: the gradient of k1 is 0 on average; use kl_kind=k2"
+            )
         if self.penalty is not None and self.dual_clip is not None:
             raise InputError("penalty replaces the clip, so dual_clip has no effect: leave out one of them")
 
 
 class Experience(struct.PyTreeNode):
-    """A rollout, and what PPO makes of it."""
+    """A rollout with its advantages and value targets."""
 
     rollout: Rollout
-    value_mask: Leaf  # [B, N] bool, the response and where its score lands
+    value_mask: Leaf  # [B, N] bool, the response's tokens and the column that gets the score
     advantage: Leaf  # [B, N]
-    target: Leaf  # [B, N], of the critic
+    target: Leaf  # [B, N], what the critic learns to predict
 
 
 def policy_loss(
@@ -86,11 +87,14 @@ def policy_loss(
     dual_clip: float | None = None,
     count: Array | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Clipped surrogate (arXiv:1707.06347, eq. 7): mean over valid tokens of max(-A rho, -A clip(rho, 1 +- clip)).
+    """PPO's clipped surrogate loss, mean over valid tokens (arXiv:1707.06347, eq. 7).
 
-    `dual_clip` bounds it by -A dual_clip where A < 0 (arXiv:1912.09729, eq. 5). `clip_fraction` is the share of tokens
-    whose clipped term is strictly the larger; `approx_kl` the mean of (logp - logp_old)^2 / 2. `count` replaces the
-    number of valid tokens, see `masked_mean`.
+        max(-A rho, -A clip(rho, 1 - clip, 1 + clip)),  rho = exp(logp - logp_old)
+
+    A is the advantage and rho the probability ratio to the behaviour policy. With `dual_clip` the loss of a token with
+    A < 0 is at most -A dual_clip (arXiv:1912.09729, eq. 5). Metrics: `clip_fraction` is the share of tokens whose
+    clipped term is strictly larger, `approx_kl` the mean of (logp - logp_old)^2 / 2. `count` replaces the number of
+    valid tokens, see `masked_mean`.
     """
     log_ratio = precise(jnp.where(mask, logp - logp_old, 0.0))
     ratio = jnp.exp(log_ratio)
@@ -115,7 +119,13 @@ def penalty_policy_loss(
     beta: float,
     count: Array | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The KL-penalty form (arXiv:1707.06347, eq. 8): mean of -A rho + beta (rho - 1 - ln rho), over valid tokens."""
+    """The KL-penalty form of PPO's loss, mean over valid tokens (arXiv:1707.06347, eq. 8).
+
+        -A rho + beta (rho - 1 - ln rho),  rho = exp(logp - logp_old)
+
+    A is the advantage; the second term estimates the KL of the behaviour policy to the policy, and its mean is the
+    metric `kl`.
+    """
     log_ratio = precise(jnp.where(mask, logp - logp_old, 0.0))
     ratio = jnp.exp(log_ratio)
     kl = ratio - 1 - log_ratio
@@ -131,7 +141,13 @@ def value_loss(
     clip: float,
     count: Array | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Clipped squared error: mean over valid tokens of max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2."""
+    """The critic's clipped squared error, mean over valid tokens.
+
+        max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2
+
+    V is the value, V_old the value at the time of the rollout and R the target. `clip_fraction` is the share of tokens
+    whose clipped term is strictly larger.
+    """
     value = precise(jnp.where(mask, value, 0.0))
     value_old, target = jnp.where(mask, value_old, 0.0), jnp.where(mask, target, 0.0)
     plain = jnp.square(value - target)
@@ -143,16 +159,17 @@ def value_loss(
 def adapt_kl_coef(
     coef: float | Array, kl: float | Array, n: int | Array, target: int | float, horizon: int | float
 ) -> Float[Array, ""]:
-    """The next KL coefficient: coef (1 + clip(kl / target - 1, +-0.2) n / horizon) (Ziegler et al. 2019, section 2.2).
+    """The next KL coefficient, coef (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon) (arXiv:1909.08593, section 2.2).
 
-    `kl` is summed over each response, mean over responses; `n` is the number of episodes since the last update.
+    `kl` and `target` are nats a response: the sum over each response, mean over responses. `n` is the number of
+    episodes since the last update, `horizon` the number over which the coefficient adapts.
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return jnp.asarray(coef * (1.0 + error * n / horizon), jnp.float32)
 
 
 def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Config, rng: jax.Array) -> TrainState:
-    """The state before the first rollout; `params` holds "policy" and what `critic_fn` adds to it, "critic"."""
+    """The state before the first rollout. `params` has the entries "policy" and "critic"."""
     state = updates.init(params, tx, cfg, rng)
     return state.replace(opt_state=state.opt_state | {"kl_coef": jnp.float32(cfg.kl_coef)})
 
@@ -160,17 +177,17 @@ def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Confi
 def optimizer(
     policy: optax.GradientTransformation, critic: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """An optimiser for each network, with its own learning rate and its own clipping."""
+    """An optimiser that applies `policy` and `critic` to the networks of these names, each with its own clipping."""
     return optax.multi_transform({"policy": policy, "critic": critic}, {"policy": "policy", "critic": "critic"})
 
 
 def totals(batch: Experience) -> updates.Totals:
-    """How many tokens have an advantage, and how many a value."""
+    """The number of tokens with an advantage, and of columns with a value target, in a batch of episodes."""
     return {"tokens": jnp.sum(batch.rollout.response_mask), "values": jnp.sum(batch.value_mask)}
 
 
 def live(batch: Experience) -> Bool[Array, "B N"]:
-    """Which columns of the responses have a part in the loss."""
+    """A mask of the response columns that the loss depends on."""
     return batch.rollout.response_mask | batch.value_mask
 
 
@@ -185,46 +202,51 @@ def loss(
     critic_fn: ValueFn,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The share of these rows in: policy loss + value_coef * value loss, and what `cfg` and `text` add to them.
+    """The share that these rows have in the loss of the global minibatch, and its metrics.
 
-    That is kl_coef * KL to the reference (`kl_in="loss"`), and `updates.extras`. Each is a mean over the tokens of the
-    global minibatch, whose numbers are `totals`.
+        policy loss + value_coef value loss [+ kl_coef KL to the reference, if kl_in="loss"] + auxiliary losses
+
+    The policy loss is `policy_loss`, or `penalty_policy_loss` if `penalty` is set; the last term is
+    `updates.auxiliary_losses`. Each term is a mean over the tokens of the global minibatch, which `totals` counts.
     """
     rollout = batch.rollout
     mask, new_tokens = rollout.response_mask, rollout.response_mask.shape[1]
     count = totals["tokens"]
     logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
     if cfg.penalty is None:
-        policy, found = policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.clip, cfg.dual_clip, count)
+        policy, details = policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.clip, cfg.dual_clip, count)
     else:
-        policy, found = penalty_policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.penalty, count)
-        found["approx_kl"] = found.pop("kl")
-    metrics = {"loss/policy": policy} | {f"policy/{name}": value for name, value in found.items()}
+        policy, details = penalty_policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.penalty, count)
+        details["approx_kl"] = details.pop("kl")
+    metrics = {"loss/policy": policy} | {f"policy/{name}": value for name, value in details.items()}
     value = critic_fn(params, rollout.tokens, rollout.mask, rollout.tokens.shape[1] - new_tokens - 1)
-    critic, found = value_loss(value, rollout.value, batch.target, batch.value_mask, cfg.value_clip, totals["values"])
-    metrics |= {"loss/value": critic} | {f"value/{name}": value for name, value in found.items()}
+    critic, details = value_loss(value, rollout.value, batch.target, batch.value_mask, cfg.value_clip, totals["values"])
+    metrics |= {"loss/value": critic} | {f"value/{name}": value for name, value in details.items()}
     total = policy + cfg.value_coef * critic
     if cfg.kl_in == "loss":
         metrics["loss/kl"] = masked_mean(
-            penalized(jnp.where(mask, logp, rollout.logp_ref), rollout.logp_ref, cfg), mask, count
+            kl_penalty(jnp.where(mask, logp, rollout.logp_ref), rollout.logp_ref, cfg), mask, count
         )
         total = total + kl_coef * metrics["loss/kl"]
-    more, found = updates.extras(params, entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
-    return total + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
+    extra, details = updates.auxiliary_losses(params, entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
+    return total + extra, metrics | details | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
 
 
-def penalized(logp: Float[Array, "B T"], logp_ref: Float[Array, "B T"], cfg: Config) -> Float[Array, "B T"]:
-    """The KL estimate that `kl_coef` multiplies."""
+def kl_penalty(logp: Float[Array, "B T"], logp_ref: Float[Array, "B T"], cfg: Config) -> Float[Array, "B T"]:
+    """The KL estimate of each token that `kl_coef` multiplies, in nats: `kl_kind`, clamped by `kl_clamp`."""
     kl = kl_estimate(logp, logp_ref, cfg.kl_kind)
     return kl if cfg.kl_clamp is None else jnp.clip(kl, -cfg.kl_clamp, cfg.kl_clamp)
 
 
 def experience(rollout: Rollout, kl_coef: Array, cfg: Config) -> tuple[Experience, Metrics]:
-    """Rewards, advantages and value targets of a whole rollout; whitening is over all its tokens."""
+    """The advantages and value targets of a whole rollout, and metrics of it. Whitening is over all its tokens.
+
+    In the order of the papers: score, KL penalty, token rewards, GAE, whitening.
+    """
     mask = rollout.response_mask
-    value_mask = through_first_pad(mask) if cfg.score_at == "first_pad" else mask
+    value_mask = extend_to_first_pad(mask) if cfg.score_at == "first_pad" else mask
     score = updates.final_score(rollout, cfg)
-    kl = penalized(rollout.logp, rollout.logp_ref, cfg)
+    kl = kl_penalty(rollout.logp, rollout.logp_ref, cfg)
     reward = token_rewards(score, kl, mask, kl_coef if cfg.kl_in == "reward" else 0.0, value_mask)
     if rollout.token_score is not None:
         reward = reward + jnp.where(mask, rollout.token_score, 0.0)
@@ -252,9 +274,10 @@ def train_step(
     microbatches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """All epochs and minibatches on one rollout, in one compiled call; `text` as in `updates.apply`: PPO-ptx.
+    """All epochs and minibatches of updates on one rollout, in one compiled call. `state` is from `init`.
 
-    Every device gathers the whole rollout, so that whitening is global.
+    Every device gathers the whole rollout, so that whitening is global. `text` is pretraining text for PPO-ptx, shaped
+    as in `updates.apply`. Metrics of the rollout come from before the updates, losses are means over them.
     """
     rollout = parallel.all_gather(rollout, axis)
     kl_coef = state.opt_state["kl_coef"]
@@ -264,7 +287,7 @@ def train_step(
         totals=totals,
         live=live,
     )
-    state, found = updates.apply(
+    state, update_metrics = updates.apply(
         state,
         batch,
         text,
@@ -278,4 +301,4 @@ def train_step(
         n = rollout.tokens.shape[0]
         kl_coef = adapt_kl_coef(kl_coef, metrics["kl/reference"], n, cfg.kl_target, cfg.kl_horizon)
         state = state.replace(opt_state=state.opt_state | {"kl_coef": kl_coef})
-    return state, metrics | found
+    return state, metrics | update_metrics

@@ -1,7 +1,8 @@
-"""REINFORCE leave-one-out (arXiv:2402.14740): a response is one action, and its baseline the other responses' reward.
+"""REINFORCE leave-one-out (arXiv:2402.14740): a whole response is one action.
 
-The reward is the score less `kl_coef` times the response's KL to the reference. With one update a rollout the gradient
-is REINFORCE's; with more, the ratio of the whole response to the policy that sampled it is clipped as in PPO.
+The reward of a response is its score minus `kl_coef` times its KL to the reference; its baseline is the mean reward of
+the other responses to the prompt. With one update a rollout the gradient is that of REINFORCE; with more, the
+probability ratio of the whole response to the behaviour policy is clipped as in PPO.
 """
 
 import dataclasses
@@ -23,15 +24,15 @@ from rlhf_jax.types import LogprobsFn, Metrics, Params, Rollout, Tokens, TrainSt
 
 @dataclasses.dataclass(frozen=True)
 class Config(updates.Config):
-    """Settings of the algorithm."""
+    """Settings of the algorithm; further ones are in `updates.Config`."""
 
-    # responses to a prompt, in consecutive rows of the rollout
+    # Responses to each prompt, in consecutive rows of the rollout.
     group: Annotated[int, Range(least=2, unit="responses, each the other's baseline")] = 4
-    kl_coef: NonNegative = 0.03  # reward per nat of KL to the reference
+    kl_coef: NonNegative = 0.03  # reward subtracted per nat of KL to the reference
 
 
 def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
-    """The advantages of a whole rollout."""
+    """The advantages of a whole rollout, and metrics of it."""
     score = updates.response_score(rollout, cfg)
     reward = score - cfg.kl_coef * updates.response_kl(rollout)
     advantage = leave_one_out(groups(reward, cfg.group)).reshape(-1)
@@ -40,7 +41,7 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
 
 
 def totals(batch: Experience) -> updates.Totals:
-    """How many tokens there are, and how many responses."""
+    """The number of valid tokens, and of responses that have any, in a batch of episodes."""
     mask = batch.rollout.response_mask
     return {"tokens": jnp.sum(mask), "responses": jnp.sum(jnp.any(mask, axis=1))}
 
@@ -54,16 +55,22 @@ def loss(
     policy_fn: LogprobsFn,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The share of these rows in: the clipped surrogate of whole responses, mean over them, and `updates.extras`."""
+    """The share that these rows have in the loss of the global minibatch, and its metrics.
+
+    The loss is the clipped surrogate of whole responses (`ppo.policy_loss` with the sums of their log-probabilities),
+    mean over responses, plus `updates.auxiliary_losses`.
+    """
     rollout = batch.rollout
     mask = rollout.response_mask
     logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
-    whole, whole_old = (jnp.sum(jnp.where(mask, x, 0.0), axis=1, keepdims=True) for x in (logp, rollout.logp))
-    some = jnp.any(mask, axis=1, keepdims=True)
-    value, found = policy_loss(whole, whole_old, batch.advantage[:, None], some, cfg.clip, count=totals["responses"])
-    metrics = {"loss/policy": value} | {f"policy/{name}": x for name, x in found.items()}
-    more, found = updates.extras(params, entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
-    return value + more, metrics | found | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
+    sequence, sequence_old = (jnp.sum(jnp.where(mask, x, 0.0), axis=1, keepdims=True) for x in (logp, rollout.logp))
+    nonempty = jnp.any(mask, axis=1, keepdims=True)
+    value, details = policy_loss(
+        sequence, sequence_old, batch.advantage[:, None], nonempty, cfg.clip, count=totals["responses"]
+    )
+    metrics = {"loss/policy": value} | {f"policy/{name}": x for name, x in details.items()}
+    extra, details = updates.auxiliary_losses(params, entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
+    return value + extra, metrics | details | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
 
 
 def train_step(
@@ -77,9 +84,10 @@ def train_step(
     microbatches: int = 1,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """All epochs and minibatches on one rollout, in one compiled call. `state` is from `updates.init`.
+    """All epochs and minibatches of updates on one rollout, in one compiled call. `state` is from `updates.init`.
 
-    Rows `g * group .. (g + 1) * group - 1` of the global batch are the responses to one prompt.
+    Rows g * group to (g + 1) * group - 1 of the global batch must be the responses to one prompt. `text` is pretraining
+    text, shaped as in `updates.apply`.
     """
     rollout = parallel.all_gather(rollout, axis)
     batch, metrics = experience(rollout, cfg)
@@ -88,7 +96,7 @@ def train_step(
         totals=totals,
         live=live,
     )
-    state, found = updates.apply(
+    state, update_metrics = updates.apply(
         state,
         batch,
         text,
@@ -98,4 +106,4 @@ def train_step(
         microbatches=microbatches,
         axis=axis,
     )
-    return state, metrics | found
+    return state, metrics | update_metrics

@@ -1,6 +1,6 @@
-"""Next-token learning: pretraining on raw text, and supervised fine-tuning on demonstrations.
+"""Next-token prediction: pretraining on raw text, and supervised fine-tuning on demonstrations.
 
-The two differ in which tokens are targets: all but the first of each document, or those of the completion alone.
+The two differ only in the target tokens: all but the first of each document, or those of the completion.
 """
 
 import jax
@@ -20,10 +20,10 @@ def next_token_loss(
     mask: Bool[Array, "B T"],
     count: Array | None = None,
 ) -> Float[Array, ""]:
-    """Cross-entropy in nats, `-ln p(targets[b, t])` under logits[b, t], mean over all counted tokens of the batch.
+    """The cross-entropy -ln p(targets[b, t]) under logits[b, t] in nats, mean over all tokens inside the mask.
 
-    Long rows weigh more than short ones. `count` replaces the number of counted tokens, see `masked_mean`. For checking
-    against other code: training goes by `loss`, which computes the same from log-probabilities.
+    The mean is over tokens, so long rows have more weight than short ones. `count` replaces the number of tokens, see
+    `masked_mean`. Only for comparison with other code: training uses `loss`, which takes log-probabilities.
     """
     return masked_mean(-token_logprobs(logits, targets), mask, count)
 
@@ -31,7 +31,10 @@ def next_token_loss(
 def loss(
     params: Params, batch: Tokens, logprobs_fn: LogprobsFn, keys: Array | None = None, count: Array | None = None
 ) -> Float[Array, ""]:
-    """`next_token_loss` of a batch of text; `keys` [B] turn dropout on."""
+    """The mean of -ln p over the target tokens of a batch, in nats; with `count`, a share of it (see `masked_mean`).
+
+    `keys` [B] turn dropout on.
+    """
     logp, _ = logprobs_fn(params, batch.tokens, batch.segment, keys)
     return masked_mean(-logp, batch.target[:, 1:], count)
 
@@ -47,7 +50,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch, whose rows are spread over `axis`.
 
-    The metrics are of the parameters before the update.
+    The metrics describe the parameters before the update; the loss is in nats a token.
     """
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.tokens.shape[0], axis)
     count = parallel.psum(jnp.sum(batch.target[:, 1:]), axis)
@@ -63,7 +66,7 @@ def train_step(
 
 
 def evaluate(params: Params, batch: Tokens, *, logprobs_fn: LogprobsFn, axis: str | None = None) -> tuple[Array, Array]:
-    """Sum of the negative log-likelihood in nats over the global batch's target tokens, and their number."""
+    """The negative log-likelihood in nats, summed over the global batch's target tokens, and their number. [], []."""
     mask = batch.target[:, 1:]
     logp, _ = logprobs_fn(params, batch.tokens, batch.segment)
     return parallel.psum((-jnp.sum(jnp.where(mask, logp, 0.0)), jnp.sum(mask)), axis)

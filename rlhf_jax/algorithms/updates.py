@@ -1,7 +1,7 @@
-"""The updates on a rollout: what PPO, GRPO and RLOO share, whatever their loss.
+"""The updates on a rollout, which PPO, GRPO and RLOO share: only their losses differ.
 
-Epochs and minibatches run inside one compiled call, with the pretraining mix, entropy bonus, average of the weights and
-early stop that any of them may have.
+Epochs and minibatches run inside one compiled call, with optional pretraining mix, entropy bonus, weight averaging and
+early stopping.
 """
 
 import dataclasses
@@ -30,54 +30,56 @@ from rlhf_jax.types import (
     TrainState,
 )
 
-Batch = TypeVar("Batch")  # a pytree whose leaves count episodes on their first axis
+Batch = TypeVar("Batch")  # a pytree whose leaves have episodes on their first axis
 Score = Annotated[float, Unbounded("scores have either sign")]
 Bonus = Annotated[float, Unbounded("a negative weight lowers what a positive one raises")]
-# The largest |ratio - 1| that rounding leaves in the first pass over a rollout, by the type of the trunk.
+# The largest |ratio - 1| that rounding may cause in the first update on a rollout, by the trunk's dtype.
 RATIO_ERROR = {"float32": 1e-4, "bfloat16": 0.1}
 
-Totals = dict[str, Array]  # what shares of a loss are divided by: counts over the global minibatch
+Totals = dict[str, Array]  # counts over the global minibatch, by which shares of a loss are divided
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """Settings that every algorithm has."""
+    """Settings that PPO, GRPO and RLOO share."""
 
-    epochs: Count = 1  # passes over each rollout
-    minibatches: Count = 1  # updates a pass
-    buckets: Count = 1  # parts of like length in which responses are read and learnt from, each as wide as it needs
-    temperature: Positive = 1.0  # of sampling, and so of every log-probability
-    stop_at_eos: bool = True  # False: responses go on, and all their tokens are trained on (Ziegler et al. 2019)
-    unfinished_score: Score | None = None  # replaces the score of a response without EOS
-    unfinished_penalty: NonNegative = 0.0  # subtracted from the score of a response without EOS
-    clip: Positive = 0.2  # of the probability ratio, to each side of 1
-    entropy_coef: Bonus = 0.0  # weight of the policy's entropy
-    ptx_coef: NonNegative = 27.8  # weight of the pretraining loss where a rollout comes with pretraining text
-    stop_kl: NonNegative | None = None  # a rollout's updates end before the first whose approx_kl exceeds this
-    ema: Rate | None = None  # decay an update of an average of the policy's weights, kept beside them
+    epochs: Count = 1  # passes of training over each rollout
+    minibatches: Count = 1  # parts of a rollout in each pass; each part gives one update
+    buckets: Count = 1  # group responses by length into so many buckets, each padded only to its longest response
+    temperature: Positive = 1.0  # sampling temperature, which also divides the logits of every log-probability
+    stop_at_eos: bool = True  # False: sample and train on all max_new_tokens, past any EOS (arXiv:1909.08593)
+    unfinished_score: Score | None = None  # score that replaces that of a response without EOS; None keeps it
+    unfinished_penalty: NonNegative = 0.0  # reward subtracted from the score of a response without EOS
+    clip: Positive = 0.2  # clip the probability ratio to [1 - clip, 1 + clip]
+    entropy_coef: Bonus = 0.0  # weight of the policy's entropy (nats a token), which is maximised
+    ptx_coef: NonNegative = 27.8  # weight of the pretraining loss (nats a token), if there is pretraining text
+    stop_kl: NonNegative | None = None  # skip a rollout's updates once approx_kl exceeds this, in nats a token
+    ema: Rate | None = None  # decay rate per update of a running average of the policy's weights; None: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.unfinished_score is not None and self.unfinished_penalty:
-            raise InputError("unfinished_score replaces what unfinished_penalty lowers: leave out one of them")
+            raise InputError(
+                "unfinished_score replaces the score that unfinished_penalty lowers: leave out one of them"
+            )
 
 
 def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Config, rng: jax.Array) -> TrainState:
-    """The state before the first rollout. `params` holds "policy" and whatever else is trained."""
+    """The state before the first rollout. `params` has an entry "policy" and one for each other trained network."""
     opt_state = {"optimizer": tx.init(params)}
     if cfg.ema is not None:
-        opt_state["ema"] = jax.tree.map(jnp.copy, params["policy"])  # donated apart from what it copies
+        opt_state["ema"] = jax.tree.map(jnp.copy, params["policy"])  # a copy, since a buffer can be donated only once
     return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state, rng=rng)
 
 
 def final_score(rollout: Rollout, cfg: Config) -> Float[Array, "B"]:
-    """Each response's score, as `cfg` has it where there is no EOS."""
+    """The score of each response, replaced or lowered as `cfg` says if the response has no EOS."""
     score = rollout.score - jnp.where(rollout.ended, 0.0, cfg.unfinished_penalty)
     return score if cfg.unfinished_score is None else jnp.where(rollout.ended, score, cfg.unfinished_score)
 
 
 def response_score(rollout: Rollout, cfg: Config) -> Float[Array, "B"]:
-    """`final_score`, and the sum of the token scores where there are any."""
+    """The `final_score` of each response, plus the sum of its token scores if there are any."""
     score = final_score(rollout, cfg)
     if rollout.token_score is None:
         return score
@@ -85,12 +87,12 @@ def response_score(rollout: Rollout, cfg: Config) -> Float[Array, "B"]:
 
 
 def response_kl(rollout: Rollout) -> Float[Array, "B"]:
-    """The k1 estimate of the KL to the reference, summed over each response."""
+    """The k1 estimate of the KL to the reference, summed over each response, in nats."""
     return jnp.sum(jnp.where(rollout.response_mask, rollout.logp - rollout.logp_ref, 0.0), axis=1)
 
 
 def describe(rollout: Rollout, score: Float[Array, "B"]) -> Metrics:
-    """What can be said of a rollout before anything is learnt from it; KL summed over each response."""
+    """Metrics of a rollout: scores, KL to the reference (nats a response), entropy (nats a token), lengths (tokens)."""
     mask = rollout.response_mask
     return (
         {
@@ -108,7 +110,7 @@ def describe(rollout: Rollout, score: Float[Array, "B"]) -> Metrics:
 def forward(
     params: Params, rollout: Rollout, policy_fn: LogprobsFn, cfg: Config
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
-    """The policy's log-probabilities of a rollout's responses, and its entropies where `cfg` has a use for them."""
+    """The policy's log-probabilities of a rollout's responses, and its entropies if `entropy_coef` needs them; nats."""
     return policy_fn(
         params,
         rollout.tokens,
@@ -120,11 +122,14 @@ def forward(
 
 
 def ratio_error(logp: Float[Array, "B T"], logp_old: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """The largest |ratio - 1|: 0 but for rounding where what was sampled is what is scored."""
+    """The largest |ratio - 1| over valid tokens, with ratio = exp(logp - logp_old).
+
+    Before the first update it is 0 except for rounding, unless sampler and loss compute different probabilities.
+    """
     return jnp.max(jnp.where(mask, jnp.abs(jnp.expm1(logp - logp_old)), 0.0))
 
 
-def extras(
+def auxiliary_losses(
     params: Params,
     entropy: Float[Array, "B N"] | None,
     mask: Bool[Array, "B N"],
@@ -134,9 +139,9 @@ def extras(
     policy_fn: LogprobsFn,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The share of -entropy_coef * entropy + ptx_coef * next-token loss on `text`, as far as there are any.
+    """The share of -entropy_coef entropy + ptx_coef next-token loss on `text`; a term without input is left out.
 
-    `totals` has the numbers of "tokens" of responses and of targets of the "text".
+    The means are over totals["tokens"], the response tokens, and totals["text"], the target tokens of the text.
     """
     total, metrics = jnp.float32(0.0), {}
     if entropy is not None:
@@ -150,22 +155,22 @@ def extras(
 
 @dataclasses.dataclass(frozen=True)
 class Objective(Generic[Batch]):
-    """What an algorithm descends on a minibatch of episodes, as sums over rows, so that shares of it add up."""
+    """The loss of an algorithm on a minibatch of episodes, written so that shares of it add up."""
 
-    # (params, rows, text, totals) -> the share that some rows of a minibatch have in its loss, and metrics that add up
-    # over them; with "ratio_error", a maximum, and, for `stop_kl`, "policy/approx_kl" among them.
+    # (params, rows, text, totals) -> the share of the loss that some rows of a minibatch have, and metrics. Metrics add
+    # up over shares, except "ratio_error", which is a maximum; `stop_kl` needs "policy/approx_kl" among them.
     loss: Callable[[Params, Batch, Tokens | None, Totals], tuple[Array, Metrics]]
-    totals: Callable[[Batch], Totals]  # rows -> what adds up to the totals that shares are divided by
-    live: Callable[[Batch], Array]  # rows -> [B, N] bool, the columns of the responses that have a part in the loss
+    totals: Callable[[Batch], Totals]  # rows -> their counts, which add up to the totals
+    live: Callable[[Batch], Array]  # rows -> [B, N] bool, the response columns that the loss depends on
 
 
 class Progress(struct.PyTreeNode):
-    """What an update changes."""
+    """The part of the state that an update changes."""
 
     params: Params
     optimizer: Any
-    ema: Params = None  # average of the policy's weights, where `Config.ema` asks for one
-    going: Leaf = None  # [] bool, False once `Config.stop_kl` has been exceeded, where there is one
+    ema: Params = None  # average of the policy's weights, if `Config.ema` is set
+    active: Leaf = None  # [] bool, False once `Config.stop_kl` has been exceeded, if it is set
 
 
 def apply(
@@ -179,16 +184,16 @@ def apply(
     microbatches: int,
     axis: str | None,
 ) -> tuple[TrainState, Metrics]:
-    """All epochs and minibatches on the global batch of episodes, which every device has whole.
+    """All epochs and minibatches of updates on the global batch of episodes, of which every device has a whole copy.
 
-    So minibatch m consists of the same episodes however many devices share its rows. `text`, where given, holds
-    pretraining rows for each update, `[epochs * minibatches, B, T]`. Metrics are means over the updates;
-    `ratio/first_error` is the largest |ratio - 1| of the first one: anything but rounding means that what was sampled
-    is not what is scored.
+    Minibatches are drawn from the global batch, so they do not depend on the number of devices. `text` is None or
+    pretraining text for each update, [epochs * minibatches, B, T]. Metrics are means over the updates, except
+    `ratio/first_error`, the largest |ratio - 1| of the first update: more than rounding means that the sampler and the
+    loss disagree. Raises InputError when the episodes do not divide into minibatches, or text and updates do not match.
     """
     episodes = jax.tree.leaves(batch)[0].shape[0]
     if episodes % cfg.minibatches:
-        raise InputError(f"{episodes} episodes do not divide into {cfg.minibatches} minibatches")
+        raise InputError(f"{episodes} episodes do not divide into {cfg.minibatches} minibatches: use a multiple")
     updates, parts = cfg.epochs * cfg.minibatches, cfg.buckets * microbatches
     if text is not None and text.tokens.shape[0] != updates:
         raise InputError(f"pretraining text for {text.tokens.shape[0]} updates, but there are {updates}")
@@ -198,20 +203,20 @@ def apply(
 
     def update(before: Progress, inputs: tuple[Array, Tokens | None]) -> tuple[Progress, Metrics]:
         rows, text = inputs
-        own = parallel.spread(jax.tree.map(lambda x: x[parallel.own_rows(rows, axis)], batch))
-        grads, metrics = gradients(before.params, own, text, objective, cfg.buckets, parts, axis)
+        local = parallel.shard_rows(jax.tree.map(lambda x: x[parallel.local_rows(rows, axis)], batch))
+        grads, metrics = gradients(before.params, local, text, objective, cfg.buckets, parts, axis)
         after = step(before, grads, tx, cfg)
         if cfg.stop_kl is not None:
-            going = before.going & (metrics["policy/approx_kl"] <= cfg.stop_kl)
-            after = jax.tree.map(functools.partial(jnp.where, going), after, before).replace(going=going)
-            metrics["policy/updated"] = going.astype(jnp.float32)
+            active = before.active & (metrics["policy/approx_kl"] <= cfg.stop_kl)
+            after = jax.tree.map(functools.partial(jnp.where, active), after, before).replace(active=active)
+            metrics["policy/updated"] = active.astype(jnp.float32)
         return after, metrics | {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads}
 
     before = Progress(
         params=state.params,
         optimizer=state.opt_state["optimizer"],
         ema=state.opt_state.get("ema"),
-        going=None if cfg.stop_kl is None else jnp.bool_(True),
+        active=None if cfg.stop_kl is None else jnp.bool_(True),
     )
     after, history = jax.lax.scan(update, before, (rows, text))
     metrics = {"ratio/first_error": history.pop("ratio_error")[0]} | jax.tree.map(jnp.mean, history)
@@ -223,28 +228,31 @@ def apply(
 
 def gradients(
     params: Params,
-    own: Batch,
+    local: Batch,
     text: Tokens | None,
     objective: Objective[Batch],
     buckets: int,
     parts: int,
     axis: str | None,
 ) -> tuple[Params, Metrics]:
-    """Gradient and metrics of one global minibatch, of which this device has the rows `own`, in `parts` of them."""
-    totals = objective.totals(own) | ({} if text is None else {"text": jnp.sum(text.target[:, 1:])})
+    """The gradient and metrics of one global minibatch, computed in `parts` micro-batches.
+
+    `local` are this device's rows of the minibatch; `text` are its rows of pretraining text, or None.
+    """
+    totals = objective.totals(local) | ({} if text is None else {"text": jnp.sum(text.target[:, 1:])})
     totals = parallel.psum(totals, axis)
     share = lambda rows, text: jax.grad(objective.loss, has_aux=True)(params, rows, text, totals)
     if buckets > 1:
-        own = jax.tree.map(lambda x: x[ragged.order(objective.live(own), parts)], own)
+        local = jax.tree.map(lambda x: x[ragged.order(objective.live(local), parts)], local)
         share = ragged.trimmed(share, objective.live, buckets)
-    grads, metrics = parallel.accumulate(lambda rows: share(*rows), (own, text), parts)
-    worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # not a share but a maximum
+    grads, metrics = parallel.accumulate(lambda rows: share(*rows), (local, text), parts)
+    worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # a maximum, which does not add up as shares do
     grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, metrics)), axis)
     return grads, metrics | {"ratio_error": worst}
 
 
 def step(before: Progress, grads: Params, tx: optax.GradientTransformation, cfg: Config) -> Progress:
-    """One optimiser step, and one of the average of the policy's weights."""
+    """The progress after one optimiser step and one step of the weight average."""
     changes, optimizer = tx.update(grads, before.optimizer, before.params)
     params = optax.apply_updates(before.params, changes)
     ema = before.ema

@@ -54,7 +54,7 @@ def reliability(margin: np.ndarray, bins: int = 10) -> tuple[float, list[Bin]]:
     return sum(b.pairs * abs(b.accuracy - b.at) for b in found) / len(margin), found
 
 
-def by(value: np.ndarray, margin: np.ndarray, bins: int = 6) -> list[Bin]:
+def binned(value: np.ndarray, margin: np.ndarray, bins: int = 6) -> list[Bin]:
     """Accuracy in bins of about equally many pairs, by what `value` says of each; equal values share a bin."""
     edges = np.unique(np.quantile(value, np.linspace(0, 1, bins + 1)[1:-1]))
     number = np.searchsorted(edges, value, side="right")

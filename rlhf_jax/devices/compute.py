@@ -1,4 +1,4 @@
-"""How a model is computed, whatever its architecture: types, recomputation, attention kernel, chunks."""
+"""Settings of how a model is computed, independent of its architecture: dtypes, recompute, attention kernel, chunks."""
 
 import dataclasses
 from typing import Literal
@@ -11,19 +11,19 @@ from rlhf_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Compute(Settings):
-    """How a model is computed, whatever its architecture."""
+    """Settings of how a model is computed, independent of its architecture."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk; parameters, norms, softmax and logits are float32
-    # What the backward pass computes again, a layer at a time: norms and activations, all but matrix products with
-    # weights, or all.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the trunk; norms, softmax and logits are float32
+    # Gradient checkpointing, a layer at a time: recompute only norms and activations (none), everything except matrix
+    # products with weights (dots), or everything (full). More recompute saves memory and costs time.
     remat: Literal["none", "dots", "full"] = "none"
-    frozen: Literal["float32", "bfloat16"] = "float32"  # of the parameters of models that are not trained
-    attention: Literal["auto", "plain", "flash"] = "auto"  # flash is TPUs' or GPUs' kernel, auto is where one serves
-    chunk: Whole = 0  # columns whose logits exist at a time where log-probabilities are computed; 0 is all of them
-    # Whether the program has each layer written out and no loop: faster, and longer to compile. None is where a CPU
-    # computes at most 12 layers and remat is none, which its compiler heeds in a loop alone. Sampling has its own way.
+    frozen: Literal["float32", "bfloat16"] = "float32"  # dtype of the parameters of models that are not trained
+    attention: Literal["auto", "plain", "flash"] = "auto"  # flash: fused TPU or GPU kernel; auto: if it is available
+    chunk: Whole = 0  # columns whose logits are computed at a time, to save memory; 0 computes all at once
+    # Unroll the loop over layers: faster to run, slower to compile. None: unroll on CPU for up to 12 layers if remat is
+    # none (XLA for CPU honours remat only inside a loop). Sampling ignores this.
     unroll: bool | None = None
 
     def freeze(self, params: Params) -> Params:
-        """Parameters that are not to be trained, in the type that `frozen` names."""
+        """The parameters of a model that is not trained, cast to the dtype `frozen`."""
         return jax.tree.map(lambda x: x.astype(self.frozen), params)

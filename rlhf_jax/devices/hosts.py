@@ -1,7 +1,7 @@
-"""Several processes of one run, one or more a host: how they find each other, take turns, and share rows.
+"""Runs of several processes, one or more on each host: how they connect, synchronise and share rows.
 
-Every process runs the same program on its own devices and its own rows of each batch; the first one also writes the
-records. Of a run of one process nothing here costs or changes anything.
+Every process runs the same program on its own devices and its own rows of each batch; the first process also writes the
+records. In a run of one process these functions change nothing and cost nothing.
 """
 
 import contextlib
@@ -22,61 +22,78 @@ from rlhf_jax.types import InputError
 
 T = TypeVar("T")
 
-LOST = 45  # seconds without a sign of life after which the others give a process up, and end
-PATIENCE = 86400  # seconds to wait for a process that lives: it may be preparing data
+LOST = 45  # seconds without a heartbeat after which a process counts as dead, and the others end
+PATIENCE = 86400  # seconds to wait at a barrier for a live process, which may be preparing data
 _EXPLICIT = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-_asks = itertools.count(1)
-_LOSS = "Gloo", "UNAVAILABLE", "heartbeat", "ABORTED", "Connection reset", "Connection closed"  # in messages of jax
+_calls = itertools.count(1)
+_LOSS = (
+    "Gloo",
+    "UNAVAILABLE",
+    "heartbeat",
+    "ABORTED",
+    "Connection reset",
+    "Connection closed",
+)  # parts of jax's messages
 
 
 def start() -> None:
-    """Joins the other processes of the run, where the environment says that there are some. Call it before all else.
+    """Connect to the other processes of the run, if the environment names any. Call it before any other JAX code.
 
-    Who they are is found by jax on Cloud TPU, under SLURM's srun and in an indexed job of Kubernetes. Elsewhere
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it. Raises InputError
-    when these are incomplete, or when the others do not come.
+    On Cloud TPU, under SLURM's srun and in an indexed Kubernetes job, jax finds the processes. Elsewhere set
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises InputError when these
+    are incomplete, or when the other processes do not connect in time.
     """
     if jax.distributed.is_initialized() or not _others():
         return
-    settings: dict[str, Any] = {}
-    given = {name: os.environ[name] for name in _EXPLICIT if name in os.environ}
-    if given:
+    address = count = index = detection = None  # jax finds them
+    variables = {name: os.environ[name] for name in _EXPLICIT if name in os.environ}
+    if variables:
         try:
-            address, count, index = (given[name] for name in _EXPLICIT)
-            settings = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+            address, *numbers = (variables[name] for name in _EXPLICIT)
+            count, index = map(int, numbers)
         except (KeyError, ValueError) as error:
             raise InputError(
-                f"several processes: expected {', '.join(_EXPLICIT)} to be host:port and two numbers, got {given}"
+                f"several processes: expected {', '.join(_EXPLICIT)} to be host:port and two numbers, got {variables}"
             ) from error
-        settings["cluster_detection_method"] = "deactivate"
+        detection = "deactivate"
     try:
-        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=LOST, shutdown_timeout_seconds=LOST)
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=count,
+            process_id=index,
+            cluster_detection_method=detection,
+            heartbeat_timeout_seconds=LOST,
+            shutdown_timeout_seconds=LOST,
+        )
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"several processes: they do not come together ({reason})") from error
+        raise InputError(
+            f"several processes: they do not come together ({reason}); start all of them, and check {_EXPLICIT[0]}"
+        ) from error
 
 
 def _others() -> bool:
-    """Whether this process is one of several, going by what their launcher leaves in the environment."""
+    """Whether this process is one of several, according to the environment variables of its launcher."""
     if any(name in os.environ for name in _EXPLICIT):
         return True
     if "SLURM_STEP_NODELIST" in os.environ:  # within srun
         return int(os.environ.get("SLURM_NTASKS", 1)) > 1
     if "JOB_COMPLETION_INDEX" in os.environ:  # an indexed job of Kubernetes
         return True
-    return "TPU_ML_PLATFORM" in os.environ  # set by jax where there are TPU chips
+    return "TPU_ML_PLATFORM" in os.environ  # set by jax on a machine with TPU chips
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """`start`; all leave the block together, and with `preemption.EXIT` at once where it loses another process.
+def distributed() -> Iterator[None]:
+    """Call `start`, then leave the block only when all processes do, or exit at once if another process is lost.
 
-    Also without this the others end within a minute of the end of one, by a signal: so jax does it.
+    The exit status is then `preemption.EXIT`. Without this block jax would still end the other processes within a
+    minute, but by a signal.
     """
     start()
     try:
         yield
-        meet("end")  # the first has more to write, and jax waits no longer than `LOST` on the way out
+        meet("end")  # the first process may still be writing, and at exit jax waits at most `LOST` seconds
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or not any(sign in str(error) for sign in _LOSS):
             raise
@@ -86,30 +103,30 @@ def together() -> Iterator[None]:
         )
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(preemption.EXIT)  # the ordinary way out waits for the others
+        os._exit(preemption.EXIT)  # a normal exit would wait for the other processes
 
 
-def asked_to_end() -> bool:
-    """Whether SIGTERM has come to any of several processes: True on all of them at the same call, if all ask as often.
+def preemption_requested() -> bool:
+    """Whether any of several processes got SIGTERM. All must call this equally often, and all get the same answer.
 
-    jax passes it on from process to process, beside what the devices do; `preemption.asked` does not hear of it then.
+    jax's own handler passes the signal between hosts without the devices; `preemption.requested` does not see it then.
     """
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_asks))
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
 def first() -> bool:
-    """Whether this process is the one that writes what there is once: records, models, figures."""
+    """Whether this is the first process, the only one that writes records, models and figures."""
     return jax.process_index() == 0
 
 
 def meet(where: str) -> None:
-    """Returns when every process is here; `where` names the place. An error if one of them dies."""
+    """Wait until every process has reached this barrier, which `where` names. Raises an error of jax if one dies."""
     ocp.multihost.sync_global_processes(where, timeout=PATIENCE)
 
 
 @contextlib.contextmanager
 def first_before_others() -> Iterator[None]:
-    """The block of the first process ends before that of the others begins, also if it ends with an error."""
+    """Run the block on the first process, and then on the others, even if it fails on the first."""
     if not first():
         meet("others")
     try:
@@ -120,7 +137,10 @@ def first_before_others() -> Iterator[None]:
 
 
 def share(rows: T) -> T:
-    """This process's rows of a host batch that every process has whole. InputError when they do not divide."""
+    """This process's equal share of the rows of a host batch [B, ...], of which every process has a whole copy.
+
+    Raises InputError when the rows do not divide over the processes.
+    """
     count = jax.process_count()
 
     def part(x: Any) -> Any:
@@ -132,65 +152,65 @@ def share(rows: T) -> T:
 
 
 def join(rows: T) -> T:
-    """The inverse of `share`, for host arrays: the rows of all processes, on every one. All of them must call it."""
+    """The rows of all processes, on the host of each: the inverse of `share`. All processes must call it."""
     return rows if jax.process_count() == 1 else multihost_utils.process_allgather(rows, tiled=True)
 
 
-def by_process(rows_axis: int = 0) -> NamedSharding:
-    """Of arrays whose rows lie with their processes, each of whose devices has all of its process's."""
+def process_sharding(rows_axis: int = 0) -> NamedSharding:
+    """A sharding in which each process's rows are replicated over its own devices."""
     mesh = Mesh(np.array(devices()).reshape(jax.process_count(), -1), ("rows", "copies"))
     return NamedSharding(mesh, PartitionSpec(*(None,) * rows_axis, "rows"))
 
 
 def put(x: np.ndarray, sharding: Any) -> jax.Array:
-    """A host array that every process has whole, placed: each brings its part. None is the default device."""
+    """A host array placed by a sharding (None: on the default device); every process must have a whole copy of it."""
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
-def whole(x: Any) -> np.ndarray:
-    """An array on the host, also one that spans processes. All of them must call it."""
+def to_host(x: Any) -> np.ndarray:
+    """An array on the host, even if it is sharded over processes. All processes must call it."""
     if spans(x):
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
 def spans(x: Any) -> bool:
-    """Whether an array lies on devices of other processes too."""
+    """Whether an array is also on devices of other processes."""
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def devices() -> list[jax.Device]:
-    """All devices, those of the first process first: the order of the rows that they hold."""
+    """All devices ordered by process, which is the order of the rows that they hold."""
     return [device for n in range(jax.process_count()) for device in jax.local_devices(process_index=n)]
 
 
 def to_global(tree: T) -> T:
-    """Arrays that every process has whole as arrays of all processes, and the shapes of such arrays likewise.
+    """Arrays, or their shapes, of which every process has a whole copy, as arrays replicated over all processes.
 
-    This is what Orbax can save, each process a part. Arrays that span processes stay as they are.
+    Orbax can save only such arrays from several processes. Arrays that span processes stay as they are.
     """
     if jax.process_count() == 1:
         return tree
     first_devices = [jax.local_devices(process_index=n)[0] for n in range(jax.process_count())]
-    everywhere = NamedSharding(Mesh(np.array(first_devices), ("process",)), PartitionSpec())
+    replicated = NamedSharding(Mesh(np.array(first_devices), ("process",)), PartitionSpec())
 
     def convert(x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
             if x.sharding is not None and not x.sharding.is_fully_addressable:
                 return x
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
         if spans(x):
             return x
-        own = jax.device_put(x, jax.local_devices()[0])
-        return jax.make_array_from_single_device_arrays(own.shape, everywhere, [own])
+        local = jax.device_put(x, jax.local_devices()[0])
+        return jax.make_array_from_single_device_arrays(local.shape, replicated, [local])
 
     return jax.tree.map(convert, tree)
 
 
 def to_local(tree: T) -> T:
-    """The inverse of `to_global`."""
+    """This process's copy of arrays that are replicated over all processes: the inverse of `to_global`."""
 
     def convert(x: Any) -> Any:
         mesh = getattr(getattr(x, "sharding", None), "mesh", None)

@@ -1,9 +1,9 @@
-"""The only place that knows devices.
+"""The layouts of a run on its devices: the only module that depends on how many devices there are.
 
-A step is written once, for "the rows that I can see". It takes `axis`, the name of the mapped axis or None, and says
-where its sums must cross devices by `psum(x, axis)`. A layout places it: `Pmap` binds the axis and maps the step over
-every device, local and remote, each of which holds all parameters; `Mesh` leaves the axis None, so that the step sees
-all rows, and compiles it for arrays that are spread over devices, from which the compiler finds what must cross them.
+A step is written once, for "the rows that I can see". It takes `axis`, the name of the mapped axis or None, and marks
+sums that must cross devices by `psum(x, axis)`. A layout places the step. `Pmap` binds the axis and maps the step over
+all devices, local and remote, each of which has all parameters. `Mesh` leaves the axis None, so that the step sees all
+rows, and compiles it for sharded arrays; the compiler adds the communication.
 """
 
 import dataclasses
@@ -23,32 +23,32 @@ from rlhf_jax.settings import Count, Settings
 from rlhf_jax.types import InputError, TrainState
 
 AXIS = "device"
-ROWS = "data", "fsdp"  # axes of a mesh over which rows are spread
-HOST = "pinned_host"  # what jax calls the memory of a device's host
+ROWS = "data", "fsdp"  # axes of a mesh over which rows are sharded
+HOST = "pinned_host"  # jax's name for the memory of a device's host
 T = TypeVar("T")
 G = TypeVar("G")  # gradients
 M = TypeVar("M")  # metrics
 
 
 def psum(tree: T, axis: str | None) -> T:
-    """Sum over the mapped axis; the identity on one device."""
+    """The sum over the mapped axis; the identity if `axis` is None."""
     return tree if axis is None else jax.lax.psum(tree, axis)
 
 
 def pmax(tree: T, axis: str | None) -> T:
-    """Maximum over the mapped axis; the identity on one device."""
+    """The maximum over the mapped axis; the identity if `axis` is None."""
     return tree if axis is None else jax.lax.pmax(tree, axis)
 
 
 def all_gather(tree: T, axis: str | None) -> T:
-    """Every device's rows, in the order of devices, on every device."""
+    """The rows of all devices [B, ...], in the order of devices, on every device; the identity if `axis` is None."""
     return tree if axis is None else jax.lax.all_gather(tree, axis, tiled=True)
 
 
-def own_rows(rows: jax.Array, axis: str | None) -> jax.Array:
-    """This device's equal share of an array of row numbers that is the same on every device.
+def local_rows(rows: jax.Array, axis: str | None) -> jax.Array:
+    """This device's equal share of an array of row numbers [B] that is the same on every device.
 
-    Raises InputError when they do not divide.
+    Raises InputError when the rows do not divide over the devices.
     """
     count = _row_devices() if axis is None else jax.lax.axis_size(axis)
     share, rest = divmod(rows.shape[0], count)
@@ -63,21 +63,24 @@ def own_rows(rows: jax.Array, axis: str | None) -> jax.Array:
 
 
 def row_index(rows: int, axis: str | None) -> jax.Array:
-    """Number of each of this device's rows within the global batch. [rows] int32."""
+    """The number of each of this device's rows within the global batch. [rows] int32."""
     first = 0 if axis is None else jax.lax.axis_index(axis) * rows
     return first + jnp.arange(rows, dtype=jnp.int32)
 
 
 def row_keys(key: jax.Array, rows: int, axis: str | None, first: int | jax.Array = 0) -> jax.Array:
-    """A key a row that depends on the row's place in the global batch, not on the device that holds it. [rows].
+    """A key for each row, which depends on its place in the global batch and not on its device. [rows].
 
-    `first` is the number of the batch's first row, where batches are parts of something larger.
+    `first` is the number of the first row, if the batch is part of something larger.
     """
     return jax.vmap(functools.partial(jax.random.fold_in, key))(first + row_index(rows, axis))
 
 
 def part_size(rows: int, parts: int) -> int:
-    """Of equal parts; raises InputError when rows do not divide into them, or the parts over the mesh."""
+    """The number of rows in each of `parts` equal parts of a batch.
+
+    Raises InputError when the rows do not divide into the parts, or the rows of a part over the mesh.
+    """
     size, rest = divmod(rows, parts)
     if rest or size % _row_devices():
         raise InputError(
@@ -88,22 +91,25 @@ def part_size(rows: int, parts: int) -> int:
 
 
 def split(x: jax.Array, parts: int) -> jax.Array:
-    """Rows [B, ...] in equal parts [parts, B / parts, ...]: row b in part b % parts, so that a part has rows of every
-    device of a mesh."""
-    parted = x.reshape(part_size(x.shape[0], parts), parts, *x.shape[1:])
-    return constrain(jnp.swapaxes(parted, 0, 1), None, ROWS)
+    """Rows [B, ...] in equal parts [parts, B / parts, ...].
+
+    Row b goes to part b % parts, so that every part has rows of every device of a mesh.
+    """
+    interleaved = x.reshape(part_size(x.shape[0], parts), parts, *x.shape[1:])
+    return constrain(jnp.swapaxes(interleaved, 0, 1), None, ROWS)
 
 
 def join(x: jax.Array) -> jax.Array:
-    """The inverse of `split`."""
+    """The rows [B, ...] of equal parts [parts, B / parts, ...]: the inverse of `split`."""
     return constrain(jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), ROWS)
 
 
 def accumulate(share: Callable[[T], tuple[G, M]], rows: T, parts: int) -> tuple[G, M]:
-    """Gradients and metrics of a batch of rows, of which `share(some of them)` gives a part, a micro-batch at a time.
+    """The gradients and metrics of a batch of rows, computed in `parts` micro-batches, one after another.
 
-    The gradients are summed, so `share` divides by the count of the whole batch; metrics are stacked, [parts]. The
-    activations of one micro-batch exist at a time. Raises InputError when the rows do not divide.
+    `share` returns the gradients and metrics of some rows. Gradients are summed, so `share` must divide by the count of
+    the whole batch; metrics are stacked, [parts]. Only one micro-batch's activations exist at a time. Raises InputError
+    when the rows do not divide.
     """
     if parts == 1:
         grads, metrics = share(rows)
@@ -118,10 +124,10 @@ def accumulate(share: Callable[[T], tuple[G, M]], rows: T, parts: int) -> tuple[
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total), rows)
 
 
-# How arrays lie on a mesh ---------------------------------------------------------------------------------------------
+# How arrays are sharded over a mesh -----------------------------------------------------------------------------------
 
-# Axes of the mesh over which the last dimensions of a parameter are spread, by the end of its path. All else is whole,
-# layers always are.
+# Mesh axes over which the last dimensions of a parameter are sharded, by the last names of its path. All other
+# parameters and dimensions, and the dimension of layers, are replicated.
 RULES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("tensor", "fsdp"),  # [V, D]
     "unembedding": ("tensor", "fsdp"),
@@ -138,55 +144,55 @@ RULES: dict[str, tuple[str | None, ...]] = {
 
 
 def parameter_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """What RULES say of each dimension of the parameter at this path, such as "params/blocks/mlp/up/kernel"."""
+    """The mesh axis of each dimension of a parameter by RULES; `path` is such as "params/blocks/mlp/up/kernel"."""
     names = path.split("/")
     axes = RULES.get("/".join(names[-2:])) or RULES.get(names[-1], ())
-    if names[-2:] == ["up", "kernel"] and shape[-2] == 2:  # of a gated MLP, [D, 2, F]
+    if names[-2:] == ["up", "kernel"] and shape[-2] == 2:  # a gated MLP has the kernel [D, 2, F]
         axes = ("fsdp", None, "tensor")
     return (None,) * (len(shape) - len(axes)) + axes
 
 
 def _spec(shape: tuple[int, ...], axes: tuple, sizes: Any) -> PartitionSpec:
-    """`axes` of a mesh with these sizes, where each dimension divides; without what says nothing."""
+    """The partition of an array over mesh axes of these sizes; a dimension that does not divide is replicated."""
     count = lambda names: math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names or ()))
-    kept = [
+    spec = [
         names if count(names) > 1 and size % count(names) == 0 else None
         for size, names in zip(shape, axes, strict=True)
     ]
-    while kept and kept[-1] is None:
-        kept.pop()
-    return PartitionSpec(*kept)
+    while spec and spec[-1] is None:  # so that equal partitions compare equal
+        spec.pop()
+    return PartitionSpec(*spec)
 
 
-def on_mesh() -> bool:
-    """Whether what is being traced is for arrays that are spread over a `Mesh`."""
+def has_mesh() -> bool:
+    """Whether the current trace is compiled for arrays that are sharded over a `Mesh`."""
     return "fsdp" in jax.sharding.get_abstract_mesh().shape
 
 
 def platform() -> str:
-    """Of the devices that what is being traced is for."""
+    """The platform that the current trace is compiled for, such as "cpu", "gpu" or "tpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Lays `x` over these axes of the mesh, a dimension each and whole along the others; the identity without a mesh.
+    """Shard the dimensions of `x` over these axes of the mesh, in order; the identity without a mesh.
 
-    A dimension that does not divide is whole.
+    Dimensions beyond `axes`, with None, or that do not divide are replicated.
     """
-    if not on_mesh():
+    if not has_mesh():
         return x
     sizes = jax.sharding.get_abstract_mesh().shape
     return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes + (None,) * (x.ndim - len(axes)), sizes))
 
 
-def spread(tree: T) -> T:
-    """Lays the rows of arrays [B, ...] over the mesh, as a batch's; the identity without a mesh."""
+def shard_rows(tree: T) -> T:
+    """Shard the rows of arrays [B, ...] over the mesh, as those of a batch; the identity without a mesh."""
     return jax.tree.map(lambda x: constrain(x, ROWS) if x.ndim else x, tree)
 
 
 def _row_devices() -> int:
-    """Among how many parts of the mesh rows are split; 1 without a mesh."""
+    """The number of shards into which the mesh splits rows; 1 without a mesh."""
     return math.prod(jax.sharding.get_abstract_mesh().shape.get(name, 1) for name in ROWS)
 
 
@@ -195,24 +201,24 @@ def _row_devices() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """How a run lies on its devices. By default each holds whole models, and its share of the rows.
+    """Settings of how a run uses its devices. By default each has a copy of every model, and a share of the rows.
 
-    Any of the first three makes it a mesh of data x fsdp x tensor devices, for models that outgrow one.
+    Setting `data`, `fsdp` or `tensor` makes a mesh of data x fsdp x tensor devices, for models too large for one.
     """
 
-    data: Count | None = None  # groups of devices that hold whole models between them; None is as many as there are
-    fsdp: Count = 1  # devices of a group between which parameters and rows are split
-    tensor: Count = 1  # devices between which heads, the width of MLPs and the vocabulary are split
-    whole: tuple[str, ...] = ()  # models that each device of a mesh holds whole, such as critic
-    offload: bool = False  # reference and reward models wait in the hosts' memory, of a mesh, until they are asked
-    microbatches: Count = 1  # parts of an update's rows whose activations exist one after another
+    data: Count | None = None  # data-parallel groups of devices, each with one copy of the models; None: as many as fit
+    fsdp: Count = 1  # devices in a group over which parameters and rows are sharded
+    tensor: Count = 1  # devices over which attention heads, MLP width and vocabulary are sharded
+    whole: tuple[str, ...] = ()  # networks to replicate on every device of a mesh, such as critic
+    offload: bool = False  # keep reference and reward models of a mesh in host memory between uses
+    microbatches: Count = 1  # parts into which an update's rows are split to save memory; gradients are summed
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.whole and not self.meshed:
             raise InputError("whole has no effect without a mesh, where every device holds whole models: leave it out")
         if self.offload and not self.meshed:
-            raise InputError("offload needs a mesh: name its axes, as by data=8 for eight devices with whole models")
+            raise InputError("offload needs a mesh: set its axes, such as data=8 for eight devices with whole models")
 
     @property
     def meshed(self) -> bool:
@@ -221,37 +227,40 @@ class Config(Settings):
 
 @runtime_checkable
 class Layout(Protocol):
-    """Everything that an experiment does with devices."""
+    """The interface through which an experiment uses devices; `Pmap` and `Mesh` implement it."""
 
     def state(self, tree: T) -> T:
-        """What is not rows, on the devices: a `TrainState`, parameters, keys. Arrays that lie so already may stay."""
+        """A tree without rows (a `TrainState`, parameters, keys) placed on the devices; it may share placed arrays."""
 
     def frozen(self, tree: T) -> T:
-        """`state` of models that are not trained, which may wait on the host until a step takes them."""
+        """The parameters of untrained models, placed; they may stay in host memory until a step uses them."""
 
     def rows(self, tree: T, rows_axis: int = 0) -> T:
-        """A host batch on the devices, its rows spread evenly; InputError when they do not divide."""
+        """A host batch placed on the devices, its rows sharded evenly; InputError when they do not divide."""
 
     def step(self, step: Callable, *, donate: tuple[int, ...] = ()) -> Callable:
-        """`step(*args, axis=)` compiled for arguments that `state` and `rows` have placed, and its own results."""
+        """The compiled `step(*args, axis=)`. Its arguments must come from `state`, `frozen`, `rows` or another step.
+
+        Buffers of the arguments numbered in `donate` are reused for results.
+        """
 
     def get(self, tree: T) -> T:
-        """The inverse of `state`, for results: what a step returns that is not rows, such as metrics."""
+        """The results of a step that are not rows, such as metrics or a `TrainState`: the inverse of `state`."""
 
     def fetch(self, tree: T) -> T:
-        """The inverse of `rows`, for results: this process's rows, on the host. All processes must call it."""
+        """This process's rows of a step's results, on the host: the inverse of `rows`. All processes must call it."""
 
     def gather(self, tree: T) -> T:
-        """The rows of all processes, on the host of each. All must call it."""
+        """The rows of all processes, on the host of each. All processes must call it."""
 
     def sharding(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        """Where `models.load` is to place a parameter, for `state` to take it from there."""
+        """The sharding with which `models.load` should place a parameter, so that `state` need not move it."""
 
 
 def layout(cfg: Config = Config(), devices: list | None = None) -> Layout:
-    """The layout that `cfg` asks for, over `devices` or else all.
+    """The layout that `cfg` describes, over `devices` (default: all).
 
-    Raises InputError when the mesh is not of as many devices as there are.
+    Raises InputError when the size of the mesh is not the number of devices.
     """
     if not cfg.meshed:
         return Pmap(devices)
@@ -264,13 +273,14 @@ def layout(cfg: Config = Config(), devices: list | None = None) -> Layout:
             " use sizes whose product is that"
         )
     automatic = (jax.sharding.AxisType.Auto,) * 3
-    near = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)  # along a TPU slice's links
-    return Mesh(jax.sharding.Mesh(near, (*ROWS, "tensor"), axis_types=automatic), cfg.whole, cfg.offload)
+    # Neighbours in the mesh are neighbours in a TPU slice.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(jax.sharding.Mesh(grid, (*ROWS, "tensor"), axis_types=automatic), cfg.whole, cfg.offload)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pmap:
-    """Every device holds a copy of the state and its share of the rows; both have a leading axis of devices."""
+    """The layout in which every device has a copy of the state and a share of the rows, on a leading device axis."""
 
     devices: list | None = None
 
@@ -296,19 +306,19 @@ class Pmap:
         return gather(tree)
 
     def sharding(self, path: str, shape: tuple[int, ...]) -> SingleDeviceSharding:
-        return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])  # the copies alone lie on the devices
+        return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])  # only the copies are put on the devices
 
 
-PMAP = Pmap()  # over all devices
+PMAP = Pmap()  # uses all devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Arrays keep their shapes and are spread over a mesh: parameters by RULES, rows over its axes ROWS."""
+    """The layout in which arrays keep their shapes and are sharded over a mesh: parameters by RULES, rows over ROWS."""
 
     mesh: jax.sharding.Mesh
-    whole: tuple[str, ...] = ()  # names in the paths of parameters that every device holds
-    offload: bool = False  # whether frozen models wait on the host
+    whole: tuple[str, ...] = ()  # names in the paths of parameters to replicate on every device
+    offload: bool = False  # keep frozen models in host memory
 
     def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         whole = any(name in self.whole for name in path.split("/"))
@@ -316,13 +326,13 @@ class Mesh:
         return NamedSharding(self.mesh, _spec(shape, axes, self.mesh.shape))
 
     def shardings(self, tree: Any, kind: str | None = None) -> Any:
-        """Where `state` places each array of a tree; `kind` of memory, by default the devices' own."""
+        """The sharding of each array of a tree, in memory of this `kind` (default: the devices' own)."""
 
-        def of(path: Any, x: Any) -> NamedSharding:
+        def sharding(path: Any, x: Any) -> NamedSharding:
             spec = self.sharding(jax.tree_util.keystr(path, simple=True, separator="/"), x.shape).spec
             return NamedSharding(self.mesh, spec, memory_kind=kind)
 
-        return jax.tree_util.tree_map_with_path(of, tree)
+        return jax.tree_util.tree_map_with_path(sharding, tree)
 
     def state(self, tree: T) -> T:
         return self._put(tree, self.shardings(tree))
@@ -339,7 +349,7 @@ class Mesh:
                     return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
                 if hosts.spans(x):
                     return jax.device_put(x, sharding)
-            return hosts.put(np.array(x), sharding)  # by way of the host: what it came from may then be donated
+            return hosts.put(np.array(x), sharding)  # copied through the host, since the source may be donated later
 
         tree = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree)
         return jax.tree.map(put, tree, shardings)
@@ -347,7 +357,7 @@ class Mesh:
     def rows(self, tree: T, rows_axis: int = 0) -> T:
         count = math.prod(self.mesh.shape[name] for name in ROWS)
         sharding = NamedSharding(self.mesh, PartitionSpec(*(None,) * rows_axis, ROWS))
-        own = sharding if jax.process_count() == 1 else hosts.by_process(rows_axis)
+        local = sharding if jax.process_count() == 1 else hosts.process_sharding(rows_axis)
 
         def split(x: Any) -> jax.Array:
             rows = x.shape[rows_axis] * jax.process_count()
@@ -355,13 +365,13 @@ class Mesh:
                 raise InputError(
                     f"a batch of {rows} rows does not divide over {count} parts of the mesh: use a multiple of {count}"
                 )
-            return jax.device_put(jax.make_array_from_process_local_data(own, np.asarray(x)), sharding)
+            return jax.device_put(jax.make_array_from_process_local_data(local, np.asarray(x)), sharding)
 
         return jax.tree.map(split, tree)
 
     def step(self, step: Callable, *, donate: tuple[int, ...] = ()) -> Callable:
-        def lay_out(x: Any) -> Any:
-            if isinstance(x, TrainState):  # where it lay before
+        def shard_result(x: Any) -> Any:
+            if isinstance(x, TrainState):  # sharded as before the step
                 return jax.lax.with_sharding_constraint(x, self.shardings(x))
             return constrain(x, ROWS) if x.ndim else constrain(x)
 
@@ -369,7 +379,7 @@ class Mesh:
             args = jax.tree.map(_on_device, args)
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 results = step(*args, axis=None)
-                return jax.tree.map(lay_out, results, is_leaf=lambda x: isinstance(x, TrainState))
+                return jax.tree.map(shard_result, results, is_leaf=lambda x: isinstance(x, TrainState))
 
         return jax.jit(placed, donate_argnums=donate)
 
@@ -380,16 +390,16 @@ class Mesh:
         return hosts.share(self.gather(tree))
 
     def gather(self, tree: T) -> T:
-        return jax.tree.map(hosts.whole, tree)
+        return jax.tree.map(hosts.to_host, tree)
 
 
 def _on_device(x: jax.Array) -> jax.Array:
-    """Within a step: copied from where frozen models wait."""
+    """Inside a step: `x` on the device, copied from host memory if it is an offloaded parameter."""
     return jax.device_put(x, jax.memory.Space.Device) if jax.typeof(x).memory_space == jax.memory.Space.Host else x
 
 
 def pmap(step: Callable, *, donate: tuple[int, ...] = (), devices: list | None = None) -> Callable:
-    """`step(*args)` on every device: each argument and result has a leading axis of devices (`replicate`, `shard`)."""
+    """The step mapped over all devices: arguments and results have a leading device axis (see `replicate`, `shard`)."""
     devices = hosts.devices() if devices is None else devices
     return jax.pmap(functools.partial(step, axis=AXIS), axis_name=AXIS, donate_argnums=donate, devices=devices)
 
@@ -400,21 +410,21 @@ def _sharding(devices: list | None) -> NamedSharding:
 
 
 def replicate(tree: T, devices: list | None = None) -> T:
-    """A copy on each local device, stacked on a leading axis."""
+    """A copy of each array on every local device, stacked on a leading device axis."""
     sharding = _sharding(devices)
     count = len(sharding.device_set)
 
     def copy(x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(copy(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-        x = np.asarray(x)  # by way of the host, where a copy needs no compiling
+        x = np.asarray(x)  # through the host, where a copy needs no compilation
         return jax.device_put(np.broadcast_to(x[None], (count, *x.shape)), sharding)
 
     return jax.tree.map(copy, tree)
 
 
 def unreplicate(tree: T) -> T:
-    """The first local device's copy of a replicated tree."""
+    """The copy of a replicated tree on the first local device."""
     return _first_row(jax.tree.map(lambda x: x.addressable_data(0), tree))
 
 
@@ -424,9 +434,9 @@ def _first_row(tree: T) -> T:
 
 
 def shard(tree: T, devices: list | None = None, rows_axis: int = 0) -> T:
-    """Split this process's rows of a host batch evenly over the local devices, on a new leading axis.
+    """Split this process's rows of a host batch evenly over the local devices, on a new leading device axis.
 
-    `rows_axis` is the axis that counts rows. Raises InputError when the rows do not divide.
+    `rows_axis` is the axis of rows, 0 for [B, ...]. Raises InputError when the rows do not divide.
     """
     sharding = _sharding(devices)
     count = len(sharding.device_set)
@@ -443,10 +453,10 @@ def shard(tree: T, devices: list | None = None, rows_axis: int = 0) -> T:
 
 
 def fetch(tree: T) -> T:
-    """The inverse of `shard`, for results: device axis and rows become one axis again, on the host."""
+    """This process's rows of sharded results, on the host, without the device axis: the inverse of `shard`."""
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
 
 
 def gather(tree: T) -> T:
-    """`fetch` for the rows of all processes, on every one of them. All must call it."""
+    """The rows of all processes, on the host of each. All processes must call it."""
     return hosts.join(fetch(tree))

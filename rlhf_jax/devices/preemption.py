@@ -1,8 +1,9 @@
-"""Being taken away: machines that are lent for less say SIGTERM, and are gone half a minute later.
+"""Preemption: spot machines get SIGTERM about 30 seconds before they are taken away.
 
-While a run trains, the signal is noted, and the loop saves after the step that it is in (`checkpoint.Writer`). At any
-other time there is nothing to save, and `Preempted` is raised where the program is, as control-C would be. Either way
-the process ends with `EXIT`, which tells a launcher to run the same command again.
+While a run trains, the signal only sets a flag, and the loop saves a checkpoint after the current step
+(`checkpoint.Writer`). At any other time there is nothing to save, and `Preempted` is raised at once, as control-C
+raises KeyboardInterrupt. Either way the process ends with status `EXIT`, which tells a launcher to run the same command
+again.
 """
 
 import contextlib
@@ -14,48 +15,48 @@ from typing import Any
 
 EXIT = os.EX_TEMPFAIL  # 75
 
-_asked = threading.Event()
-_deferred = 0  # loops that will look at `asked` themselves
+_requested = threading.Event()
+_deferred = 0  # number of open `defer` blocks, which check `requested` themselves
 
 
 class Preempted(BaseException):
-    """The process was asked to end, and what there was to save is saved. Not an error, so no `Exception`."""
+    """The process got SIGTERM and has saved its state. It derives from BaseException, since it is not an error."""
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
-    """SIGTERM is heeded within. Elsewhere than on the main thread, where Python takes no signals, nothing changes."""
+def handle_sigterm() -> Iterator[None]:
+    """Handle SIGTERM inside the block. No effect outside the main thread, where Python handles no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked.clear()
-    former = signal.signal(signal.SIGTERM, _heed)
+    _requested.clear()
+    former = signal.signal(signal.SIGTERM, _handle)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, former)
-        _asked.clear()
+        _requested.clear()
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """Within, the signal is only noted, for `asked` to tell; `Preempted` is raised on leaving."""
+def defer() -> Iterator[None]:
+    """Inside the block SIGTERM only makes `requested` true; `Preempted` is raised when the outermost block ends."""
     global _deferred
     _deferred += 1
     try:
         yield
     finally:
         _deferred -= 1
-    if asked() and not _deferred:
+    if requested() and not _deferred:
         raise Preempted
 
 
-def asked() -> bool:
-    """Whether the signal has come. A flag on the host: nothing waits for the device."""
-    return _asked.is_set()
+def requested() -> bool:
+    """Whether SIGTERM has arrived. The flag is on the host, so reading it does not wait for the device."""
+    return _requested.is_set()
 
 
-def _heed(*_: Any) -> None:
-    _asked.set()
+def _handle(*_: Any) -> None:
+    _requested.set()
     if not _deferred:
         raise Preempted

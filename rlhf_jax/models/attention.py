@@ -43,7 +43,7 @@ def compute_capability() -> float:
 
 def _per_device(attention: Callable[..., Array]) -> Callable[..., Array]:
     """`attention(query, key, value, rows)`, computed on a mesh by each device for its own rows and heads."""
-    if not parallel.on_mesh():
+    if not parallel.has_mesh():
         return attention
     rows, groups = PartitionSpec(parallel.ROWS), PartitionSpec(parallel.ROWS, "tensor")
     heads = PartitionSpec(parallel.ROWS, None, "tensor")

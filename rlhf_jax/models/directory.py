@@ -51,12 +51,17 @@ class Model:
     generation: dict[str, Any] | None = None
 
 
-def tokenizer_of(model: Model) -> tokenizers.Tokenizer:
-    """The model's tokenizer; raises InputError when its directory has none."""
+def tokenizer_of(model: Model, control_tokens: tokenizers.ControlTokens | None = None) -> tokenizers.Tokenizer:
+    """The model's tokenizer; raises InputError when its directory has none.
+
+    `control_tokens` says how those that rows spell are read, see `tokenizer.read_control_tokens`; None leaves it.
+    """
     if model.tokenizer is None:
         raise InputError(
             "the model directory has no tokenizer.json, and this needs one: put the model's tokenizer there"
         )
+    if control_tokens is not None:
+        tokenizers.read_control_tokens(model.tokenizer, control_tokens)
     return model.tokenizer
 
 
@@ -352,7 +357,7 @@ def _hand_over(config: Config, params: Params) -> None:
 def _tensors(entry: families.Entry, layer: int | None, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of one part of the parameters, by name."""
     leaf = _get(params, entry.leaf)
-    for name, tensor in zip(entry.names, entry.out(hosts.whole(leaf if layer is None else leaf[layer])), strict=True):
+    for name, tensor in zip(entry.names, entry.out(hosts.to_host(leaf if layer is None else leaf[layer])), strict=True):
         yield name.format(layer), np.ascontiguousarray(tensor)
 
 

@@ -158,7 +158,7 @@ class Linear(nn.Module):
 
         def matmul(x: Array, kernel: Array) -> Array:
             kernel = kernel.astype(x.dtype)
-            if parallel.on_mesh():  # flat outputs [2 F] could not be sharded over F
+            if parallel.has_mesh():  # flat outputs [2 F] could not be sharded over F
                 return jnp.tensordot(x, kernel, len(self.inputs))
             # One plain matrix product: XLA for CPU takes three times as long over the gradient of anything else.
             return (x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)).reshape(shape)

@@ -18,7 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.devices import parallel
-from rlhf_jax.logprobs import by_columns, entropy, token_logprobs
+from rlhf_jax.logprobs import entropy, map_columns, token_logprobs
 from rlhf_jax.models import attention
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Config
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
             logp = token_logprobs(logits, targets, temperature)
             return logp, entropy(logits, temperature) if with_entropy else None
 
-        return by_columns(read, self.config.compute.chunk, hidden, tokens[:, start + 1 :])
+        return map_columns(read, self.config.compute.chunk, hidden, tokens[:, start + 1 :])
 
     def __call__(self, tokens: Array, segment: Array, keys: Array | None = None) -> Float[Array, "B T V"]:
         """Logits at each column, which predict the token at the next."""

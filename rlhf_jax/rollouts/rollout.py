@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import models
-from rlhf_jax.algorithms.advantages import through_first_pad
+from rlhf_jax.algorithms.advantages import extend_to_first_pad
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import hosts, parallel, ragged
@@ -56,7 +56,7 @@ def collect(
     logp_ref = value = None
     if "reference" in params or critic_fn is not None:
         # A critic is asked for the value of the first column after a response too: PPO may put the score there.
-        logp_ref, value = ragged.in_buckets(read, through_first_pad(sample.mask), buckets, tokens, mask)
+        logp_ref, value = ragged.in_buckets(read, extend_to_first_pad(sample.mask), buckets, tokens, mask)
     return Rollout(
         tokens=tokens,
         mask=mask,

@@ -258,7 +258,7 @@ def _generate(config: models.Config, params: Params, tokens: Array, mask: Array,
     # On GPUs one loop runs until the last row has ended: further loops would be compiled, layer by layer, for little.
     on_gpu = functools.partial(_sample_unrolled, cfg=cfg, loops=1)
     on_cpu = functools.partial(_sample_unrolled, cfg=cfg, loops=LOOPS)
-    default = stacked if parallel.on_mesh() else on_gpu
+    default = stacked if parallel.has_mesh() else on_gpu
     return jax.lax.platform_dependent(network, prompts, cpu=on_cpu, tpu=stacked, default=default)
 
 

@@ -114,7 +114,7 @@ class Writer:
 
         To be asked after every step.
         """
-        self._ending = hosts.asked_to_end() or preemption.asked()
+        self._ending = hosts.preemption_requested() or preemption.requested()
         return step % self._cfg.every == 0 or step == self._total or self._ending
 
     def save(
@@ -131,7 +131,7 @@ class Writer:
         """
         with self._writing():
             self._save(state, streams or {}, metrics or {})
-        if self._ending or preemption.asked():
+        if self._ending or preemption.requested():
             self.wait()
             raise preemption.Preempted
 
@@ -169,7 +169,7 @@ class Writer:
             self._orbax.close()
 
     def __enter__(self) -> "Writer":
-        self._scope.enter_context(preemption.deferred())
+        self._scope.enter_context(preemption.defer())
         self._scope.callback(self.close)
         return self
 

@@ -51,9 +51,9 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
     prepare()
     with _output(), _threads():
         try:
-            with preemption.watched():
+            with preemption.handle_sigterm():
                 config = parse(default, args)
-                with hosts.together(), gcs.mirrored(config) as local:
+                with hosts.distributed(), gcs.mirrored(config) as local:
                     return main(local)
         except log.BrokenRunError as error:
             _leave(str(error), FAILURE)

@@ -99,15 +99,6 @@ def by_content(value: object, files: Mapping[str, Checksums]) -> str:
     return re.sub(known, lambda match: str(sorted(files[match[0]].items())), str(value))
 
 
-def asks_for_the_date(path: str | Path) -> bool:
-    """Whether the chat template of a model directory writes the date of the day on which it is rendered."""
-    path = Path(os.path.expanduser(path))
-    if not _is_model(path):
-        return False
-    templates = [path / "tokenizer_config.json", *path.rglob("*.jinja")]
-    return any(b"strftime_now" in file.read_bytes() for file in templates if os.access(file, os.R_OK))
-
-
 def _counts(name: str) -> bool:
     path = os.path.expanduser(name)
     if len(name) > 4096 or not os.path.exists(path):

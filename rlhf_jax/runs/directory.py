@@ -7,7 +7,6 @@ that change nothing of what is learnt may differ: `FREE`.
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
 import re
@@ -57,10 +56,7 @@ def settings(config: Any) -> dict[str, Any]:
     plain, data_dir = _as_json(config), getattr(config, "data_dir", None)
     named = {name: value for name, value in _flat(plain) if isinstance(value, str) and not _is_free(name)}
     files = {name: found for name, value in named.items() if (found := _files_in(value, data_dir))}
-    models = {path for found in files.values() for path in found}
     environment = {name: getattr(jax.config, name, None) for name in _JAX_FLAGS}
-    if any(map(contents.asks_for_the_date, models)):
-        environment["date"] = datetime.date.today().isoformat()
     whole = plain | ({"contents": files} if files else {}) | {"environment": environment}
     return json.loads(gcs.named(json.dumps(whole, ensure_ascii=False)))
 
@@ -245,20 +241,14 @@ def _read_config(directory: Path) -> dict[str, Any] | None:
 def _check_same(directory: Path, there: dict[str, Any], config: Any, advice: str) -> None:
     """Raises InputError, with `advice`, unless `config` is what `directory` was made with.
 
-    Warns of what cannot be compared, and where the chat template writes the date and this is another day: refused, no
-    run could go on after midnight.
+    Warns where that cannot be told of its files.
     """
     here = settings(config)
     if differing := differences(_completed(there, config), here):
         listed = "; ".join(f"{name}: {how}" for name, how in differing.items())
         raise InputError(f"{directory} was made with other settings ({listed}): {advice}")
-    warnings = []
-    if any(isinstance(sums, str) for sums in there.get("contents", {}).values()):
-        warnings.append(f"{directory} is of an earlier version: whether the files that it names changed is not known")
-    before, now = (found.get("environment", {}).get("date") for found in (there, here))
-    if before and now and before != now:
-        warnings.append(f"the chat template writes the date, which was {before} when {directory} was made")
-    for warning in warnings if hosts.first() else ():
+    if any(isinstance(sums, str) for sums in there.get("contents", {}).values()) and hosts.first():
+        warning = f"{directory} is of an earlier version: whether the files that it names changed is not known"
         print(gcs.named(f"warning: {warning}"), file=sys.stderr)
 
 
@@ -289,7 +279,7 @@ def _files_of(whole: dict[str, Any], name: str) -> dict[str, contents.Checksums]
 
 def _compared(whole: dict[str, Any]) -> dict[str, Any]:
     """The settings that may not differ, by their dotted names."""
-    return {name: value for name, value in _flat(whole) if not _is_free(name) and name != "environment.date"}
+    return {name: value for name, value in _flat(whole) if not _is_free(name)}
 
 
 def _completed(there: dict[str, Any], config: Any) -> dict[str, Any]:

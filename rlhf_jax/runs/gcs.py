@@ -100,7 +100,7 @@ def push(path: Path | None = None) -> None:
     """
     if not hosts.first():
         return
-    with preemption.deferred():
+    with preemption.defer():
         for out in _outs:
             top = path or out
             if not top.is_relative_to(out):

@@ -85,7 +85,7 @@ class Records:
         self.directory = directory
         self._limits = limits
         self._compiled = timing.compile_seconds()
-        self._bad = _bad_at_the_end(directory) if limits.skip_bad and step else 0
+        self._bad = _trailing_bad_steps(directory) if limits.skip_bad and step else 0
         self._last: dict[str, int | float] = {}
         self._show = limits.show
         self._shown: dict[str, int | float] = {}
@@ -246,7 +246,7 @@ def read(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return rows
 
 
-def untimed(row: Mapping[str, Any]) -> dict[str, Any]:
+def without_timings(row: Mapping[str, Any]) -> dict[str, Any]:
     """A line of metrics without what the clock says: what is the same wherever a run is repeated."""
     return {name: value for name, value in row.items() if not timing.is_timing(name)}
 
@@ -275,7 +275,7 @@ def _rewrite(path: Path, lines: Sequence[str]) -> None:
     os.replace(partial, path)
 
 
-def _bad_at_the_end(directory: Path) -> int:
+def _trailing_bad_steps(directory: Path) -> int:
     """How many of the last steps recorded there have a loss or gradient norm that is not finite."""
     steps = [any(row[name] is None for name in row if name.startswith(MUST_BE_FINITE)) for row in read(directory)]
     return len(list(itertools.takewhile(bool, reversed(steps))))

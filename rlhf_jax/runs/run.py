@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import jax
 
@@ -41,6 +41,9 @@ class Stage(Settings):
 class Config(Stage):
     """The settings that every experiment has which trains a model; the model goes to the folder "model" of `out`."""
 
+    # How control tokens that rows spell are read: as such, with a count of these rows (warn), or as plain text; None is
+    # as the model directory says. What is trained keeps it.
+    control_tokens: Literal["warn", "text"] | None = None
     saves: checkpoint.Config = checkpoint.Config()
     skip_bad: Whole = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
     profile: Whole = 0  # steps to trace after the first three, into the folder profile
@@ -85,7 +88,7 @@ class Run:
         resumed = checkpoint.resume(cfg.out / CHECKPOINTS, state, self.streams, cfg.saves, total=steps)
         if cfg.saves.resume == "changed":
             changed = {in_state[name] for name in changed_settings(cfg.out, cfg) if name in in_state}
-            resumed = _with_leaves(resumed, state, changed)
+            resumed = _replace_leaves(resumed, state, changed)
         self._done = int(resumed.step)
         self.state = layout.state(resumed)
 
@@ -122,7 +125,7 @@ class Run:
         self._records.samples(step, rows)
 
 
-def _with_leaves(state: TrainState, other: TrainState, names: set[str]) -> TrainState:
+def _replace_leaves(state: TrainState, other: TrainState, names: set[str]) -> TrainState:
     """`state` with the leaves of these names, such as "opt_state/kl_coef", of another one."""
 
     def choose(path: tuple, leaf: Any, changed: Any) -> Any:

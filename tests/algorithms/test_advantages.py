@@ -110,7 +110,7 @@ EQUAL = [(12345.678, 6), (100.1, 12), (1.0, 12), (-3.3e7, 7), (1e-30, 5), (0.0, 
 @pytest.mark.parametrize(("score", "group"), EQUAL)
 def test_a_group_of_equal_scores_gives_exactly_no_advantage(score, group):
     reward = jnp.full((2, group), score, jnp.float32)
-    for advantage in (advantages.above_mean, advantages.group_normalize, advantages.leave_one_out):
+    for advantage in (advantages.subtract_mean, advantages.group_normalize, advantages.leave_one_out):
         np.testing.assert_array_equal(jax.jit(advantage)(reward), np.zeros((2, group)))
     mixed = reward.at[1, 0].add(2.0 * abs(score) + 1.0)  # the other group still learns
     assert np.all(np.asarray(advantages.group_normalize(mixed)[1]) != 0)

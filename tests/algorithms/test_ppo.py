@@ -278,7 +278,7 @@ def test_the_entropy_is_that_of_the_distribution_sampled_from(temperature):
     np.testing.assert_allclose(logp, np.log(said), atol=1e-5)
     np.testing.assert_allclose(entropy, -np.sum(p * np.log(p), axis=2), atol=1e-5)
     mask = EPISODES.response_mask
-    total, _ = updates.extras({}, entropy, mask, None, {"tokens": jnp.int32(7)}, policy_fn=POLICY, cfg=cfg)
+    total, _ = updates.auxiliary_losses({}, entropy, mask, None, {"tokens": jnp.int32(7)}, policy_fn=POLICY, cfg=cfg)
     np.testing.assert_allclose(total, -0.3 * np.sum(entropy, where=np.asarray(mask)) / 7, rtol=1e-5)
 
 
@@ -343,7 +343,7 @@ def test_the_average_of_the_weights():
         ({"epochs": 0}, r"epochs=0: expected more than 0"),
         ({"dual_clip": 0.9}, r"dual_clip=0\.9: expected more than 1"),
         ({"penalty": 1.0, "dual_clip": 3.0}, r"penalty replaces the clip"),
-        ({"unfinished_score": -1.0, "unfinished_penalty": 1.0}, r"unfinished_score replaces what"),
+        ({"unfinished_score": -1.0, "unfinished_penalty": 1.0}, r"unfinished_score replaces the score"),
         ({"ema": 1.0}, r"ema=1\.0: expected at least 0 and less than 1"),
     ],
 )

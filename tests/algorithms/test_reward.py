@@ -50,7 +50,7 @@ def test_bradley_terry_by_hand():
 def test_bradley_terry_oracle():
     case = Case("bradley_terry_ranked")
     loss, grad = jax.value_and_grad(reward.bradley_terry_loss)(case["scores"], case["ranks"])
-    pairs = reward.better(case["ranks"]).sum((1, 2))
+    pairs = reward.pair_mask(case["ranks"]).sum((1, 2))
     accuracy = reward.pairwise_accuracy(case["scores"], case["ranks"])
     case.check(loss=loss, grad_scores=grad, n_pairs=pairs, pair_accuracy_pooled=accuracy)
 

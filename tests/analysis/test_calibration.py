@@ -34,6 +34,6 @@ def test_scores_that_are_right_about_themselves_have_no_error():
 def test_accuracy_by_something():
     value = np.array([1, 1, 1, 1, 2, 3, 4, 5])
     margin = np.array([1.0, 1.0, -1.0, 0.0, 1.0, 1.0, -1.0, -1.0])
-    bins = calibration.by(value, margin, bins=2)
+    bins = calibration.binned(value, margin, bins=2)
     assert sum(b.pairs for b in bins) == 8
     assert bins[0] == (1.0, 0.625, 4) and bins[-1].accuracy == 0.5

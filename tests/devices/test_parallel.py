@@ -50,7 +50,7 @@ def test_rows_are_numbered_over_all_devices():
     index = parallel.pmap(lambda x, axis: parallel.row_index(x.shape[0], axis))(x)
     np.testing.assert_array_equal(index.reshape(-1), np.arange(16))
     order = parallel.replicate(np.arange(16)[::-1].copy())
-    own = parallel.pmap(lambda rows, axis: parallel.own_rows(rows, axis))(order)
+    own = parallel.pmap(lambda rows, axis: parallel.local_rows(rows, axis))(order)
     np.testing.assert_array_equal(own.reshape(-1), np.arange(16)[::-1])
 
 
@@ -311,4 +311,4 @@ def test_meshes_that_cannot_be():
     with pytest.raises(InputError, match="a batch of 6 rows does not divide over 4 parts of the mesh: use a multiple"):
         place.rows(np.zeros((6, 2)))
     with pytest.raises(InputError, match="a minibatch of 6 rows does not divide over 4 devices"):
-        place.step(lambda x, axis: parallel.own_rows(x, axis))(place.state(np.arange(6)))
+        place.step(lambda x, axis: parallel.local_rows(x, axis))(place.state(np.arange(6)))

@@ -14,26 +14,26 @@ def ask():
 
 
 def test_where_nothing_is_to_be_saved_it_ends_at_once():
-    with pytest.raises(preemption.Preempted), preemption.watched():
+    with pytest.raises(preemption.Preempted), preemption.handle_sigterm():
         ask()
         pytest.fail("went on")
-    assert not preemption.asked()
+    assert not preemption.requested()
 
 
 def test_a_loop_ends_when_it_is_ready():
     done = []
-    with pytest.raises(preemption.Preempted), preemption.watched():
-        with preemption.deferred():
-            assert not preemption.asked()
+    with pytest.raises(preemption.Preempted), preemption.handle_sigterm():
+        with preemption.defer():
+            assert not preemption.requested()
             ask()
-            assert preemption.asked()
+            assert preemption.requested()
             done.append("the step")
         pytest.fail("went on")
     assert done == ["the step"]
 
 
 def test_another_error_goes_first():
-    with pytest.raises(KeyError), preemption.watched(), preemption.deferred():
+    with pytest.raises(KeyError), preemption.handle_sigterm(), preemption.defer():
         ask()
         raise KeyError
 
@@ -51,7 +51,7 @@ def test_elsewhere_than_on_the_main_thread_the_signal_is_left_alone():
     former, found = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with preemption.watched():
+        with preemption.handle_sigterm():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

@@ -268,7 +268,7 @@ def test_when_asked_to_end_it_saves_and_leaves(tmp_path):
     done = []
     with (
         pytest.raises(preemption.Preempted),
-        preemption.watched(),
+        preemption.handle_sigterm(),
         checkpoint.Writer(tmp_path, checkpoint.Config(every=100), total=100) as writer,
     ):
         for step in range(1, 100):

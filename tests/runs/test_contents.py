@@ -133,12 +133,6 @@ def test_large_weights_take_no_time(here):
         before = after
 
 
-def test_whether_a_template_asks_for_the_date(here):
-    assert not contents.asks_for_the_date("base") and not contents.asks_for_the_date("rows.jsonl")
-    (here / "base" / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
-    assert contents.asks_for_the_date("base")
-
-
 def test_settings_are_compared_by_what_is_in_the_files(here):
     (here / "moved.jsonl").write_bytes(b"{}\n")
     one = {"rows.jsonl": contents.checksums("rows.jsonl")}

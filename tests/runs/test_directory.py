@@ -193,22 +193,6 @@ def test_what_is_taken_from_outside_is_compared(tmp_path):
         runs.claim(cfg.out, cfg)
 
 
-def test_a_template_with_the_date_is_told_of_on_another_day(tmp_path, monkeypatch, capsys):
-    cfg = Config(tmp_path / "run", init=model(tmp_path / "base"))
-    (cfg.init / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
-    with_checkpoint(cfg)
-    path = cfg.out / "config.json"
-    there = json.loads(path.read_text())
-    runs.claim(cfg.out, cfg)
-    assert capsys.readouterr().err == ""
-    there["environment"]["date"] = "2001-01-01"
-    path.write_text(json.dumps(there))
-    runs.claim(cfg.out, cfg)
-    assert capsys.readouterr().err == (
-        f"warning: the chat template writes the date, which was 2001-01-01 when {cfg.out} was made\n"
-    )
-
-
 def test_which_settings_changed(tmp_path):
     cfg = Config(tmp_path / "run", init=model(tmp_path / "base"))
     assert runs.changed_settings(cfg.out, cfg) == set()

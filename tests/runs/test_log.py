@@ -29,7 +29,7 @@ class Config:
 
 
 def without_time(rows):
-    return [log.untimed(row) for row in rows]
+    return [log.without_timings(row) for row in rows]
 
 
 def test_records_config_and_metrics(tmp_path):

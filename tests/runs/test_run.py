@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_ends_where_it_would_have(tmp_path):
         train(Config(out=tmp_path / "parts"), stop_after=3)
     parts = train(Config(out=tmp_path / "parts"))
     assert float(parts.params["total"]) == float(whole.params["total"]) == pytest.approx(4.073, abs=1e-5)
-    untimed = [[log.untimed(row) for row in log.read(tmp_path / name)] for name in ("whole", "parts")]
+    untimed = [[log.without_timings(row) for row in log.read(tmp_path / name)] for name in ("whole", "parts")]
     assert untimed[0] == untimed[1] and [row["step"] for row in untimed[0]] == [1, 2, 3, 4]
     assert train(Config(out=tmp_path / "whole")).params == whole.params  # it is trained: nothing is done
 

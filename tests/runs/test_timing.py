@@ -69,9 +69,9 @@ def test_what_is_compiled_is_told_apart(tmp_path):
     first, second = log.read(tmp_path)
     assert first["seconds/update"] < first["seconds/compile"] / 2
     assert "seconds/compile" not in second
-    assert log.untimed(second) == {"step": 2}
+    assert log.without_timings(second) == {"step": 2}
 
 
 def test_names_of_the_clock():
     row = json.loads('{"step": 1, "time": 2, "seconds/host": 1, "mfu/update": 1, "response/tokens": 3}')
-    assert log.untimed(row) == {"step": 1, "response/tokens": 3}
+    assert log.without_timings(row) == {"step": 1, "response/tokens": 3}
