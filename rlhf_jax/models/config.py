@@ -79,20 +79,22 @@ def llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int,
 
     `others` are further fields of `Config`, in which they may differ from that.
     """
-    shape = Config(
+    family = {
+        "head_dim": d_model // n_heads,
+        "position": "rope",
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "bias": "none",
+        "tie_embeddings": False,
+    }
+    return Config(
         n_layers=n_layers,
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        head_dim=others.get("head_dim", d_model // n_heads),  # checked at once, for RoPE needs an even one
         d_ff=d_ff,
-        position="rope",
-        norm="rmsnorm",
-        mlp="swiglu",
-        bias="none",
-        tie_embeddings=False,
+        **(family | others),
     )
-    return dataclasses.replace(shape, **others)
 
 
 PRESETS: dict[str, Config] = {
