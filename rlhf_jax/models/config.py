@@ -79,7 +79,7 @@ def llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int,
 
     `others` are further fields of `Config`, in which they may differ from that.
     """
-    family = {
+    family: dict[str, Any] = {
         "head_dim": d_model // n_heads,
         "position": "rope",
         "norm": "rmsnorm",
