@@ -117,7 +117,7 @@ def arm(cfg: Config, online: bool) -> list[dict]:
     for n in range(1, cfg.rounds + 1):
         stage = stages(cfg, out, n, policy, policy if online else cfg.init)
         runs.once(rank.main, stage.rank)
-        labels += (stage.rank.out / "train.jsonl").read_text()
+        labels += (stage.rank.out / "train.jsonl").read_text(encoding="utf-8")
         runs.write(out / "labels.jsonl", labels)
         runs.once(reward.main, stage.reward)
         runs.once(ppo.main, stage.ppo)

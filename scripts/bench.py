@@ -88,7 +88,7 @@ def with_sizes(cfg: Config) -> Config:
     if cfg.workload is None:
         return cfg
     try:
-        given = json.loads(cfg.workload.read_text())
+        given = json.loads(cfg.workload.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{cfg.workload}: expected a JSON file of sizes: {error}") from error
     for name in (*workloads.WORKLOADS, "model"):

@@ -39,9 +39,15 @@ class Config(Settings):
 def main(cfg: Config) -> None:
     model = models.load(cfg.model, cfg.dtype, models.Compute(cfg.dtype))
     tokenizer = models.tokenizer_of(model)
-    stops = tokenizer_lib.stop_ids(tokenizer, tokenizer_lib.generation(cfg.model, tokenizer))
-    context = model.config.max_length
+    stops, context = models.stop_ids(model), model.config.max_length
     room = min(cfg.max_new_tokens, context // 2)
+    sampled = sampling.Config(
+        max_new_tokens=room,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        eos_id=stops,
+    )
     key = named_key(cfg.seed, "chat")
     system = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
     turns: list[tokenizer_lib.Message] = []  # of user and assistant alternately
@@ -56,17 +62,7 @@ def main(cfg: Config) -> None:
             continue
         if first:
             note(f"the context of {context} tokens is full: oldest turns dropped: {first // 2}")
-        tokens = sampling.stream(
-            model,
-            model.params,
-            prompt,
-            jax.random.fold_in(key, number),
-            room,
-            cfg.temperature,
-            cfg.top_k,
-            cfg.top_p,
-            stops,
-        )
+        tokens = sampling.stream(model, model.params, prompt, jax.random.fold_in(key, number), sampled)
         answer = say(tokenizer, (i for i in tokens if i not in stops))
         turns = [*asked[first:], {"role": "assistant", "content": answer}]
 

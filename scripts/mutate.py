@@ -327,7 +327,7 @@ EXTRA = {
 def changed(mutant: Mutant) -> str:
     """The module's source with the mutant in place; leaves with a message where it does not fit."""
     path = ROOT / "rlhf_jax" / f"{mutant.module}.py"
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
     node = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == mutant.function), None)
     if node is None:
@@ -386,7 +386,7 @@ def main() -> int:
     start, survivors = time.monotonic(), []
     with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for module in dict.fromkeys(mutant.module for mutant in chosen):
-            if not passes(module, (ROOT / "rlhf_jax" / f"{module}.py").read_text(), Path(cache)):
+            if not passes(module, (ROOT / "rlhf_jax" / f"{module}.py").read_text(encoding="utf-8"), Path(cache)):
                 raise SystemExit(f"{module}: its tests fail without any change, so they would catch everything")
         verdicts = pool.map(functools.partial(caught, cache=Path(cache)), chosen)
         for n, (mutant, found) in enumerate(zip(chosen, verdicts, strict=True), 1):

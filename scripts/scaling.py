@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for a case")
     own = parser.parse_args()
     own.results.parent.mkdir(parents=True, exist_ok=True)
-    lines = own.results.read_text().splitlines() if own.results.exists() else []
+    lines = own.results.read_text(encoding="utf-8").splitlines() if own.results.exists() else []
     known = {tuple(result["case"]): result for result in map(json.loads, lines)}
     results = []
     for case in cases():
@@ -140,7 +140,7 @@ def main() -> None:
         if case in known:
             where = {"table": table, "experiment": experiment, "topology": topology, "flags": flags}
             results.append(known[case] | where)
-    PAGE.write_text(page(PAGE.read_text(), results, own.timeout))
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), results, own.timeout))
 
 
 if __name__ == "__main__":

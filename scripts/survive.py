@@ -109,7 +109,7 @@ def undisturbed(stage: str, out: Path, home: Path, patience: float) -> float:
     with started(stage, out, home) as process:
         status = ended(process, patience)
     if status != 0:
-        lines = (home / f"{out.parent.name}-{stage}.log").read_text().splitlines()
+        lines = (home / f"{out.parent.name}-{stage}.log").read_text(encoding="utf-8").splitlines()
         what = f"did not end within {patience:g} s" if status is None else f"ended with {status}"
         raise InputError(f"{stage} {what}: {lines[-1] if lines else 'it printed nothing'}")
     return time.monotonic() - begun

@@ -26,6 +26,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -38,7 +39,7 @@ from unittest import mock
 
 import requests
 import tensorflow_datasets as tfds
-from absl import logging
+from absl import logging as absl_logging
 
 from rlhf_jax.data.tokenizer import Message, Prompt
 from rlhf_jax.devices import hosts
@@ -401,13 +402,13 @@ def derived_folder(builder: tfds.core.DatasetBuilder, split: str) -> Path:
 def quiet() -> Iterator[None]:
     """Suppress what TFDS prints while it prepares a data set."""
     tfds.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        absl_logging.set_verbosity(verbosity)
 
 
 CONNECT = 5  # seconds, for each address of a host
@@ -435,6 +436,7 @@ def _fetching(builder: tfds.core.DatasetBuilder, where: str) -> Iterator[None]:
             options["timeout"] = (CONNECT, None)
         return send(self, request, *args, **options)
 
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry is a warning
     with mock.patch.object(requests.adapters.HTTPAdapter, "send", send_soon):
         yield
 

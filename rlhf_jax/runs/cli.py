@@ -141,18 +141,25 @@ def _flush() -> OSError | None:
 
 @contextlib.contextmanager
 def _threads() -> Iterator[None]:
-    """Within, a thread that dies of a full disk, as TensorBoard's does, prints no traceback: the main one will tell."""
-    former = threading.excepthook
+    """Within, a thread that fails because the disk is full prints no traceback: the main thread will tell.
+
+    TensorBoard's dies of it. TensorStore's report, by `sys.excepthook`, that Orbax no longer waits for what they wrote.
+    """
+    former, former_main = threading.excepthook, sys.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if not checkpoint.disk_is_full(args.exc_value):
             former(args)
 
-    threading.excepthook = hook
+    def main_hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if threading.current_thread() is threading.main_thread() or str(error) != "Event loop is closed":
+            former_main(kind, error, trace)
+
+    threading.excepthook, sys.excepthook = hook, main_hook
     try:
         yield
     finally:
-        threading.excepthook = former
+        threading.excepthook, sys.excepthook = former, former_main
 
 
 def run_stage(stages: Mapping[str, tuple[Callable[[Any], Any], Any]], args: Sequence[str] | None = None) -> Any:

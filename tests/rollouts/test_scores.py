@@ -168,7 +168,7 @@ def test_a_score_is_any_real_number(value, score):
         (Decimal("NaN"), "Decimal"),
         (object(), "<object object"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_a_score_that_is_no_number_is_named(value, shown):
     def exact_match(prompt, response):

@@ -44,8 +44,8 @@ def prompts(path, monkeypatch):
     """The prompts that were answered, as text; each answer is "yes"."""
     prompts, tokenizer = [], lib.load(path)
 
-    def stream(model, params, tokens, key, max_new_tokens, *args):
-        assert len(tokens) + max_new_tokens <= model.config.max_length
+    def stream(model, params, tokens, key, cfg):
+        assert len(tokens) + cfg.max_new_tokens <= model.config.max_length
         prompts.append(lib.decode(tokenizer, tokens))
         yield from lib.render_completion(tokenizer, "?", " yes")
 
@@ -72,8 +72,8 @@ def test_answers_are_those_of_generate(path, talk, temperature):
         messages.append({"role": "user", "content": asked})
         tokens = jnp.array([lib.render_prompt(model.tokenizer, messages)])
         key = jax.random.fold_in(named_key(4, "chat"), number)
-        settings = (9, temperature, 0, 1.0, model.tokenizer.eos_token_id)
-        sample = sampling.generate(model, model.params, tokens, tokens >= 0, key, *settings)
+        cfg = sampling.Config(max_new_tokens=9, temperature=temperature, eos_id=model.tokenizer.eos_token_id)
+        sample = sampling.generate(model, model.params, tokens, tokens >= 0, key, cfg)
         said = lib.decode(model.tokenizer, sample.tokens[sample.mask].tolist()).rstrip("\ufffd").strip()
         messages.append({"role": "assistant", "content": said})
         expected += said + "\n"
@@ -142,15 +142,15 @@ def test_text_appears_as_soon_as_it_is_whole(path, capsys):
 def test_every_setting_reaches_the_sampler(talk, monkeypatch):
     asked = []
 
-    def stream(model, params, tokens, key, *settings):
-        asked.append((jax.random.key_data(key).tolist(), *settings))
+    def stream(model, params, tokens, key, cfg):
+        asked.append((jax.random.key_data(key).tolist(), cfg))
         return iter(())
 
     monkeypatch.setattr(sampling, "stream", stream)
     talk(["hi"])
     talk(["hi"], "--temperature", 0.5, "--top-k", 3, "--top-p", 0.8, "--max-new-tokens", 7, "--seed", 1)
-    assert asked[0][1:] == (48, 0.7, 0, 1.0, (0,))
-    assert asked[1][1:] == (7, 0.5, 3, 0.8, (0,))
+    assert asked[0][1] == sampling.Config(max_new_tokens=48, temperature=0.7, eos_id=(0,))
+    assert asked[1][1] == sampling.Config(max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.8, eos_id=(0,))
     assert asked[0][0] != asked[1][0]
 
 
