@@ -1,8 +1,8 @@
-"""Shows how demonstrations are tokenised, and which of their tokens count in the loss of fine-tuning.
+"""Print the tokens of demonstrations, and which of them count in the loss of fine-tuning.
 
     python scripts/targets.py --model runs/quickstart/sft/model --data demonstrations.jsonl
 
-Each row is listed one token a line: a star where it counts, its id, and its spelling in the vocabulary.
+Each line shows one token: a star if it counts, its id, and its spelling in the vocabulary.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from rlhf_jax.types import check_positive
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model: Path = Path("runs/quickstart/sft/model")  # directory with the tokenizer
+    model: Path = Path("runs/quickstart/sft/model")  # model directory whose tokenizer is used
     data: str = "world:rows=100"  # demonstrations: the world or a .jsonl file
-    rows: int = 3  # to show, from the first one on
-    length: int = 1024  # tokens of a row, beyond which it is cut
+    rows: int = 3  # number of rows to print, from the first
+    length: int = 1024  # tokens after which a row is truncated
     data_dir: Path = Path("runs/data")  # where prepared data sets are kept
 
     def __post_init__(self) -> None:
