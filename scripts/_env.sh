@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: finds an interpreter, and keeps a virtual environment for it beside the code.
+# Sourced by the other scripts: finds a Python interpreter and maintains a virtual environment for it in the repository.
 #
-# PYTHON chooses the interpreter: a command, or a path. The default one lives in .venv, any other in .venv-<version>.
+# PYTHON names the interpreter, as a command or a path. Its environment is .venv-<version>; without PYTHON it is .venv.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# Prints the path of the interpreter called $1 if it runs, looking also among those of pyenv.
+# Prints the path of the interpreter $1 if it runs and is new enough; also searches pyenv's versions.
 find_python() {
     local candidate
     for candidate in "$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/${1#python}"*/bin/python; do
@@ -17,7 +17,7 @@ find_python() {
     return 1
 }
 
-# Sets `python` and `venv`.
+# Sets `python` and `venv`, the interpreter and the environment to use.
 choose_python() {
     local name
     if [[ -n ${PYTHON:-} ]]; then
@@ -34,15 +34,15 @@ choose_python() {
     fail "needs Python 3.11 or newer; name one by PYTHON=..."
 }
 
-# Makes `venv` hold this package and what it needs, with the development extra if $1 is "dev" and without if it is "run".
-# Does nothing if that is so: a stamp says for which manifest, interpreter and place it was installed, and a look inside
-# says whether it still works.
+# Installs this package and its dependencies into `venv`, with the development extra if $1 is "dev", without if it is
+# "run". Does nothing if they are installed: a stamp records the manifest, interpreter and folder of the installation, and
+# `works` checks that it is still intact.
 set_up() {
     local kind=$1 extra='' stamp
     choose_python
     stamp=$(cd "$root" && { cat setup.cfg pyproject.toml && "$python" -VV && pwd; } | cksum)
     if [[ $(cat "$venv/.made-dev" 2>/dev/null) == "$stamp" ]]; then
-        kind=dev # which serves for everything
+        kind=dev # it includes what `run` needs
     fi
     if [[ $(cat "$venv/.made-$kind" 2>/dev/null) == "$stamp" ]]; then
         if works "$kind"; then return; fi
@@ -54,7 +54,7 @@ set_up() {
         "$python" -m venv --clear "$venv"
     fi
     if [[ $kind == dev ]]; then extra='[dev]'; fi
-    # uv is many times faster; pip knows more ways to configure where packages come from.
+    # uv is many times faster; pip, the fallback, supports more ways to configure package sources.
     export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
     "$venv/bin/python" -m pip install -qq uv
     VIRTUAL_ENV=$venv "$venv/bin/python" -m uv pip install -q --editable "$root$extra" ||
@@ -63,7 +63,7 @@ set_up() {
     echo "$stamp" >"$venv/.made-$kind"
 }
 
-# Whether `venv` runs, and has every package that the manifest asks for.
+# Succeeds if `venv` runs and has every package that the manifest requires.
 works() {
     "$venv/bin/python" - "$1" >/dev/null 2>&1 <<'PYTHON'
 import importlib.metadata, re, sys
@@ -76,7 +76,7 @@ for requirement in importlib.metadata.requires("rlhf_jax"):
 PYTHON
 }
 
-# On a CPU, XLA allocates and frees each step's buffers: let the allocator keep them, in huge pages (a fifth faster).
+# On a CPU, XLA allocates and frees buffers in every step: let the allocator keep them, in huge pages (a fifth faster).
 keep_memory() {
     export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
     export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}

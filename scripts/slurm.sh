@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs an experiment as a SLURM job, a process a GPU, and queues it again where it was stopped.
+# Runs an experiment as a SLURM job, with one process per GPU, and requeues the job if it was stopped.
 #
-#   sbatch --nodes=2 scripts/slurm.sh ppo --out runs/ppo      two nodes of eight GPUs; flags of sbatch come before
+#   sbatch --nodes=2 scripts/slurm.sh ppo --out runs/ppo      two nodes of eight GPUs; sbatch's flags come first
 #
 # docs/slurm.md says what to change for another cluster.
 #SBATCH --job-name=rlhf_jax
@@ -14,17 +14,17 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?submit this by sbatch, from the folder of the project}"
+cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch, from the root of the repository}"
 (($#)) || {
     echo "error: which experiment? For example: sbatch scripts/slurm.sh ppo --out runs/ppo" >&2
     exit 2
 }
 
-trap : TERM # the processes are told too, and save; this script waits for them
+trap : TERM # the processes get the signal too, and save; this script waits for them
 code=0
 srun --kill-on-bad-exit=0 .venv/bin/python -m "experiments.$1" "${@:2}" || code=$?
 
-# 75 asks to come back, and above 128 a signal ended a process: it was killed, or had lost the others.
+# 75 means "run me again". Above 128 a signal ended a process: it was killed, or it lost the others.
 if ((code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < 100)); then
     scontrol requeue "$SLURM_JOB_ID"
 fi

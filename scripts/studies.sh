@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs every study, four seeds each, two at a time, and renews the tables and plots in docs/. Sets up its own environment.
+# Runs every study with four seeds, two at a time, and updates tables and plots in docs/. Creates its own environment.
 #
-#   scripts/studies.sh                    results in runs/studies; run it again to go on where it was stopped
-#   scripts/studies.sh --docs None        any flag that all studies have; this one leaves docs/ alone
-#   scripts/studies.sh --jobs 1           on an accelerator, which seeds cannot share
+#   scripts/studies.sh                    results go to runs/studies; run it again to resume
+#   scripts/studies.sh --docs None        any flag that all studies have; this one leaves docs/ unchanged
+#   scripts/studies.sh --jobs 1           on an accelerator, which two seeds cannot share
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 set_up run

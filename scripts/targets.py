@@ -1,8 +1,8 @@
-"""Shows how demonstrations are tokenised, and which of their tokens count in the loss of fine-tuning.
+"""Print the tokens of demonstrations, and which of them count in the loss of fine-tuning.
 
     python scripts/targets.py --model runs/quickstart/sft/model --data demonstrations.jsonl
 
-Each row is listed one token a line: a star where it counts, its id, and its spelling in the vocabulary.
+Each line shows one token: a star if it counts, its id, and its spelling in the vocabulary.
 """
 
 import dataclasses

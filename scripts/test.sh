@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs every check: lint, format, types, tests. Sets up its own environment, and is quick when that is there.
+# Runs every check: lint, format, types, tests. Creates its own environment on the first call.
 #
 #   scripts/test.sh                       everything
-#   scripts/test.sh tests/algorithms/test_ppo.py     the checks, and these tests; any arguments go to pytest
-#   scripts/test.sh --fast                only the tests that are not marked slow
-#   PYTHON=python3.12 scripts/test.sh     under another interpreter, in an environment of its own
+#   scripts/test.sh tests/algorithms/test_ppo.py     all checks, but only these tests; arguments go to pytest
+#   scripts/test.sh --fast                no lint or types, and only tests that are not marked slow
+#   PYTHON=python3.12 scripts/test.sh     under another interpreter, in its own environment
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 cd "$root"

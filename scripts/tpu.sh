@@ -1,33 +1,33 @@
 #!/usr/bin/env bash
-# Cloud TPU: asks for a slice, installs this repository on all its workers, and runs experiments there.
+# Cloud TPU: requests a slice, installs this repository on all its workers, and runs experiments there.
 #
-#   scripts/tpu.sh create                      queue for the slice and wait until it is there
-#   scripts/tpu.sh install                     put this code on every worker
+#   scripts/tpu.sh create                      request the slice and wait until it is ready
+#   scripts/tpu.sh install                     copy this code to every worker
 #   scripts/tpu.sh run EXPERIMENT [FLAGS]      start an experiment on every worker, in the background
-#   scripts/tpu.sh log [WORKER]                follow its log, of worker 0 unless another is named
-#   scripts/tpu.sh stop                        have it save and end
-#   scripts/tpu.sh resume EXPERIMENT [FLAGS]   run it again where it stopped, on a new slice if the old one was taken away
+#   scripts/tpu.sh log [WORKER]                follow the log of worker 0, or of another worker
+#   scripts/tpu.sh stop                        make the experiment save and exit
+#   scripts/tpu.sh resume EXPERIMENT [FLAGS]   continue it, on a new slice if the old one was taken away
 #   scripts/tpu.sh fetch gs://FROM DIRECTORY   copy results out of a bucket
-#   scripts/tpu.sh delete                      give the slice back; costs end here
+#   scripts/tpu.sh delete                      delete the slice, which ends the costs
 #
-# Before the subcommand: --dry-run prints the commands and runs none; --spot asks for capacity that is cheaper and may be
-# taken away. The slice is described by the environment:
+# Before the subcommand: --dry-run prints the commands and runs none; --spot requests cheaper capacity, which may be
+# taken away. Environment variables describe the slice:
 #
 #   TPU_NAME      what to call it
 #   TPU_ZONE      where: us-east5-b
 #   TPU_TYPE      which and how large: v5litepod-16, v5p-32, v6e-8 (for create and resume)
-#   TPU_PROJECT   the project that pays; if unset, gcloud's default
-#   TPU_RUNTIME   the system on the workers; if unset, the usual one for TPU_TYPE
+#   TPU_PROJECT   the project that is billed; if unset, gcloud's default
+#   TPU_RUNTIME   the system on the workers; if unset, the standard one for TPU_TYPE
 #
-# docs/tpu.md goes through all of it.
+# docs/tpu.md explains every step.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 
-INTERVAL=${TPU_INTERVAL:-30} # seconds between two looks at the queue
+INTERVAL=${TPU_INTERVAL:-30} # seconds between two checks of the request
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
 
-# Prints the words as one line that a shell reads back as the same words.
+# Prints the arguments as one line that a shell parses into the same arguments.
 quote() {
     local word line=''
     for word in "$@"; do
@@ -39,7 +39,7 @@ quote() {
     printf '%s\n' "$line"
 }
 
-# Runs a command, or shows it.
+# Runs a command; in a dry run, prints it.
 do_() {
     if [[ $dry ]]; then quote "$@"; else "$@"; fi
 }
@@ -58,11 +58,11 @@ runtime() {
         /v5p-*) echo v2-alpha-tpuv5 ;;
         /v5litepod-*) echo v2-alpha-tpuv5-lite ;;
         /v[234]-*) echo tpu-ubuntu2204-base ;;
-        *) fail "TPU_TYPE=$TPU_TYPE is none of v2- to v4-, v5litepod-, v5p-, v6e- and a number; if it is right, set TPU_RUNTIME" ;;
+        *) fail "TPU_TYPE=$TPU_TYPE is not known: expected v2-, v3-, v4-, v5litepod-, v5p- or v6e- and a number; if it is correct, set TPU_RUNTIME" ;;
     esac
 }
 
-# gcloud's group $1, command $2 on the slice, and more.
+# Runs command $2 of gcloud's group $1 on the slice, with further arguments.
 slice() {
     local group=$1 command=$2
     shift 2
@@ -133,10 +133,10 @@ run() {
 
 resume() {
     local now=SUSPENDED
-    (($#)) || fail "which experiment? Name it with the flags that it was run with"
+    (($#)) || fail "which experiment? Name it, with the flags of its first run"
     need TPU_TYPE
     if [[ $dry ]]; then
-        echo "# as after a preemption; a slice that is there is not made again" >&2
+        echo "# the commands after a preemption; a slice that still exists is not recreated" >&2
         slice queued-resources describe --format='value(state.state)'
     else
         now=$(state)
@@ -177,7 +177,7 @@ while [[ ${1:-} == -* ]]; do
             usage
             exit
             ;;
-        *) fail "unknown flag $1; flags of an experiment follow its name, and --help says the rest" ;;
+        *) fail "unknown flag $1; an experiment's flags follow its name; --help lists the others" ;;
     esac
     shift
 done

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The part of tpu.sh that runs on each worker: code in ~/rlhf_jax, environment in ~/venv, log in ~/rlhf_jax.log.
+# The part of tpu.sh that runs on each worker. Code is in ~/rlhf_jax, environment in ~/venv, log in ~/rlhf_jax.log.
 #
-#   tpu_worker.sh install                  make the environment
+#   tpu_worker.sh install                  create the environment
 #   tpu_worker.sh start MODULE [FLAGS]     run a module in the background, in the home directory
-#   tpu_worker.sh stop                     have it save and end
+#   tpu_worker.sh stop                     make it save and exit
 #
-# What was started is started again when it exits with 75 ("come back"), when a signal killed it, as when it lost the
-# other hosts of its run, and when the machine comes back from a restart. It is not when it is done, when it ended with
-# another error, or after five ends within a minute of their starts.
+# The module is restarted when it exits with 75 ("run me again"), when a signal killed it (or it lost the other hosts
+# of its run), and after a restart of the machine. It is not restarted when it has finished, when it exits with another
+# error, or after it ended within a minute of its start five times in a row.
 set -euo pipefail
 cd
-job=rlhf_jax.job   # the command, while it should be running
-lock=rlhf_jax.lock # held while it is, and names the process that restarts it
+job=rlhf_jax.job   # holds the command while it should be running
+lock=rlhf_jax.lock # held while it is running; names the process that restarts it
 log=rlhf_jax.log
 
 say() { echo "$(date -u +%FT%TZ) $*"; }
@@ -19,18 +19,18 @@ say() { echo "$(date -u +%FT%TZ) $*"; }
 loop() {
     local child='' code began early=0 stopped='' words
     exec 9>>"$lock"
-    flock --nonblock 9 || return 0 # it runs already
+    flock --nonblock 9 || return 0 # it is already running
     echo $$ >"$lock"
     trap 'stopped=yes; [[ ! $child ]] || kill -TERM "$child" || true' TERM
     while [[ -f $job && ! $stopped ]]; do
         mapfile -d '' -t words <"$job"
         began=$SECONDS
         say "start: ${words[*]}"
-        venv/bin/python -m "${words[@]}" & # it holds the lock too
+        venv/bin/python -m "${words[@]}" & # inherits the lock
         child=$!
         code=0
         wait "$child" || code=$?
-        if [[ $stopped ]]; then # the signal ended the wait, not the child
+        if [[ $stopped ]]; then # the signal interrupted the wait, not the child
             code=0
             wait "$child" || code=$?
         fi
@@ -42,7 +42,7 @@ loop() {
             rm -f "$job"
         elif ((early == 5)); then
             rm -f "$job"
-            say "given up: it ended within a minute five times"
+            say "gave up: it ended within a minute of its start five times in a row"
         else
             sleep "${TPU_INTERVAL:-10}" 9>&-
         fi
@@ -61,7 +61,7 @@ case ${1:-} in
         shift
         if running; then
             if cmp -s "$job" <(printf '%s\0' "$@"); then exit; fi
-            echo "error: this worker still runs something else: scripts/tpu.sh stop ends it" >&2
+            echo "error: this worker still runs something else: stop it with scripts/tpu.sh stop" >&2
             exit 2
         fi
         printf '%s\0' "$@" >"$job"

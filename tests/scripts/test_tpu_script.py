@@ -95,7 +95,7 @@ class Cloud:
             if len(seen) >= count and not subprocess.run(["flock", "--nonblock", lock, "true"]).returncode:
                 return [json.loads(line) for line in seen]
             time.sleep(0.05)
-        raise AssertionError((self.home / "rlhf_jax.runs.log").read_text())
+        raise AssertionError((self.home / "rlhf_jax.log").read_text())
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_resume_shows_all_that_a_preemption_takes(cloud: Cloud):
         (["create"], {"TPU_NAME": None}, "TPU_NAME is not set: it should be what to call it"),
         (["run", "ppo"], {"TPU_ZONE": None}, "TPU_ZONE is not set: it should be where: us-east5-b"),
         (["create"], {"TPU_TYPE": None}, "TPU_TYPE is not set: it should be which and how large"),
-        (["create"], {"TPU_TYPE": "h100-8"}, "TPU_TYPE=h100-8 is none of"),
+        (["create"], {"TPU_TYPE": "h100-8"}, "TPU_TYPE=h100-8 is not known"),
         (["run"], {}, "which experiment?"),
         (["run", "poo"], {}, "there is no experiments/poo.py"),
         (["resume"], {}, "which experiment?"),
@@ -247,7 +247,7 @@ def test_what_asks_to_come_back_is_run_again_with_the_same_words(worker: Cloud):
     flags = ["--data", "hh:my file.jsonl[:90%]", "--system", "it's $HOME", ""]
     assert worker("run", "ppo", *flags, codes="75 killed 0").returncode == 0
     assert worker.runs(3) == [["-m", "experiments.ppo", *flags]] * 3
-    log = (worker.home / "rlhf_jax.runs.log").read_text()
+    log = (worker.home / "rlhf_jax.log").read_text()
     assert [line.split()[-1] for line in log.splitlines() if " end: " in line] == ["75", "137", "0"]
     assert (worker.home / "tab").read_text().count("@reboot bash rlhf_jax/scripts/tpu_worker.sh loop") == 1
 
