@@ -42,8 +42,8 @@ class Round:
     evaluate: "evaluate.Config"
 
 
-def stages(cfg: Config, out: Path, n: int, policy: Path, answering: Path) -> Round:
-    """The stages of round `n` of an arm that continues from `policy` and ranks the answers of the model `answering`."""
+def stages(cfg: Config, out: Path, n: int, policy: Path, answerer: Path) -> Round:
+    """The stages of round `n` of an arm that continues from `policy` and ranks the answers of the model `answerer`."""
     home = out / f"round{n}"
     judge = home / "reward" / "model"
     return Round(
@@ -52,7 +52,7 @@ def stages(cfg: Config, out: Path, n: int, policy: Path, answering: Path) -> Rou
             cfg.rank,
             cfg,
             out=home / "rank",
-            init=answering,
+            init=answerer,
             skip=(n - 1) * cfg.rank.prompts,
             temperature=cfg.ppo.algorithm.temperature,
             prompt_length=cfg.ppo.prompt_length,

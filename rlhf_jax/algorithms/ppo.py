@@ -42,8 +42,8 @@ class Config(updates.Config):
     kl_coef: NonNegative = 0.02  # reward subtracted per nat of KL to the reference; with kl_target, its initial value
     kl_kind: KLKind = "k1"  # estimator of each token's KL to the reference: k1, k2 or k3
     kl_clamp: Positive | None = None  # clamp each token's KL estimate to [-kl_clamp, kl_clamp]
-    # Subtract the KL from each token's reward, or add it to the loss, whose gradient ignores that a token changes the KL
-    # of later ones.
+    # Subtract the KL from each token's reward, or add it to the loss, whose gradient ignores how a token changes the KL
+    # of later tokens.
     kl_in: Literal["reward", "loss"] = "reward"
     kl_target: Positive | None = None  # adapt kl_coef to reach this KL, nats a response (arXiv:1909.08593); None: fixed
     kl_horizon: Positive = 10_000.0  # time scale on which kl_coef adapts, in episodes

@@ -44,15 +44,11 @@ class Limits:
     """Settings of the records of a run: what to show, derive and trace, and which metrics end the run."""
 
     show: tuple[str, ...] = ()  # names of metrics for the progress line; default: the first three
-    at_most: Mapping[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # upper bounds by metric; exceeding one ends the run
-    derive: Callable[[dict[str, Any]], dict[str, float]] = (
-        lambda metrics: {}
-    )  # computes further metrics of a step from its metrics
+    at_most: Mapping[str, float] = dataclasses.field(default_factory=dict)  # metric to the bound that ends the run
+    derive: Callable[[dict[str, Any]], dict[str, float]] = lambda metrics: {}  # a step's metrics to further ones
     skip_bad: int = 0  # allowed number of steps in a row with a loss or gradient norm that is not finite
     profile: int = 0  # steps to trace with the profiler after the first three, into `profile/`
-    wandb: bool = False  # log to Weights & Biases too
+    wandb: bool = False  # also log to Weights & Biases
     every: int = 10  # steps whose metrics are copied to the host together
 
 
@@ -112,9 +108,10 @@ class Records:
 
     def write(self, step: int | jax.Array, metrics: Mapping[str, Any]) -> None:
         """Record scalars of a step by name, such as "loss/policy", without waiting for the device."""
-        compiled, before = timing.compile_seconds(), self._compiled
-        spent, self._compiled = {"seconds/compile": compiled - before} if compiled > before else {}, compiled
-        self._pending.append((step, time.time(), {**metrics, **spent}))
+        total = timing.compile_seconds()
+        compilation = {"seconds/compile": total - self._compiled} if total > self._compiled else {}
+        self._compiled = total
+        self._pending.append((step, time.time(), {**metrics, **compilation}))
         if self._traced:
             self._trace()
         if len(self._pending) > self._limits.every or time.monotonic() - self._flushed > self.PATIENCE:

@@ -85,15 +85,15 @@ class Clock:
     def _hand_over(self, part: str, results: Any) -> None:
         self._parts[part] = Future()
         now, compiled = time.perf_counter(), compile_seconds()
-        since = now if results is None else self._called
-        self._work.put((self._parts[part], min(since + compiled - self._compiled, now), results))
+        start = now if results is None else self._called
+        self._work.put((self._parts[part], min(start + compiled - self._compiled, now), results))
         self._called, self._compiled = now, compiled
 
     def _wait(self) -> None:
         while (work := self._work.get()) is not None:
-            future, begun, results = work
+            future, start, results = work
             if results is None:
-                future.set_result(max(begun - self._free, 0.0))
+                future.set_result(max(start - self._free, 0.0))
                 continue
             try:
                 jax.block_until_ready(results)
@@ -101,7 +101,7 @@ class Clock:
                 future.set_exception(error)
                 continue
             end = time.perf_counter()
-            future.set_result(end - max(self._free, begun))
+            future.set_result(end - max(self._free, start))
             self._free = end
 
     def __enter__(self) -> "Clock":
