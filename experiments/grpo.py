@@ -35,9 +35,7 @@ class Config(runs.Config):
 
     out: Path = Path("runs/grpo")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory of the policy and of the frozen reference model
-    reward: tuple[Path, ...] = (
-        Path("runs/reward/model"),
-    )  # model directories of the reward models, whose scores are averaged
+    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models, whose scores are averaged
     data: str = "world:rows=8000"  # source of prompts: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # source of pretraining text to mix in; None: no text
     prompt_length: Count = 20  # most tokens of a prompt; longer ones are refused, or lose their oldest turns

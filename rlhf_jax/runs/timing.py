@@ -14,13 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-NAMES = (
-    "time",
-    "seconds/",
-    "tokens_per_s/",
-    "tflops/",
-    "mfu/",
-)  # prefixes of the names of metrics that depend on the clock
+NAMES = "time", "seconds/", "tokens_per_s/", "tflops/", "mfu/"  # prefixes of metrics that depend on the clock
 
 
 def is_timing(name: str) -> bool:
