@@ -49,6 +49,6 @@ class Rates:
             rates[f"mfu/{part}"] = operations / seconds / self.peak
         return rates
 
-    def _scalar(self, config: models.Config | None, tokens: float, read: float) -> float:
+    def _scalar(self, config: models.Config | None, tokens: float, read: int | float) -> float:
         """The operations of a model with a scalar head that is read in the last `read` columns; 0 without a model."""
         return flops.forward(config, self.batch, tokens, read, logits=False) if config else 0.0
