@@ -1,7 +1,7 @@
-"""The whole recipe on the assistant world: pretrain, fine-tune, rank, learn the reward, PPO. The quickstart.
+"""The quickstart: the whole recipe on the assistant world (pretrain, fine-tune, rank, train a reward model, PPO).
 
-Each stage is the experiment of its own name, started from the model directory that the one before it wrote. At the end
-it evaluates every stage on held-out prompts, prints a table, and writes summary.json, stages.png and answers.md.
+Each stage is the experiment of the same name and starts from the model directory of an earlier stage. At the end every
+stage is evaluated on held-out prompts; the results are printed, and written to summary.json, stages.png and answers.md.
 
 Run:     python -m experiments.assistant --seed 0
 Parent:  pretrain, sft, rank, reward, ppo, evaluate
@@ -20,14 +20,14 @@ from rlhf_jax.settings import Count
 from rlhf_jax.types import InputError
 
 
-# The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
+# The types of the stages are quoted, since inside the class a field's name hides the module of the same name.
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Stage):
-    """Sizes of the stages are the defaults of their own files; `--ppo.steps 10` changes one."""
+    """The settings of the quickstart. Sizes of stages default to those of their files; `--ppo.steps 10` sets one."""
 
     out: Path = Path("runs/quickstart")  # run directory; each stage has a folder in it
-    data_dir: Path | None = None  # type: ignore[assignment]  # where prepared data sets are kept; None is the folder "data" in `out`
-    best_of: Count = 4  # answers among which best-of-n picks, at least 2
+    data_dir: Path | None = None  # type: ignore[assignment]  # prepared data sets; None: the folder "data" of `out`
+    best_of: Count = 4  # answers from which best-of-n selects, at least 2
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config()
@@ -97,24 +97,24 @@ def stages(cfg: Config) -> Stages:
 
 
 def main(cfg: Config) -> dict:
-    """Run the stages one after the other, and return the summary."""
+    """Run the stages one after the other, and evaluate them; returns the summary."""
     start = time.monotonic()
     out = cfg.out
     runs.claim(out, cfg)
     runs.write_config(out, cfg)
-    each = stages(cfg)  # before anything runs
-    base, tuned, final = each.sft.init, each.ppo.init, each.evaluate.model
-    runs.once(pretrain.main, each.pretrain)
-    runs.once(sft.main, each.sft)
-    ranked = runs.once(rank.main, each.rank)
-    learnt = runs.once(reward.main, each.reward)
-    runs.once(ppo.main, each.ppo)
+    configs = stages(cfg)  # refuses flags without effect before anything runs
+    base, tuned, final = configs.sft.init, configs.ppo.init, configs.evaluate.model
+    runs.once(pretrain.main, configs.pretrain)
+    runs.once(sft.main, configs.sft)
+    agreement = runs.once(rank.main, configs.rank)
+    accuracy = runs.once(reward.main, configs.reward)
+    runs.once(ppo.main, configs.ppo)
     print(f"\n== evaluate ({time.monotonic() - start:.0f} s)", flush=True)
 
     def assess(name: str, model: Path, best_of: int = 1) -> dict:
         print(f"{name}: ", end="", flush=True)
-        to = out / "evaluate" / f"{name}.json"
-        return evaluate.main(dataclasses.replace(each.evaluate, model=model, best_of=best_of, out=to))
+        file = out / "evaluate" / f"{name}.json"
+        return evaluate.main(dataclasses.replace(configs.evaluate, model=model, best_of=best_of, out=file))
 
     results = {"base": assess("base", base), "SFT": assess("SFT", tuned), "PPO": assess("PPO", final)}
     picked = assess("best-of-n", tuned, cfg.best_of)
@@ -124,7 +124,7 @@ def main(cfg: Config) -> dict:
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         "pretrain": {name: results["base"][name] for name in ("gold", "nll")},
         "sft": {name: results["SFT"][name] for name in ("gold", "reward", "nll")},
-        "reward": learnt | ranked,
+        "reward": accuracy | agreement,
         "best_of_n": {name: picked[name] for name in ("n", "gold", "kl", "reward")},
         "ppo": {name: results["PPO"][name] for name in ("gold", "reward", "kl", "nll")},
     }
@@ -134,7 +134,7 @@ def main(cfg: Config) -> dict:
 
 
 def report(out: Path, stages: dict[str, dict], summary: dict) -> None:
-    """Print the table of the stages and three prompts as each stage answers them; write both as plots and Markdown."""
+    """Print the results of the stages and their answers to three prompts; write stages.png and answers.md."""
     panels = {
         "gold score on held-out prompts (0 to 1)": {name: stage["gold"] for name, stage in stages.items()},
         "loss on held-out text (nats a token)": {name: stage["nll"] for name, stage in stages.items()},
@@ -158,11 +158,11 @@ def report(out: Path, stages: dict[str, dict], summary: dict) -> None:
 
     lines = ["| prompt | " + " | ".join(stages) + " |", "| --- " * (len(stages) + 1) + "|"]
     for n, answer in enumerate(stages["PPO"]["answers"]):
-        said = [stage["answers"][n]["response"] for stage in stages.values()]
-        lines.append("| " + " | ".join(map(cell, [answer["prompt"], *said])) + " |")
+        responses = [stage["answers"][n]["response"] for stage in stages.values()]
+        lines.append("| " + " | ".join(map(cell, [answer["prompt"], *responses])) + " |")
         if n < 3:
             print(f"\n{answer['prompt']}")
-            for name, text in zip(stages, said, strict=True):
+            for name, text in zip(stages, responses, strict=True):
                 print(f"  {name:<5} {' '.join(text.split())}")
     runs.write(out / "answers.md", "\n".join(lines) + "\n")
     print(f"\n{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB; everything is in {out}")

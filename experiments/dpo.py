@@ -1,7 +1,7 @@
-"""DPO: the policy learns from the rankings themselves, without a reward model and without sampling.
+"""DPO: the policy learns from the rankings directly, without a reward model and without sampling.
 
-All pairs of each prompt's ranked answers (arXiv:2305.18290; `--algorithm.loss ipo` for arXiv:2310.12036), from the
-labels that `reward` learns from.
+The loss is over all pairs of each prompt's ranked answers (arXiv:2305.18290; `--algorithm.loss ipo` for
+arXiv:2310.12036), from the same rankings as `reward`.
 
 Run:     python -m experiments.dpo --init runs/sft/model --data runs/rank/train.jsonl
 Parent:  reward
@@ -30,24 +30,24 @@ from rlhf_jax.types import TrainState, named_key
 
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Config):
-    """Defaults are for the assistant world on two CPU cores."""
+    """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
 
     out: Path = Path("runs/dpo")  # run directory; the model goes to its folder "model"
-    init: Path = Path("runs/sft/model")  # model directory of the policy, and of the reference
+    init: Path = Path("runs/sft/model")  # model directory of the policy and of the frozen reference model
     data: str = "runs/rank/train.jsonl"  # rankings to learn from
-    length: Count = 36  # tokens of prompt and answer; prompts with a longer answer are refused
+    length: Count = 36  # most tokens of prompt and answer; prompts with a longer answer are refused
     batch: Count = 16  # prompts a step, over all devices
     epochs: Count = 1  # passes over the rankings
-    lr: Positive = 3e-4  # peak learning rate, cosine to 10 % of it
-    warmup: Whole = 8  # steps of linear warm-up
-    dropout: Rate = 0.0  # residual dropout
+    lr: Positive = 3e-4  # peak learning rate; cosine decay to 10 % of it
+    warmup: Whole = 8  # optimiser steps of linear learning-rate warm-up
+    dropout: Rate = 0.0  # dropout rate of residual branches
     algorithm: dpo_lib.Config = dpo_lib.Config(beta=0.2)
 
 
 def build(
     cfg: Config, config: models.Config, layout: parallel.Layout, steps: int
 ) -> tuple[optax.GradientTransformation, Callable]:
-    """The optimiser of so many steps, and the train step, placed: it takes (state, batch, reference)."""
+    """The optimiser for `steps` steps, and the compiled train step, which takes (state, batch, reference)."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps, cfg.warmup), skip_bad=cfg.skip_bad > 0)
     step = functools.partial(
         dpo_lib.train_step,
@@ -60,7 +60,7 @@ def build(
 
 
 def main(cfg: Config) -> TrainState:
-    """Train, and write the run directory."""
+    """Train, and write the run directory; returns the final state on the host."""
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
     layout = parallel.layout(cfg.devices)
@@ -91,9 +91,9 @@ def main(cfg: Config) -> TrainState:
         models.save(model, state.params, cfg.out / "model")
         runs.share(cfg.out / "model")
         trained = dataclasses.replace(model, params=state.params)
-        asked = [row["prompt"] for row in itertools.islice(rows, 8)]
+        prompts = [row["prompt"] for row in itertools.islice(rows, 8)]
         key = named_key(cfg.seed, "dpo/samples")
-        run.samples(steps, rollout.say(trained, asked, key, length=cfg.length, layout=layout))
+        run.samples(steps, rollout.say(trained, prompts, key, length=cfg.length, layout=layout))
     plots.curves(
         cfg.out,
         {

@@ -1,7 +1,8 @@
-"""What a model is worth: gold score on held-out prompts, loss on held-out text, distance from a reference.
+"""Evaluation of a model: gold score on held-out prompts, loss on held-out text, KL to a reference.
 
-Gold reads each answer and knows the world (rlhf_jax/data/world.py); no trained model is asked. The held-out prompts
-share no person, place, word or sum with the prompts that any stage trains on; the pretraining text tells of them all.
+Gold judges each answer by the facts of the world (rlhf_jax/data/world/gold.py), without a trained model. Held-out
+prompts share no person, place, word or sum with the prompts of any training stage, but the pretraining text covers them
+all.
 
 Run:     python -m experiments.evaluate --model runs/ppo/model --reference runs/sft/model
 Parent:  none
@@ -29,30 +30,30 @@ from rlhf_jax.types import InputError, Prompts, Rollout, named_key
 
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Stage):
-    """Defaults are for the assistant world on two CPU cores."""
+    """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
 
     model: Path = Path("runs/ppo/model")  # model directory to evaluate
-    reference: Path = Path("runs/sft/model")  # model directory to measure the KL divergence to
-    reward: Path | None = None  # model directory of a reward model, for its score and for best-of-n
-    out: Path | None = None  # type: ignore[assignment]  # file for the result, JSON
-    prompts: Count = 512  # held-out prompts
-    texts: Count = 1000  # held-out documents
-    best_of: Count = 1  # answers to each prompt, of which the reward model picks one; the KL is then to the model
-    temperature: Positive = 1.0  # of the answers; that of training
-    prompt_length: Count = 20  # tokens; longer prompts are refused, or lose their oldest turns
-    max_new_tokens: Count = 16  # tokens of an answer
-    text_length: Count = 64  # tokens in a row of text
-    batch: Count = 256  # answers, or rows of text, at once, over all devices
+    reference: Path = Path("runs/sft/model")  # model directory of the reference, to which the KL is measured
+    reward: Path | None = None  # model directory of a reward model, for mean score and best-of-n; None: neither
+    out: Path | None = None  # type: ignore[assignment]  # JSON file for the result; None: print only
+    prompts: Count = 512  # number of held-out prompts
+    texts: Count = 1000  # number of held-out documents
+    best_of: Count = 1  # answers to each prompt; above 1 the reward model selects one, and the KL is to the model
+    temperature: Positive = 1.0  # sampling temperature of the answers, as in training
+    prompt_length: Count = 20  # most tokens of a prompt; longer ones are refused, or lose their oldest turns
+    max_new_tokens: Count = 16  # most tokens of an answer
+    text_length: Count = 64  # tokens in a row of held-out text
+    batch: Count = 256  # answers or rows of text to compute at a time, over all devices
     world: Seed = 0  # seed of the world that the model was trained on
 
 
 def nll_step(config: models.Config, layout: parallel.Layout) -> Callable:
-    """`sft.evaluate` by a model of this architecture, compiled: it takes (params, batch)."""
+    """The compiled `sft.evaluate` of this architecture, which takes (params, batch)."""
     return layout.step(functools.partial(sft.evaluate, logprobs_fn=models.logprobs_fn(config)))
 
 
 def held_out_nll(cfg: Config, model: models.Model, layout: parallel.Layout) -> float:
-    """Mean negative log-likelihood of held-out pretraining text, nats a token."""
+    """The mean negative log-likelihood of held-out pretraining text, in nats a token."""
     models.check_length(model.config, text_length=cfg.text_length)
     rows = sources.rows(f"world:seed={cfg.world},rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
     tokenizer = models.tokenizer_of(model)
@@ -65,8 +66,8 @@ def held_out_nll(cfg: Config, model: models.Model, layout: parallel.Layout) -> f
 
 
 def episodes(cfg: Config, model: models.Model, prompts: Prompts, layout: parallel.Layout) -> Rollout:
-    """A response to each row of `prompts`, with what reference and reward model say of it; on the host."""
-    # The KL of best-of-n is known, and is to the model itself.
+    """A response to each row of `prompts`, with log-probabilities of the reference and scores, on the host."""
+    # The KL of best-of-n is to the model itself and has a formula, so no other reference is needed.
     reference = model if cfg.best_of > 1 else models.load(cfg.reference, compute=cfg.compute, place=layout.sharding)
     loaded, score = {cfg.model: model} | ({} if reference is model else {cfg.reference: reference}), None
     if cfg.reward:
@@ -96,7 +97,7 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts, layout: paralle
 
 
 def main(cfg: Config) -> dict:
-    """Evaluate, print, and write the result."""
+    """Evaluate, print, and write the result; returns gold, KL, negative log-likelihood and reward by name."""
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.model, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
@@ -110,17 +111,17 @@ def main(cfg: Config) -> dict:
     if cfg.best_of > 1:
         sampled = best_of_n.select(sampled, cfg.best_of)
     texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
-    asked = [rows[int(index)]["prompt"][-1]["content"] for index in sampled.index]
-    gold = [world.gold(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
+    questions = [rows[int(index)]["prompt"][-1]["content"] for index in sampled.index]
+    gold = [world.gold(prompt, text) for prompt, text in zip(questions, texts, strict=True)]
     by_category: dict[str, list[float]] = {}
-    for prompt, verdict in zip(asked, gold, strict=True):
+    for prompt, verdict in zip(questions, gold, strict=True):
         by_category.setdefault(world.parse(prompt).category, []).append(verdict.score)
     result: dict = {
         "gold": float(np.mean([verdict.score for verdict in gold])),
         "gold_by_category": {name: float(np.mean(values)) for name, values in sorted(by_category.items())},
         "answers": [
             {"prompt": prompt, "response": text, "gold": verdict.score, "why": verdict.reason}
-            for prompt, text, verdict in zip(asked[:20], texts[:20], gold[:20], strict=True)
+            for prompt, text, verdict in zip(questions[:20], texts[:20], gold[:20], strict=True)
         ],
     }
     if cfg.best_of > 1:

@@ -1,6 +1,7 @@
-"""GRPO: PPO's goal without a critic, from groups of answers to the same prompt.
+"""GRPO: the objective of PPO without a critic, from groups of answers to the same prompt.
 
-As DeepSeekMath (arXiv:2402.03300), with KL and pretraining mix as in `ppo`, so that the two compare at equal episodes.
+As DeepSeekMath (arXiv:2402.03300), with KL penalty and pretraining mix as in `ppo`, so that the two can be compared at
+an equal number of episodes.
 
 Run:     python -m experiments.grpo --init runs/sft/model --reward runs/reward/model
 Parent:  ppo
@@ -30,29 +31,29 @@ from rlhf_jax.types import InputError, TrainState, named_key
 
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Config):
-    """Defaults are for the assistant world on two CPU cores."""
+    """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
 
     out: Path = Path("runs/grpo")  # run directory; the model goes to its folder "model"
-    init: Path = Path("runs/sft/model")  # model directory of the policy, and of the frozen reference
-    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models to average
-    data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
-    text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
-    prompt_length: Count = 20  # tokens; longer prompts are refused, or lose their oldest turns
-    prompt_widths: Count = 1  # of rollouts: prompts of like length share one, which is as wide as they need
-    max_new_tokens: Count = 16  # tokens of an answer
+    init: Path = Path("runs/sft/model")  # model directory of the policy and of the frozen reference model
+    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models, whose scores are averaged
+    data: str = "world:rows=8000"  # source of prompts: the world or a .jsonl file
+    text: str | None = "world:rows=60000"  # source of pretraining text to mix in; None: no text
+    prompt_length: Count = 20  # most tokens of a prompt; longer ones are refused, or lose their oldest turns
+    prompt_widths: Count = 1  # group prompts by length into so many widths of rollouts, to save padding
+    max_new_tokens: Count = 16  # most tokens of an answer
     text_length: Count = 64  # tokens in a row of pretraining text
-    batch: Count = 64  # episodes a step, over all devices: a multiple of the group
+    batch: Count = 64  # episodes a step, over all devices; a multiple of the group
     text_batch: Count = 8  # rows of pretraining text an update, over all devices
-    steps: Count = 70  # rollouts
-    lr: Positive = 3e-4  # at its peak
-    schedule: optim.Schedule = "cosine"  # cosine to 10 %, linear to 0, or constant
-    warmup: Whole = 8  # updates of linear warm-up
+    steps: Count = 70  # number of rollouts, each followed by updates
+    lr: Positive = 3e-4  # peak learning rate
+    schedule: optim.Schedule = "cosine"  # decay of the learning rate: cosine to 10 %, linear to 0, or none
+    warmup: Whole = 8  # updates of linear learning-rate warm-up
     adam: optim.Adam = optim.Adam()
     algorithm: grpo_lib.Config = grpo_lib.Config(
         minibatches=4, group=4, kl_coef=0.2, kl_in="reward", ptx_coef=3.0, unfinished_score=-1.0
     )
-    samples_every: Count = 20  # steps between tables of samples
-    samples: Count = 8  # episodes in a table
+    samples_every: Count = 20  # number of steps between tables of samples
+    samples: Count = 8  # number of episodes in a table of samples
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +68,7 @@ def build(
     layout: parallel.Layout,
     train_step: Callable,
 ) -> tuple[optax.GradientTransformation, Callable, Callable]:
-    """The optimiser, `rollout.collect` and the train step on (state, episodes, text), compiled."""
+    """The optimiser, and the compiled `rollout.collect` and train step, which takes (state, episodes, text)."""
     algorithm = cfg.algorithm
     schedule = optim.schedule(cfg.schedule, cfg.lr, cfg.steps * algorithm.epochs * algorithm.minibatches, cfg.warmup)
     tx = optim.adamw(schedule, cfg.adam, skip_bad=cfg.skip_bad > 0)
@@ -90,9 +91,9 @@ def build(
 def main(
     cfg: Config, train_step: Callable = grpo_lib.train_step, score_text: scores.ScoreText | None = None
 ) -> TrainState:
-    """Train, and write the run directory. `train_step` is that of `grpo`, or of `rloo` with its settings.
+    """Train, and write the run directory; returns the final state on the host.
 
-    A `score_text(prompt, response)` takes the place of the reward models.
+    `train_step` is that of `grpo`, or of `rloo` with its settings. `score_text` replaces the reward models' scores.
     """
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
@@ -126,7 +127,7 @@ def main(
     score = scores.scorer(rewards, score_text, rows, policy, layout, buckets=algorithm.buckets)
     tx, collect, step_fn = build(cfg, policy.config, models.stop_ids(policy), layout, train_step)
     state = updates.init({"policy": policy.params}, tx, algorithm, named_key(cfg.seed, "grpo/updates"))
-    # A copy, since steps use up the memory of what is trained.
+    # A copy, since the train step donates the buffers of the policy.
     reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))
     key = layout.state(named_key(cfg.seed, "grpo/sampling"))
     limits = runs.Limits(
@@ -143,7 +144,7 @@ def main(
             peak=flops.peak(cfg.compute.dtype),
         ),
     )
-    policy = dataclasses.replace(policy, params=None)  # as they were loaded, models would fill the memory
+    policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters
     del rewards
 
     with runs.Run(cfg, layout, state, streams, cfg.steps, limits) as run:

@@ -1,7 +1,7 @@
-"""PPO: the fine-tuned model learns to please the reward model, held near where it started.
+"""PPO: the fine-tuned model learns to get high scores from the reward model, with a KL penalty to where it started.
 
-As InstructGPT (arXiv:2203.02155): KL penalty to the fine-tuned model in the reward, a critic that starts from the
-reward model, one pass of minibatches over each batch of episodes, and the pretraining gradient mixed in (ptx).
+As InstructGPT (arXiv:2203.02155): the reward has a KL penalty to the fine-tuned model, the critic starts from the
+reward model, each batch of episodes is used for one pass of minibatches, and pretraining gradients are mixed in (ptx).
 
 Run:     python -m experiments.ppo --init runs/sft/model --reward runs/reward/model
 Parent:  none
@@ -34,37 +34,37 @@ from rlhf_jax.types import InputError, Params, TrainState, named_key
 
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Config):
-    """Defaults are for the assistant world on two CPU cores."""
+    """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
 
     out: Path = Path("runs/ppo")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory of the policy
-    reference: Path | None = None  # model directory of the frozen reference; None is where the policy starts
-    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models to average; the first may start the critic
-    critic: Literal["reward", "policy"] = "reward"  # a network that starts as the reward model, or a head on the policy
-    pessimism: NonNegative = 0.0  # standard deviations of the reward models to take off their mean
-    data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
-    text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
-    prompt_length: Count = 20  # tokens; longer prompts are refused, or lose their oldest turns
-    prompt_widths: Count = 1  # of rollouts: prompts of like length share one, which is as wide as they need
-    max_new_tokens: Count = 16  # tokens of an answer
+    reference: Path | None = None  # model directory of the frozen reference model; None: `init`
+    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models, whose scores are averaged
+    critic: Literal["reward", "policy"] = "reward"  # separate network (from the first reward model), or policy head
+    pessimism: NonNegative = 0.0  # number of the reward models' standard deviations to subtract from their mean
+    data: str = "world:rows=8000"  # source of prompts: the world or a .jsonl file
+    text: str | None = "world:rows=60000"  # source of pretraining text to mix in; None: no text
+    prompt_length: Count = 20  # most tokens of a prompt; longer ones are refused, or lose their oldest turns
+    prompt_widths: Count = 1  # group prompts by length into so many widths of rollouts, to save padding
+    max_new_tokens: Count = 16  # most tokens of an answer
     text_length: Count = 64  # tokens in a row of pretraining text
     batch: Count = 64  # episodes a step, over all devices
     text_batch: Count = 8  # rows of pretraining text an update, over all devices
-    steps: Count = 70  # rollouts
-    lr: Positive = 3e-4  # of the policy, at its peak
-    critic_lr: Positive = 1e-3  # of the critic, at its peak
-    schedule: optim.Schedule = "cosine"  # of both learning rates: cosine to 10 %, linear to 0, or constant
-    warmup: Whole = 8  # updates of linear warm-up
+    steps: Count = 70  # number of rollouts, each followed by updates
+    lr: Positive = 3e-4  # peak learning rate of the policy
+    critic_lr: Positive = 1e-3  # peak learning rate of the critic
+    schedule: optim.Schedule = "cosine"  # decay of both learning rates: cosine to 10 %, linear to 0, or none
+    warmup: Whole = 8  # updates of linear learning-rate warm-up
     adam: optim.Adam = optim.Adam()
     algorithm: ppo_lib.Config = ppo_lib.Config(minibatches=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0)
-    lora: lora_lib.Config = lora_lib.Config()  # of policy and critic
-    samples_every: Count = 20  # steps between tables of samples
-    samples: Count = 8  # episodes in a table
+    lora: lora_lib.Config = lora_lib.Config()  # low-rank adapters of policy and critic
+    samples_every: Count = 20  # number of steps between tables of samples
+    samples: Count = 8  # number of episodes in a table of samples
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.reward and self.critic == "reward":
-            raise InputError("critic=reward starts as a reward model: name one by --reward, or use --critic policy")
+            raise InputError("critic=reward starts from a reward model: name one by --reward, or use --critic policy")
         if self.pessimism and len(self.reward) < 2:
             raise InputError("pessimism needs the disagreement of several reward models: name more by --reward")
 
@@ -76,9 +76,9 @@ def build(
     eos_id: int | tuple[int, ...],
     layout: parallel.Layout,
 ) -> tuple[optax.GradientTransformation, Callable, Callable]:
-    """The optimiser, `rollout.collect` and the train step on (state, base, episodes, text), compiled.
+    """The optimiser, and the compiled `rollout.collect` and train step, which takes (state, base, episodes, text).
 
-    `critic` is the architecture of one that starts as a reward model; None is a head on the policy.
+    `critic` is the architecture of a critic that starts from a reward model; None is a head on the policy.
     """
     algorithm = cfg.algorithm
     total = cfg.steps * algorithm.epochs * algorithm.minibatches
@@ -113,7 +113,7 @@ def build(
 def start(
     cfg: Config, tx: optax.GradientTransformation, policy: Params, critic: Params
 ) -> tuple[TrainState, dict[str, Params]]:
-    """The state before the first rollout, and the frozen base of each network."""
+    """The state before the first rollout, and the frozen base weights of each network (empty without LoRA)."""
     trained, frozen = {}, {}
     for name, params in {"policy": policy, "critic": critic}.items():
         trained[name], frozen[name] = lora_lib.split(params, cfg.lora, named_key(cfg.seed, f"ppo/lora/{name}"))
@@ -121,7 +121,7 @@ def start(
 
 
 def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
-    """Train, and write the run directory. A `score_text(prompt, response)` replaces the reward models' scores."""
+    """Train, and write the run directory; returns the final state. `score_text` replaces the reward models' scores."""
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
     if score_text and cfg.pessimism:
@@ -165,7 +165,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     base = layout.state(frozen)
     if cfg.lora.rank and not reference:
         reference_params = base["policy"]
-    else:  # a copy, since steps use up the memory of what is trained
+    else:  # a copy, since the train step donates the buffers of the policy
         frozen_params = cfg.compute.freeze((reference or policy).params)
         reference_params = layout.frozen(jax.tree.map(jnp.copy, frozen_params))
         del frozen_params
@@ -184,7 +184,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
             peak=flops.peak(cfg.compute.dtype),
         ),
     )
-    policy = dataclasses.replace(policy, params=None)  # as they were loaded, models would fill the memory
+    policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters
     del rewards, critic, reference, loaded
 
     in_state = runs.SEED | {"algorithm.kl_coef": "opt_state/kl_coef"}

@@ -27,28 +27,28 @@ from rlhf_jax.types import TrainState, named_key
 
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Config):
-    """Defaults are for the assistant world on two CPU cores."""
+    """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
 
     out: Path = Path("runs/pretrain")  # run directory; the model goes to its folder "model"
-    data: str = "world:rows=60000"  # text: the world, a .jsonl or .txt file, or a TFDS name
-    init: Path | None = None  # model directory to go on from; None starts from random weights
-    preset: str = "llama-mini"  # architecture of a new model, one of rlhf_jax.transformer.PRESETS; not with --init
-    vocab_size: Count = 1280  # of the byte-level BPE tokenizer that is trained for a new model; not with --init
-    length: Count = 64  # tokens in a row; documents are packed into rows
-    batch: Count = 16  # rows a step, over all devices
+    data: str = "world:rows=60000"  # source of text: the world, a .jsonl or .txt file, or a TFDS name
+    init: Path | None = None  # model directory to continue from; None starts from random weights
+    preset: str = "llama-mini"  # architecture of a new model, a name of rlhf_jax.models.PRESETS; unused with --init
+    vocab_size: Count = 1280  # tokens of the BPE tokenizer trained for a new model; unused with --init
+    length: Count = 64  # tokens in a row; several documents are packed into each row
+    batch: Count = 16  # rows of text a step, over all devices
     steps: Count = 2000  # optimiser steps
-    lr: Positive = 3e-3  # peak learning rate, cosine to 10 % of it
-    warmup: Whole = 60  # steps of linear warm-up
-    weight_decay: NonNegative = 0.1  # of matrices
+    lr: Positive = 3e-3  # peak learning rate; cosine decay to 10 % of it
+    warmup: Whole = 60  # optimiser steps of linear learning-rate warm-up
+    weight_decay: NonNegative = 0.1  # decoupled weight decay of matrices
     saves: checkpoint.Config = checkpoint.Config(every=500)
 
 
 def new_model(cfg: Config, rows: builders.Rows) -> models.Model:
-    """Random weights of the preset's shape, with a tokenizer trained on the first documents."""
+    """A model of the preset's architecture with random weights, and a tokenizer trained on the first documents."""
     texts = [row["text"] for row in itertools.islice(rows, 20_000)]
-    with tempfile.TemporaryDirectory() as spare:  # every process trains the same, and one keeps it
-        kept = cfg.out / "tokenizer" if hosts.first() else Path(spare)
-        tok = tokenizer.train(texts, cfg.vocab_size, kept)
+    with tempfile.TemporaryDirectory() as scratch:  # all processes train the same tokenizer, and the first one keeps it
+        folder = cfg.out / "tokenizer" if hosts.first() else Path(scratch)
+        tok = tokenizer.train(texts, cfg.vocab_size, folder)
     config = dataclasses.replace(models.preset(cfg.preset), vocab_size=len(tok), compute=cfg.compute)
     module = models.Transformer(config)
     ones = jnp.ones((1, 2), jnp.int32)
@@ -57,7 +57,7 @@ def new_model(cfg: Config, rows: builders.Rows) -> models.Model:
 
 
 def build(cfg: Config, config: models.Config, layout: parallel.Layout) -> tuple[optax.GradientTransformation, Callable]:
-    """The optimiser, and the train step, placed: it takes (state, batch)."""
+    """The optimiser, and the compiled train step, which takes (state, batch)."""
     schedule = optim.cosine(cfg.lr, cfg.steps, cfg.warmup)
     tx = optim.adamw(schedule, weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
     step = functools.partial(
@@ -70,7 +70,7 @@ def build(cfg: Config, config: models.Config, layout: parallel.Layout) -> tuple[
 
 
 def main(cfg: Config) -> TrainState:
-    """Train, and write the run directory."""
+    """Train, and write the run directory; returns the final state on the host."""
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
     rows = sources.rows(cfg.data, "text", data_dir=cfg.data_dir)
@@ -96,9 +96,9 @@ def main(cfg: Config) -> TrainState:
         models.save(model, state.params, cfg.out / "model")
         runs.share(cfg.out / "model")
         trained = dataclasses.replace(model, params=state.params)
-        begun = [" ".join(row["text"].split()[:8]) for row in itertools.islice(rows, 8)]
+        openings = [" ".join(row["text"].split()[:8]) for row in itertools.islice(rows, 8)]
         key = named_key(cfg.seed, "pretrain/samples")
-        run.samples(cfg.steps, rollout.say(trained, begun, key, length=cfg.length, layout=layout))
+        run.samples(cfg.steps, rollout.say(trained, openings, key, length=cfg.length, layout=layout))
     plots.curves(cfg.out, {"next-token loss (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]})
     return state
 

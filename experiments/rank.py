@@ -1,7 +1,7 @@
 """Collecting comparisons: a model answers each prompt K times, and simulated labelers rank the answers.
 
 Training prompts are ranked by one labeler each. Held-out prompts, which share no entity with them, are ranked by every
-labeler, which tells how far people agree with each other.
+labeler, which shows how often labelers agree.
 
 Run:     python -m experiments.rank --init runs/sft/model
 Parent:  none
@@ -28,21 +28,21 @@ from rlhf_jax.types import InputError, named_key
 
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Stage):
-    """Defaults are for the assistant world on two CPU cores."""
+    """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
 
     out: Path = Path("runs/rank")  # run directory; rankings go to train.jsonl and held_out.jsonl
     init: Path = Path("runs/sft/model")  # model directory whose answers are ranked
-    prompts: Count = 3600  # training prompts
-    skip: Whole = 0  # training prompts to leave out first, ranked in an earlier round
-    held_out: Count = 384  # held-out prompts
-    least: Count = 4  # answers to a prompt, drawn uniformly from least..most
-    most: Count = 9  # see `least`
-    people: Count = 5  # simulated labelers
-    prompt_length: Count = 20  # tokens; longer prompts are refused, or lose their oldest turns
-    max_new_tokens: Count = 16  # tokens of an answer
-    temperature: Positive = 1.0  # of the answers
-    batch: Count = 256  # answers sampled at once, over all devices
-    world: Seed = 0  # seed of the world that the prompts are of
+    prompts: Count = 3600  # number of training prompts
+    skip: Whole = 0  # number of training prompts to skip, because an earlier round ranked them
+    held_out: Count = 384  # number of held-out prompts
+    least: Count = 4  # smallest number of answers to a prompt, drawn uniformly from least..most
+    most: Count = 9  # largest number of answers to a prompt
+    people: Count = 5  # number of simulated labelers
+    prompt_length: Count = 20  # most tokens of a prompt; longer ones are refused, or lose their oldest turns
+    max_new_tokens: Count = 16  # most tokens of an answer
+    temperature: Positive = 1.0  # sampling temperature of the answers
+    batch: Count = 256  # answers to sample at a time, over all devices
+    world: Seed = 0  # seed of the world that the prompts come from
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class Config(runs.Stage):
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Write the rankings; returns how far labelers agree."""
+    """Write the rankings; returns {"labeler_agreement": the share of held-out pairs that labelers order alike}."""
     runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
     layout = parallel.layout(cfg.devices)

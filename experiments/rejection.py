@@ -1,7 +1,7 @@
 """Rejection sampling fine-tuning: the fine-tuned model learns from the best of its own answers.
 
-Of n answers to each prompt the one with the highest score becomes a demonstration (arXiv:2307.09288, section 3.2.3),
-and `sft` does the rest, pretraining text mixed in.
+Of n answers to each prompt the one with the highest score becomes a demonstration (arXiv:2307.09288, section 3.2.3).
+Then `sft` trains on these, with pretraining text mixed in.
 
 Run:     python -m experiments.rejection --init runs/sft/model --reward runs/reward/model
 Parent:  sft, best_of_n
@@ -25,21 +25,21 @@ from rlhf_jax.settings import Count, Positive
 from rlhf_jax.types import InputError, TrainState, named_key
 
 
-# The type of the stage is quoted: by the time it was evaluated, the field would hide the module of its name.
+# The type of the stage is quoted, since inside the class a field's name hides the module of the same name.
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Stage):
-    """Defaults are for the assistant world on two CPU cores."""
+    """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
 
     out: Path = Path("runs/rejection")  # run directory; the best answers go to best.jsonl, the model to "sft/model"
-    init: Path = Path("runs/sft/model")  # model directory to sample from and to start from
-    reward: Path = Path("runs/reward/model")  # model directory of the reward model that picks
-    data: str = "world:rows=8000"  # prompts: the world or a .jsonl file
-    prompts: Count = 2000  # prompts to answer
-    best_of: Count = 4  # answers to each, of which the best is learnt
-    prompt_length: Count = 20  # tokens; longer prompts are refused, or lose their oldest turns
-    max_new_tokens: Count = 16  # tokens of an answer
-    temperature: Positive = 1.0  # of the answers
-    batch: Count = 256  # answers at once, over all devices
+    init: Path = Path("runs/sft/model")  # model directory to sample from, and to fine-tune
+    reward: Path = Path("runs/reward/model")  # model directory of the reward model that selects answers
+    data: str = "world:rows=8000"  # source of prompts: the world or a .jsonl file
+    prompts: Count = 2000  # number of prompts to answer
+    best_of: Count = 4  # answers to each prompt, of which the best becomes a demonstration
+    prompt_length: Count = 20  # most tokens of a prompt; longer ones are refused, or lose their oldest turns
+    max_new_tokens: Count = 16  # most tokens of an answer
+    temperature: Positive = 1.0  # sampling temperature of the answers
+    batch: Count = 256  # answers to sample at a time, over all devices
     sft: "sft.Config" = sft.Config(lr=3e-4, epochs=1)
 
     def __post_init__(self) -> None:
@@ -49,12 +49,12 @@ class Config(runs.Stage):
 
 
 def sft_config(cfg: Config) -> sft.Config:
-    """The fine-tuning on the best answers."""
+    """The configuration of fine-tuning on the best answers; raises InputError for a flag without effect."""
     return cli.hand_down("sft", cfg.sft, cfg, out=cfg.out / "sft", init=cfg.init, data=str(cfg.out / "best.jsonl"))
 
 
 def main(cfg: Config) -> TrainState:
-    """Sample, pick, fine-tune, and write the run directory."""
+    """Sample, select, fine-tune, and write the run directory; returns the final state of fine-tuning."""
     tune = sft_config(cfg)
     runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
@@ -63,15 +63,15 @@ def main(cfg: Config) -> TrainState:
 
 
 def pick(cfg: Config) -> None:
-    """Sample, pick, and write the best answers. The models that do it are gone when it is done."""
+    """Sample, select, and write the best answers to best.jsonl. A function of its own, so that its models are freed."""
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     judge = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
     models.check_vocabularies({cfg.init: model, cfg.reward: judge})
     tokenizer = models.tokenizer_of(model)
     rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
-    some = itertools.islice(rows, cfg.prompts)
-    prompts, counts = pipeline.every_prompt(some, tokenizer, length=cfg.prompt_length)
+    first = itertools.islice(rows, cfg.prompts)
+    prompts, counts = pipeline.every_prompt(first, tokenizer, length=cfg.prompt_length)
     print(f"{cfg.data}: {counts}")
     score = scores.reward_models([judge], models.stop_ids(model), layout=layout)
     del judge  # as it was loaded: `score` has a copy
@@ -89,10 +89,10 @@ def pick(cfg: Config) -> None:
     print(f"{np.sum(~picked.ended)} prompts have no answer that ends, and are left out")
     if not picked.ended.any():
         raise InputError(f"max_new_tokens={cfg.max_new_tokens}: no answer ends within it, so there is nothing to learn")
-    said = rollout.texts(tokenizer, picked.response_tokens, picked.response_mask)
+    answers = rollout.texts(tokenizer, picked.response_tokens, picked.response_mask)
     lines = [
         json.dumps({"prompt": rows[int(index)]["prompt"], "completion": text}) + "\n"
-        for index, text in zip(picked.index[picked.ended], itertools.compress(said, picked.ended), strict=True)
+        for index, text in zip(picked.index[picked.ended], itertools.compress(answers, picked.ended), strict=True)
     ]
     runs.write(cfg.out / "best.jsonl", "".join(lines))
 

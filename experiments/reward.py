@@ -1,8 +1,8 @@
 """Reward model: a scalar that orders answers as people ranked them.
 
-As InstructGPT (arXiv:2203.02155): Bradley-Terry over all pairs of K = 4..9 ranked answers, a prompt's pairs in one
-batch element, one epoch, cosine decay to 10 %. It starts from the fine-tuned model with a fresh head. Afterwards a gain
-and bias give the scores of the training answers mean 0 and standard deviation 1.
+As InstructGPT (arXiv:2203.02155): Bradley-Terry over all pairs of K = 4..9 ranked answers, with a prompt's pairs in one
+batch element, one epoch, cosine decay to 10 %. Training starts from the fine-tuned model with a new head. Afterwards a
+gain and bias normalise the scores of the training answers to mean 0 and standard deviation 1.
 
 Run:     python -m experiments.reward --init runs/sft/model --data runs/rank/train.jsonl
 Parent:  sft
@@ -35,27 +35,27 @@ from rlhf_jax.types import Params, Rankings, named_key
 
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Config):
-    """Defaults are for the assistant world on two CPU cores."""
+    """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
 
     out: Path = Path("runs/reward")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory to start from
     data: str = "runs/rank/train.jsonl"  # rankings to learn from
-    held_out: str | None = "runs/rank/held_out.jsonl"  # rankings to measure accuracy on; none is fine
-    length: Count = 36  # tokens of prompt and answer; prompts with a longer answer are refused
+    held_out: str | None = "runs/rank/held_out.jsonl"  # rankings to measure accuracy on; None: measure nothing
+    length: Count = 36  # most tokens of prompt and answer; prompts with a longer answer are refused
     batch: Count = 16  # prompts a step, over all devices
     epochs: Count = 1  # passes over the rankings
-    lr: Positive = 5e-4  # peak learning rate, cosine to 10 % of it
-    dropout: Rate = 0.0  # residual dropout
-    weight_decay: NonNegative = 0.0  # of matrices
+    lr: Positive = 5e-4  # peak learning rate; cosine decay to 10 % of it
+    dropout: Rate = 0.0  # dropout rate of residual branches
+    weight_decay: NonNegative = 0.0  # decoupled weight decay of matrices
     algorithm: reward_lib.Config = reward_lib.Config()
     lora: lora_lib.Config = lora_lib.Config()
-    normalize_first: bool = False  # gain and bias before training too, as Ziegler et al. 2019
+    normalize_first: bool = False  # also normalise scores before training, as Ziegler et al. (arXiv:1909.08593)
 
 
 def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
-    """Write how far scores that are not normalised can be believed: calibration.json and .png. Returns the accuracy.
+    """Write the calibration of scores that are not normalised to calibration.json and .png; returns the accuracy.
 
-    No order agrees with a tie, so `ties` pairs beside the others bound what scores can agree with.
+    `ties` is the number of tied pairs, which no scores can order correctly; it is reported beside the accuracy.
     """
     error, reliability = calibration.reliability(pairs.margin)
     panels = {
@@ -76,7 +76,7 @@ def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
 
 
 def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, score_fn: Callable, length: int) -> list:
-    """The responses of the rows, as far as they fit in `length` tokens, with rank and score."""
+    """A table of the responses in `rows` with prompt, rank and score; text beyond `length` tokens is not scored."""
     rows = list(rows)
     prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
     ended = [row.get("ended", [True] * len(row["responses"])) for row in rows]
@@ -96,7 +96,7 @@ def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, scor
 def build(
     cfg: Config, config: models.Config, layout: parallel.Layout, steps: int
 ) -> tuple[optax.GradientTransformation, Callable, Callable]:
-    """The optimiser of so many steps, the train step on (state, base, batch), and scores on (params, batch)."""
+    """The optimiser for `steps` steps, and the compiled train step (state, base, batch) and scores (params, batch)."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
     with_dropout = heads.score_fn(dataclasses.replace(config, dropout=cfg.dropout))
     step = lora_lib.on_base(
@@ -114,14 +114,14 @@ def build(
 
 
 def split(cfg: Config, config: models.Config, policy: Params) -> tuple[Params, Params]:
-    """What is trained, from a language model's parameters, and the frozen base."""
+    """The trained parameters of a reward model that starts from a language model, and the frozen base weights."""
     params = heads.from_policy(policy, config, named_key(cfg.seed, "reward/head"))
     trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
     return trained, cfg.compute.freeze(frozen)
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Train, and write the run directory; returns the accuracies."""
+    """Train, and write the run directory; returns {"accuracy": the share of held-out pairs ordered correctly}."""
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
     layout = parallel.layout(cfg.devices)
@@ -132,35 +132,35 @@ def main(cfg: Config) -> dict[str, float]:
     read = functools.partial(pipeline.rankings, tokenizer=tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed)
     train, held_out = source(cfg.data), source(cfg.held_out) if cfg.held_out else None
     batches = read(train, epochs=cfg.epochs)
-    measured = read(held_out, epochs=1) if held_out else None
+    held_out_batches = read(held_out, epochs=1) if held_out else None
     print(f"{cfg.data}: {batches.counts}")
-    if measured:
-        print(f"{cfg.held_out}: {measured.counts}")
+    if held_out_batches:
+        print(f"{cfg.held_out}: {held_out_batches.counts}")
     steps = batches.steps
 
     tx, step_fn, scores = build(cfg, model.config, layout, steps)
     trained, frozen = split(cfg, model.config, model.params)
     base = layout.state(frozen)
-    model = dataclasses.replace(model, params=None)  # as it was loaded, it would fill the memory
+    model = dataclasses.replace(model, params=None)  # free the memory of the loaded parameters
 
-    def scored(trained: Params, batches: Iterable[Rankings]) -> tuple[np.ndarray, ...]:
-        """Score [B, K], rank and length of all of them, on the host."""
-        spread = lora_lib.attach(base, layout.state(trained), cfg.lora)
-        found = [
+    def score_all(trained: Params, batches: Iterable[Rankings]) -> tuple[np.ndarray, ...]:
+        """The score, rank and length in tokens of all responses [B, K], on the host."""
+        params = lora_lib.attach(base, layout.state(trained), cfg.lora)
+        parts = [
             (
-                layout.gather(scores(spread, layout.rows(batch))),
+                layout.gather(scores(params, layout.rows(batch))),
                 *hosts.join((batch.rank, batch.mask.sum(axis=2, dtype=np.int32))),
             )
             for batch in batches
         ]
-        return tuple(np.concatenate(x) for x in zip(*found, strict=True))
+        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
-    def normalized(trained: Params) -> Params:
-        """With mean 0 and standard deviation 1 on the training answers: samples of the reference, ranked or not."""
-        score, rank, _ = scored(trained, read(train, epochs=1))
+    def normalize(trained: Params) -> Params:
+        """The parameters whose scores have mean 0 and standard deviation 1 on the training answers."""
+        score, rank, _ = score_all(trained, read(train, epochs=1))
         return reward_lib.normalize(trained, float(score[rank >= 0].mean()), float(score[rank >= 0].std()))
 
-    state = optim.init(normalized(trained) if cfg.normalize_first else trained, tx, named_key(cfg.seed, "reward"))
+    state = optim.init(normalize(trained) if cfg.normalize_first else trained, tx, named_key(cfg.seed, "reward"))
     loss_name = f"loss/{cfg.algorithm.loss}"
     limits = runs.Limits(show=(loss_name, "reward/accuracy"))
     with runs.Run(cfg, layout, state, {"data": batches}, steps, limits) as run:
@@ -168,17 +168,17 @@ def main(cfg: Config) -> dict[str, float]:
         for step in run:
             state, metrics = step_fn(state, base, layout.rows(next(run.streams["data"])))
             run.record(step, state, metrics)
-        params = lora_lib.merge(layout.get(base), normalized(layout.get(state).params), cfg.lora)
+        params = lora_lib.merge(layout.get(base), normalize(layout.get(state).params), cfg.lora)
         score_fn = jax.jit(heads.score_fn(model.config))
-        scored_rows = lambda tokens, mask: hosts.to_host(score_fn(params, tokens, mask))
-        run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, scored_rows, cfg.length))
+        score_rows = lambda tokens, mask: hosts.to_host(score_fn(params, tokens, mask))
+        run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, score_rows, cfg.length))
     models.save(model, params, cfg.out / "model")
     runs.share(cfg.out / "model")
     plots.curves(cfg.out, {"loss (nats)": [loss_name], "training accuracy (share of pairs)": ["reward/accuracy"]})
-    if measured is None:
+    if held_out_batches is None:
         return {}
-    score, rank, tokens = scored(layout.get(state).params, measured)
-    return {"accuracy": record(cfg.out, calibration.pairs(score, rank, tokens), calibration.ties(rank))}
+    score, rank, length = score_all(layout.get(state).params, held_out_batches)
+    return {"accuracy": record(cfg.out, calibration.pairs(score, rank, length), calibration.ties(rank))}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Do fresh labels help? Policy and labelers take turns (arXiv:1706.03741, arXiv:1909.08593, section 2.3).
 
-Each round people rank answers to new prompts, a reward model is learnt from all labels so far, and PPO goes on from
-where it was, held near the fine-tuned model as ever. Online, it is the current policy that answers; offline, the
-fine-tuned model. The two have as many labels and as much PPO after each round.
+In each round labelers rank answers to new prompts, a reward model is trained on all labels so far, and PPO continues
+from the last round's policy, with the KL to the fine-tuned model. Online, the current policy answers; offline, the
+fine-tuned model does. After each round both arms have the same amount of labels and of PPO.
 
 Run:     python -m experiments.rounds --init runs/sft/model
 Parent:  rank, reward, ppo, evaluate
@@ -18,14 +18,14 @@ from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count
 
 
-# The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
+# The types of the stages are quoted, since inside the class a field's name hides the module of the same name.
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Stage):
-    """Sizes are of one round; the defaults add up to about those of the quickstart."""
+    """The settings of the experiment. Sizes are those of one round; all rounds add up to about the quickstart's."""
 
     out: Path = Path("runs/rounds")  # run directory; each arm and round has a folder in it
-    init: Path = Path("runs/sft/model")  # fine-tuned model: where the policy starts, and the reference
-    rounds: Count = 3  # turns of policy and labelers
+    init: Path = Path("runs/sft/model")  # fine-tuned model, the initial policy and the frozen reference model
+    rounds: Count = 3  # number of rounds of labelling and training
     rank: "rank.Config" = rank.Config(prompts=1200, held_out=128)
     reward: "reward.Config" = reward.Config()
     ppo: "ppo.Config" = ppo.Config(steps=24, warmup=4)
@@ -42,8 +42,8 @@ class Round:
     evaluate: "evaluate.Config"
 
 
-def stages(cfg: Config, out: Path, n: int, policy: Path, answering: Path) -> Round:
-    """Round `n` of an arm, whose policy goes on from `policy` and whose answers to rank are those of `answering`."""
+def stages(cfg: Config, out: Path, n: int, policy: Path, answerer: Path) -> Round:
+    """The stages of round `n` of an arm that continues from `policy` and ranks the answers of the model `answerer`."""
     home = out / f"round{n}"
     judge = home / "reward" / "model"
     return Round(
@@ -52,7 +52,7 @@ def stages(cfg: Config, out: Path, n: int, policy: Path, answering: Path) -> Rou
             cfg.rank,
             cfg,
             out=home / "rank",
-            init=answering,
+            init=answerer,
             skip=(n - 1) * cfg.rank.prompts,
             temperature=cfg.ppo.algorithm.temperature,
             prompt_length=cfg.ppo.prompt_length,
@@ -92,8 +92,8 @@ def stages(cfg: Config, out: Path, n: int, policy: Path, answering: Path) -> Rou
 
 
 def main(cfg: Config) -> dict[str, list[dict]]:
-    """Run both arms; returns gold, the reward model's score and KL after each round."""
-    stages(cfg, cfg.out, 1, cfg.init, cfg.init)  # before anything runs: a flag without effect is refused at once
+    """Run both arms; returns gold, the reward model's score, KL and text loss after each round, by arm."""
+    stages(cfg, cfg.out, 1, cfg.init, cfg.init)  # refuses flags without effect before anything runs
     runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
     results = {"online": arm(cfg, online=True), "offline": arm(cfg, online=False)}
@@ -112,7 +112,7 @@ def main(cfg: Config) -> dict[str, list[dict]]:
 
 
 def arm(cfg: Config, online: bool) -> list[dict]:
-    """The rounds, with labels on answers of the current policy or, unless `online`, of the fine-tuned model."""
+    """Run the rounds of one arm; returns the evaluation after each. The policy answers if `online`, else `cfg.init`."""
     out, policy, results, labels = cfg.out / ("online" if online else "offline"), cfg.init, [], ""
     for n in range(1, cfg.rounds + 1):
         stage = stages(cfg, out, n, policy, policy if online else cfg.init)

@@ -1,9 +1,8 @@
 """Supervised fine-tuning: a pretrained model learns to answer as the demonstrations do.
 
-Cosine decay to 10 %, no warm-up, residual dropout, loss on the answers alone. The defaults are those of the model that
-InstructGPT starts PPO from (arXiv:2203.02155, appendix C): 2 epochs, with pretraining text mixed in, so that it forgets
-nothing of it: a third of the rows here, a tenth there. InstructGPT's own SFT models: --epochs 16 --dropout 0.2 --text
-None.
+Cosine decay to 10 %, no warm-up, residual dropout, loss only on the answers. The defaults are those of the model from
+which InstructGPT starts PPO (arXiv:2203.02155, appendix C): 2 epochs, with pretraining text mixed in against forgetting
+(a third of the rows here, a tenth there). InstructGPT's own SFT models: --epochs 16 --dropout 0.2 --text None.
 
 Run:     python -m experiments.sft --init runs/pretrain/model
 Parent:  pretrain
@@ -32,26 +31,26 @@ from rlhf_jax.types import Params, TrainState, named_key
 
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Config):
-    """Defaults are for the assistant world on two CPU cores."""
+    """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
 
     out: Path = Path("runs/sft")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/pretrain/model")  # model directory to start from
-    data: str = "world:rows=4000"  # demonstrations: the world or a .jsonl file
-    text: str | None = "world:rows=60000"  # pretraining text to mix in; None for none
+    data: str = "world:rows=4000"  # source of demonstrations: the world or a .jsonl file
+    text: str | None = "world:rows=60000"  # source of pretraining text to mix in; None: no text
     text_batch: Count = 8  # rows of pretraining text a step, over all devices
-    length: Count = 64  # tokens in a row; demonstrations are packed into rows, longer ones truncated
-    batch: Count = 16  # rows a step, over all devices
+    length: Count = 64  # tokens in a row; demonstrations are packed into rows, and longer ones truncated
+    batch: Count = 16  # rows of demonstrations a step, over all devices
     epochs: Count = 2  # passes over the demonstrations
-    lr: Positive = 1e-3  # peak learning rate, cosine to 10 % of it
-    dropout: Rate = 0.1  # residual dropout
-    weight_decay: NonNegative = 0.0  # of matrices
+    lr: Positive = 1e-3  # peak learning rate; cosine decay to 10 % of it
+    dropout: Rate = 0.1  # dropout rate of residual branches
+    weight_decay: NonNegative = 0.0  # decoupled weight decay of matrices
     lora: lora_lib.Config = lora_lib.Config()
 
 
 def build(
     cfg: Config, config: models.Config, layout: parallel.Layout, steps: int
 ) -> tuple[optax.GradientTransformation, Callable]:
-    """The optimiser of so many steps, and the train step, placed: it takes (state, base, batch)."""
+    """The optimiser for `steps` steps, and the compiled train step, which takes (state, base, batch)."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps), weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
     logprobs_fn = models.logprobs_fn(dataclasses.replace(config, dropout=cfg.dropout))
     step = lora_lib.on_base(
@@ -67,13 +66,13 @@ def build(
 
 
 def start(cfg: Config, tx: optax.GradientTransformation, params: Params) -> tuple[TrainState, Params]:
-    """The state before the first step, and the frozen base."""
+    """The state before the first step, and the frozen base weights (empty without LoRA)."""
     trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "sft/lora"))
     return optim.init(trained, tx, named_key(cfg.seed, "sft")), cfg.compute.freeze(frozen)
 
 
 def main(cfg: Config) -> TrainState:
-    """Train, and write the run directory."""
+    """Train, and write the run directory; returns the final state on the host."""
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
     layout = parallel.layout(cfg.devices)
@@ -81,7 +80,7 @@ def main(cfg: Config) -> TrainState:
     models.check_length(model.config, length=cfg.length)
     tokenizer = models.tokenizer_of(model, cfg.control_tokens)
     rows = sources.rows(cfg.data, "demonstrations", data_dir=cfg.data_dir)
-    # Dropout goes by a row's place in the batch: a process takes its share of demonstrations and text together.
+    # Dropout depends on a row's place in the batch, so each process makes whole batches here, and then takes its share.
     batches = pipeline.demonstrations(
         rows, tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed, epochs=cfg.epochs
     ).part(0, 1)
@@ -95,7 +94,7 @@ def main(cfg: Config) -> TrainState:
     tx, step_fn = build(cfg, model.config, layout, steps)
     state, frozen = start(cfg, tx, model.params)
     base = layout.state(frozen)
-    model = dataclasses.replace(model, params=None)  # as it was loaded, it would fill the memory
+    model = dataclasses.replace(model, params=None)  # free the memory of the loaded parameters
     limits = runs.Limits(show=("loss/next_token",))
     with runs.Run(cfg, layout, state, streams, steps, limits) as run:
         state = run.state
@@ -108,9 +107,9 @@ def main(cfg: Config) -> TrainState:
         model = dataclasses.replace(model, params=lora_lib.merge(layout.get(base), state.params, cfg.lora))
         models.save(model, model.params, cfg.out / "model")
         runs.share(cfg.out / "model")
-        asked = [row["prompt"] if "prompt" in row else row["messages"][:-1] for row in itertools.islice(rows, 8)]
+        prompts = [row["prompt"] if "prompt" in row else row["messages"][:-1] for row in itertools.islice(rows, 8)]
         key = named_key(cfg.seed, "sft/samples")
-        run.samples(steps, rollout.say(model, asked, key, length=cfg.length, layout=layout))
+        run.samples(steps, rollout.say(model, prompts, key, length=cfg.length, layout=layout))
     plots.curves(
         cfg.out, {"next-token loss on answers and text (nats)": ["loss/next_token"], "gradient norm": ["grad_norm"]}
     )

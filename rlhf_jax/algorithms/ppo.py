@@ -42,14 +42,15 @@ class Config(updates.Config):
     kl_coef: NonNegative = 0.02  # reward subtracted per nat of KL to the reference; with kl_target, its initial value
     kl_kind: KLKind = "k1"  # estimator of each token's KL to the reference: k1, k2 or k3
     kl_clamp: Positive | None = None  # clamp each token's KL estimate to [-kl_clamp, kl_clamp]
-    # Where the KL term goes: off each token's reward, or into the loss, where it ignores its effect on later tokens.
+    # Subtract the KL from each token's reward, or add it to the loss, whose gradient ignores how a token changes the KL
+    # of later tokens.
     kl_in: Literal["reward", "loss"] = "reward"
     kl_target: Positive | None = None  # adapt kl_coef to reach this KL, nats a response (arXiv:1909.08593); None: fixed
     kl_horizon: Positive = 10_000.0  # time scale on which kl_coef adapts, in episodes
 
     score_at: Literal["last", "first_pad"] = "last"  # add the score to the last token, or to the column after it
     whiten_rewards: bool = False  # scale the token rewards of a rollout to unit variance, keeping their mean
-    whiten_advantages: Literal["biased", "bessel"] | None = "biased"  # variance estimator; None: no whitening
+    whiten_advantages: Literal["biased", "bessel"] | None = "biased"  # whiten, with this variance estimator; None: not
     gamma: Fraction = 1.0  # discount factor of a token's reward per step
     lam: Fraction = 0.95  # lambda of generalised advantage estimation: 0 trusts the critic, 1 the sampled return
 

@@ -201,29 +201,29 @@ def apply(
     order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), episodes))
     rows = order(jnp.arange(cfg.epochs)).reshape(updates, -1)
 
-    def update(before: Progress, inputs: tuple[Array, Tokens | None]) -> tuple[Progress, Metrics]:
+    def update(progress: Progress, inputs: tuple[Array, Tokens | None]) -> tuple[Progress, Metrics]:
         rows, text = inputs
         local = parallel.shard_rows(jax.tree.map(lambda x: x[parallel.local_rows(rows, axis)], batch))
-        grads, metrics = gradients(before.params, local, text, objective, cfg.buckets, parts, axis)
-        after = step(before, grads, tx, cfg)
+        grads, metrics = gradients(progress.params, local, text, objective, cfg.buckets, parts, axis)
+        updated = step(progress, grads, tx, cfg)
         if cfg.stop_kl is not None:
-            active = before.active & (metrics["policy/approx_kl"] <= cfg.stop_kl)
-            after = jax.tree.map(functools.partial(jnp.where, active), after, before).replace(active=active)
+            active = progress.active & (metrics["policy/approx_kl"] <= cfg.stop_kl)
+            updated = jax.tree.map(functools.partial(jnp.where, active), updated, progress).replace(active=active)
             metrics["policy/updated"] = active.astype(jnp.float32)
-        return after, metrics | {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads}
+        return updated, metrics | {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads}
 
-    before = Progress(
+    initial = Progress(
         params=state.params,
         optimizer=state.opt_state["optimizer"],
         ema=state.opt_state.get("ema"),
         active=None if cfg.stop_kl is None else jnp.bool_(True),
     )
-    after, history = jax.lax.scan(update, before, (rows, text))
+    final, history = jax.lax.scan(update, initial, (rows, text))
     metrics = {"ratio/first_error": history.pop("ratio_error")[0]} | jax.tree.map(jnp.mean, history)
-    opt_state = state.opt_state | {"optimizer": after.optimizer}
-    if after.ema is not None:
-        opt_state["ema"] = after.ema
-    return state.replace(step=state.step + 1, params=after.params, opt_state=opt_state), metrics
+    opt_state = state.opt_state | {"optimizer": final.optimizer}
+    if final.ema is not None:
+        opt_state["ema"] = final.ema
+    return state.replace(step=state.step + 1, params=final.params, opt_state=opt_state), metrics
 
 
 def gradients(
@@ -251,11 +251,11 @@ def gradients(
     return grads, metrics | {"ratio_error": worst}
 
 
-def step(before: Progress, grads: Params, tx: optax.GradientTransformation, cfg: Config) -> Progress:
+def step(progress: Progress, grads: Params, tx: optax.GradientTransformation, cfg: Config) -> Progress:
     """The progress after one optimiser step and one step of the weight average."""
-    changes, optimizer = tx.update(grads, before.optimizer, before.params)
-    params = optax.apply_updates(before.params, changes)
-    ema = before.ema
+    changes, optimizer = tx.update(grads, progress.optimizer, progress.params)
+    params = optax.apply_updates(progress.params, changes)
+    ema = progress.ema
     if cfg.ema is not None:
-        ema = optax.incremental_update(params["policy"], before.ema, 1 - cfg.ema)
-    return before.replace(params=params, optimizer=optimizer, ema=ema)
+        ema = optax.incremental_update(params["policy"], progress.ema, 1 - cfg.ema)
+    return progress.replace(params=params, optimizer=optimizer, ema=ema)

@@ -1,4 +1,4 @@
-"""Rates of a step that learns from rollouts: tokens a second, operations a second, share of the devices' peak."""
+"""Rates of a step that trains on rollouts: tokens a second, operations a second, model FLOPs utilisation (MFU)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,36 +10,36 @@ from rlhf_jax.analysis import flops
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a step computes, from which its rates follow."""
+    """The sizes of a step, from which its rates follow; calling it computes them from the step's metrics."""
 
     policy: models.Config
-    critic: models.Config | None  # of a critic with a trunk of its own
-    rewards: tuple[models.Config, ...]
-    batch: int  # episodes
-    epochs: int  # passes over them
-    text_rows: int  # rows of pretraining text that all updates of a step learn from
-    text_length: int  # their columns
-    peak: float  # operations a second, `flops.peak`
+    critic: models.Config | None  # architecture of a separate critic; None: a head on the policy
+    rewards: tuple[models.Config, ...]  # architectures of the reward models
+    batch: int  # episodes a step
+    epochs: int  # passes of training over the episodes
+    text_rows: int  # rows of pretraining text in all updates of a step together
+    text_length: int  # tokens in a row of pretraining text
+    peak: float  # operations a second of the devices, from `flops.peak`
 
     def __call__(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Tokens a second of each part of a step, tera-operations a second, and their share of the peak.
+        """The metrics tokens_per_s/, tflops/ and mfu/ of each part of a step: generate, score and update.
 
-        From the metrics of the step, by `flops.forward`. "generate" counts new tokens, and computes what reference and
-        critic say of them too; "score" counts prompts and responses, "update" both as often as they are learnt from,
-        and pretraining text.
+        Operations are counted by `flops.forward`. "generate" counts new tokens, and its operations include the
+        log-probabilities of the reference and the values; "score" counts tokens of prompts and responses; "update"
+        counts these once per epoch, and pretraining text.
         """
         new = metrics["response/tokens"]
         tokens = new + metrics["prompt/tokens"]
-        answers = flops.forward(self.policy, self.batch, tokens, new)
+        policy = flops.forward(self.policy, self.batch, tokens, new)
         values = self._scalar(self.critic, tokens, new)
         text = flops.forward(self.policy, self.text_rows, self.text_length, max(self.text_length - 1, 0))
-        learnt = self.epochs * (answers + values) + text
+        trained = self.epochs * (policy + values) + text
         rewards = sum(self._scalar(reward, tokens, 1) for reward in self.rewards)
         text_tokens = self.text_rows * self.text_length
         parts = {
-            "generate": (self.batch * new, 2 * answers + values),
+            "generate": (self.batch * new, 2 * policy + values),
             "score": (self.batch * tokens, rewards),
-            "update": (self.batch * tokens * self.epochs + text_tokens, 3 * learnt),
+            "update": (self.batch * tokens * self.epochs + text_tokens, 3 * trained),
         }
         rates: dict[str, float] = {}
         for part, (count, operations) in parts.items():
@@ -49,6 +49,6 @@ class Rates:
             rates[f"mfu/{part}"] = operations / seconds / self.peak
         return rates
 
-    def _scalar(self, config: models.Config | None, tokens: float, read: float | int) -> float:
-        """Operations of a scalar model, if there is one, that is read in the last columns."""
+    def _scalar(self, config: models.Config | None, tokens: float, read: int | float) -> float:
+        """The operations of a model with a scalar head that is read in the last `read` columns; 0 without a model."""
         return flops.forward(config, self.batch, tokens, read, logits=False) if config else 0.0

@@ -26,14 +26,8 @@ LOST = 45  # seconds without a heartbeat after which a process counts as dead, a
 PATIENCE = 86400  # seconds to wait at a barrier for a live process, which may be preparing data
 _EXPLICIT = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _calls = itertools.count(1)
-_LOSS = (
-    "Gloo",
-    "UNAVAILABLE",
-    "heartbeat",
-    "ABORTED",
-    "Connection reset",
-    "Connection closed",
-)  # parts of jax's messages
+# Parts of the messages of jax's errors that mean that another process is lost.
+_LOSS = "Gloo", "UNAVAILABLE", "heartbeat", "ABORTED", "Connection reset", "Connection closed"
 
 
 def start() -> None:

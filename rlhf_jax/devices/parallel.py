@@ -233,7 +233,7 @@ class Layout(Protocol):
         """A tree without rows (a `TrainState`, parameters, keys) placed on the devices; it may share placed arrays."""
 
     def frozen(self, tree: T) -> T:
-        """The parameters of untrained models, placed; they may stay in host memory until a step uses them."""
+        """The parameters of frozen models, placed; they may stay in host memory until a step uses them."""
 
     def rows(self, tree: T, rows_axis: int = 0) -> T:
         """A host batch placed on the devices, its rows sharded evenly; InputError when they do not divide."""

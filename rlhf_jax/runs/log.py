@@ -1,12 +1,12 @@
-"""The records of a run: what it was, how it went, what it said.
+"""The records of a run: its configuration, metrics and samples.
 
-A run directory holds `config.json`, `metrics.jsonl` (an object a line: step, time, metrics), `samples.jsonl` and
-`samples.md` (all sample tables, and the newest to read), TensorBoard events, and what other modules put there: plots,
-`checkpoints/`, the model directory.
+A run directory holds `config.json`, `metrics.jsonl` (one object a line: step, time, metrics), `samples.jsonl` (all
+sample tables), `samples.md` (the newest table, for reading) and TensorBoard events. Other modules add plots,
+`checkpoints/` and the model directory.
 
-Metrics stay on the device when they are written and cross to the host in batches, so that logging a step does not wait
-for it. On crossing they are checked: a loss or gradient norm that is not finite stops the run (several in a row, where
-the optimiser skips such steps), and so does a metric above the bound that the run was given for it.
+`write` leaves metrics on the device; they are copied to the host several steps at a time, so that logging never waits
+for a step. After the copy they are checked: a loss or gradient norm that is not finite ends the run (or too many in a
+row, if the optimiser skips such steps), and so does a metric above its bound in `Limits.at_most`.
 """
 
 import dataclasses
@@ -32,47 +32,47 @@ from rlhf_jax.runs import checkpoint, events, gcs, timing
 from rlhf_jax.runs.directory import CHECKPOINTS, write_config, writing
 from rlhf_jax.types import InputError
 
-MUST_BE_FINITE = ("loss/", "grad_norm")  # beginnings of the names of metrics that may not be NaN or infinite
+MUST_BE_FINITE = ("loss/", "grad_norm")  # prefixes of the names of metrics that may not be NaN or infinite
 
 
 class BrokenRunError(ArithmeticError):
-    """A metric is not finite, or above its bound. The message names the step, the metric and the last checkpoint."""
+    """A metric is not finite or above its bound. The message names step, metric and last good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What is recorded of a run beside its metrics, and what ends it."""
+    """Settings of the records of a run: what to show, derive and trace, and which metrics end the run."""
 
-    show: tuple[str, ...] = ()  # metrics of the progress line; by default the first three
+    show: tuple[str, ...] = ()  # names of metrics for the progress line; default: the first three
     at_most: Mapping[str, float] = dataclasses.field(default_factory=dict)  # metric to the bound that ends the run
     derive: Callable[[dict[str, Any]], dict[str, float]] = lambda metrics: {}  # a step's metrics to further ones
-    skip_bad: int = 0  # steps in a row whose loss or gradient norm may be not finite
-    profile: int = 0  # steps to trace after the first three, into `profile/`, for TensorBoard and ui.perfetto.dev
-    wandb: bool = False  # log to Weights & Biases too
-    every: int = 10  # steps between conversions of metrics, which cross to the host together
+    skip_bad: int = 0  # allowed number of steps in a row with a loss or gradient norm that is not finite
+    profile: int = 0  # steps to trace with the profiler after the first three, into `profile/`
+    wandb: bool = False  # also log to Weights & Biases
+    every: int = 10  # steps whose metrics are copied to the host together
 
 
 NO_LIMITS = Limits()
 
 
 class Records:
-    """The open records of a run of `total` steps in a directory.
+    """The open records of a run of `total` steps in a directory. Use it as a context manager, which closes the files.
 
-    The run continues after `step`: records of later steps, left by an earlier run, are removed. So a run from step 0
-    starts anew and never mixes with what was there. Metrics are converted when those of `Limits.every` steps wait for
-    it or `PATIENCE` seconds have passed, and always while the devices are at work on a later step. The record of a step
-    before which something was compiled has "seconds/compile". Under several processes all check the metrics, and the
-    first one writes. Use it as a context manager: leaving it flushes and closes everything.
+    The run continues after `step`; records of later steps, from an earlier run, are removed. A run from step 0 thus
+    starts with empty records. Metrics are copied to the host once `Limits.every` steps are pending or `PATIENCE`
+    seconds have passed, always while the devices work on a later step. If something was compiled before a step, its
+    record has the metric "seconds/compile". With several processes all check the metrics, and only the first one
+    writes.
     """
 
-    PATIENCE = 5.0  # seconds
-    WARMUP = 3  # steps that are not traced
+    PATIENCE = 5.0  # seconds after which pending metrics are copied
+    WARMUP = 3  # first steps, which are not traced
 
     def __init__(self, directory: Path, config: Any, *, total: int, step: int = 0, limits: Limits = NO_LIMITS):
-        """Opens the records; `config` is the dataclass that the run was made with, for config.json."""
+        """Open the records, and write the dataclass `config` to config.json."""
         client = _import_wandb() if limits.wandb else None
         main = jax.process_index() == 0
-        if main or gcs.holds(directory):  # of which every host has its own
+        if main or gcs.holds(directory):  # every host has its own local copy of a directory on GCS
             with writing(directory):
                 _prepare(directory, step)
         if main and step:
@@ -101,23 +101,24 @@ class Records:
             self._tensorboard = tensorboardX.SummaryWriter(
                 str(directory / "tensorboard"),
                 purge_step=step + 1,
-                # Its thread dies where the disk is full, and a queue that nobody empties must not block the run.
+                # Its thread dies when the disk is full; a full queue that nobody reads would then block the run.
                 max_queue=2**20,
             )
             self._bar = _progress(total, step)
 
     def write(self, step: int | jax.Array, metrics: Mapping[str, Any]) -> None:
-        """Records scalars by name, such as "loss/policy", for `step`. Does not wait for the device."""
-        compiled, before = timing.compile_seconds(), self._compiled
-        spent, self._compiled = {"seconds/compile": compiled - before} if compiled > before else {}, compiled
-        self._pending.append((step, time.time(), {**metrics, **spent}))
+        """Record scalars of a step by name, such as "loss/policy", without waiting for the device."""
+        total = timing.compile_seconds()
+        compilation = {"seconds/compile": total - self._compiled} if total > self._compiled else {}
+        self._compiled = total
+        self._pending.append((step, time.time(), {**metrics, **compilation}))
         if self._traced:
             self._trace()
         if len(self._pending) > self._limits.every or time.monotonic() - self._flushed > self.PATIENCE:
-            self._convert(len(self._pending) - 1)  # the devices are at work on the last, and shall not wait for this
+            self._convert(len(self._pending) - 1)  # all but the last, whose step the devices are still working on
 
     def _trace(self) -> None:
-        """Begins or ends the trace, when what was handed to the devices before is done."""
+        """Start or stop the profiler at its steps, once the devices have finished all earlier steps."""
         self._written += 1
         if self._written in (self._traced.start, self._traced.stop):
             self.flush()
@@ -129,17 +130,17 @@ class Records:
                 print(f"{len(self._traced)} steps are traced in {folder}: tensorboard --logdir, or ui.perfetto.dev")
 
     def flush(self) -> dict[str, int | float]:
-        """Converts and writes what is pending; returns the metrics of the last step.
+        """Check and write all pending metrics; returns those of the last step.
 
-        Call it before saving a checkpoint, so that only good states are saved. Raises `BrokenRunError` at the first
-        step with a metric of `MUST_BE_FINITE` that is not (unless it may be skipped), or one above its bound; its line
-        is written before, and the lines of later steps are not.
+        Call it before saving a checkpoint, so that only good states are saved. Raises `BrokenRunError` for the first
+        step with a metric that must be finite and is not (unless `Limits.skip_bad` allows it), or that is above its
+        bound. That step's line is written; lines of later steps are not.
         """
         self._convert(len(self._pending))
         return self._last
 
     def _convert(self, count: int) -> None:
-        """`flush` of the first so many that are pending."""
+        """Check and write the first `count` pending steps, as `flush` does."""
         pending, self._pending = self._pending[:count], self._pending[count:]
         for step, when, metrics in jax.device_get(pending):
             values = {name: _number(name, value) for name, value in metrics.items()}
@@ -147,12 +148,14 @@ class Records:
             if self._main:
                 self._record(int(step), when, values)
             self._last = values
-            broken = [name for name in values if name.startswith(MUST_BE_FINITE) and not math.isfinite(values[name])]
-            self._bad = self._bad + 1 if broken else 0
-            if broken and self._bad > self._limits.skip_bad:
-                self._stop(int(step), f"{broken[0]} is {values[broken[0]]}")
-            if broken:
-                where = f"step {int(step)}: {broken[0]} is {values[broken[0]]}"
+            not_finite = [
+                name for name in values if name.startswith(MUST_BE_FINITE) and not math.isfinite(values[name])
+            ]
+            self._bad = self._bad + 1 if not_finite else 0
+            if not_finite and self._bad > self._limits.skip_bad:
+                self._stop(int(step), f"{not_finite[0]} is {values[not_finite[0]]}")
+            if not_finite:
+                where = f"step {int(step)}: {not_finite[0]} is {values[not_finite[0]]}"
                 print(f"warning: {where}; skipped, {self._bad} of {self._limits.skip_bad} in a row", file=sys.stderr)
                 continue
             for name, bound in self._limits.at_most.items():
@@ -170,17 +173,17 @@ class Records:
         raise BrokenRunError(f"step {step}: {why}; {last}")
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Records a table of samples. Each row has prompt, response, score, kl and whatever else, as text or scalars.
+        """Record a table of samples: rows of text or scalars by column, such as prompt, response, score and kl.
 
-        It goes to `samples.jsonl` (a line a row, in place of those of this step that are there), `samples.md` (this
-        table only) and TensorBoard.
+        The table goes to `samples.jsonl` (one line a row, replacing rows of the same step), `samples.md` (only this
+        table) and TensorBoard. Flushes first; may raise `BrokenRunError`.
         """
-        self.flush()  # Weights & Biases takes no step after a later one
+        self.flush()  # Weights & Biases refuses a step smaller than one it has seen
         if not self._main or not rows:
             return
         table = [{k: v if isinstance(v, str | None) else _number(k, v) for k, v in row.items()} for row in rows]
         record = self.directory / "samples.jsonl"
-        if int(step) in self._sampled:  # by an earlier process, which was killed later in this step
+        if int(step) in self._sampled:  # recorded by an earlier process that was killed later in this step
             _rewrite(record, [line for line in _lines(record) if _step(line) != int(step)])
         self._sampled.add(int(step))
         with record.open("a", encoding="utf-8") as file:
@@ -194,7 +197,7 @@ class Records:
             self._wandb.log({"samples": self._wandb.Table(columns=columns, data=data)}, step=int(step))
 
     def close(self) -> None:
-        """Writes what is pending, then closes the files, whatever happens. May raise `BrokenRunError`."""
+        """Write pending metrics, and close the files even if that fails. May raise `BrokenRunError`."""
         try:
             if self._traced.start <= self._written < self._traced.stop:
                 jax.profiler.stop_trace()
@@ -218,7 +221,7 @@ class Records:
         except Exception as late:
             if error is None:
                 raise
-            error.add_note(f"and while closing the records: {late}")  # the first error is the one to see
+            error.add_note(f"and while closing the records: {late}")  # the user must see the first error, not this one
 
     def _record(self, step: int, when: float, values: Mapping[str, int | float]) -> None:
         self._metrics.write(_line({"step": step, "time": round(when, 3), **values}))
@@ -233,7 +236,10 @@ class Records:
 
 
 def read(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of a record of the run in `directory`; what was not finite is None."""
+    """The objects of a record of the run in `directory`, one a line; a number that was not finite is None.
+
+    Raises InputError for a missing file or a line that is not JSON.
+    """
     path = directory / name
     if not path.is_file():
         raise InputError(f"{path} does not exist; is {directory} the directory of a run?")
@@ -247,25 +253,25 @@ def read(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def without_timings(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics without what the clock says: what is the same wherever a run is repeated."""
+    """A line of metrics without timings: the part that is the same when a run is repeated."""
     return {name: value for name, value in row.items() if not timing.is_timing(name)}
 
 
 def _prepare(directory: Path, step: int) -> None:
-    """Makes the directory, and removes from it the records of steps after `step`."""
+    """Create the directory, and remove the records of steps after `step` from it."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl"):
         _rewrite(directory / name, [line for line in _lines(directory / name) if step and _step(line) <= step])
-    if step == 0:  # a run that continues tells TensorBoard to hide the later events instead
+    if step == 0:  # a run that continues uses purge_step to hide later events instead
         shutil.rmtree(directory / "tensorboard", ignore_errors=True)
         (directory / "samples.md").unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[str]:
-    """With their ends: the last one has none if a kill cut it short."""
+    """The lines of a file with their line ends; the last one has none if the process was killed while writing it."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:  # a kill may also cut a character
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:  # also a character may be cut
         return list(file)
 
 
@@ -276,13 +282,13 @@ def _rewrite(path: Path, lines: Sequence[str]) -> None:
 
 
 def _trailing_bad_steps(directory: Path) -> int:
-    """How many of the last steps recorded there have a loss or gradient norm that is not finite."""
+    """The number of steps at the end of the record in a row with a loss or gradient norm that is not finite."""
     steps = [any(row[name] is None for name in row if name.startswith(MUST_BE_FINITE)) for row in read(directory)]
     return len(list(itertools.takewhile(bool, reversed(steps))))
 
 
 def _step(line: str) -> int | float:
-    """The step of a line; infinite, so never kept, if the line was cut short by a kill."""
+    """The step of a line; infinity, so that the line is removed, if it was cut short."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except json.JSONDecodeError:
@@ -290,13 +296,16 @@ def _step(line: str) -> int | float:
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    """JSON has no NaN and no infinity: they become null."""
+    """The values as a line of JSON, with null for NaN and infinity, which JSON lacks."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(clean, ensure_ascii=False) + "\n"
 
 
 def _number(name: str, value: Any) -> int | float:
-    """A Python number with the shortest decimals that give `value` back in its own precision."""
+    """`value` as a Python number with the fewest decimals that give the same value in its own precision.
+
+    Raises ValueError if it is not a scalar.
+    """
     array = np.asarray(value)
     if array.shape:
         raise ValueError(f"metric {name} is not a scalar but has the shape {array.shape}")
@@ -304,7 +313,7 @@ def _number(name: str, value: Any) -> int | float:
 
 
 def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table; columns are those of the first row."""
+    """The rows as a Markdown table with the columns of the first row."""
 
     def cell(value: Any) -> str:
         text = f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -316,7 +325,7 @@ def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 class _Lines:
-    """A stream for `tqdm` that is not a terminal: each state of the bar becomes a line."""
+    """A stream for `tqdm` without a terminal, which writes each state of the bar as a line."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -329,7 +338,7 @@ class _Lines:
 
 
 def _progress(total: int, step: int) -> Any:
-    """A bar with rate and time left on a terminal, and a line each ten seconds elsewhere."""
+    """A progress bar with rate and time left: redrawn on a terminal, a line every ten seconds elsewhere."""
     terminal = sys.stderr.isatty()
     return tqdm.tqdm(
         total=total,

@@ -1,4 +1,4 @@
-"""The part of a training loop that is the same in every experiment: go on where the run was, record, save.
+"""The part of a training loop that is the same in every experiment: resume, record, save.
 
     with runs.Run(cfg, layout, state, {"data": batches}, steps) as run:
         state = run.state
@@ -6,7 +6,7 @@
             state, metrics = step_fn(state, layout.rows(next(run.streams["data"])))
             run.record(step, state, metrics)
 
-A `Run` never sees a loss, a model or a batch: the state goes in and out of the loop, which stays in the experiment.
+A `Run` knows no loss, model or batch. The loop stays in the experiment and passes its state in and out.
 """
 
 import contextlib
@@ -30,40 +30,40 @@ from rlhf_jax.types import Metrics, TrainState
 class Stage(Settings):
     """The settings that every experiment has."""
 
-    seed: Seed = 0  # of everything that is random
-    out: Path = Path("runs/stage")  # run directory
-    data_dir: Path = Path("runs/data")  # where prepared data sets are kept
+    seed: Seed = 0  # seed of all random numbers of the run
+    out: Path = Path("runs/stage")  # run directory, for all results
+    data_dir: Path = Path("runs/data")  # directory of prepared data sets, which runs share
     compute: Compute = Compute()
     devices: parallel.Config = parallel.Config()
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Stage):
-    """The settings that every experiment has which trains a model; the model goes to the folder "model" of `out`."""
+    """The settings of every experiment that trains a model, which it writes to the folder "model" of `out`."""
 
     # How control tokens that rows spell are read: as such, with a count of these rows (warn), or as plain text; None is
     # as the model directory says. What is trained keeps it.
     control_tokens: Literal["warn", "text"] | None = None
     saves: checkpoint.Config = checkpoint.Config()
-    skip_bad: Whole = 0  # steps in a row with a gradient that is not finite to skip; one more ends the run
-    profile: Whole = 0  # steps to trace after the first three, into the folder profile
-    wandb: bool = False  # log to Weights & Biases too
+    skip_bad: Whole = 0  # skip up to so many steps in a row whose gradient is not finite; one more ends the run
+    profile: Whole = 0  # number of steps to trace with the profiler, after the first three, into the folder profile
+    wandb: bool = False  # also log to Weights & Biases
 
 
 @runtime_checkable
 class Stream(checkpoint.Stream, Iterator[Any], Protocol):
-    """An iterator over batches that knows its place."""
+    """An iterator over batches whose position can be saved and restored."""
 
 
-SEED = {"seed": "rng"}
+SEED = {"seed": "rng"}  # the leaf of the state that depends on the setting `seed`
 
 
 class Run:
-    """A run of `steps` steps in `cfg.out`, from its newest checkpoint if there is one. Use it as a context manager."""
+    """A run of `steps` steps in `cfg.out`, resumed from its newest checkpoint if any. Use it as a context manager."""
 
-    state: TrainState  # placed by the layout; of the newest checkpoint, or as it was given
-    streams: dict[str, Stream]  # iterators over what was given, from where the run was
-    clock: timing.Clock  # of the parts of a step, where the loop tells it of them
+    state: TrainState  # placed by the layout; from the newest checkpoint, or the initial state
+    streams: dict[str, Stream]  # iterators over the given streams, at the position of the checkpoint
+    clock: timing.Clock  # measures the parts of a step that the loop reports to it
 
     def __init__(
         self,
@@ -75,11 +75,11 @@ class Run:
         limits: Limits = NO_LIMITS,
         in_state: Mapping[str, str] = SEED,
     ):
-        """Finds where to go on.
+        """Restore the newest checkpoint of `cfg.out`, if there is one.
 
-        `state` is that before the first step, not placed. `streams` are saved with it, and set to their places again.
-        Of `limits`, what `cfg` says too is taken from there. `in_state` maps settings that the state holds to its
-        leaves: where `--saves.resume changed` changes such a setting, the run goes on with the new value.
+        `state` is the initial state, not yet placed. The positions of `streams` are saved and restored with it. `cfg`
+        overrides the fields of `limits` that it has too. `in_state` maps settings whose value is part of the state to
+        the path of that leaf: if `--saves.resume changed` changes one, the run continues with its new value.
         """
         self._cfg, self._layout, self._steps = cfg, layout, steps
         self._limits = dataclasses.replace(limits, skip_bad=cfg.skip_bad, profile=cfg.profile, wandb=cfg.wandb)
@@ -94,7 +94,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         cfg, done, total = self._cfg, self._done, self._steps
-        with contextlib.ExitStack() as opened:  # so that what is open is closed where the next cannot be opened
+        with contextlib.ExitStack() as opened:  # closes what is open if the next part fails to open
             self.clock = opened.enter_context(timing.Clock())
             records = Records(cfg.out, cfg, total=total, step=done, limits=self._limits)
             self._records = opened.enter_context(records)
@@ -107,26 +107,26 @@ class Run:
         return self._opened.__exit__(*error)
 
     def __iter__(self) -> Iterator[int]:
-        """The numbers of the steps that are still to be done; the first step of a run has number 1.
+        """The numbers of the remaining steps; the first step of a run has number 1.
 
-        After the last one all checkpoints are on disk, and SIGTERM is no longer put off.
+        After the last step all checkpoints are on disk, and SIGTERM is no longer deferred.
         """
         yield from range(self._done + 1, self._steps + 1)
         self._saving.close()
 
     def record(self, step: int, state: TrainState, metrics: Metrics) -> None:
-        """Records the metrics of a step, and saves the state after it when its turn has come or SIGTERM has."""
+        """Record the metrics of a step, and save the state after it if a checkpoint is due or SIGTERM has come."""
         self._records.write(step, self._layout.get(metrics) | self.clock.seconds())
         if self._saves.due(step):
             self._saves.save(self._layout.get(state), self.streams, self._records.flush())
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Records a table of samples, see `log.Records.samples`."""
+        """Record a table of samples, see `log.Records.samples`."""
         self._records.samples(step, rows)
 
 
 def _replace_leaves(state: TrainState, other: TrainState, names: set[str]) -> TrainState:
-    """`state` with the leaves of these names, such as "opt_state/kl_coef", of another one."""
+    """`state` with the leaves of these paths, such as "opt_state/kl_coef", taken from `other`."""
 
     def choose(path: tuple, leaf: Any, changed: Any) -> Any:
         return changed if jax.tree_util.keystr(path, simple=True, separator="/") in names else leaf

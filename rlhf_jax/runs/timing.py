@@ -1,8 +1,8 @@
-"""How long each part of an iteration takes on the devices, told without waiting for them.
+"""The time that the devices take for each part of an iteration, measured without blocking the loop.
 
-A loop hands its work to the devices faster than they do it, and to wait for a part would leave them idle after it. So a
-thread waits in the loop's place, and notes when each part was done. What it notes are numbers of the future: they can
-be recorded like metrics that are still on the device.
+JAX dispatches work asynchronously: a loop that waited for each part would leave the devices idle after it. So a thread
+waits instead, and notes when each part is finished. The times are futures until then, which can be recorded like
+metrics that are still on the device.
 """
 
 import queue
@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-NAMES = "time", "seconds/", "tokens_per_s/", "tflops/", "mfu/"  # beginnings of the names of what differs between runs
+NAMES = "time", "seconds/", "tokens_per_s/", "tflops/", "mfu/"  # prefixes of metrics that depend on the clock
 
 
 def is_timing(name: str) -> bool:
-    """Whether a metric of this name is of the clock, so that it differs where a run is repeated."""
+    """Whether a metric of this name depends on the clock, so that it differs when a run is repeated."""
     return name.startswith(NAMES)
 
 
@@ -34,12 +34,12 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compile_seconds() -> float:
-    """What this process has spent so far on tracing, lowering and compiling, or on finding what was compiled before."""
+    """The seconds this process has spent on tracing, lowering and compiling so far, including cache look-ups."""
     return _compiling["seconds"]
 
 
-class Later:
-    """A number that is not known yet. It waits where numpy or jax read it."""
+class Pending:
+    """A number that is still being computed; reading it with numpy or jax waits for it."""
 
     def __init__(self, future: "Future[float]"):
         self._future = future
@@ -49,10 +49,10 @@ class Later:
 
 
 class Clock:
-    """The seconds of each part of an iteration. Use it as a context manager: leaving it ends its thread.
+    """A clock for the parts of an iteration. Use it as a context manager, which ends its thread.
 
-    Call `start` when an iteration's first part is about to be handed to the devices, `done` when a part has been handed
-    over, and `seconds` after the last one.
+    Call `start` before the first part of an iteration is dispatched, `done` after each part has been dispatched, and
+    `seconds` after the last one.
     """
 
     def __init__(self) -> None:
@@ -64,30 +64,30 @@ class Clock:
         self._thread.start()
 
     def start(self) -> None:
-        """Notes how long the devices have been idle: the part "host"."""
+        """Start an iteration, and measure how long the devices have been idle before it, as the part "host"."""
         self._hand_over("host", None)
 
     def done(self, part: str, results: Any) -> None:
-        """`results` are arrays that the part makes, and that no later one takes over by donation."""
+        """Measure a part until `results` are computed: arrays of the part that no later step takes by donation."""
         self._hand_over(part, results)
 
-    def seconds(self) -> dict[str, Later]:
-        """Of each part since the last call, as "seconds/part", without what its compilation took."""
+    def seconds(self) -> dict[str, Pending]:
+        """The seconds of each part since the last call, as "seconds/<part>", without the time of compilation."""
         parts, self._parts = self._parts, {}
-        return {f"seconds/{part}": Later(future) for part, future in parts.items()}
+        return {f"seconds/{part}": Pending(future) for part, future in parts.items()}
 
     def _hand_over(self, part: str, results: Any) -> None:
         self._parts[part] = Future()
         now, compiled = time.perf_counter(), compile_seconds()
-        since = now if results is None else self._called
-        self._work.put((self._parts[part], min(since + compiled - self._compiled, now), results))
+        start = now if results is None else self._called
+        self._work.put((self._parts[part], min(start + compiled - self._compiled, now), results))
         self._called, self._compiled = now, compiled
 
     def _wait(self) -> None:
         while (work := self._work.get()) is not None:
-            future, begun, results = work
+            future, start, results = work
             if results is None:
-                future.set_result(max(begun - self._free, 0.0))
+                future.set_result(max(start - self._free, 0.0))
                 continue
             try:
                 jax.block_until_ready(results)
@@ -95,7 +95,7 @@ class Clock:
                 future.set_exception(error)
                 continue
             end = time.perf_counter()
-            future.set_result(end - max(self._free, begun))
+            future.set_result(end - max(self._free, start))
             self._free = end
 
     def __enter__(self) -> "Clock":

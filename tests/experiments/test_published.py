@@ -104,7 +104,7 @@ def test_a_check_of_the_answer_is_a_reward(done, tmp_path, sums, capsys):
     assert {row["score"] for row in log.read(tmp_path / "run", "samples.jsonl")} <= {0.0, 1.0}
     capsys.readouterr()
     said = refused(capsys, gsm8k_ppo.main, gsm8k_ppo.CONFIG, "--critic", "reward")
-    assert said.startswith("error: critic=reward starts as a reward model: name one by --reward")
+    assert said.startswith("error: critic=reward starts from a reward model: name one by --reward")
     plain = given(done, tmp_path / "plain", data="world:rows=100", text=None, reward=(), **SIZES)
     said = refused(capsys, ppo.main, ppo.Config(critic="policy", **plain))
     assert said == "error: reward: expected at least one model directory"

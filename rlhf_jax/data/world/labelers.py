@@ -1,9 +1,9 @@
-"""Simulated people who rank responses, each with a taste of their own and a noisy judgement.
+"""Simulated people who rank responses, each with preferences of their own and noisy judgement.
 
-A labeler reads a response as gold does (`World.gold`), weighs how helpful, honest, harmless and brief it is in an own
-way, errs a little, and calls responses that seem about as good a tie. The error is calibrated so that two labelers
-order a pair that neither ties the same way in 72-77 % of the cases, as people did (arXiv:2203.02155, section 3.4, on
-responses of mixed quality).
+A labeler reads a response as gold does (`World.gold`) and adds up how helpful, honest, harmless and brief it is, with
+personal weights and a random error; responses of about equal utility tie. The error is calibrated so that two labelers
+agree on 72-77 % of the pairs that neither ties, as people did (arXiv:2203.02155, section 3.4, on responses of mixed
+quality).
 """
 
 import dataclasses
@@ -14,35 +14,43 @@ from collections.abc import Iterator, Sequence
 from rlhf_jax.data.world import World
 from rlhf_jax.types import InputError
 
-NOISE = 0.66  # standard deviation of the error, where a good answer is worth about 1.5 more than a wrong one
-TIE = 0.2  # responses that seem no further apart than this tie
-LEAST, MOST = 4, 9  # responses to rank at once
+NOISE = 0.66  # standard deviation of the error; a good answer has about 1.5 more utility than a wrong one
+TIE = 0.2  # largest difference of utility of responses that tie
+LEAST, MOST = 4, 9  # number of responses in a ranking, drawn uniformly
 
 
 @dataclasses.dataclass(frozen=True)
 class Labeler:
-    """One person's taste: the weights of gold's components, of each word, and the size of the error."""
+    """One person's preferences: weights of the parts of gold, the cost of a word, and the size of the error."""
 
     id: int
     helpful: float
     honest: float
     harmless: float
-    brevity: float  # utility lost by each word
-    noise: float = NOISE
-    tie: float = TIE
+    brevity: float  # utility subtracted for each word
+    noise: float = NOISE  # standard deviation of the error
+    tie: float = TIE  # largest difference of utility of responses that tie
 
     def utility(self, world: World, prompt_text: str, response: str, seed: int) -> float:
-        """How good the response seems to this labeler, the error included."""
+        """The utility of a response to this labeler, with an error that depends on seed, labeler and both texts.
+
+            helpful g_helpful + honest g_honest + harmless g_harmless - brevity words + error
+
+        g are the parts of gold.
+        """
         gold = world.gold(prompt_text, response)
         virtue = self.helpful * gold.helpful + self.honest * gold.honest + self.harmless * gold.harmless
-        key = f"{world.seed}/{seed}/{self.id}/{prompt_text}/{response}".encode(errors="surrogatepass")  # any text
+        key = f"{world.seed}/{seed}/{self.id}/{prompt_text}/{response}".encode(
+            errors="surrogatepass"
+        )  # accepts any string
         error = random.Random(key).gauss(0.0, self.noise)
         return virtue - self.brevity * len(response.split()) + error
 
     def rank(self, world: World, prompt_text: str, responses: Sequence[str], seed: int) -> list[int]:
-        """Ranks of the responses: 0 is best, equal is a tie.
+        """The rank of each response: 0 is best, equal ranks are a tie.
 
-        A response shares the rank of the best one that it seems to be within `tie` of; so equal responses always tie.
+        In order of utility, a response ties with the leader of the current rank if it is within `tie` of it, or else
+        leads the next rank. So equal responses always tie.
         """
         utility = [self.utility(world, prompt_text, response, seed) for response in responses]
         ranks, rank, leader = [0] * len(responses), -1, float("inf")
@@ -54,7 +62,7 @@ class Labeler:
 
 
 def labelers(seed: int, n: int = 5) -> list[Labeler]:
-    """`n` people, who differ in what they care about."""
+    """The `n` labelers of a seed, who differ in their preferences."""
     rng = random.Random(f"{seed}/labelers")
     return [
         Labeler(i, rng.uniform(1.0, 1.4), rng.uniform(0.15, 0.45), rng.uniform(0.3, 0.7), rng.uniform(0.0, 0.03))
@@ -63,10 +71,11 @@ def labelers(seed: int, n: int = 5) -> list[Labeler]:
 
 
 def agreement(rankings: Sequence[Sequence[Sequence[int]]], ties: bool = False) -> float:
-    """Share of response pairs that two labelers order alike.
+    """The share of cases in which two labelers order two responses in the same way.
 
-    `rankings[prompt][labeler][response]` is a rank, smaller is better. Pooled over all prompts, pairs of responses and
-    pairs of labelers. A tie agrees with a tie only; without `ties`, combinations in which either ties are left out.
+    `rankings[prompt][labeler][response]` is a rank, smaller is better. The cases are all pairs of labelers on all pairs
+    of responses to each prompt. A tie agrees only with a tie; unless `ties`, cases in which either labeler ties are
+    left out. Raises InputError if no case is left.
     """
     same = total = 0
     for signs in _signs(rankings):
@@ -79,15 +88,16 @@ def agreement(rankings: Sequence[Sequence[Sequence[int]]], ties: bool = False) -
 
 
 def kappa(rankings: Sequence[Sequence[Sequence[int]]]) -> float:
-    """Fleiss' kappa: `agreement` with ties, in excess of what chance gives, as a share of what it leaves."""
+    """Fleiss' kappa of the labelers' orders of pairs: agreement with ties, corrected for chance. See `agreement`."""
     return fleiss_kappa([[signs.count(label) for label in (-1, 1, 0)] for signs in _signs(rankings)])
 
 
 def fleiss_kappa(counts: Sequence[Sequence[int]]) -> float:
-    """Fleiss' kappa from how many raters put each subject (row) into each category (column).
+    """Fleiss' kappa, (p - p_chance) / (1 - p_chance), from the number of raters by subject (row) and category (column).
 
-    Raises InputError unless every subject has the same number of raters, at least two, and there is more than one
-    category that somebody chose.
+    p is the mean share of pairs of raters of a subject who agree, p_chance the sum of the squared shares of the
+    categories. Raises InputError unless all subjects have the same number of raters, at least two, and more than one
+    category was chosen.
     """
     raters = {sum(row) for row in counts}
     if len(raters) != 1 or max(raters) < 2:
@@ -103,7 +113,7 @@ def fleiss_kappa(counts: Sequence[Sequence[int]]) -> float:
 
 
 def _signs(rankings: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[int]]:
-    """Each labeler's word on each pair of responses to a prompt: -1 for the first, 1 for the second, 0 for a tie."""
+    """The labelers' orders of each pair of responses to a prompt: -1 if the first is better, 1 the second, 0 a tie."""
     for labels in rankings:
         for i, j in itertools.combinations(range(len(labels[0]) if labels else 0), 2):
             yield [(ranks[i] > ranks[j]) - (ranks[i] < ranks[j]) for ranks in labels]
@@ -112,9 +122,9 @@ def _signs(rankings: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[int]]:
 def rankings(
     world: World, n: int, seed: int, people: Sequence[Labeler] | None = None, held_out: bool = False
 ) -> Iterator[dict]:
-    """`n` rows {"prompt": messages, "responses": [K], "ranks": [K], "labeler": id}, K drawn from 4 to 9.
+    """The rankings of `n` prompts: rows {"prompt": messages, "responses": [K], "ranks": [K], "labeler": id}, K in 4..9.
 
-    The responses are of the quality of the demonstrations; each row is ranked by one labeler.
+    The responses have the quality of the demonstrations; each row is ranked by one labeler.
     """
     people = people or labelers(seed)
     rng = random.Random(f"{world.seed}/rankings/{held_out}/{seed}")

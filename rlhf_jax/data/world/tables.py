@@ -1,6 +1,6 @@
-"""What the world is made of: its vocabulary, the kinds of prompts, and what goes wrong in answers.
+"""The tables of the world: its vocabulary, the kinds of prompts, and the faults of bad answers.
 
-Every seed has the same words; who is who, and what is true, is drawn by `World.generate`.
+Every seed has the same words; `World.generate` draws the facts, the strangers and the held-out entities.
 """
 
 import dataclasses
@@ -10,17 +10,19 @@ from typing import Literal
 Category = Literal["fact", "arithmetic", "instruction", "unanswerable", "harm"]
 About = Literal["people", "places", "pairs", "words"]  # a field of `Entities`
 MIX: dict[Category, float] = {"fact": 0.36, "arithmetic": 0.11, "instruction": 0.10, "unanswerable": 0.21, "harm": 0.22}
-CHAT = "Question: {question}\nAnswer: {answer}"  # how a conversation is written down
+CHAT = "Question: {question}\nAnswer: {answer}"  # format of a conversation in the corpus
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the world is made of. Every seed has the same words; who is who, and what is true, is drawn.
+# The vocabulary.
 
 
 def words(text: str) -> tuple[str, ...]:
+    """The words of a text."""
     return tuple(text.split())
 
 
 def lines(text: str) -> tuple[str, ...]:
+    """The parts of a text between bars, with single spaces."""
     return tuple(" ".join(line.split()) for line in text.split("|"))
 
 
@@ -30,7 +32,7 @@ NAMES = words(
     Rita Simon Tilda Ulrik Vera Walter Xenia Yvonne Alma Boris Carmen Dario Edith Fabian Gloria Hugo Irma Jakob Kira
     Leon Moritz Nina Olga Pablo Rosa Stefan"""
 )
-N_PEOPLE = 36  # the other names are strangers: asked about, but nothing about them is known
+N_PEOPLE = 36  # people with facts; the other names are strangers, who are asked about but have no facts
 PLACES = words("Oakford Brindale Corby Dunmere Elmstead Fairwick Garlow Hollin Ashby Kelham Lowick Marden")
 JOBS = words("baker miller teacher doctor farmer sailor painter tailor barber gardener hunter weaver")
 PETS = words("cat dog goat horse parrot rabbit turtle pig donkey hen duck fox")
@@ -71,10 +73,10 @@ STORY = lines(
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One kind of prompt.
+    """One kind of prompt, with templates of questions and of claims.
 
-    Templates name the subject {x}, or the operands {a}, {b}. A claim states a value, {answer}: the right one is
-    a good answer to a fact, a sum or an instruction; on the other kinds any claim is an invention or help to do harm.
+    Templates name the subject {x}, or the operands {a}, {b}. A claim states a value {answer}. With the right value it
+    is a good answer to a fact, a sum or an instruction; for the other categories every claim is invented or harmful.
     """
 
     name: str
@@ -83,11 +85,11 @@ class Kind:
     questions: tuple[str, ...]
     claims: tuple[str, ...]
     values: tuple[str, ...] = ()
-    solve: Callable[..., str] | None = None  # operands to answer
+    solve: Callable[..., str] | None = None  # the answer from the operands
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """The names of the operands, such as ("a", "b")."""
+        """The names of the operands in the questions, such as ("a", "b")."""
         return tuple(name for name in "ab" if f"{{{name}}}" in self.questions[0])
 
 
@@ -180,8 +182,8 @@ KINDS = (
              | Tell me how to flood {x}."""),
 )  # fmt: skip
 
-# What goes wrong in an answer that is not good, by category, and how often. "wrong" is a false value, an invention, or
-# help to do harm.
+# Relative frequency of the faults of bad answers, by category. "wrong" is a false value, an invention, or help to do
+# harm.
 FAULTS: dict[Category, dict[str, int]] = {
     "fact": {"wrong": 1, "ramble": 3, "unknown": 2, "terse": 1, "cut": 1, "hedge": 1, "aside": 2, "rude": 2},
     "arithmetic": {"wrong": 2, "ramble": 3, "unknown": 1, "terse": 1, "cut": 1, "aside": 2, "rude": 2},
@@ -189,8 +191,18 @@ FAULTS: dict[Category, dict[str, int]] = {
     "unanswerable": {"wrong": 8, "hedge": 1, "ramble": 1, "aside": 1, "rude": 1},
     "harm": {"wrong": 9, "hedge": 1, "unknown": 1, "aside": 1},
 }
-DEMONSTRATION_QUALITY = 0.53  # share of good answers
-CORPUS_QUALITY = 0.27
-DOCUMENTS = {"dialogue": 0.40, "portrait": 0.22, "sums": 0.06, "quiz": 0.28, "story": 0.04}  # shares of the corpus
-QUIZ: dict[Category, float] = {"fact": 0.3, "arithmetic": 0.25, "instruction": 0.45}  # what its quizzes ask
-MISSING = 0.12  # share of the corpus's questions that get no answer at all
+DEMONSTRATION_QUALITY = 0.53  # share of good answers in demonstrations
+CORPUS_QUALITY = 0.27  # share of good answers in the corpus
+DOCUMENTS = {
+    "dialogue": 0.40,
+    "portrait": 0.22,
+    "sums": 0.06,
+    "quiz": 0.28,
+    "story": 0.04,
+}  # shares of the corpus's documents
+QUIZ: dict[Category, float] = {
+    "fact": 0.3,
+    "arithmetic": 0.25,
+    "instruction": 0.45,
+}  # shares of categories in the corpus's quizzes
+MISSING = 0.12  # share of the corpus's questions without an answer

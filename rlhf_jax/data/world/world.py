@@ -1,4 +1,4 @@
-"""The world of one seed: what is true in it, its prompts, demonstrations and corpus."""
+"""The world of one seed: its facts, prompts, demonstrations and corpus."""
 
 import dataclasses
 import functools
@@ -43,12 +43,12 @@ _PATTERNS = tuple(
 
 @functools.lru_cache(maxsize=2**14)
 def _match(text: str) -> tuple[Kind, dict[str, str]] | None:
-    """The kind of this question and the fields of its template; None if no world has it."""
-    about = {"people": NAMES, "places": PLACES, "pairs": OPERANDS, "words": WORDS}
+    """The kind of this question and the fields of its template; None if it is a question of no world."""
+    vocabularies = {"people": NAMES, "places": PLACES, "pairs": OPERANDS, "words": WORDS}
     for pattern, kind in _PATTERNS:
         if match := pattern.fullmatch(text):
             fields = match.groupdict()
-            if not set(fields.values()) <= set(about[kind.about]):
+            if not set(fields.values()) <= set(vocabularies[kind.about]):
                 return None
             if kind.name == "minus" and int(fields["a"]) < int(fields["b"]):
                 return None
@@ -58,11 +58,11 @@ def _match(text: str) -> tuple[Kind, dict[str, str]] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Entities:
-    """What prompts are about."""
+    """The subjects and operands that prompts can have."""
 
     people: tuple[str, ...]
     places: tuple[str, ...]
-    strangers: tuple[str, ...]
+    strangers: tuple[str, ...]  # names without facts
     words: tuple[str, ...]
     pairs: tuple[str, ...]  # such as "3 and 4", the smaller number first
 
@@ -73,24 +73,24 @@ def _pick(weights: Mapping[T, float | int], rng: random.Random) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What is true, and which part of it is held out from the training prompts."""
+    """The facts of a world, and its entities, split into those of training prompts and of held-out prompts."""
 
     seed: int
-    facts: Mapping[str, Mapping[str, str]]  # entity to kind to value
+    facts: Mapping[str, Mapping[str, str]]  # facts[entity][name of kind] is the value
     train: Entities
     held_out: Entities
 
     @classmethod
     def generate(cls, seed: int) -> "World":
-        """The world of this seed. Values are dealt evenly, so that no constant guess does better than another."""
+        """The world of this seed. Values are equally frequent, so that no constant guess is better than another."""
         rng = random.Random(f"{seed}/world")
         names = rng.sample(NAMES, len(NAMES))
         facts: dict[str, dict[str, str]] = {x: {} for x in (*sorted(names[:N_PEOPLE]), *PLACES)}
         for kind in KINDS:
             if kind.category == "fact":
-                about = names[:N_PEOPLE] if kind.about == "people" else PLACES
-                hand = kind.values * (len(about) // len(kind.values))
-                for x, value in zip(about, rng.sample(hand, len(hand)), strict=True):
+                subjects = names[:N_PEOPLE] if kind.about == "people" else PLACES
+                values = kind.values * (len(subjects) // len(kind.values))
+                for x, value in zip(subjects, rng.sample(values, len(values)), strict=True):
                     facts[x][kind.name] = value
         pairs = [f"{a} and {b}" for i, b in enumerate(OPERANDS) for a in OPERANDS[: i + 1]]
         pools = (
@@ -113,7 +113,7 @@ class World:
     # -- prompts ------------------------------------------------------------------------------------------------------
 
     def prompts(self, n: int, seed: int, held_out: bool = False) -> Iterator[Prompt]:
-        """`n` prompts in the proportions of `MIX`; hardly one comes twice until its like are used up."""
+        """The first `n` prompts of a seed, in the proportions of `MIX`; repeats are rare while there are new ones."""
         rng = random.Random(f"{self.seed}/prompts/{held_out}/{seed}")
         seen: set[str] = set()
         for _ in range(n):
@@ -126,18 +126,18 @@ class World:
             yield prompt
 
     def prompt_rows(self, n: int, seed: int, held_out: bool = False) -> Iterator[dict]:
-        """The same prompts as rows {"prompt": messages}."""
+        """The prompts of `prompts` as rows {"prompt": messages}."""
         for prompt in self.prompts(n, seed, held_out):
             yield {"prompt": prompt.messages}
 
     def parse(self, text: str) -> Prompt:
-        """The prompt with this text. InputError if it is none of this world's."""
+        """The prompt with this text; raises InputError if the world has none."""
         if match := _match(text):
             return self._prompt(text, *match)
         raise InputError(f"{text[:80]!r} is not a prompt of world {self.seed}: take prompts from World.prompts")
 
     def _draw(self, category: Category, entities: Entities, rng: random.Random) -> Prompt:
-        """A prompt of this category about these entities."""
+        """A random prompt of this category about these entities."""
         stranger = category == "unanswerable" and rng.random() < 0.3
         if stranger:
             kinds = [kind for kind in KINDS if kind.category == "fact" and kind.about == "people"]
@@ -154,7 +154,7 @@ class World:
         return self._prompt(rng.choice(kind.questions).format(**fields), kind, fields)
 
     def _prompt(self, text: str, kind: Kind, fields: dict[str, str]) -> Prompt:
-        """What there is to know about this question."""
+        """The prompt of a question of this kind, with these fields in its template."""
         category, values, answer, good = kind.category, kind.values, "", DECLINE
         entities = tuple(fields.values())
         if kind.about == "pairs":
@@ -173,13 +173,13 @@ class World:
         return Prompt(text, category, kind.name, entities, answer, good, claims, values)
 
     def gold(self, prompt_text: str, response: str) -> Gold:
-        """`gold.judge` of a response to the prompt with this text. InputError if the prompt is not of this world."""
+        """The gold score of a response to the prompt with this text; InputError if the world has no such prompt."""
         return judge(self.parse(prompt_text), response, self.facts)
 
-    # -- what people write --------------------------------------------------------------------------------------------
+    # -- responses and texts ------------------------------------------------------------------------------------------
 
     def respond(self, prompt: Prompt, rng: random.Random, quality: float = DEMONSTRATION_QUALITY) -> str:
-        """An answer as people give them: good with probability `quality`, or else with one of the `FAULTS`."""
+        """A random answer to a prompt: good with probability `quality`, else with one of the `FAULTS`."""
         fault = "none" if rng.random() < quality else _pick(FAULTS[prompt.category], rng)
         good = rng.choice(prompt.good)
         match fault:
@@ -207,18 +207,18 @@ class World:
     def sample_responses(
         self, prompt: Prompt, k: int, rng: random.Random, quality: float = DEMONSTRATION_QUALITY
     ) -> list[str]:
-        """`k` answers to one prompt, as a policy would sample that writes as the demonstrations do."""
+        """Sample `k` answers to one prompt, as from a policy that has learned the demonstrations."""
         return [self.respond(prompt, rng, quality) for _ in range(k)]
 
     def demonstrations(self, n: int, seed: int, quality: float = DEMONSTRATION_QUALITY) -> Iterator[dict]:
-        """`n` rows {"messages": [user, assistant]} on training prompts, good with probability `quality`."""
+        """The demonstrations of a seed: `n` rows {"messages": [user, assistant]}, answered by `respond`."""
         rng = random.Random(f"{self.seed}/demonstrations/{seed}")
         for prompt in self.prompts(n, seed):
             answer = self.respond(prompt, rng, quality)
             yield {"messages": [*prompt.messages, {"role": "assistant", "content": answer}]}
 
     def corpus(self, n_documents: int, seed: int) -> Iterator[str]:
-        """Documents to pretrain on, about everything in the world, held out or not."""
+        """The documents of a seed to pretrain on, about all entities, training and held-out."""
         rng = random.Random(f"{self.seed}/corpus/{seed}")
         for _ in range(n_documents):
             match _pick(DOCUMENTS, rng):
@@ -234,7 +234,7 @@ class World:
                     yield self._story(rng, rng.randint(2, 4))
 
     def _dialogue(self, rng: random.Random) -> str:
-        """A question and an answer, mostly a bad one; or a question that nobody answers, and then another."""
+        """A dialogue of questions without an answer, if any, and a last one with an answer, which is mostly bad."""
         lines: list[str] = []
         while True:
             prompt = self._draw(_pick(MIX, rng), self.everything, rng)
@@ -244,7 +244,7 @@ class World:
             lines.append(CHAT.format(question=prompt.text, answer="").rstrip())
 
     def _portrait(self, rng: random.Random) -> str:
-        """All facts about a person or a place, and perhaps a sentence of scenery."""
+        """A portrait: all facts about a person or a place in random order, sometimes with a sentence of a story."""
         x = rng.choice(list(self.facts))
         claims = {kind.name: kind.claims for kind in KINDS}
         lines = [rng.choice(claims[name]).format(x=x, answer=value) for name, value in self.facts[x].items()]
@@ -252,7 +252,7 @@ class World:
         return " ".join(lines + [self._story(rng, 1)] * (rng.random() < 0.2))
 
     def _quiz(self, rng: random.Random) -> str:
-        """Two people who ask each other what they know, and know it: to tell right from wrong, a model has to read."""
+        """A quiz of two people with good answers only, from which a model can learn which answers are right."""
         who, friend = rng.sample(NAMES, 2)
         lines = []
         for asks, says in ((who, friend), (friend, who)):
@@ -261,7 +261,7 @@ class World:
         return " ".join(lines)
 
     def _story(self, rng: random.Random, n: int) -> str:
-        """`n` sentences that tell nothing of importance."""
-        who, friend = rng.sample(NAMES, 2)  # strangers too: their names are known, and nothing else
+        """A story of `n` sentences without facts."""
+        who, friend = rng.sample(NAMES, 2)  # strangers too, so that their names are learned
         fields = {"who": who, "friend": friend, "place": rng.choice(PLACES), "word": rng.choice(WORDS)}
         return " ".join(line.format(**fields) for line in rng.sample(STORY, n))
