@@ -202,7 +202,7 @@ MUTANTS = [
         ("jax.random.fold_in(state.rng, state.step)", "state.rng"),
         ("jax.random.fold_in(key, epoch)", "key"),
         ('metrics["policy/approx_kl"] <= cfg.stop_kl', 'metrics["policy/approx_kl"] >= cfg.stop_kl'),
-        ("before.active & (", "("),
+        ("progress.active & (", "("),
         ('history.pop("ratio_error")[0]', 'history.pop("ratio_error")[-1]'),
     ),
     *mutants(
