@@ -100,9 +100,9 @@ def main(cfg: Config) -> dict:
     """Run the stages one after the other, and evaluate them; returns the summary."""
     start = time.monotonic()
     out = cfg.out
+    configs = stages(cfg)  # refuses flags without effect before anything runs
     runs.claim(out, cfg)
     runs.write_config(out, cfg)
-    configs = stages(cfg)  # refuses flags without effect before anything runs
     base, tuned, final = configs.sft.init, configs.ppo.init, configs.evaluate.model
     runs.once(pretrain.main, configs.pretrain)
     runs.once(sft.main, configs.sft)

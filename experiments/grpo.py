@@ -97,6 +97,8 @@ def main(
     """
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
+    if not cfg.reward and score_text is None:
+        raise InputError("reward: expected at least one model directory")
     if cfg.reward and score_text:
         raise InputError("reward has no effect on scores that are not reward models': leave it out")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)

@@ -124,6 +124,8 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     """Train, and write the run directory; returns the final state. `score_text` replaces the reward models' scores."""
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
+    if not cfg.reward and score_text is None:
+        raise InputError("reward: expected at least one model directory")
     if score_text and cfg.pessimism:
         raise InputError("pessimism has no effect on scores that are not reward models': leave it out")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)

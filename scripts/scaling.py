@@ -84,7 +84,7 @@ def chips(topology: str) -> int:
 
 
 def made(experiment: str, topology: str, flags: str, timeout: float) -> dict:
-    """What the script says of a case."""
+    """The report of tpu_compile.py on one case."""
     command = [sys.executable, str(COMPILE), "--experiment", experiment, "--topology", topology, *flags.split()]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)

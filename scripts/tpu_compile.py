@@ -107,7 +107,7 @@ def main_function(name: str) -> Callable:
 
 
 def find_stage_maker(recipe: Any, stage: str, name: str) -> Any:
-    """What makes a model of a recipe: the stage `name`, or for a base model the preset of the size of `stage`."""
+    """The maker of a model of a recipe: the stage `name`, or for a base model the preset of the size of `stage`."""
     size = lambda stage: stage.partition("-")[2]
     if name in recipe.STAGES and not size(name):
         return recipe.STAGES[name][1]

@@ -90,12 +90,24 @@ SPREADING = {  # functions that hand a dict of arguments on, and the reason
 }
 
 
+DICTS = {  # functions with a dict of anything, and the reason
+    "rlhf_jax/models/config.py:llama": "the fields of a config that a family fixes",
+    "rlhf_jax/models/directory.py:_read": "a tree of parameters",
+    "rlhf_jax/models/families.py:_gated_config": "the fields of a config, out of a config.json",
+    "rlhf_jax/models/families.py:hf_config": "the settings of a config.json",
+    "rlhf_jax/runs/cli.py:_flags": "the values of flags by name, for a message",
+    "experiments/evaluate.py:main": "a result, which becomes JSON",
+    "experiments/published/gsm8k_evaluate.py:main": "a result, which becomes JSON",
+    "experiments/reward.py:record": "a result, which becomes JSON",
+}
+
+
 class Calls(ast.NodeVisitor):
-    """What a file has of long signatures and of dicts that are spread into calls, by the name of the function."""
+    """The long signatures of a file, its dicts of anything and those spread into calls, by the function's name."""
 
     def __init__(self, path: Path, root: Path = ROOT):
         self._file, self._names = str(path.relative_to(root)), list[str]()
-        self.long, self.spread = list[tuple[str, str]](), list[tuple[str, str]]()  # (function, what to tell)
+        self.long, self.spread, self.dicts = (list[tuple[str, str]]() for _ in range(3))  # (function, what to tell)
         self.visit(ast.parse(path.read_text()))
 
     def _within(self, node: ast.AST, name: str) -> None:
@@ -119,6 +131,11 @@ class Calls(ast.NodeVisitor):
             self._tell(self.long, node, f"{node.name} has {count} parameters, more than {PARAMETERS}")
             self._names.pop()
         self._within(node, node.name)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if ast.unparse(node.annotation) in ("dict", "dict[str, Any]"):
+            self._tell(self.dicts, node, f"{ast.unparse(node.target)}: {ast.unparse(node.annotation)}")
+        self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
         fills_text = isinstance(node.func, ast.Attribute) and node.func.attr == "format"
@@ -149,6 +166,14 @@ def test_calls_are_written_out():
     assert SPREADING.keys() <= {function for function, _ in spread}
 
 
+def test_settings_are_no_dict():
+    """A field or local of the type dict[str, Any] is JSON, a tree of arrays or a table of a family, never settings."""
+    dicts = [pair for calls in EVERY for pair in calls.dicts]
+    wrong = [what for function, what in dicts if function not in DICTS]
+    assert not wrong, "\n".join(wrong)
+    assert DICTS.keys() <= {function for function, _ in dicts}
+
+
 def test_what_breaks_the_rules_is_found(tmp_path: Path):
     path = tmp_path / "wrong.py"
     path.write_text(
@@ -160,6 +185,7 @@ def test_what_breaks_the_rules_is_found(tmp_path: Path):
         "    return '{a}'.format(**a), Config(*b, x=1)\n"
     )
     found = Calls(path, tmp_path)
+    assert found.dicts == [("wrong.py:A.f", "wrong.py:3: given: dict[str, Any]")]
     assert found.long == [("wrong.py:A.f", "wrong.py:2: f has 9 parameters, more than 8")]
     assert found.spread == [
         ("wrong.py:A.f", "wrong.py:4: **given in a call of Config"),

@@ -51,7 +51,7 @@ def tune(size: str, lr: float, batch: int) -> sft.Config:
 
 
 def tune_mixed(size: str, lr: float, batch: int, text_batch: int) -> sft.Config:
-    """What PPO starts from (C.3): 2 epochs, pretraining data mixed in; no dropout is told of."""
+    """The fine-tuning that PPO starts from (C.3): 2 epochs, pretraining data mixed in; the paper names no dropout."""
     return dataclasses.replace(
         tune(size, lr, batch),
         out=out(f"init-{size}"),

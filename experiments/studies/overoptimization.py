@@ -45,7 +45,7 @@ class Config(courses.Config):
 
 @dataclasses.dataclass(frozen=True)
 class Followed:
-    """What a reward model is worth, and where best-of-n and PPO go that follow it."""
+    """The accuracy of a reward model, and the courses of best-of-n and PPO that follow it."""
 
     accuracy: float
     best_of_n: list[Point]

@@ -1,4 +1,4 @@
-"""What the studies share: one fine-tuned model, the labels of each seed, and going on where they were stopped.
+"""The stages that the studies share: one fine-tuned model, the labels of each seed, and resuming where they stopped.
 
 A study is several experiments at several seeds. A seed is that of the labels, of the reward model and of the policy;
 the fine-tuned model is the same for all. Studies with the same `out` share what they have in common, and a command that
@@ -53,7 +53,7 @@ class Config(runs.Stage):
 
 @dataclasses.dataclass(frozen=True)
 class RewardSpec:
-    """What sets a reward model apart from the others of its seed."""
+    """The settings in which a reward model differs from the others of its seed."""
 
     prompts: int  # ranked prompts to learn from, the first ones
     preset: str  # architecture: it starts from the fine-tuned model of this size

@@ -1,4 +1,4 @@
-"""What is said of several seeds: mean and standard deviation, bands of curves, rows of a table."""
+"""Statistics over seeds: mean and standard deviation, bands of curves, rows of a table."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,1 +1,1 @@
-"""What a program costs and what it gives: FLOPs, compiled programs, calibration, over-optimisation."""
+"""The cost of programs and the worth of scores: FLOPs, compiled programs, calibration, over-optimisation."""

@@ -71,7 +71,7 @@ class Call:
 
 
 class Shapes:
-    """What `layout` does, for shapes."""
+    """A layout that places shapes as `layout` places arrays."""
 
     def __init__(self, layout: parallel.Layout):
         self.layout = layout

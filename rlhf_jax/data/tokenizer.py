@@ -350,7 +350,7 @@ def render_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 
 def render_completion(tokenizer: Tokenizer, prompt: Prompt, completion: str) -> list[int]:
-    """The ids of the response `completion` to `prompt`, EOS included."""
+    """The ids of the response `completion` to `prompt`, EOS included; for checking, as rows are rendered together."""
     return render(tokenizer, [prompt], [[completion]])[1][0][0].tolist()
 
 

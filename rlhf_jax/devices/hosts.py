@@ -113,6 +113,16 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+def raise_together(error: Exception | None) -> None:
+    """Raise an error of the first process on all of them, so that none waits for it. All must call this."""
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
+        if failed and error is None:
+            error = InputError("the first process of the run has ended with an error, which it tells")
+    if error is not None:
+        raise error
+
+
 def meet(where: str) -> None:
     """Wait until every process has reached this barrier, which `where` names. Raises an error of jax if one dies."""
     ocp.multihost.sync_global_processes(where, timeout=PATIENCE)

@@ -1,4 +1,4 @@
-"""What each published architecture calls its settings and tensors, and which settings of the one Transformer it is.
+"""The names of settings and tensors in each published architecture, and the `Config` that it stands for.
 
 A family is a `model_type` of Hugging Face's config.json. Configs are read and written by `transformers`, which knows
 how older ones said the same; what it knows and this Transformer does not is refused by name. Each number in the file

@@ -30,7 +30,7 @@ def take_columns(x: Shaped[Array, "B T ..."], columns: Columns) -> Shaped[Array,
 
 
 class View(struct.PyTreeNode):
-    """What every layer needs to know of the T columns that are computed and the S that they may attend to."""
+    """The masks and positions that every layer needs, of T columns that are computed and S that they may attend to."""
 
     position: Leaf  # [B, T] int32, within the document; arbitrary at padding
     rotation: Any  # `rope.Rotation` of these positions; None without RoPE

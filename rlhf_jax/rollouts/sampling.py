@@ -46,7 +46,9 @@ class Config(Settings):
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end a response, none if there are none."""
-        return () if self.eos_id is None else (self.eos_id,) if isinstance(self.eos_id, int) else tuple(self.eos_id)
+        if self.eos_id is None:
+            return ()
+        return tuple(self.eos_id) if isinstance(self.eos_id, tuple) else (int(self.eos_id),)
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -148,12 +150,11 @@ def stream(model: HasConfig, params: Params, tokens: Sequence[int], key: Array, 
     keys = jax.random.fold_in(key, 0)[None]
     cache = Cache.empty(config, 1, columns + cfg.max_new_tokens)
     cache = jax.tree.map(jnp.copy, cache)  # its leaves share memory, which cannot be donated twice
-    one_token = dataclasses.replace(cfg, max_new_tokens=1)  # so that responses of all lengths share programs too
-    token, cache = _first_token(config, one_token, params, cache, jnp.asarray(padded), jnp.asarray(mask), keys)
+    token, cache = _first_token(config, cfg, params, cache, jnp.asarray(padded), jnp.asarray(mask), keys)
     for n in range(1, cfg.max_new_tokens + 1):
         sampled = token
         if n < cfg.max_new_tokens:  # the device goes on before the host has the token
-            token, cache = _next_token(config, one_token, params, cache, sampled, keys, jnp.int32(n))
+            token, cache = _next_token(config, cfg, params, cache, sampled, keys, jnp.int32(n))
         yield int(sampled[0])
         if int(sampled[0]) in cfg.stops:
             return
@@ -215,7 +216,7 @@ class _Network(struct.PyTreeNode):
 
 
 class _Prompts(struct.PyTreeNode):
-    """What sampling starts from."""
+    """The inputs of sampling, before the prefill."""
 
     tokens: Leaf  # [B, P], padded on the left
     mask: Leaf  # [B, P]

@@ -98,15 +98,10 @@ def scorer(
     pessimism: float = 0.0,
     buckets: int = 1,
 ) -> Source:
-    """`text_function` of the policy's responses where there is a function of the text, else `reward_models`.
-
-    Raises InputError where there is nothing to score by.
-    """
+    """`text_function` of the policy's responses where there is a function of the text, else `reward_models`."""
     eos_id = models.stop_ids(policy)
     if score_text is not None:
         return text_function(score_text, rows, models.tokenizer_of(policy), layout, eos_id)
-    if not rewards:
-        raise InputError("reward: expected at least one model directory")
     return reward_models(rewards, eos_id, pessimism, layout, buckets)
 
 

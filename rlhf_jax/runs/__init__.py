@@ -2,7 +2,6 @@
 
 from rlhf_jax.runs.directory import (
     CHECKPOINTS,
-    changed_settings,
     claim,
     differences,
     once,
@@ -22,7 +21,6 @@ __all__ = [
     "Limits",
     "Run",
     "Stage",
-    "changed_settings",
     "claim",
     "differences",
     "once",

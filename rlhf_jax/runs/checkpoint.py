@@ -43,6 +43,7 @@ from rlhf_jax.types import InputError, TrainState
 _MARK = "_CHECKPOINT_METADATA"  # the file by which Orbax knows its checkpoints
 _LAST = "commit_success.txt"  # the one that makes a checkpoint in a bucket whole
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+_SAY_FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)  # in errors without a number
 _open: dict[Path, "Writer"] = {}  # of this process, by directory
 
 
@@ -196,7 +197,7 @@ class Writer:
 def disk_is_full(error: BaseException | None) -> bool:
     """Whether an error, or one that it was raised from, is that of a full disk, a quota, or a limit of file sizes."""
     while error is not None:
-        if getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL):
+        if getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _SAY_FULL):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -79,15 +79,6 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def changed_settings(directory: Path, config: Any) -> set[str]:
-    """The names of the settings in which `config` differs from what config.json in `directory` says.
-
-    A nested one has dots: `ppo.kl_coef`. There are none where there is no such file, or it cannot be read.
-    """
-    there = _read_config(directory)
-    return set() if there is None else set(differences(_completed(there, config), settings(config)))
-
-
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
     """Turn an error in writing there into an InputError; a full disk, which no flag is the cause of, stays one."""
@@ -150,38 +141,48 @@ def once(main: Callable[[Any], Any], config: Any, out: Path | None = None) -> An
     settings made it, or while another process makes it.
     """
     out = out or config.out
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        is_taken_here = lock.take(out)
-    try:
-        return _once(main, config, out)
-    finally:
-        if is_taken_here:
-            lock.release(out)
-
-
-def _once(main: Callable[[Any], Any], config: Any, out: Path) -> Any:
-    done, saves = out / "done.json", getattr(config, "saves", None)
-    if done.is_file() and (saves is None or saves.resume == "same"):
+    record = _read_done(out, config)
+    if record is None:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            is_taken_here = lock.take(out)
         try:
-            record = json.loads(done.read_text(encoding="utf-8"))
-            former, files, result = record["settings"], record["files"], record["result"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{done} cannot be read: delete it, and what it tells of is made again") from error
-        _check_same(out, former, config, "name another --out, or delete it")
-        if all((out / name).exists() for name in files):
-            print(gcs.named(f"{out} is done"), flush=True)
-            return result
+            record = _make(main, config, out)
+        finally:
+            if is_taken_here:
+                lock.release(out)
+    return record["result"]
+
+
+def _read_done(out: Path, config: Any) -> dict[str, Any] | None:
+    """The done.json of a run that is done, which any number of processes may read at once; else None."""
+    done, saves = out / "done.json", getattr(config, "saves", None)
+    if not done.is_file() or (saves is not None and saves.resume != "same"):
+        return None
+    try:
+        record = json.loads(done.read_text(encoding="utf-8"))
+        former, files, _ = record["settings"], record["files"], record["result"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{done} cannot be read: delete it, and what it tells of is made again") from error
+    _check_same(out, former, config, "name another --out, or delete it")
+    if not all((out / name).exists() for name in files):
+        return None
+    print(gcs.named(f"{out} is done"), flush=True)
+    return record
+
+
+def _make(main: Callable[[Any], Any], config: Any, out: Path) -> dict[str, Any]:
+    """Run `main`, and write done.json when it is done."""
     print(gcs.named(f"\n== {out}"), flush=True)
     now = settings(config)
-    done.unlink(missing_ok=True)
+    (out / "done.json").unlink(missing_ok=True)
     result = main(config)
     out.mkdir(parents=True, exist_ok=True)
     files = sorted(path.name for path in out.iterdir() if path.name != CHECKPOINTS and not path.name.startswith("."))
     gcs.push()  # before it says that they are there
     record = {"settings": now, "files": files, "result": result if isinstance(result, dict) else None}
-    write(done, json.dumps(record) + "\n")
-    return record["result"]
+    write(out / "done.json", json.dumps(record) + "\n")
+    return record
 
 
 def _prepare(directory: Path, config: Any) -> None:

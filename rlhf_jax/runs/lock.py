@@ -21,10 +21,19 @@ _held: dict[tuple[int, int], int] = {}  # descriptors of the locks of this proce
 def take(directory: Path) -> bool:
     """Lock the existing `directory` for this process; False if that has it already, or nobody can.
 
-    Raises InputError if another process has it.
+    Raises InputError if another process has it. All processes of the run must call it.
     """
-    if not hosts.first():
-        return False
+    error, is_taken_here = None, False
+    if hosts.first():
+        try:
+            is_taken_here = _take(directory)
+        except (InputError, OSError) as failure:
+            error = failure
+    hosts.raise_together(error)
+    return is_taken_here
+
+
+def _take(directory: Path) -> bool:
     descriptor = os.open(directory / _NAME, os.O_RDWR | os.O_CREAT, 0o666)
     identity = _identity(descriptor)
     if identity in _held:

@@ -72,13 +72,13 @@ class Records:
         """Open the records, and write the dataclass `config` to config.json."""
         client = _import_wandb() if limits.wandb else None
         main = jax.process_index() == 0
+        write_config(directory, config)  # first, for it locks the directory
         if main or gcs.holds(directory):  # every host has its own local copy of a directory on GCS
             with writing(directory):
                 _prepare(directory, step)
         if main and step:
             what = f"goes on after step {step}" if step < total else f"is trained: {step} steps"
             print(gcs.named(f"{directory} {what}"))
-        write_config(directory, config)
         if client and main:
             settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
             client.init(project="rlhf_jax", name=directory.resolve().name, dir=str(directory), config=settings)

@@ -11,6 +11,7 @@ A `Run` knows no loss, model or batch. The loop stays in the experiment and pass
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -20,7 +21,7 @@ import jax
 from rlhf_jax.devices import parallel
 from rlhf_jax.devices.compute import Compute
 from rlhf_jax.runs import checkpoint, timing
-from rlhf_jax.runs.directory import CHECKPOINTS, changed_settings
+from rlhf_jax.runs.directory import CHECKPOINTS
 from rlhf_jax.runs.log import NO_LIMITS, Limits, Records
 from rlhf_jax.settings import Seed, Settings, Whole
 from rlhf_jax.types import Metrics, TrainState
@@ -55,6 +56,22 @@ class Stream(checkpoint.Stream, Iterator[Any], Protocol):
     """An iterator over batches whose position can be saved and restored."""
 
 
+class _SettingsInState:
+    """The values of settings that a state depends on, saved beside the positions of the streams.
+
+    So a checkpoint tells which of them have changed since, on every process, whatever config.json says by now.
+    """
+
+    def __init__(self, values: dict[str, float | int | None]):
+        self._values, self.changed = values, set[str]()
+
+    def get_state(self) -> dict[str, float | int | None]:
+        return self._values
+
+    def set_state(self, saved: dict[str, float | int | None]) -> None:
+        self.changed = {name for name, value in self._values.items() if name in saved and saved[name] != value}
+
+
 SEED = {"seed": "rng"}  # the leaf of the state that depends on the setting `seed`
 
 
@@ -85,10 +102,10 @@ class Run:
         self._limits = dataclasses.replace(limits, skip_bad=cfg.skip_bad, profile=cfg.profile, wandb=cfg.wandb)
         self._opened, self._saving = contextlib.ExitStack(), contextlib.ExitStack()
         self.streams = {name: cast(Stream, iter(stream)) for name, stream in streams.items()}
-        resumed = checkpoint.resume(cfg.out / CHECKPOINTS, state, self.streams, cfg.saves, total=steps)
-        if cfg.saves.resume == "changed":
-            changed = {in_state[name] for name in changed_settings(cfg.out, cfg) if name in in_state}
-            resumed = _replace_leaves(resumed, state, changed)
+        values = _SettingsInState({name: _value(cfg, name) for name in in_state})
+        self._positions: dict[str, checkpoint.Stream] = {**self.streams, "settings": values}
+        resumed = checkpoint.resume(cfg.out / CHECKPOINTS, state, self._positions, cfg.saves, total=steps)
+        resumed = _replace_leaves(resumed, state, {in_state[name] for name in values.changed})
         self._done = int(resumed.step)
         self.state = layout.state(resumed)
 
@@ -118,11 +135,16 @@ class Run:
         """Record the metrics of a step, and save the state after it if a checkpoint is due or SIGTERM has come."""
         self._records.write(step, self._layout.get(metrics) | self.clock.seconds())
         if self._saves.due(step):
-            self._saves.save(self._layout.get(state), self.streams, self._records.flush())
+            self._saves.save(self._layout.get(state), self._positions, self._records.flush())
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a table of samples, see `log.Records.samples`."""
         self._records.samples(step, rows)
+
+
+def _value(cfg: Any, name: str) -> Any:
+    """The setting of this dotted name."""
+    return functools.reduce(getattr, name.split("."), cfg)
 
 
 def _replace_leaves(state: TrainState, other: TrainState, names: set[str]) -> TrainState:

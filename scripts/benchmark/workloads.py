@@ -1,4 +1,4 @@
-"""What is measured: training, sampling and PPO iterations, on random weights and tokens."""
+"""The workloads: training, sampling and PPO iterations, on random weights and tokens."""
 
 import dataclasses
 import functools
@@ -171,7 +171,7 @@ class Config(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is repeated and timed."""
+    """A function that is repeated and timed."""
 
     unit: str
     warmup: int

@@ -1,4 +1,4 @@
-"""What the studies share, and what they compare; test_experiments.py runs one."""
+"""What the studies share, and what they compare; test_study_pages.py runs one."""
 
 import ast
 import dataclasses

@@ -129,7 +129,6 @@ def test_rows_that_changed_are_found_however_they_are_named(tmp_path, monkeypatc
     rows.write_text("[]\n")
     with pytest.raises(InputError, match=r"\(data: [^ ]*.jsonl differs"):
         runs.claim(cfg.out, cfg)
-    assert "data" in runs.changed_settings(cfg.out, cfg)
 
 
 def test_the_same_rows_by_another_name_are_the_same(tmp_path):
@@ -191,18 +190,6 @@ def test_what_is_taken_from_outside_is_compared(tmp_path):
     expected = r"\(environment.jax_default_matmul_precision: None there, float32 here\)"
     with jax.default_matmul_precision("float32"), pytest.raises(InputError, match=expected):
         runs.claim(cfg.out, cfg)
-
-
-def test_which_settings_changed(tmp_path):
-    cfg = Config(tmp_path / "run", init=model(tmp_path / "base"))
-    assert runs.changed_settings(cfg.out, cfg) == set()
-    with_checkpoint(cfg)
-    assert runs.changed_settings(cfg.out, dataclasses.replace(cfg, wandb=True)) == set()
-    (cfg.init / "config.json").write_text("{}")
-    other = dataclasses.replace(cfg, lr=0.2, ppo=Inner(clip=0.3), rewards=(Path("a"),))
-    assert runs.changed_settings(cfg.out, other) == {"lr", "ppo.clip", "rewards.0", "init"}
-    (cfg.out / "config.json").write_text("[")
-    assert runs.changed_settings(cfg.out, other) == set()
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):

@@ -87,6 +87,16 @@ def test_a_changed_setting_that_the_state_holds_is_taken_anew(tmp_path):
     np.testing.assert_array_equal(jax.random.key_data(state.rng), jax.random.key_data(jax.random.key(5)))
 
 
+def test_a_changed_setting_is_taken_anew_also_after_a_run_that_saved_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(Config(out=tmp_path), stop_after=2)
+    more = Config(out=tmp_path, saves=CHANGED, seed=5, algorithm=Algorithm(coef=2.0))
+    with pytest.raises(KeyboardInterrupt):
+        train(more, stop_after=3)  # config.json has the new settings by now, and no checkpoint has
+    state = train(more)
+    assert float(state.params["total"]) == pytest.approx(1.4 + 2.0 * 3 + 1.8 * 4)
+
+
 def test_what_the_state_made_of_a_setting_stays_where_that_is_the_same(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(Config(out=tmp_path), stop_after=2)

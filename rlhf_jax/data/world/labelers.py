@@ -88,7 +88,7 @@ def agreement(rankings: Sequence[Sequence[Sequence[int]]], ties: bool = False) -
 
 
 def kappa(rankings: Sequence[Sequence[Sequence[int]]]) -> float:
-    """Fleiss' kappa of the labelers' orders of pairs: agreement with ties, corrected for chance. See `agreement`."""
+    """Fleiss' kappa of the labelers' orders of pairs: agreement with ties, corrected for chance; for checking."""
     return fleiss_kappa([[signs.count(label) for label in (-1, 1, 0)] for signs in _signs(rankings)])
 
 
