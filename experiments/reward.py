@@ -161,6 +161,7 @@ def main(cfg: Config) -> dict[str, float]:
         return reward_lib.normalize(trained, float(score[rank >= 0].mean()), float(score[rank >= 0].std()))
 
     state = optim.init(normalize(trained) if cfg.normalize_first else trained, tx, named_key(cfg.seed, "reward"))
+    del trained, frozen  # they would fill the memory beside what is made of them
     loss_name = f"loss/{cfg.algorithm.loss}"
     limits = runs.Limits(show=(loss_name, "reward/accuracy"))
     with runs.Run(cfg, layout, state, {"data": batches}, steps, limits) as run:

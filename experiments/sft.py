@@ -94,6 +94,7 @@ def main(cfg: Config) -> TrainState:
     tx, step_fn = build(cfg, model.config, layout, steps)
     state, frozen = start(cfg, tx, model.params)
     base = layout.state(frozen)
+    del frozen
     model = dataclasses.replace(model, params=None)  # free the memory of the loaded parameters
     limits = runs.Limits(show=("loss/next_token",))
     with runs.Run(cfg, layout, state, streams, steps, limits) as run:
