@@ -343,7 +343,7 @@ def plan_steps(main: Callable, cfg: Any, config_of: ConfigOf, devices: list, res
         jax.eval_shape(lambda: [None for _ in [main(cfg)]])
     steps = list(programs(cfg, layout.calls))
     if isinstance(cfg, rejection.Config):
-        cfg = rejection.tuning(cfg)
+        cfg = rejection.sft_config(cfg)
     if isinstance(cfg, pretrain.Config) and cfg.init is None:
         config = new_config(cfg)
     elif isinstance(cfg, pretrain.Config | sft.Config):

@@ -50,7 +50,10 @@ class Begun(Exception):
 def described(value):
     """What of an argument a setting may change, to compare."""
     if isinstance(value, functools.partial):
-        return value.func.__name__, described(value.keywords)
+        keywords = dict(value.keywords)
+        if "make_step" in keywords:  # a step of `lora.on_base`
+            keywords["make_step"] = keywords["make_step"](lambda network: network)
+        return value.func.__name__, described(keywords)
     if isinstance(value, dict):
         return {name: described(x) for name, x in value.items()}
     if isinstance(value, tuple | list):

@@ -365,6 +365,11 @@ def place(path: Path, where: str) -> str:
     return where.removeprefix(f"{path}, ")
 
 
+def file_path(name: str) -> Path:
+    """The path that a data spec names, in UTF-8, whatever the locale."""
+    return Path(os.fsdecode(name.encode("utf-8", "surrogateescape")))
+
+
 def file_digest(path: Path) -> str:
     """The hash that names the content of a file."""
     if not path.is_file():

@@ -267,7 +267,7 @@ def source(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
     first, colon, last = rest.partition(":") if name == "template" else ("", "", rest)
     if name == "template" and not colon:
         raise InputError(f"data {spec!r}: expected template:TEMPLATES:PATH")
-    paths = [Path(file) for file in (first, last) if file]
+    paths = [builders.file_path(file) for file in (first, last) if file]
     config = FormatConfig(
         name="-".join([name, kind, *map(builders.file_digest, paths)]),
         kind=kind,

@@ -49,7 +49,7 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
     if name in formats.NAMES and rest.endswith(formats.FILES):
         return formats.source(spec, kind, Path(data_dir), split)
     if spec.endswith(_FILES):
-        return _file(Path(spec), kind, Path(data_dir), split)
+        return _file(builders.file_path(spec), kind, Path(data_dir), split)
     return _published(spec, kind, Path(data_dir), split)
 
 

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -113,14 +113,22 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def raise_together(error: Exception | None) -> None:
-    """Raise an error of the first process on all of them, so that none waits for it. All must call this."""
-    if jax.process_count() > 1:
-        failed = bool(multihost_utils.broadcast_one_to_all(np.array(error is not None)))
-        if failed and error is None:
-            error = InputError("the first process of the run has ended with an error, which it tells")
+def first_does(action: Callable[[], T]) -> T | None:
+    """The result of `action()`, which the first process runs; None on the others. All must call this.
+
+    An error of the first process is an InputError on the others, so that none of them waits for it.
+    """
+    result, error = None, None
+    if first():
+        try:
+            result = action()
+        except Exception as failure:
+            error = failure
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.array(error is not None)):
+        raise error or InputError("the first process of this run has refused it: see its message")
     if error is not None:
         raise error
+    return result
 
 
 def meet(where: str) -> None:

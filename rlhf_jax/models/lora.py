@@ -7,6 +7,7 @@ are trained and the base is empty, so that an experiment is written once for bot
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -91,7 +92,10 @@ def on_base(cfg: Config, make_step: Callable[[Callable[[Callable], Callable]], C
         on_base(cfg, lambda on: functools.partial(sft.train_step, logprobs_fn=on(network), tx=tx))
     """
 
-    def step(state: TrainState, base: Params, *batch: Any, axis: str | None = None) -> Any:
-        return make_step(lambda network: with_base(network, base, cfg))(state, *batch, axis=axis)
+    return functools.partial(_step_on_base, cfg=cfg, make_step=make_step)
 
-    return step
+
+def _step_on_base(
+    state: TrainState, base: Params, *batch: Any, cfg: Config, make_step: Callable, axis: str | None = None
+) -> Any:
+    return make_step(lambda network: with_base(network, base, cfg))(state, *batch, axis=axis)

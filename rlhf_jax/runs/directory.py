@@ -143,15 +143,20 @@ def once(main: Callable[[Any], Any], config: Any, out: Path | None = None) -> An
     out = out or config.out
     record = _read_done(out, config)
     if record is None:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            is_taken_here = lock.take(out)
+        is_taken_here = hosts.first_does(lambda: _take(out))
         try:
             record = _make(main, config, out)
         finally:
             if is_taken_here:
                 lock.release(out)
     return record["result"]
+
+
+def _take(out: Path) -> bool:
+    """Make and lock a directory; whether this is what locked it."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        return lock.take(out)
 
 
 def _read_done(out: Path, config: Any) -> dict[str, Any] | None:
@@ -186,6 +191,11 @@ def _make(main: Callable[[Any], Any], config: Any, out: Path) -> dict[str, Any]:
 
 
 def _prepare(directory: Path, config: Any) -> None:
+    """`_prepare_first` by the first process of the run, for all of them."""
+    hosts.first_does(lambda: _prepare_first(directory, config))
+
+
+def _prepare_first(directory: Path, config: Any) -> None:
     """Make and lock the directory; raises InputError where it, or what is to be in it, cannot be written."""
     if not directory.resolve().name:
         raise InputError(f"--out {directory} is the root of the file system: name a folder in it")

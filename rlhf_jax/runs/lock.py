@@ -1,7 +1,7 @@
 """One run at a time in a directory: a lock that is gone when its process is, however it ends.
 
 It is an flock on the hidden file `.lock`, which is never deleted, sent to a bucket or looked at by anything else. The
-first process of a run takes it for all of them. Where a file system has no locks, there is none.
+first process of a run takes it for all of them, by `hosts.first_does`. Where a file system has no locks, there is none.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import os
 import socket
 from pathlib import Path
 
-from rlhf_jax.devices import hosts
 from rlhf_jax.types import InputError
 
 _NAME = ".lock"
@@ -21,19 +20,8 @@ _held: dict[tuple[int, int], int] = {}  # descriptors of the locks of this proce
 def take(directory: Path) -> bool:
     """Lock the existing `directory` for this process; False if that has it already, or nobody can.
 
-    Raises InputError if another process has it. All processes of the run must call it.
+    Raises InputError if another process has it.
     """
-    error, is_taken_here = None, False
-    if hosts.first():
-        try:
-            is_taken_here = _take(directory)
-        except (InputError, OSError) as failure:
-            error = failure
-    hosts.raise_together(error)
-    return is_taken_here
-
-
-def _take(directory: Path) -> bool:
     descriptor = os.open(directory / _NAME, os.O_RDWR | os.O_CREAT, 0o666)
     identity = _identity(descriptor)
     if identity in _held:

@@ -49,6 +49,7 @@ def test_from_tokens_oracle():
 # The step -------------------------------------------------------------------------------------------------------------
 
 POLICY = models.logprobs_fn(tiny.GPT)
+LOGITS = models.bind(models.Transformer(tiny.GPT))
 TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
 STEP = functools.partial(dpo.train_step, logprobs_fn=POLICY, tx=TX)
 LOGPROBS = jax.jit(functools.partial(dpo.response_logprobs, logprobs_fn=POLICY))
@@ -73,7 +74,7 @@ def test_a_response_is_scored_without_its_prompt():
     found = LOGPROBS(tiny.policy(), rows)
     row, k = np.argwhere(rows.rank >= 0)[-1]
     tokens, start, length = rows.tokens[row, k], int(rows.start[row]), int(rows.mask[row, k].sum())
-    logp = jax.nn.log_softmax(jax.jit(POLICY)(tiny.policy(), tokens[None, :length], jnp.ones((1, length), bool))[0])
+    logp = jax.nn.log_softmax(jax.jit(LOGITS)(tiny.policy(), tokens[None, :length], jnp.ones((1, length), bool))[0])
     expected = sum(float(logp[t - 1, tokens[t]]) for t in range(start, length))
     np.testing.assert_allclose(found[row, k], expected, atol=1e-4)
 

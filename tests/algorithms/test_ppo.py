@@ -16,6 +16,7 @@ from tests import tiny
 from tests.oracles import Case
 
 POLICY = models.part("policy", models.logprobs_fn(tiny.GPT))
+LOGITS = models.bind(models.Transformer(tiny.GPT))
 CRITIC = heads.critic(tiny.GPT)
 CFG = ppo.Config(epochs=2, minibatches=2, kl_coef=0.1, ptx_coef=0.7)
 N = 5
@@ -271,7 +272,7 @@ def test_what_the_loss_is_made_of():
 def test_the_entropy_is_that_of_the_distribution_sampled_from(temperature):
     cfg = updates.Config(entropy_coef=0.3, temperature=temperature)
     logp, entropy = jax.jit(lambda p: updates.forward({"policy": p}, EPISODES, POLICY, cfg))(tiny.policy())
-    logits = np.asarray(jax.jit(POLICY)(tiny.policy(), EPISODES.tokens, EPISODES.mask)[:, -N - 1 : -1], np.float64)
+    logits = np.asarray(jax.jit(LOGITS)(tiny.policy(), EPISODES.tokens, EPISODES.mask)[:, -N - 1 : -1], np.float64)
     p = np.exp(logits / temperature)
     p /= p.sum(axis=2, keepdims=True)
     said = np.take_along_axis(p, np.asarray(EPISODES.tokens)[:, -N:, None], axis=2)[..., 0]

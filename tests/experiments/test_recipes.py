@@ -15,7 +15,7 @@ CASES = [(recipe, stage) for recipe, module in RECIPES.items() for stage in modu
 def trained(recipe, stage):
     """The train step of a stage, on one device."""
     responses = 9 if recipe == "instructgpt" else 2
-    steps = tpu_compile.planned(f"{recipe}:{stage}", [], jax.devices()[:1], responses=responses)
+    steps = tpu_compile.plan_experiment(f"{recipe}:{stage}", [], jax.devices()[:1], responses=responses)
     (step,) = (step for step in steps if step.name == "train")
     return step
 

@@ -9,7 +9,7 @@ from experiments import (
     reward,
     rounds,
 )
-from tests.quickstart import refused
+from tests.quickstart import paths, refused
 
 
 def test_rounds_of_labels(done, tmp_path, monkeypatch, capsys):

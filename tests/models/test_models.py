@@ -89,7 +89,9 @@ def test_published_layouts_oracle(name, config, shared, tmp_path):
     np.testing.assert_allclose(logits[np.asarray(mask)], expected["logits"], rtol=0, atol=3e-4)
     prompt = jnp.array(expected["greedy_prompt_ids"], jnp.int32)
     mask = jnp.arange(prompt.shape[1])[None] < jnp.array(expected["greedy_prompt_length"])[:, None]
-    sample = sampling.generate(loaded, loaded.params, prompt, mask, jax.random.key(0), 12, temperature=0.0)
+    sample = sampling.generate(
+        loaded, loaded.params, prompt, mask, jax.random.key(0), sampling.Config(max_new_tokens=12, temperature=0.0)
+    )
     np.testing.assert_array_equal(sample.tokens, expected["greedy_tokens"])
 
 
