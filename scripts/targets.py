@@ -6,9 +6,7 @@ Each line shows one token: a star if it counts, its id, and its spelling in the 
 """
 
 import dataclasses
-import io
 import itertools
-import sys
 from pathlib import Path
 
 from rlhf_jax.data import pipeline, sources
@@ -28,8 +26,6 @@ class Config(Settings):
 
 
 def main(cfg: Config) -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters of a vocabulary
     tokenizer = tokenizer_lib.load(cfg.model)
     special = {"EOS": tokenizer.eos_token_id, "BOS": tokenizer.bos_token_id, "padding": tokenizer_lib.pad_id(tokenizer)}
     names = {use: "none" if i is None else f"{tokenizer.convert_ids_to_tokens(i)} {i}" for use, i in special.items()}

@@ -11,6 +11,7 @@ import os
 import socket
 from pathlib import Path
 
+from rlhf_jax.devices import hosts
 from rlhf_jax.types import InputError
 
 _NAME = ".lock"
@@ -22,6 +23,8 @@ def take(directory: Path) -> bool:
 
     Raises InputError if another process has it.
     """
+    if not hosts.first():
+        return False
     descriptor = os.open(directory / _NAME, os.O_RDWR | os.O_CREAT, 0o666)
     identity = _identity(descriptor)
     if identity in _held:

@@ -21,7 +21,7 @@ def test_rounds_of_labels(done, tmp_path, monkeypatch, capsys):
         def main(config):
             ran.append((name, config))
             if name == "rank":
-                config.out.mkdir(parents=True)
+                config.out.mkdir(parents=True, exist_ok=True)
                 (config.out / "train.jsonl").write_text(f"{config.init} {config.skip}\n")
             return {"gold": 0.5, "reward": 0.25, "kl": 1.0, "nll": 2.0}
 

@@ -24,6 +24,7 @@ def show(tmp_path, *rows, template=None):
         env=os.environ | ascii_alone | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
+        encoding="utf-8",
         check=False,
     )
 
@@ -31,7 +32,7 @@ def show(tmp_path, *rows, template=None):
 def test_a_terminal_that_does_not_know_the_characters(tmp_path):
     done = show(tmp_path, {"prompt": "Say café 🙂: ", "completion": "ok 🙂"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("EOS <|endoftext|>") and "\\xc3" in done.stdout
+    assert done.stdout.startswith("EOS <|endoftext|>") and "cafÃ©" in done.stdout
 
 
 def test_a_row_that_the_template_refuses_is_named(tmp_path):
