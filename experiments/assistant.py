@@ -5,6 +5,7 @@ stage is evaluated on held-out prompts; the results are printed, and written to 
 
 Run:     python -m experiments.assistant --seed 0
 Parent:  pretrain, sft, rank, reward, ppo, evaluate
+Result:  the first table of README.md, under Results
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ arXiv:2310.12036), from the same rankings as `reward`.
 
 Run:     python -m experiments.dpo --init runs/sft/model --data runs/rank/train.jsonl
 Parent:  reward
+Result:  from the quickstart's models, seed 0: gold 0.493 -> 0.939 at 0.89 nats, loss on held-out text 0.610 -> 0.742
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ all.
 
 Run:     python -m experiments.evaluate --model runs/ppo/model --reference runs/sft/model
 Parent:  none
+Result:  the tables of README.md
 """
 
 import dataclasses

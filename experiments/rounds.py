@@ -6,6 +6,8 @@ fine-tuned model does. After each round both arms have the same amount of labels
 
 Run:     python -m experiments.rounds --init runs/sft/model
 Parent:  rank, reward, ppo, evaluate
+Result:  from the quickstart's models, seed 0, before rankings marked answers that were cut: gold 0.725 with labels on
+         fresh answers, 0.738 with as many labels on the fine-tuned model's answers
 """
 
 import dataclasses
