@@ -143,23 +143,23 @@ def _flush() -> OSError | None:
 def _threads() -> Iterator[None]:
     """Within, a thread that fails because the disk is full prints no traceback: the main thread will tell.
 
-    TensorBoard's dies of it. TensorStore's report, by `sys.excepthook`, that Orbax no longer waits for what they wrote.
+    TensorBoard's dies of it. TensorStore's report that Orbax no longer waits for what they wrote.
     """
-    former, former_main = threading.excepthook, sys.excepthook
+    former, former_unraisable = threading.excepthook, sys.unraisablehook
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if not checkpoint.disk_is_full(args.exc_value):
             former(args)
 
-    def main_hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if threading.current_thread() is threading.main_thread() or str(error) != "Event loop is closed":
-            former_main(kind, error, trace)
+    def unraisable_hook(args: Any) -> None:
+        if threading.current_thread() is threading.main_thread() or str(args.exc_value) != "Event loop is closed":
+            former_unraisable(args)
 
-    threading.excepthook, sys.excepthook = hook, main_hook
+    threading.excepthook, sys.unraisablehook = hook, unraisable_hook
     try:
         yield
     finally:
-        threading.excepthook, sys.excepthook = former, former_main
+        threading.excepthook, sys.unraisablehook = former, former_unraisable
 
 
 def run_stage(stages: Mapping[str, tuple[Callable[[Any], Any], Any]], args: Sequence[str] | None = None) -> Any:
