@@ -143,12 +143,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
 
     rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
     prompts = pipeline.prompts(
-        rows,
-        tokenizer,
-        length=cfg.prompt_length,
-        widths=cfg.prompt_widths,
-        batch=cfg.batch,
-        seed=cfg.seed,
+        rows, tokenizer, length=cfg.prompt_length, widths=cfg.prompt_widths, batch=cfg.batch, seed=cfg.seed
     )
     print(f"{cfg.data}: {prompts.counts}")
     streams: dict[str, pipeline.Batches] = {"prompts": prompts}
@@ -169,9 +164,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     if cfg.lora.rank and not reference:
         reference_params = base["policy"]
     else:  # a copy, since the train step donates the buffers of the policy
-        frozen_params = cfg.compute.freeze((reference or policy).params)
-        reference_params = layout.frozen(jax.tree.map(jnp.copy, frozen_params))
-        del frozen_params
+        reference_params = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze((reference or policy).params)))
     key = layout.state(named_key(cfg.seed, "ppo/sampling"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),

@@ -343,7 +343,9 @@ def test_the_average_of_the_weights():
     [
         ({"epochs": 0}, r"epochs=0: expected more than 0"),
         ({"dual_clip": 0.9}, r"dual_clip=0\.9: expected more than 1"),
-        ({"penalty": 1.0, "dual_clip": 3.0}, r"penalty replaces the clip"),
+        ({"penalty": 1.0, "dual_clip": 3.0}, r"penalty replaces the clip, so dual_clip"),
+        ({"penalty": 1.0, "clip": 0.1}, r"penalty replaces the clip, so clip"),
+        ({"kl_horizon": 100.0}, r"kl_horizon has no effect without kl_target"),
         ({"unfinished_score": -1.0, "unfinished_penalty": 1.0}, r"unfinished_score replaces the score"),
         ({"ema": 1.0}, r"ema=1\.0: expected at least 0 and less than 1"),
     ],
