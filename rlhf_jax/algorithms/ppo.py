@@ -68,10 +68,9 @@ class Config(updates.Config):
             )
         if self.penalty is not None and self.dual_clip is not None:
             raise InputError("penalty replaces the clip, so dual_clip has no effect: leave out one of them")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        if self.penalty is not None and self.clip != defaults["clip"]:
+        if self.penalty is not None and self.clip != Config.clip:
             raise InputError("penalty replaces the clip, so clip has no effect: leave out one of them")
-        if self.kl_target is None and self.kl_horizon != defaults["kl_horizon"]:
+        if self.kl_target is None and self.kl_horizon != Config.kl_horizon:
             raise InputError("kl_horizon has no effect without kl_target: set kl_target, or leave out kl_horizon")
 
 
