@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import logprobs
-from tests.oracles import Case
+from tests.oracles import cases
 
 
 def test_token_logprobs_by_hand():
@@ -16,9 +16,8 @@ def test_token_logprobs_by_hand():
     np.testing.assert_allclose(sharp, np.log([[0.25 / 0.38, 0.36 / 0.46]]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["token_logprobs_tau_1.0", "token_logprobs_tau_0.7", "token_logprobs_extreme"])
-def test_token_logprobs_oracle(name):
-    case = Case(name)
+@cases("token_logprobs_tau_1.0", "token_logprobs_tau_0.7", "token_logprobs_extreme")
+def test_token_logprobs_oracle(case):
     case.check(
         logprob=logprobs.token_logprobs(case["logits"], case["tokens"], case["tau"]),
         entropy=logprobs.entropy(case["logits"], case["tau"]),
@@ -45,16 +44,16 @@ def test_kl_estimators_by_hand():
     np.testing.assert_allclose(logprobs.kl_estimate(logp, ref, "k3"), k3, rtol=1e-6)
 
 
-def test_kl_estimators_oracle():
-    case = Case("kl_estimators")
+@cases("kl_estimators")
+def test_kl_estimators_oracle(case):
     mask = case["mask"]
     for kind in ("k1", "k2", "k3"):
         kl = logprobs.kl_estimate(case["logp"], case["logp_ref"], kind)
         case.check(**{kind: jnp.where(mask, kl, 0), f"mean_{kind}": logprobs.masked_mean(kl, mask)})
 
 
-def test_kl_full_oracle():
-    case = Case("kl_full")
+@cases("kl_full")
+def test_kl_full_oracle(case):
     case.check(kl=logprobs.kl_full(case["logits_p"], case["logits_q"]))
 
 

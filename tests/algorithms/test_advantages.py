@@ -6,7 +6,7 @@ import pytest
 from rlhf_jax import logprobs
 from rlhf_jax.algorithms import advantages
 from rlhf_jax.logprobs import response_mask
-from tests.oracles import Case
+from tests.oracles import cases
 
 MASK = jnp.array([[True, True, False], [False, True, True], [False, False, False]])
 
@@ -27,10 +27,9 @@ def test_a_score_lands_where_it_is_told_to():
     np.testing.assert_allclose(reward, [[-0.1, -0.1, 0.75], [-1.25, -0.1, -0.1], [0.0, 0.0, 0.0]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["token_reward_mask", "token_reward_eos", "token_reward_eos_pad_is_eos"])
-def test_token_rewards_oracle(name):
-    case = Case(name)
-    mask = case["mask"] if "mask" in case.raw["inputs"] else response_mask(case["tokens"], case["eos_id"])
+@cases("token_reward_mask", "token_reward_eos", "token_reward_eos_pad_is_eos")
+def test_token_rewards_oracle(case):
+    mask = case["mask"] if "mask" in case else response_mask(case["tokens"], case["eos_id"])
     kl = case["logp"] - case["logp_ref"]
     reward = advantages.token_rewards(case["score"], kl, mask, case["beta"])
     case.check(reward=reward, last_index=logprobs.last_index(mask), kl=jnp.where(mask, kl, 0))
@@ -45,9 +44,8 @@ def test_gae_by_hand():
     np.testing.assert_allclose(target, [[0.3125, -1.5, 0.0]])
 
 
-@pytest.mark.parametrize("name", ["gae_gamma_1.0_lambda_0.95", "gae_gamma_1.0_lambda_1.0", "gae_gamma_0.9_lambda_0.95"])
-def test_gae_oracle(name):
-    case = Case(name)
+@cases("gae_gamma_1.0_lambda_0.95", "gae_gamma_1.0_lambda_1.0", "gae_gamma_0.9_lambda_0.95")
+def test_gae_oracle(case):
     advantage, target = advantages.gae(case["reward"], case["value"], case["mask"], case["gamma"], case["lam"])
     case.check(advantage=advantage, **{"return": target})
 
@@ -74,10 +72,10 @@ def test_whiten_by_hand():
     np.testing.assert_allclose(advantages.whiten(x, MASK, shift_mean=False), kept, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["", "small_variance_", "single_valid_"])
-@pytest.mark.parametrize("mean", ["shift", "keep_mean"])
-def test_whiten_oracle(kind, mean):
-    case = Case(f"whiten_{kind}{mean}")
+@cases(
+    *[f"whiten_{kind}{mean}" for kind in ("", "small_variance_", "single_valid_") for mean in ("shift", "keep_mean")]
+)
+def test_whiten_oracle(case):
     case.check(whitened=advantages.whiten(case["x"], case["mask"], case["shift_mean"]))
 
 
@@ -90,11 +88,13 @@ def test_group_baselines_by_hand():
     )
 
 
-def test_group_baselines_oracle():
-    for name, ddof in (("grpo_advantage_population_std", 0), ("grpo_advantage_sample_std", 1)):
-        case = Case(name)
-        case.check(advantage=advantages.group_normalize(case["reward"], ddof))
-    case = Case("rloo_advantage")
+@cases("grpo_advantage_population_std", "grpo_advantage_sample_std")
+def test_group_normalize_oracle(case):
+    case.check(advantage=advantages.group_normalize(case["reward"], case["ddof"]))
+
+
+@cases("rloo_advantage")
+def test_leave_one_out_oracle(case):
     case.check(advantage=advantages.leave_one_out(case["reward"]))
 
 

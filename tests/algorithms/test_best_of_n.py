@@ -5,11 +5,11 @@ import numpy as np
 
 from rlhf_jax.algorithms import best_of_n
 from rlhf_jax.types import Prompts, Rollout
-from tests.oracles import Case
+from tests.oracles import cases
 
 
-def test_kl_oracle():
-    case = Case("best_of_n_kl")
+@cases("best_of_n_kl")
+def test_kl_oracle(case):
     case.check(kl=[best_of_n.kl(int(n)) for n in case["n"]])
 
 

@@ -9,7 +9,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import dpo, optim
 from rlhf_jax.types import InputError, Rankings
 from tests import tiny
-from tests.oracles import Case
+from tests.oracles import cases
 
 
 def test_by_hand():
@@ -19,9 +19,8 @@ def test_by_hand():
     np.testing.assert_allclose(dpo.loss(*terms, beta=0.5, label_smoothing=0.1), smoothed, rtol=1e-6)
 
 
-@pytest.mark.parametrize("smoothing", ["0.0", "0.1"])
-def test_oracle(smoothing):
-    case = Case(f"dpo_label_smoothing_{smoothing}")
+@cases("dpo_label_smoothing_0.0", "dpo_label_smoothing_0.1")
+def test_oracle(case):
     args = [case[k] for k in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
     loss, (chosen, rejected) = jax.value_and_grad(dpo.loss, argnums=(0, 1))(
         *args, case["beta"], case["label_smoothing"]
@@ -29,15 +28,15 @@ def test_oracle(smoothing):
     case.check(loss=loss, grad_policy_chosen=chosen, grad_policy_rejected=rejected)
 
 
-def test_ipo_oracle():
-    case = Case("ipo")
+@cases("ipo")
+def test_ipo_oracle(case):
     args = [case[k] for k in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
     loss, (chosen, rejected) = jax.value_and_grad(dpo.ipo_loss, argnums=(0, 1))(*args, case["beta"])
     case.check(loss=loss, grad_policy_chosen=chosen, grad_policy_rejected=rejected)
 
 
-def test_from_tokens_oracle():
-    case = Case("dpo_from_tokens")
+@cases("dpo_from_tokens")
+def test_from_tokens_oracle(case):
     sums = {
         f"{model}_{which}_sum": dpo.sequence_logprobs(case[f"{model}_{which}"], case[f"{which}_mask"])
         for model in ("policy", "ref")

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms import optim
-from tests.oracles import Case
+from tests.oracles import cases
 
 
-@pytest.mark.parametrize("name", ["lr_cosine_warmup", "lr_cosine_no_warmup"])
-def test_cosine_oracle(name):
-    case = Case(name)
+@cases("lr_cosine_warmup", "lr_cosine_no_warmup")
+def test_cosine_oracle(case):
     schedule = optim.cosine(case["peak"], case["total"], case["warmup"], case["final_fraction"])
     case.check(lr=[float(schedule(int(step))) for step in case["step"]])
 

@@ -13,7 +13,7 @@ from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.types import InputError, Rollout, Tokens
 from tests import tiny
-from tests.oracles import Case
+from tests.oracles import cases
 
 POLICY = models.part("policy", models.logprobs_fn(tiny.GPT))
 LOGITS = models.bind(models.Transformer(tiny.GPT))
@@ -98,24 +98,23 @@ def test_clip_binds_only_where_it_makes_the_loss_larger():
     assert metrics["clip_fraction"] == 0
 
 
-@pytest.mark.parametrize("name", ["ppo_policy_loss", "ppo_policy_first_step", "ppo_policy_padding_overflow"])
-def test_policy_loss_oracle(name):
-    case = Case(name)
+@cases("ppo_policy_loss", "ppo_policy_first_step", "ppo_policy_padding_overflow")
+def test_policy_loss_oracle(case):
     args = (case["logp_old"], case["advantage"], case["mask"], case["eps"])
     (loss, metrics), grad = jax.value_and_grad(ppo.policy_loss, has_aux=True)(case["logp"], *args)
     case.check(loss=loss, grad_logp=grad, **metrics)
     assert np.isfinite(grad).all()
 
 
-def test_penalty_policy_loss_oracle():
-    case = Case("ppo_penalty_loss")
+@cases("ppo_penalty_loss")
+def test_penalty_policy_loss_oracle(case):
     args = (case["logp_old"], case["advantage"], case["mask"], case["beta"])
     (loss, metrics), grad = jax.value_and_grad(ppo.penalty_policy_loss, has_aux=True)(case["logp"], *args)
     case.check(loss=loss, grad_logp=grad, **metrics)
 
 
-def test_value_loss_oracle():
-    case = Case("ppo_value_loss")
+@cases("ppo_value_loss")
+def test_value_loss_oracle(case):
     args = (case["value_old"], case["return"], case["mask"], case["eps_v"])
     (loss, metrics), grad = jax.value_and_grad(ppo.value_loss, has_aux=True)(case["value"], *args)
     case.check(loss=loss, grad_value=grad, **metrics)
@@ -129,9 +128,8 @@ def test_value_loss_by_hand():
     np.testing.assert_allclose(metrics["clip_fraction"], 0.5)
 
 
-@pytest.mark.parametrize("name", ["kl_controller", "kl_controller_varying_n"])
-def test_adapt_kl_coef_oracle(name):
-    case = Case(name)
+@cases("kl_controller", "kl_controller_varying_n")
+def test_adapt_kl_coef_oracle(case):
     coef, history = case["beta_init"], []
     for kl, n in zip(case["kl"], case["n"], strict=True):
         coef = ppo.adapt_kl_coef(coef, kl, n, case["target"], case["horizon"])

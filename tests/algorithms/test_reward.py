@@ -12,7 +12,7 @@ from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
 from rlhf_jax.types import InputError, Rankings
 from tests import tiny
-from tests.oracles import Case
+from tests.oracles import cases
 
 SCORE = heads.score_fn(tiny.GPT)
 SCORES = jax.jit(functools.partial(reward.scores, score_fn=SCORE))
@@ -47,16 +47,16 @@ def test_bradley_terry_by_hand():
     np.testing.assert_allclose(reward.pairwise_accuracy(jnp.zeros((3, 3)), rank), 0.5)
 
 
-def test_bradley_terry_oracle():
-    case = Case("bradley_terry_ranked")
+@cases("bradley_terry_ranked")
+def test_bradley_terry_oracle(case):
     loss, grad = jax.value_and_grad(reward.bradley_terry_loss)(case["scores"], case["ranks"])
     pairs = reward.pair_mask(case["ranks"]).sum((1, 2))
     accuracy = reward.pairwise_accuracy(case["scores"], case["ranks"])
     case.check(loss=loss, grad_scores=grad, n_pairs=pairs, pair_accuracy_pooled=accuracy)
 
 
-def test_bradley_terry_pairs_oracle():
-    case = Case("bradley_terry_pairs")
+@cases("bradley_terry_pairs")
+def test_bradley_terry_pairs_oracle(case):
     score = jnp.stack([case["chosen"], case["rejected"]], 1)
     rank = jnp.tile(jnp.array([[0, 1]]), (len(score), 1))
     loss, grad = jax.value_and_grad(reward.bradley_terry_loss)(score, rank)
@@ -72,8 +72,8 @@ def test_what_absent_responses_hold_reaches_nothing():
     assert np.isfinite(grad).all() and grad[0, 1] == 0
 
 
-def test_margin_oracle():
-    case = Case("bradley_terry_margin")
+@cases("bradley_terry_margin")
+def test_margin_oracle(case):
     margin = case["margin"][:, None, None]
 
     def loss(chosen, rejected):
@@ -111,8 +111,8 @@ def test_settings_that_cannot_be(settings):
         reward.Config(**settings)
 
 
-def test_choice_oracle():
-    case = Case("choice_loss")
+@cases("choice_loss")
+def test_choice_oracle(case):
     loss, grad = jax.value_and_grad(reward.choice_loss)(case["scores"], case["chosen"])
     case.check(loss=loss, grad_scores=grad)
 
@@ -213,11 +213,10 @@ def test_it_learns_an_order():
     assert reward.pairwise_accuracy(SCORES(state.params, data), data.rank) > 0.95
 
 
-@pytest.mark.parametrize("name", ["reward_normalise_given", "reward_normalise_samples"])
-def test_normalize_oracle(name):
-    case = Case(name)
+@cases("reward_normalise_given", "reward_normalise_samples")
+def test_normalize_oracle(case):
     raw = case["raw"]
-    mean, std = (case["mean"], case["std"]) if name.endswith("given") else (jnp.mean(raw), jnp.std(raw))
+    mean, std = (case["mean"], case["std"]) if "mean" in case else (jnp.mean(raw), jnp.std(raw))
     head = reward.normalize({"kernel": jnp.ones(1), "bias": jnp.zeros(())}, float(mean), float(std))
     unit = raw * head["kernel"] + head["bias"]
     target = case.raw["inputs"]

@@ -10,7 +10,7 @@ from rlhf_jax.algorithms import optim, sft
 from rlhf_jax.devices import parallel
 from rlhf_jax.types import Tokens
 from tests import tiny
-from tests.oracles import Case
+from tests.oracles import cases
 
 CONFIG = dataclasses.replace(tiny.GPT, dropout=0.1)
 LOGPROBS = models.logprobs_fn(CONFIG)
@@ -31,8 +31,8 @@ def test_loss_by_hand():
     np.testing.assert_allclose(sft.next_token_loss(logits, targets, mask), -np.log(0.25 * 0.7 * 0.6) / 3, rtol=1e-6)
 
 
-def test_loss_oracle():
-    case = Case("next_token_loss")
+@cases("next_token_loss")
+def test_loss_oracle(case):
     mask = case["loss_mask"][:, 1:]
 
     def loss(logits):
@@ -42,8 +42,8 @@ def test_loss_oracle():
     case.check(loss=value, grad_logits=grad, n_targets=mask.sum())
 
 
-def test_micro_batch_shares_add_up_oracle():
-    case = Case("next_token_loss_microbatches")
+@cases("next_token_loss_microbatches")
+def test_micro_batch_shares_add_up_oracle(case):
     logits, tokens, mask = case["logits"][:, :-1], case["tokens"][:, 1:], case["loss_mask"][:, 1:]
     parts = [slice(0, case["split"]), slice(case["split"], None)]
     shares = [sft.next_token_loss(logits[p], tokens[p], mask[p], jnp.sum(mask)) for p in parts]

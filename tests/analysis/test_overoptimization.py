@@ -2,24 +2,23 @@ import numpy as np
 import pytest
 
 from rlhf_jax.analysis import overoptimization
-from tests.oracles import Case
+from tests.oracles import cases
 
 CURVES = {"gao_bon": overoptimization.best_of_n, "gao_rl": overoptimization.reinforcement}
 
 
-@pytest.mark.parametrize("name", CURVES)
-def test_curve_oracle(name):
-    case = Case(name)
+@cases(*CURVES)
+def test_curve_oracle(case):
     d = np.asarray(case.raw["inputs"]["d"])
-    case.check(reward=CURVES[name](d, case["a"], case["b"]))
+    case.check(reward=CURVES[case.name](d, case["a"], case["b"]))
 
 
-@pytest.mark.parametrize("name", CURVES)
-def test_fit_oracle(name):
-    case = Case(f"{name}_fit")
+@cases(*[f"{name}_fit" for name in CURVES])
+def test_fit_oracle(case):
+    curve = CURVES[case.name.removesuffix("_fit")]
     d, reward = (np.asarray(case.raw["inputs"][key]) for key in ("d", "reward"))
-    a, b = overoptimization.fit(CURVES[name], d, reward)
-    case.check(a=a, b=b, rss=np.sum((reward - CURVES[name](d, a, b)) ** 2))
+    a, b = overoptimization.fit(curve, d, reward)
+    case.check(a=a, b=b, rss=np.sum((reward - curve(d, a, b)) ** 2))
 
 
 def test_points_on_a_curve_give_its_coefficients():

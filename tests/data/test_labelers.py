@@ -8,7 +8,7 @@ from rlhf_jax.data.world import World
 from rlhf_jax.data.world import labelers as labelers_lib
 from rlhf_jax.data.world.labelers import Labeler, agreement, fleiss_kappa, kappa, labelers, rankings
 from rlhf_jax.types import InputError
-from tests.oracles import Case
+from tests.oracles import cases
 
 WORLD = World.generate(0)
 PROMPT = "What is 6 plus 5?"
@@ -80,9 +80,9 @@ def test_agreement_by_hand():
         agreement([])
 
 
-@pytest.mark.parametrize("name", ["annotator_rankings", "annotator_rankings_varying"])
-def test_agreement_oracle(name):
-    case = Case(name).raw
+@cases("annotator_rankings", "annotator_rankings_varying")
+def test_agreement_oracle(case):
+    case = case.raw
     ranks, expected = case["inputs"]["ranks"], case["expected"]
     assert agreement(ranks) == pytest.approx(expected["agreement_without_ties"], abs=1e-12)
     assert agreement(ranks, ties=True) == pytest.approx(expected["agreement_with_ties"], abs=1e-12)
@@ -90,8 +90,9 @@ def test_agreement_oracle(name):
         assert kappa(ranks) == pytest.approx(expected["kappa"], abs=1e-12)
 
 
-def test_kappa_oracle():
-    case = Case("fleiss_kappa_counts").raw
+@cases("fleiss_kappa_counts")
+def test_kappa_oracle(case):
+    case = case.raw
     assert fleiss_kappa(case["inputs"]["counts"]) == pytest.approx(case["expected"]["kappa"], abs=1e-12)
 
 
