@@ -183,6 +183,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters
     del rewards, critic, reference, loaded, frozen
 
+    # The state holds the KL coefficient, which may adapt: a resume under another one is refused.
     in_state = runs.SEED | {"algorithm.kl_coef": "opt_state/kl_coef"}
     with runs.Run(cfg, layout, state, streams, cfg.steps, limits, in_state) as run:
         state = run.state

@@ -6,6 +6,7 @@ pi is the policy and pi_ref the frozen reference model. A ranking of K responses
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -124,8 +125,8 @@ def train_step(
         value = pair_mean(terms, pair, count)
         return value, {"loss/dpo": value, "correct": correct, "pairs": pairs, "margin": pair_mean(h, pair, count)}
 
-    share = lambda rows: jax.grad(objective, has_aux=True)(state.params, *rows)
-    grads, sums = parallel.accumulate(share, (batch, keys.reshape(batch.rank.shape)), microbatches)
+    share = functools.partial(jax.grad(objective, has_aux=True), state.params)
+    grads, sums = parallel.accumulate(share, microbatches)(batch, keys.reshape(batch.rank.shape))
     grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, sums)), axis)
     metrics = {
         "loss/dpo": metrics["loss/dpo"],

@@ -1,8 +1,8 @@
 """Group-relative policy optimisation (arXiv:2402.03300): PPO without a critic.
 
 Each prompt gets a group of responses, and the advantage of a response is its score minus the group's mean. By default
-the KL to the reference is a term of the loss, the k3 estimate on the sampled tokens. Its gradient reduces the KL of the
-*reference to the policy*, token by token; with `kl_in="reward"` it is the KL of the policy to the reference, over the
+the KL to the reference is a term of the loss, the k3 estimate on the sampled tokens: its gradient is that of
+KL(reference || policy), token by token. With `kl_in="reward"` it is the gradient of KL(policy || reference), over the
 whole response.
 """
 
@@ -20,7 +20,7 @@ from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import kl_estimate, masked_mean
-from rlhf_jax.settings import NonNegative, Range
+from rlhf_jax.settings import NonNegative, Positive, Range
 from rlhf_jax.types import InputError, Leaf, LogprobsFn, Metrics, Params, Rollout, Tokens, TrainState
 
 
@@ -30,8 +30,10 @@ class Config(updates.Config):
 
     # Responses to each prompt, in consecutive rows of the rollout; the paper has 64.
     group: Annotated[int, Range(least=2, unit="responses to compare")] = 8
+    clip: Positive = 0.2  # clip the probability ratio to [1 - clip, 1 + clip]
     kl_coef: NonNegative = 0.04  # weight of the KL to the reference, in nats
-    kl_in: Literal["loss", "reward"] = "loss"  # k3 of each token added to the loss, or the sum of k1 off the score
+    # loss: add kl_coef times k3 of each token to the loss; reward: subtract kl_coef times the sum of k1 from the score.
+    kl_in: Literal["loss", "reward"] = "loss"
     scale: bool = True  # divide advantages by the group's standard deviation; False is Dr. GRPO (arXiv:2503.20783)
     mean: Literal["sequence", "token"] = "sequence"  # average the loss within each response first, or over all tokens
 
@@ -108,18 +110,19 @@ def loss(
     mask = rollout.response_mask
     logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
     weight, _ = weights(mask, cfg.mean)
-    count, total = totals["tokens"], totals["weights"]
-    advantage = batch.advantage[:, None] * weight
-    # The surrogate is linear in the advantage, so multiplying the advantage by a weight multiplies the token's loss.
-    value, details = policy_loss(logp, rollout.logp, advantage, mask, cfg.clip, count=count)
-    value = value * count / total
-    metrics = {"loss/policy": value} | {f"policy/{name}": x for name, x in details.items()}
+    # The surrogate is linear in the advantage, so weighting the advantage weights the token's loss. `policy_loss`
+    # divides by the number of tokens; the loss here is divided by the sum of the weights.
+    policy, details = policy_loss(
+        logp, rollout.logp, batch.advantage[:, None] * weight, mask, cfg.clip, count=totals["tokens"]
+    )
+    total = policy * totals["tokens"] / totals["weights"]
+    metrics = {"loss/policy": total} | {f"policy/{name}": value for name, value in details.items()}
     if cfg.kl_in == "loss":
         kl = kl_estimate(jnp.where(mask, logp, rollout.logp_ref), rollout.logp_ref, "k3") * weight  # finite at padding
-        metrics["loss/kl"] = masked_mean(kl, mask, total)
-        value = value + cfg.kl_coef * metrics["loss/kl"]
+        metrics["loss/kl"] = masked_mean(kl, mask, totals["weights"])
+        total = total + cfg.kl_coef * metrics["loss/kl"]
     extra, details = updates.auxiliary_losses(params, entropy, mask, text, totals, policy_fn=policy_fn, cfg=cfg)
-    return value + extra, metrics | details | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
+    return total + extra, metrics | details | {"ratio_error": updates.ratio_error(logp, rollout.logp, mask)}
 
 
 def train_step(

@@ -38,8 +38,11 @@ class Config(updates.Config):
     """Settings of the algorithm; the defaults are InstructGPT's where its paper gives them."""
 
     minibatches: Count = 8  # parts of a rollout in each pass; each part gives one update
+    clip: Positive = 0.2  # clip the probability ratio to [1 - clip, 1 + clip]
 
-    kl_coef: NonNegative = 0.02  # reward subtracted per nat of KL to the reference; with kl_target, its initial value
+    # Weight of each nat of KL to the reference, in the reward or the loss (kl_in). This is the first value: the state
+    # holds the current one, opt_state["kl_coef"], which kl_target adapts.
+    kl_coef: NonNegative = 0.02
     kl_kind: KLKind = "k1"  # estimator of each token's KL to the reference: k1, k2 or k3
     kl_clamp: Positive | None = None  # clamp each token's KL estimate to [-kl_clamp, kl_clamp]
     # Subtract the KL from each token's reward, or add it to the loss, whose gradient ignores how a token changes the KL
@@ -182,7 +185,7 @@ def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Confi
 def optimizer(
     policy: optax.GradientTransformation, critic: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """An optimiser that applies `policy` and `critic` to the networks of these names, each with its own clipping."""
+    """An optimiser that applies `policy` and `critic` to the networks of these names; each clips its own norm."""
     return optax.multi_transform({"policy": policy, "critic": critic}, {"policy": "policy", "critic": "critic"})
 
 

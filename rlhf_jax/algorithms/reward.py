@@ -200,7 +200,7 @@ def train_step(
         index = ragged.order(live(local[0]), parts)
         local = jax.tree.map(lambda x: x[index], local)
         share = ragged.trimmed(share, live, cfg.buckets)
-    grads, sums = parallel.accumulate(lambda rows: share(*rows), local, parts)
+    grads, sums = parallel.accumulate(share, parts)(*local)
     grads, (value, correct, pairs) = parallel.psum((grads, jax.tree.map(jnp.sum, sums)), axis)
     metrics = {
         f"loss/{cfg.loss}": value,

@@ -18,7 +18,7 @@ from rlhf_jax.algorithms.advantages import leave_one_out
 from rlhf_jax.algorithms.grpo import Experience, groups, live
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
-from rlhf_jax.settings import NonNegative, Range
+from rlhf_jax.settings import NonNegative, Positive, Range
 from rlhf_jax.types import LogprobsFn, Metrics, Params, Rollout, Tokens, TrainState
 
 
@@ -28,6 +28,7 @@ class Config(updates.Config):
 
     # Responses to each prompt, in consecutive rows of the rollout.
     group: Annotated[int, Range(least=2, unit="responses, each the other's baseline")] = 4
+    clip: Positive = 0.2  # clip the probability ratio of a response to [1 - clip, 1 + clip]
     kl_coef: NonNegative = 0.03  # reward subtracted per nat of KL to the reference
 
 

@@ -55,11 +55,11 @@ def train_step(
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.tokens.shape[0], axis)
     count = parallel.psum(jnp.sum(batch.target[:, 1:]), axis)
 
-    def share(rows: tuple[Tokens, Array]) -> tuple[Params, Array]:
-        value, grads = jax.value_and_grad(loss)(state.params, rows[0], logprobs_fn, rows[1], count)
+    def share(rows: Tokens, keys: Array) -> tuple[Params, Array]:
+        value, grads = jax.value_and_grad(loss)(state.params, rows, logprobs_fn, keys, count)
         return grads, value
 
-    grads, values = parallel.accumulate(share, (batch, keys), microbatches)
+    grads, values = parallel.accumulate(share, microbatches)(batch, keys)
     grads, value = parallel.psum((grads, jnp.sum(values)), axis)
     metrics = {"loss/next_token": value, "grad_norm": optax.tree.norm(grads), "tokens": count.astype(jnp.float32)}
     return optim.apply_gradients(state, grads, tx), metrics

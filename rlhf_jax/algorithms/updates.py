@@ -50,7 +50,6 @@ class Config(Settings):
     stop_at_eos: bool = True  # False: sample and train on all max_new_tokens, past any EOS (arXiv:1909.08593)
     unfinished_score: Score | None = None  # score that replaces that of a response without EOS; None keeps it
     unfinished_penalty: NonNegative = 0.0  # reward subtracted from the score of a response without EOS
-    clip: Positive = 0.2  # clip the probability ratio to [1 - clip, 1 + clip]
     entropy_coef: Bonus = 0.0  # weight of the policy's entropy (nats a token), which is maximised
     ptx_coef: NonNegative = 27.8  # weight of the pretraining loss (nats a token), if there is pretraining text
     stop_kl: NonNegative | None = None  # skip a rollout's updates once approx_kl exceeds this, in nats a token
@@ -157,10 +156,11 @@ def auxiliary_losses(
 class Objective(Generic[Batch]):
     """The loss of an algorithm on a minibatch of episodes, written so that shares of it add up."""
 
-    # (params, rows, text, totals) -> the share of the loss that some rows of a minibatch have, and metrics. Metrics add
-    # up over shares, except "ratio_error", which is a maximum; `stop_kl` needs "policy/approx_kl" among them.
-    loss: Callable[[Params, Batch, Tokens | None, Totals], tuple[Array, Metrics]]
-    totals: Callable[[Batch], Totals]  # rows -> their counts, which add up to the totals
+    # (params, rows, text, totals) -> the share of the loss that some rows of a minibatch have, and metrics, which are
+    # summed over shares. One of the metrics must be "ratio_error", of which the largest is taken; with `stop_kl` also
+    # "policy/approx_kl".
+    loss: Callable[..., tuple[Array, Metrics]]
+    totals: Callable[[Batch], Totals]  # rows -> their counts, which add up to the totals; "tokens" among them
     live: Callable[[Batch], Array]  # rows -> [B, N] bool, the response columns that the loss depends on
 
 
@@ -194,23 +194,34 @@ def apply(
     episodes = jax.tree.leaves(batch)[0].shape[0]
     if episodes % cfg.minibatches:
         raise InputError(f"{episodes} episodes do not divide into {cfg.minibatches} minibatches: use a multiple")
-    updates, parts = cfg.epochs * cfg.minibatches, cfg.buckets * microbatches
+    updates = cfg.epochs * cfg.minibatches
     if text is not None and text.tokens.shape[0] != updates:
         raise InputError(f"pretraining text for {text.tokens.shape[0]} updates, but there are {updates}")
     key = jax.random.fold_in(state.rng, state.step)
+    parts = cfg.buckets * microbatches
     order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), episodes))
     rows = order(jnp.arange(cfg.epochs)).reshape(updates, -1)
 
     def update(progress: Progress, inputs: tuple[Array, Tokens | None]) -> tuple[Progress, Metrics]:
         rows, text = inputs
         local = parallel.shard_rows(jax.tree.map(lambda x: x[parallel.local_rows(rows, axis)], batch))
-        grads, metrics = gradients(progress.params, local, text, objective, cfg.buckets, parts, axis)
+        totals = objective.totals(local) | ({} if text is None else {"text": jnp.sum(text.target[:, 1:])})
+        share: Callable = functools.partial(
+            jax.grad(objective.loss, has_aux=True), progress.params, totals=parallel.psum(totals, axis)
+        )
+        if cfg.buckets > 1:
+            local = jax.tree.map(lambda x: x[ragged.order(objective.live(local), parts)], local)
+            share = ragged.trimmed(share, objective.live, cfg.buckets)
+        grads, metrics = parallel.accumulate(share, parts)(local, text)
+        worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # a maximum, which does not add up
+        grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, metrics)), axis)
         updated = step(progress, grads, tx, cfg)
         if cfg.stop_kl is not None:
             active = progress.active & (metrics["policy/approx_kl"] <= cfg.stop_kl)
             updated = jax.tree.map(functools.partial(jnp.where, active), updated, progress).replace(active=active)
             metrics["policy/updated"] = active.astype(jnp.float32)
-        return updated, metrics | {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads}
+        norms = {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads}
+        return updated, metrics | norms | {"ratio_error": worst}
 
     initial = Progress(
         params=state.params,
@@ -224,31 +235,6 @@ def apply(
     if final.ema is not None:
         opt_state["ema"] = final.ema
     return state.replace(step=state.step + 1, params=final.params, opt_state=opt_state), metrics
-
-
-def gradients(
-    params: Params,
-    local: Batch,
-    text: Tokens | None,
-    objective: Objective[Batch],
-    buckets: int,
-    parts: int,
-    axis: str | None,
-) -> tuple[Params, Metrics]:
-    """The gradient and metrics of one global minibatch, computed in `parts` micro-batches.
-
-    `local` are this device's rows of the minibatch; `text` are its rows of pretraining text, or None.
-    """
-    totals = objective.totals(local) | ({} if text is None else {"text": jnp.sum(text.target[:, 1:])})
-    totals = parallel.psum(totals, axis)
-    share = lambda rows, text: jax.grad(objective.loss, has_aux=True)(params, rows, text, totals)
-    if buckets > 1:
-        local = jax.tree.map(lambda x: x[ragged.order(objective.live(local), parts)], local)
-        share = ragged.trimmed(share, objective.live, buckets)
-    grads, metrics = parallel.accumulate(lambda rows: share(*rows), (local, text), parts)
-    worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # a maximum, which does not add up as shares do
-    grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, metrics)), axis)
-    return grads, metrics | {"ratio_error": worst}
 
 
 def step(progress: Progress, grads: Params, tx: optax.GradientTransformation, cfg: Config) -> Progress:

@@ -83,7 +83,8 @@ class Ready(Generic[T]):
     """Rows that are tokenised, and how to fill a batch with some of them."""
 
     rows: int
-    fill: Callable[..., T]  # numbers of rows [B] int, -1 for one to fill up with, to a batch; and a width, if there are
+    # (numbers of rows [B] int, and a width if there are `widths`) -> their batch; the number -1 is an empty row.
+    fill: Callable[..., T]
     counts: Counts
     sizes: np.ndarray | None = None  # [rows] int: rows of like size share a batch, which is as wide as need be
     widths: Sequence[int] = ()  # ascending, for `fill` to be told the least that is enough
@@ -237,9 +238,9 @@ def rankings(
 ) -> Batches[Rankings]:
     """Prompts with their ranked responses, each a sequence padded on the right to `length`.
 
-    `responses` is K, the most that a row may have; by default what the source has at most. Absent ones have rank -1
-    and an empty mask. A row is refused if its prompt is empty or one of its sequences longer than `length`, of a
-    dialogue with its last turns alone; and if it does not order any two responses that differ, token by token.
+    `responses` is K, the most that a row may have; by default the most of any row of the source. Absent responses have
+    rank -1 and an empty mask. A row is refused if its prompt is empty; if one of its sequences is longer than `length`,
+    even after the dialogue's oldest turns are left out; and if it does not order any two responses that differ.
 
     Where it orders some that differ and some that do not, it is kept as it is, and counted: two identical responses
     have one score, so that their pair's two gradients cancel, whereas to leave one out, or to tie them, would change
@@ -276,15 +277,15 @@ def rankings(
     def fill(index: np.ndarray) -> Rankings:
         shape = (len(index), k_max, length)
         tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
-        rank, first = np.full(shape[:2], -1, np.int32), np.zeros(len(index), np.int32)
+        rank, start = np.full(shape[:2], -1, np.int32), np.zeros(len(index), np.int32)
         for b, n in enumerate(index):
             if n >= 0:
-                first[b], sequences, ranks = kept[n]
+                start[b], sequences, ranks = kept[n]
                 rank[b, : len(ranks)] = ranks
                 for k, ids in enumerate(sequences):
                     tokens[b, k, : len(ids)] = ids
                     mask[b, k, : len(ids)] = True
-        return Rankings(tokens=tokens, mask=mask, start=first, rank=rank)
+        return Rankings(tokens=tokens, mask=mask, start=start, rank=rank)
 
     return _stream("rankings", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
 

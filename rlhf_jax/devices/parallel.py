@@ -104,24 +104,27 @@ def join(x: jax.Array) -> jax.Array:
     return constrain(jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), ROWS)
 
 
-def accumulate(share: Callable[[T], tuple[G, M]], rows: T, parts: int) -> tuple[G, M]:
-    """The gradients and metrics of a batch of rows, computed in `parts` micro-batches, one after another.
+def accumulate(share: Callable[..., tuple[G, M]], parts: int) -> Callable[..., tuple[G, M]]:
+    """A function as `share`, which computes its rows in `parts` micro-batches, one after another.
 
-    `share` returns the gradients and metrics of some rows. Gradients are summed, so `share` must divide by the count of
-    the whole batch; metrics are stacked, [parts]. Only one micro-batch's activations exist at a time. Raises InputError
-    when the rows do not divide.
+    `share(*rows)` returns the gradients and metrics of some rows. Gradients are summed, so `share` must divide by the
+    count of the whole batch; metrics are stacked, [parts], unless there is one part. Only one micro-batch's activations
+    exist at a time. The function raises InputError when the rows do not divide.
     """
     if parts == 1:
-        grads, metrics = share(rows)
-        return grads, jax.tree.map(lambda x: x[None], metrics)
-    rows = jax.tree.map(lambda x: split(x, parts), rows)
-    total, _ = jax.eval_shape(share, jax.tree.map(lambda x: x[0], rows))
+        return share
 
-    def add(total: G, part: T) -> tuple[G, M]:
-        grads, metrics = share(part)
-        return jax.tree.map(jnp.add, total, grads), metrics
+    def accumulated(*rows: Any) -> tuple[G, M]:
+        rows = jax.tree.map(lambda x: split(x, parts), rows)
+        total, _ = jax.eval_shape(share, *jax.tree.map(lambda x: x[0], rows))
 
-    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total), rows)
+        def add(total: G, part: tuple) -> tuple[G, M]:
+            grads, metrics = share(*part)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total), rows)
+
+    return accumulated
 
 
 # How arrays are sharded over a mesh -----------------------------------------------------------------------------------

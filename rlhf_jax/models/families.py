@@ -18,8 +18,9 @@ from rlhf_jax.models import files
 from rlhf_jax.models.config import Config, RopeScaling, gpt, llama
 from rlhf_jax.types import InputError
 
-# The families with RoPE and RMSNorm: what sets each apart from Llama, and which further settings it may have.
-_GATED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+# The families with RoPE, RMSNorm and a gated MLP: the settings that set each apart from Llama, and those that it may
+# have beside Llama's.
+_LLAMA_LIKE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "llama": ({}, ()),
     "mistral": ({}, ("window",)),
     "qwen2": ({"bias": "qkv"}, ("window", "full_layers")),
@@ -29,7 +30,7 @@ _GATED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("window", "full_layers", "query_size", "attention_cap", "logit_cap"),
     ),
 }
-SUPPORTED = ("gpt2", *_GATED)
+SUPPORTED = ("gpt2", *_LLAMA_LIKE)
 _ANY = {"head_dim", "rope_theta", "dropout", "compute"}  # settings of every family, beside those of _SIZES
 _SIZES = {
     "n_layers": "num_hidden_layers",
@@ -97,7 +98,7 @@ def family(config: Config) -> str:
     square = config.n_kv_heads == config.n_heads and config.n_heads * config.head_dim == config.d_model
     if square and config.tie_embeddings and _same(config, gpt(config.n_layers, config.d_model, config.n_heads), ()):
         return "gpt2"
-    for name, (settings, optional) in _GATED.items():
+    for name, (settings, optional) in _LLAMA_LIKE.items():
         like = llama(1, config.head_dim, 1, 1, config.d_ff)  # sizes may differ
         if _same(config, dataclasses.replace(like, **settings), ("rope_scaling", *optional)):
             return name
@@ -183,7 +184,7 @@ def _gated_config(hf: Any, kind: str) -> Config:
     _expect(hf, **{activation: "gelu_pytorch_tanh" if kind == "gemma2" else "silu"})
     for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         _expect(hf, **{name: (False, None)} if hasattr(hf, name) else {})
-    settings, optional = _GATED[kind]
+    settings, optional = _LLAMA_LIKE[kind]
     sizes = {ours: getattr(hf, theirs) for ours, theirs in _SIZES.items()}
     if getattr(hf, "head_dim", None) is None and hf.hidden_size % hf.num_attention_heads:
         heads = f"num_attention_heads={hf.num_attention_heads}"
@@ -257,7 +258,7 @@ def hf_config(config: Config, scalar: bool, dtype: str, tokenizer: Tokenizer | N
         rope |= {"high_freq_factor": scaling.high, "original_max_position_embeddings": scaling.original_length}
     every |= {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
     every |= {"head_dim": config.head_dim, "rope_parameters": rope}
-    _, optional = _GATED[kind]
+    _, optional = _LLAMA_LIKE[kind]
     if "window" in optional:
         every |= {"sliding_window": config.window}
     if "full_layers" in optional:

@@ -3,7 +3,9 @@
 import dataclasses
 import gc
 import math
+import traceback
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from experiments import (
 )
 from experiments.papers import ppo_instructgpt, presets
 from rlhf_jax import models, runs
+from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.data import tokenizer
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import lora
@@ -57,6 +60,25 @@ def test_a_fork_runs_and_ppo_runs_without_pretraining_text(done, tmp_path):
     assert [row["step"] for row in log.read(tmp_path / "fork", "samples.jsonl")] == [1] * 3 + [3] * 3 + [4] * 3
     assert checkpoint.steps(tmp_path / "fork" / "checkpoints") == [2, 4]
     tiny.assert_close(state.params["policy"], models.load(tmp_path / "fork" / "model").params, atol=0)
+
+
+def test_from_main_to_the_loss_are_seven_frames(done, tmp_path, monkeypatch):
+    cfg, _ = done
+    root, names = Path(ppo.__file__).parents[1], []
+
+    class Reached(Exception):
+        pass
+
+    def policy_loss(*args):
+        for frame in traceback.extract_stack():
+            if any(Path(frame.filename).is_relative_to(root / ours) for ours in ("experiments", "rlhf_jax")):
+                names.append(frame.name)
+        raise Reached
+
+    monkeypatch.setattr(ppo_lib, "policy_loss", policy_loss)
+    with pytest.raises(Reached):
+        ppo.main(dataclasses.replace(cfg.ppo, **paths(cfg, tmp_path / "run", "init", "rewards")))
+    assert names == ["main", "_step_on_base", "train_step", "apply", "update", "loss"]  # and policy_loss, the seventh
 
 
 def test_the_published_settings_run_and_save_the_averaged_policy(done, tmp_path):
