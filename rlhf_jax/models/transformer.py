@@ -139,6 +139,7 @@ class Transformer(nn.Module):
 
         What follows them is padding: it lies behind the row's next column to fill, where nothing reads it.
         """
+        # Columns as many as the cache has can only be its first ones: then they attend to themselves, as in `prefill`.
         view = appended_view(self.config, cache.column, tokens.shape[1], cache.key.shape[3], cache.rotary_table)
         logits, read = self._next_logits(tokens, view, cache, None, count[:, None] - 1)
         return logits, read.replace(column=cache.column + count)

@@ -40,6 +40,7 @@ class _Row:
 
     read: list[int] = dataclasses.field(default_factory=list)  # the tokens in its first columns
     sampled: int | None = None  # the number of tokens of its answer that `step` has returned; None between answers
+    turn: int = 0  # the number of answers that were begun
 
 
 class Conversations:
@@ -108,7 +109,7 @@ class Conversations:
                 self._state = self._state.replace(cache=_grow(self._program, size, self._state.cache))
             while len(row.read) < len(prompt):
                 self._read_part(number, prompt[len(row.read) :], key)
-        row.sampled = 0
+        row.sampled, row.turn = 0, row.turn + 1
 
     def _take_row(self, name: Hashable) -> int:
         """The number of the row of this conversation, or of one for it."""
@@ -173,11 +174,14 @@ class Conversations:
         Where others answer at the same time, use `ask` and `step`.
         """
         self.ask(name, prompt, jax.random.fold_in(key, 0))
+        row = self._rows[self._row_of[name]]
+        turn = row.turn
         try:
-            while name in self.answering:
+            while row.turn == turn and row.sampled is not None:
                 yield self.step()[name]
         finally:
-            self.stop(name)
+            if row.turn == turn:  # else the next turn has begun, and this is closed late
+                row.sampled = None
 
     def stop(self, name: Hashable) -> None:
         """End the answer of a conversation, if it has not ended; what was read is kept for its next turn."""
@@ -187,6 +191,7 @@ class Conversations:
     def forget(self, name: Hashable) -> None:
         """End a conversation, and free its row."""
         if name in self._row_of:
+            self.stop(name)
             self._rows[self._row_of.pop(name)] = _Row()
 
     @contextlib.contextmanager

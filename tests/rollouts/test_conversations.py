@@ -88,6 +88,20 @@ def test_an_answer_that_is_given_up_is_read_as_far_as_it_was_said():
     assert talk.prefilled == 9 + 2
 
 
+def test_a_stream_that_is_closed_late_leaves_the_next_turn_alone():
+    talk, prompt = talks(LLAMA), said(0, 9)
+    late = talk.stream("a", prompt, KEY)
+    next(late)
+    stream = talk.stream("a", [*prompt, 3], KEY)
+    answer = [next(stream)]
+    assert not list(late)
+    assert answer + list(stream) == generated(LLAMA, [*prompt, 3], KEY)
+    stream = talk.stream("a", prompt, KEY)
+    next(stream)
+    talk.forget("a")
+    assert not list(stream)
+
+
 def test_conversations_that_answer_together_do_not_see_each_other():
     config, keys = CONFIGS["mistral"], jax.random.split(KEY, 8)
     talk = talks(config, SAMPLED, rows=3)
