@@ -3,7 +3,8 @@
     python scripts/chat.py --model runs/quickstart/ppo/model
 
 Answers appear as they are sampled. /reset forgets the conversation, /quit and control-D leave, control-C stops an
-answer. Once the conversation outgrows the model's context, its oldest turns are left out, and a note says so. Standard
+answer. A turn reads only what is new: what was read and said before stays in the attention cache. Once the conversation
+outgrows the model's context, its oldest turns are left out, and a note says so; the rest is then read again. Standard
 input may also be a file or a pipe with a message a line; answers go to standard output, notes to standard error.
 """
 
@@ -18,10 +19,12 @@ import jax
 
 from rlhf_jax import models
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import sampling
+from rlhf_jax.rollouts.conversations import Conversations
 from rlhf_jax.runs import cli
 from rlhf_jax.settings import Count, NonNegative, Seed, Settings, Share, Whole
-from rlhf_jax.types import named_key
+from rlhf_jax.types import InputError, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +37,21 @@ class Config(Settings):
     top_p: Share = 1.0  # sample among the likeliest tokens that have this probability together
     max_new_tokens: Count = 256  # of an answer; at most half of the model's context is used for it
     seed: Seed = 0  # of sampling
+    device: Literal["cpu", "gpu", "tpu"] | None = None  # None is the best there is
+    devices: parallel.Config = parallel.Config()  # without a mesh, the first device of its kind is used
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        useless = {"data": self.devices.data not in (None, 1), "offload": self.devices.offload}
+        useless["microbatches"] = self.devices.microbatches > 1
+        for name in (name for name, given in useless.items() if given):
+            raise InputError(f"devices.{name} does nothing for one conversation: leave it out, and use fsdp or tensor")
 
 
 def main(cfg: Config) -> None:
-    model = models.load(cfg.model, cfg.dtype, models.Compute(cfg.dtype))
+    layout = mesh(cfg)
+    place = (lambda path, shape: None) if layout is None else layout.sharding
+    model = models.load(cfg.model, cfg.dtype, models.Compute(cfg.dtype), place)
     tokenizer = models.tokenizer_of(model)
     stops, context = models.stop_ids(model), model.config.max_length
     room = min(cfg.max_new_tokens, context // 2)
@@ -48,6 +62,7 @@ def main(cfg: Config) -> None:
         top_p=cfg.top_p,
         eos_id=stops,
     )
+    talk = Conversations(model, model.params, sampled, layout=layout)
     key = named_key(cfg.seed, "chat")
     system = [] if cfg.system is None else [{"role": "system", "content": cfg.system}]
     turns: list[tokenizer_lib.Message] = []  # of user and assistant alternately
@@ -62,9 +77,26 @@ def main(cfg: Config) -> None:
             continue
         if first:
             note(f"the context of {context} tokens is full: oldest turns dropped: {first // 2}")
-        tokens = sampling.stream(model, model.params, prompt, jax.random.fold_in(key, number), sampled)
+        tokens = talk.stream("terminal", prompt, jax.random.fold_in(key, number))
         answer = say(tokenizer, (i for i in tokens if i not in stops))
         turns = [*asked[first:], {"role": "assistant", "content": answer}]
+
+
+def mesh(cfg: Config) -> parallel.Mesh | None:
+    """The mesh over as many devices of the chosen kind as the flags ask for; None for a single device.
+
+    Raises InputError where there are too few.
+    """
+    if cfg.device is not None:  # before jax looks for devices
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(cfg.device, cfg.device))
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise InputError(f"device={cfg.device}: jax finds none ({str(error).splitlines()[0]})") from error
+    if cfg.device not in (None, devices[0].platform):
+        raise InputError(f"device={cfg.device}: jax already computes on {devices[0].platform}; leave it out")
+    layout = parallel.layout(cfg.devices, devices[: cfg.devices.fsdp * cfg.devices.tensor])
+    return layout if isinstance(layout, parallel.Mesh) else None
 
 
 def lines() -> Iterator[str]:

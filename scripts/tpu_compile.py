@@ -189,7 +189,7 @@ def ranking_batches(
 
 def prompts(rows: int, length: int) -> Prompts:
     tokens = zeros(np.int32, rows, length)
-    return Prompts(tokens=tokens, mask=zeros(bool, rows, length), index=np.arange(rows, dtype=np.int32) % EXAMPLES)
+    return Prompts(tokens=tokens, mask=~zeros(bool, rows, length), index=np.arange(rows, dtype=np.int32) % EXAMPLES)
 
 
 def prompt_batches(rows: Any, tokenizer: Any, *, length: int, batch: int, seed: int, widths: int = 1) -> Batches:

@@ -6,6 +6,7 @@ all devices, local and remote, each of which has all parameters. `Mesh` leaves t
 rows, and compiles it for sharded arrays; the compiler adds the communication.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -372,6 +373,10 @@ class Mesh:
 
         return jax.tree.map(split, tree)
 
+    def traced(self) -> contextlib.AbstractContextManager:
+        """The context in which a function is traced for arrays that are sharded over this mesh."""
+        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+
     def step(self, step: Callable, *, donate: tuple[int, ...] = ()) -> Callable:
         def shard_result(x: Any) -> Any:
             if isinstance(x, TrainState):  # sharded as before the step
@@ -380,7 +385,7 @@ class Mesh:
 
         def placed(*args: Any) -> Any:
             args = jax.tree.map(_on_device, args)
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            with self.traced():
                 results = step(*args, axis=None)
                 return jax.tree.map(shard_result, results, is_leaf=lambda x: isinstance(x, TrainState))
 

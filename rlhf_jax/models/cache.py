@@ -15,13 +15,14 @@ from rlhf_jax.types import Leaf
 class Cache(struct.PyTreeNode):
     """Keys and values of the columns seen so far.
 
-    The layers are stacked on a leading axis [L], for a scan over them, or `unstacked` in a tuple.
+    The layers are stacked on a leading axis [L], for a scan over them, or `unstacked` in a tuple. Rows are filled
+    together, each with its padding, or, in a `by_row` cache, every row from its own first column on, without padding.
     """
 
     key: Leaf  # [L, B, G, S, head_dim], or L times [B, G, S, head_dim]
     value: Leaf  # as key
-    mask: Leaf  # [B, S] bool, columns that hold a real token
-    column: Leaf  # [] int32, the next column to fill
+    mask: Leaf  # [B, S] bool, columns that hold a real token; None by row, where those are the columns before `column`
+    column: Leaf  # [] int32, the next column to fill; by row [B]
     rotary_table: Any  # of S positions; None without RoPE
 
     @classmethod
@@ -33,6 +34,18 @@ class Cache(struct.PyTreeNode):
             value=zeros,
             mask=jnp.zeros((rows, columns), bool),
             column=jnp.int32(0),
+            rotary_table=rotary_table(columns, config),
+        )
+
+    @classmethod
+    def by_row(cls, config: Config, rows: int, columns: int) -> "Cache":
+        """An empty cache in which every row is filled on its own; each leaf has memory of its own, to be donated."""
+        shape = (config.n_layers, rows, config.n_kv_heads, columns, config.head_dim)
+        return cls(
+            key=jnp.zeros(shape, config.compute.dtype),
+            value=jnp.zeros(shape, config.compute.dtype),
+            mask=None,
+            column=jnp.zeros(rows, jnp.int32),
             rotary_table=rotary_table(columns, config),
         )
 
@@ -48,9 +61,15 @@ class Cache(struct.PyTreeNode):
         return self.replace(mask=jax.lax.dynamic_update_slice(self.mask, mask, (0, self.column)))
 
     def put(self, layer: int | Array, key: Float[Array, "B G T H"], value: Float[Array, "B G T H"]) -> "Cache":
-        """The cache with the next T columns of one layer; `advance` it once every layer has them."""
+        """The cache with the next T columns of one layer; `advance` it once every layer has them.
+
+        By row, what a row has no column for is left out.
+        """
 
         def write(old: Any, new: Array) -> Any:
+            if self.column.ndim:
+                rows, columns = jnp.arange(new.shape[0])[:, None], self.column[:, None] + jnp.arange(new.shape[2])[None]
+                return old.at[layer, rows, :, columns].set(new.transpose(0, 2, 1, 3), mode="drop")
             if isinstance(old, tuple):
                 written = jax.lax.dynamic_update_slice(old[layer], new, (0, 0, self.column, 0))
                 return (*old[:layer], written, *old[layer + 1 :])

@@ -1,7 +1,7 @@
 """The layers of a block, and the view of the rows that all of them share: who attends to whom, and from which position.
 
 A view is made once a forward pass: by `whole_view` where all columns are computed at once (training, scoring, reading a
-prompt), by `token_view` where one column is appended to a cache.
+prompt), by `token_view` where one column is appended to a cache, by `appended_view` to one that is filled by row.
 """
 
 import functools
@@ -64,6 +64,24 @@ def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Table | Non
         rotation=rope.look_up(table, position),
         mask=attended,
         window_mask=within_window(config, attended, position, jnp.cumsum(mask, axis=1) - 1),
+        segment=jnp.ones_like(position, bool),
+        keys=None,
+    )
+
+
+def appended_view(config: Config, column: Int[Array, "B"], columns: int, size: int, table: rope.Table | None) -> View:
+    """The view of so many columns of each row from its `column` on, in a cache `by_row` of this size.
+
+    A row's columns are its tokens, so a column is a position; one beyond the cache, which nothing reads, gets the last.
+    """
+    position = jnp.minimum(column[:, None] + jnp.arange(columns)[None], size - 1)
+    key_position = jnp.broadcast_to(jnp.arange(size)[None], (len(column), size))
+    mask = key_position[:, None, :] <= position[:, :, None]
+    return View(
+        position=position,
+        rotation=rope.look_up(table, position),
+        mask=mask,
+        window_mask=within_window(config, mask, position, key_position),
         segment=jnp.ones_like(position, bool),
         keys=None,
     )

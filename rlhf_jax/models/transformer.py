@@ -6,7 +6,7 @@ each takes its slice. Query heads lie beside the key and value head that they sh
 
 Padding may be anywhere in a row: a token attends to the earlier real tokens of its own document, and its position is
 the number of those. `Transformer.hidden` computes whole rows, for training and scoring; for generation, `prefill` reads
-a prompt into a cache and `decode` appends a token to it.
+a prompt into a cache and `decode` appends a token to it; `append` appends any number of tokens to a cache by row.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +28,7 @@ from rlhf_jax.models.layers import (
     Columns,
     Norm,
     View,
+    appended_view,
     dropout,
     soft_cap,
     take_columns,
@@ -131,15 +132,32 @@ class Transformer(nn.Module):
         cache = cache.extend_mask(jnp.ones_like(tokens, bool))
         return self._next_logits(tokens, token_view(self.config, cache.mask, cache.rotary_table), cache, layers)
 
-    def _next_logits(
-        self, tokens: Int[Array, "B T"], view: View, cache: Cache, layers: Sequence[Params] | None
+    def append(
+        self, tokens: Int[Array, "B T"], count: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits after the last of the columns, and the cache with all of them; its mask has them already."""
+        """Logits after the first `count` of each row's tokens, at least one, and the cache `by_row` with these in it.
+
+        What follows them is padding: it lies behind the row's next column to fill, where nothing reads it.
+        """
+        # Columns as many as the cache has can only be its first ones: then they attend to themselves, as in `prefill`.
+        view = appended_view(self.config, cache.column, tokens.shape[1], cache.key.shape[3], cache.rotary_table)
+        logits, read = self._next_logits(tokens, view, cache, None, count[:, None] - 1)
+        return logits, read.replace(column=cache.column + count)
+
+    def _next_logits(
+        self,
+        tokens: Int[Array, "B T"],
+        view: View,
+        cache: Cache,
+        layers: Sequence[Params] | None,
+        columns: Columns = LAST,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits after one column of each row, and the cache with all of them; its mask has them already."""
         x = self._embed(tokens, view)
         if layers is None:
-            x, cache = self._scanned(x, cache, view, LAST)
+            x, cache = self._scanned(x, cache, view, columns)
         else:
-            x, cache = self._unrolled(layers, x, cache, view, LAST)
+            x, cache = self._unrolled(layers, x, cache, view, columns)
         return self.unembed(self.final_norm(x))[:, 0], cache.advance(tokens.shape[1])
 
     def _embed(self, tokens: Int[Array, "B T"], view: View) -> Float[Array, "B T D"]:

@@ -33,13 +33,17 @@ def collect(
 ) -> Rollout:
     """Sample one response to each prompt, still without a score.
 
-    Row b of the global batch samples with `fold_in(key, first + b)`. `params` holds "policy" and, where the rollout is
-    to have their word, "reference" and, with `critic_fn`, "critic": both read the responses in so many `buckets`, see
-    `ragged`. The behaviour log-probabilities are the sampler's own. Without `cfg.stop_at_eos` every response has all
-    its columns and each counts, as in Ziegler et al. 2019.
+    Row b of the global batch samples with `fold_in(key, first + b)`, or with `fold_in(key, first[b])` where `first` [B]
+    has a number for each row. `params` holds "policy" and, where the rollout is to have their word, "reference" and,
+    with `critic_fn`, "critic": both read the responses in so many `buckets`, see `ragged`. The behaviour
+    log-probabilities are the sampler's own. Without `cfg.stop_at_eos` every response has all its columns and each
+    counts, as in Ziegler et al. 2019.
     """
     prompt_tokens, prompt_mask = sampling.left_pad(prompts.tokens, prompts.mask)
-    keys = parallel.row_keys(key, prompts.tokens.shape[0], axis, first)
+    if first.ndim:
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first)
+    else:
+        keys = parallel.row_keys(key, prompts.tokens.shape[0], axis, first)
     sample = sampling.generate(policy, params["policy"], prompt_tokens, prompt_mask, keys, cfg)
     tokens = jnp.concatenate([prompt_tokens, sample.tokens], axis=1)
     mask = jnp.concatenate([prompt_mask, sample.mask], axis=1)
@@ -101,6 +105,24 @@ def chunks(rows: Rows, batch: int) -> Iterator[tuple[np.uint32, Rows]]:
         yield np.uint32(first), jax.tree.map(functools.partial(np.take, indices=index, axis=0), rows)
 
 
+WIDTHS, STEP, BATCHES = 4, 32, 8  # of prompts: at most, columns between two, and batches that each takes to be worth it
+
+
+def by_width(sizes: np.ndarray, columns: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The numbers of the rows of each batch [batch], the largest sizes first, and the width that is enough for it.
+
+    Each width is a program to compile, so there are few: equal steps, of at least `STEP`, up to that of the largest
+    size, which is at most `columns`, and no more than so many batches make up for. The last batch is filled up with its
+    last row.
+    """
+    columns, batches = min(columns, STEP * -(-int(sizes.max()) // STEP)), -(-len(sizes) // batch)
+    widths = np.array(ragged.widths(columns, max(1, min(WIDTHS, columns // STEP, batches // BATCHES))))
+    order = np.argsort(-sizes, kind="stable")
+    for first in range(0, len(sizes), batch):
+        numbers = order[np.minimum(np.arange(first, first + batch), len(sizes) - 1)]
+        yield numbers, int(widths[np.searchsorted(widths, sizes[numbers[0]])])
+
+
 def episodes(
     model: models.Model,
     prompts: Prompts,
@@ -114,17 +136,29 @@ def episodes(
 ) -> Rollout:
     """`collect` for any number of prompts, `batch` at a time over all devices; the result lies on the host.
 
-    `score` is a source of `scores`, if there is to be one. What row b samples depends on `key`, b and its prompt, not
-    on `batch`.
+    Prompts of like length share a batch, see `by_width`. The result has the rows of `prompts`, in their order, and as
+    wide. `score` is a source of `scores`, if there is to be one. What row b samples depends on `key`, b and its prompt,
+    not on `batch`.
     """
     one_batch = collector(model.config, layout, cfg)
     params = {"policy": model.params} | ({} if reference is None else {"reference": reference.params})
     placed, keys = layout.state(params), layout.state(key)
-    parts = []
-    for first, part in chunks(prompts, batch):
-        sampled = one_batch(placed, layout.rows(part), keys, layout.state(first))
-        parts.append(layout.gather(score(sampled) if score else sampled))
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(prompts.index)], *parts)
+    count, columns = prompts.tokens.shape
+    real_last = np.argsort(prompts.mask, axis=1, kind="stable")
+    tokens, mask = (np.take_along_axis(np.asarray(x), real_last, axis=1) for x in (prompts.tokens, prompts.mask))
+    parts, order = [], []
+    for numbers, width in by_width(mask.sum(axis=1), columns, batch):
+        front = columns - width  # columns of padding in every row
+        part = Prompts(tokens=tokens[numbers, front:], mask=mask[numbers, front:], index=prompts.index[numbers])
+        rows = layout.rows(hosts.share(part)), keys, layout.rows(hosts.share(numbers.astype(np.uint32)))
+        sampled = one_batch(placed, *rows)
+        sampled = layout.gather(score(sampled) if score else sampled)
+        whole = np.concatenate([tokens[numbers, :front], sampled.tokens], axis=1)
+        on = np.concatenate([mask[numbers, :front], sampled.mask], axis=1)
+        parts.append(sampled.replace(tokens=whole, mask=on))
+        order.append(numbers)
+    place = np.argsort(np.concatenate(order)[:count])
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[place], *parts)
 
 
 def say(

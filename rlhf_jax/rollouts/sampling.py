@@ -7,12 +7,10 @@ copies or converts weights.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -86,8 +84,9 @@ def truncate_logits(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Fl
 
 
 def noise(keys: Array, n: int | Array) -> Float[Array, "B"]:
-    """A number in [0, 1) for each row, which decides its token n."""
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, n)))(keys)
+    """A number in [0, 1) for each row, which decides its token n; n may be each row's own, [B]."""
+    one = lambda key, n: jax.random.uniform(jax.random.fold_in(key, n))
+    return jax.vmap(one)(keys, jnp.broadcast_to(jnp.asarray(n), keys.shape))
 
 
 def draw(uniform: Float[Array, "B"], logits: Float[Array, "B V"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
@@ -131,36 +130,13 @@ def generate(
     prompt and key alone, not on the rest of the batch. Padding may be anywhere in a prompt. Raises InputError when
     the model's context is too short.
     """
-    _check(tokens.shape[1], cfg.max_new_tokens, model.config.max_length)
+    check_length(tokens.shape[1], cfg.max_new_tokens, model.config.max_length)
     if key.ndim == 0:
         key = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(tokens.shape[0]))
     return _generate(model.config, params, tokens, mask, key, cfg)
 
 
-def stream(model: HasConfig, params: Params, tokens: Sequence[int], key: Array, cfg: Config) -> Iterator[int]:
-    """The tokens that `generate` samples after one prompt, each as soon as it is there, the EOS included.
-
-    Prompts are padded to a power of two, so that prompts of all lengths share a few compiled programs.
-    """
-    config = model.config
-    _check(len(tokens), cfg.max_new_tokens, config.max_length)
-    columns = min(max(32, 1 << (len(tokens) - 1).bit_length()), config.max_length)
-    padded, mask = np.zeros((1, columns), np.int32), np.zeros((1, columns), bool)
-    padded[0, columns - len(tokens) :], mask[0, columns - len(tokens) :] = tokens, True
-    keys = jax.random.fold_in(key, 0)[None]
-    cache = Cache.empty(config, 1, columns + cfg.max_new_tokens)
-    cache = jax.tree.map(jnp.copy, cache)  # its leaves share memory, which cannot be donated twice
-    token, cache = _first_token(config, cfg, params, cache, jnp.asarray(padded), jnp.asarray(mask), keys)
-    for n in range(1, cfg.max_new_tokens + 1):
-        sampled = token
-        if n < cfg.max_new_tokens:  # the device goes on before the host has the token
-            token, cache = _next_token(config, cfg, params, cache, sampled, keys, jnp.int32(n))
-        yield int(sampled[0])
-        if int(sampled[0]) in cfg.stops:
-            return
-
-
-def _check(columns: int, max_new_tokens: int, max_length: int) -> None:
+def check_length(columns: int, max_new_tokens: int, max_length: int) -> None:
     """Raises InputError when the context is too short for these prompts and responses."""
     if columns + max_new_tokens > max_length:
         raise InputError(
@@ -169,25 +145,7 @@ def _check(columns: int, max_new_tokens: int, max_length: int) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _first_token(
-    config: models.Config, cfg: Config, params: Params, cache: Cache, tokens: Array, mask: Array, keys: Array
-) -> tuple[Array, Cache]:
-    """The first token of a stream, and the cache with the prompt."""
-    logits, cache = bind(Transformer(config), Transformer.prefill)(params, tokens, mask, cache)
-    return _choose(logits, noise(keys, 0), cfg)[0], cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _next_token(
-    config: models.Config, cfg: Config, params: Params, cache: Cache, token: Array, keys: Array, n: Array
-) -> tuple[Array, Cache]:
-    """Token n of a stream, and the cache with the token before it."""
-    logits, cache = bind(Transformer(config), Transformer.decode)(params, token, cache)
-    return _choose(logits, noise(keys, n), cfg)[0], cache
-
-
-def _choose(logits: Array, uniform: Array, cfg: Config) -> tuple[Array, Array]:
+def choose(logits: Array, uniform: Array, cfg: Config) -> tuple[Array, Array]:
     """A token of each row and its log-probability."""
     if cfg.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -318,7 +276,7 @@ def _scatter(sample: Sample, rows: _Rows) -> Sample:
 def _prefill(network: _Network, prompts: _Prompts, cfg: Config) -> _Rows:
     """The rows after their first token."""
     logits, cache = network.prefill(prompts.tokens, prompts.mask, prompts.cache)
-    token, logp = _choose(logits, prompts.uniform[:, 0], cfg)
+    token, logp = choose(logits, prompts.uniform[:, 0], cfg)
     empty = jnp.zeros(prompts.uniform.shape)
     sample = Sample(
         tokens=jnp.full(empty.shape, cfg.stops[0] if cfg.stops else 0, jnp.int32).at[:, 0].set(token),
@@ -348,7 +306,7 @@ def _extend_until(network: _Network, rows: _Rows, cfg: Config, unfinished: int) 
 def _extend(network: _Network, rows: _Rows, cfg: Config) -> _Rows:
     """The rows with one more token each, where they are not done."""
     logits, cache = network.decode(rows.token, rows.cache)
-    token, logp = _choose(logits, jax.lax.dynamic_index_in_dim(rows.uniform, rows.n, 1, keepdims=False), cfg)
+    token, logp = choose(logits, jax.lax.dynamic_index_in_dim(rows.uniform, rows.n, 1, keepdims=False), cfg)
     live = ~rows.done
 
     def append(column: Array, values: Array) -> Array:

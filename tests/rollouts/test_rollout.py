@@ -76,3 +76,49 @@ def test_responses_do_not_depend_on_the_batch():
     assert small.logp_ref is None and small.value is None and small.score is None
     np.testing.assert_array_equal(small.tokens, large.tokens)
     np.testing.assert_array_equal(small.mask, large.mask)
+
+
+@pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=4, tensor=2)], ids=["pmap", "mesh"])
+def test_prompts_of_like_length_share_a_batch(cfg, monkeypatch):
+    """What each row says, and their order, is what they say in one batch that is padded to the longest."""
+    monkeypatch.setattr(rollout, "STEP", 3)
+    monkeypatch.setattr(rollout, "BATCHES", 1)
+    lengths = np.random.default_rng(0).permutation([12, 7, 5, 5, 4, 4, 4, 4, 3, 3, 2, 1])
+    mask = np.random.default_rng(1).permuted(np.arange(12)[None] < lengths[:, None], axis=1)  # padding is anywhere
+    mixed = Prompts(tokens=tiny.random_tokens(2, 12, 12), mask=mask, index=np.arange(12)[::-1] + 100)
+    model, reference = (models.Model(tiny.GPT, tiny.policy(seed=n), None, lambda: None) for n in (0, 3))
+    widths = []
+
+    def score(sampled):
+        widths.append(sampled.tokens.shape[-1] - N)
+        return sampled
+
+    grouped = rollout.episodes(
+        model,
+        mixed,
+        jax.random.key(0),
+        CFG,
+        batch=8,
+        reference=reference,
+        score=score,
+        layout=parallel.layout(cfg),
+    )
+    assert widths == [12, 6]
+    alone = jax.jit(COLLECT)(PARAMS(), tiny.arrays(mixed), jax.random.key(0), jnp.uint32(0))
+    for name in ("tokens", "mask", "response_mask", "ended", "index"):
+        np.testing.assert_array_equal(getattr(grouped, name), getattr(alone, name), err_msg=name)
+    tiny.assert_close((grouped.logp, grouped.logp_ref), (alone.logp, alone.logp_ref), atol=1e-5)
+
+
+def test_widths_of_batches(monkeypatch):
+    sizes = np.array([3, 100, 40, 9, 64, 33, 1])
+
+    def batches(sizes, columns, batch):
+        return [(numbers.tolist(), width) for numbers, width in rollout.by_width(sizes, columns, batch)]
+
+    assert batches(sizes, 100, 2) == [([1, 4], 100), ([2, 5], 100), ([3, 0], 100), ([6, 6], 100)]  # few batches
+    assert batches(sizes[[0, 3]], 100, 2) == [([1, 0], 32)]  # none needs more
+    monkeypatch.setattr(rollout, "BATCHES", 1)
+    assert batches(sizes, 100, 2) == [([1, 4], 100), ([2, 5], 67), ([3, 0], 34), ([6, 6], 34)]
+    assert [width for _, width in batches(np.tile(sizes, 2), 128, 1)] == [128] * 2 + [64] * 6 + [32] * 6
+    assert [width for _, width in batches(np.full(99, 9), 20, 1)] == [20] * 99

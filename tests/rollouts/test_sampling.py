@@ -161,33 +161,6 @@ def test_any_of_several_ends():
     np.testing.assert_array_equal(everything.mask.sum(1), np.ones(8))
 
 
-@BOTH
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 9}, {"temperature": 1.5, "top_p": 0.9}])
-def test_a_stream_is_a_sample(config, settings):
-    module, keys = models.Transformer(config), jax.random.split(jax.random.key(3), 6)
-    cfg = sampling.Config(max_new_tokens=8, eos_id=(0, EOS, 5, 7), **settings)
-    tokens, mask = tiny.random_tokens(0, 6, 8), tiny.ragged(1, 6, 8)
-    rows = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    sample = sampling.generate(module, tiny.policy(config), jnp.asarray(tokens), jnp.asarray(mask), rows, cfg)
-    for b in range(6):
-        prompt = tokens[b, mask[b]].tolist()
-        assert (
-            list(sampling.stream(module, tiny.policy(config), prompt, keys[b], cfg))
-            == sample.tokens[b, sample.mask[b]].tolist()
-        )
-    assert not sample.mask.all()  # some end early
-
-
-def test_streams_after_prompts_of_all_lengths_share_programs():
-    module = models.Transformer(dataclasses.replace(tiny.LLAMA, max_length=80))
-    programs = lambda: (sampling._first_token._cache_size(), sampling._next_token._cache_size())
-    before = programs()
-    for n in (1, 32, 33, 64):
-        stream = sampling.stream(module, tiny.policy(tiny.LLAMA), [3] * n, jax.random.key(0), sampling.Config(5))
-        assert len(list(stream)) == 5
-    assert programs() == (before[0] + 2, before[1] + 2)  # for up to 32 columns and for up to 64
-
-
 def test_samples_follow_the_distribution():
     rows = 20_000
     tokens, mask = np.broadcast_to(tiny.random_tokens(0, 1, 3), (rows, 3)), np.ones((rows, 3), bool)
@@ -244,5 +217,3 @@ def test_bad_settings_are_refused():
         generate(tiny.GPT, tokens, mask, top_p=0.0)
     with pytest.raises(InputError, match="max_new_tokens=0"):
         generate(tiny.GPT, tokens, mask, n=0)
-    with pytest.raises(InputError, match="6 prompt columns and 19 new tokens exceed the model's context of 24"):
-        next(sampling.stream(models.Transformer(tiny.GPT), tiny.policy(), [3] * 6, KEY, sampling.Config(19)))

@@ -11,6 +11,7 @@ import pytest
 from rlhf_jax import models
 from rlhf_jax.data import tokenizer as lib
 from rlhf_jax.rollouts import sampling
+from rlhf_jax.rollouts.conversations import Conversations
 from rlhf_jax.runs import cli
 from rlhf_jax.types import named_key
 from scripts import chat, targets
@@ -44,23 +45,23 @@ def prompts(path, monkeypatch):
     """The prompts that were answered, as text; each answer is "yes"."""
     prompts, tokenizer = [], lib.load(path)
 
-    def stream(model, params, tokens, key, cfg):
-        assert len(tokens) + cfg.max_new_tokens <= model.config.max_length
-        prompts.append(lib.decode(tokenizer, tokens))
+    def stream(self, name, prompt, key):
+        assert len(prompt) + self._cfg.max_new_tokens <= 96
+        prompts.append(lib.decode(tokenizer, prompt))
         yield from lib.render_completion(tokenizer, "?", " yes")
 
-    monkeypatch.setattr(sampling, "stream", stream)
+    monkeypatch.setattr(Conversations, "stream", stream)
     return prompts
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_type_of_weights_and_computation_is_a_flag(dtype, talk, monkeypatch):
     used = []
-    monkeypatch.setattr(sampling, "stream", lambda model, params, *args: used.append((model, params)) or iter([]))
+    monkeypatch.setattr(Conversations, "stream", lambda self, *args: used.append(self) or iter([]))
     talk(["hi"], "--dtype", dtype)
-    ((model, params),) = used
-    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
-    assert model.config.compute.dtype == dtype
+    (conversations,) = used
+    assert {x.dtype for x in jax.tree.leaves(conversations._params)} == {jnp.dtype(dtype)}
+    assert conversations._state.cache.key.dtype == dtype
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
@@ -79,6 +80,60 @@ def test_answers_are_those_of_generate(path, talk, temperature):
         expected += said + "\n"
     assert out == expected and len(expected) > 5
     assert not err
+
+
+def test_a_turn_reads_only_what_is_new(talk, monkeypatch):
+    reads, whole = [], Conversations.stream
+
+    def stream(self, name, prompt, key):
+        before = self.prefilled
+        yield from whole(self, name, prompt, key)
+        reads.append((len(prompt), self.prefilled - before))
+
+    monkeypatch.setattr(Conversations, "stream", stream)
+    talk(["hi", "you?", "and", "/reset", "hi"], "--temperature", 0, "--max-new-tokens", 5)
+    (first, read_first), (second, read_second), (third, read_third), (_, after_reset) = reads
+    assert first == read_first and after_reset == 1
+    # No prompt is read again; the answer may be, where the tokenizer would spell its text in other tokens.
+    assert read_second <= second - first and read_third <= third - second
+
+
+@pytest.mark.parametrize("flags", [["--device", "cpu"], ["--devices.tensor", 2], ["--devices.fsdp", 2]])
+def test_devices_are_flags(flags, talk, monkeypatch):
+    used, start = [], Conversations.__init__
+
+    def init(self, model, *args, **settings):
+        used.extend(jax.tree.leaves(model.params))
+        start(self, model, *args, **settings)
+
+    settings = ["--temperature", 0, "--max-new-tokens", 5]
+    expected = talk(["hi", "you?"], *settings)
+    monkeypatch.setattr(Conversations, "__init__", init)
+    platforms = jax.config.jax_platforms
+    try:
+        assert talk(["hi", "you?"], *flags, *settings) == expected
+    finally:
+        jax.config.update("jax_platforms", platforms)
+    assert {len(x.sharding.device_set) for x in used} == {1 if flags[0] == "--device" else 2}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--devices.tensor", 16], "a mesh of data=1 x fsdp=1 x tensor=16 devices, but there are 8"),
+        (["--devices.data", 2], "devices.data does nothing for one conversation"),
+        (["--devices.microbatches", 2], "devices.microbatches does nothing for one conversation"),
+        (["--device", "tpu"], "device=tpu: jax already computes on cpu"),
+    ],
+)
+def test_devices_that_cannot_be_used_are_refused(flags, message, talk, capsys):
+    platforms = jax.config.jax_platforms
+    try:
+        with pytest.raises(SystemExit):
+            talk(["hi"], *flags)
+    finally:
+        jax.config.update("jax_platforms", platforms)
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_turns_reset_and_quit(talk, prompts):
@@ -105,7 +160,7 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(talk, prompts):
 
 
 def test_control_c_ends_an_answer_and_keeps_what_it_said(talk, prompts, monkeypatch):
-    whole = sampling.stream
+    whole = Conversations.stream
 
     def interrupted(*args):
         for n, i in enumerate(whole(*args)):
@@ -113,7 +168,7 @@ def test_control_c_ends_an_answer_and_keeps_what_it_said(talk, prompts, monkeypa
                 signal.raise_signal(signal.SIGINT)
             yield i
 
-    monkeypatch.setattr(sampling, "stream", interrupted)
+    monkeypatch.setattr(Conversations, "stream", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         out, _ = talk(["hi", "you?"])
@@ -142,11 +197,11 @@ def test_text_appears_as_soon_as_it_is_whole(path, capsys):
 def test_every_setting_reaches_the_sampler(talk, monkeypatch):
     asked = []
 
-    def stream(model, params, tokens, key, cfg):
-        asked.append((jax.random.key_data(key).tolist(), cfg))
+    def stream(self, name, prompt, key):
+        asked.append((jax.random.key_data(key).tolist(), self._cfg))
         return iter(())
 
-    monkeypatch.setattr(sampling, "stream", stream)
+    monkeypatch.setattr(Conversations, "stream", stream)
     talk(["hi"])
     talk(["hi"], "--temperature", 0.5, "--top-k", 3, "--top-p", 0.8, "--max-new-tokens", 7, "--seed", 1)
     assert asked[0][1] == sampling.Config(max_new_tokens=48, temperature=0.7, eos_id=(0,))
