@@ -16,7 +16,8 @@ from pathlib import Path
 
 from experiments import evaluate, ppo, pretrain, rank, reward, sft
 from rlhf_jax import runs
-from rlhf_jax.runs import cli, plots
+from rlhf_jax.devices import hosts
+from rlhf_jax.runs import cli, log, plots
 from rlhf_jax.settings import Count
 from rlhf_jax.types import InputError
 
@@ -123,8 +124,8 @@ def main(cfg: Config) -> dict:
         "seed": cfg.seed,
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-        "pretrain": {name: results["base"][name] for name in ("gold", "nll")},
-        "sft": {name: results["SFT"][name] for name in ("gold", "reward", "nll")},
+        "pretrain": {name: results["base"][name] for name in ("gold", "nll")} | last_loss(out / "pretrain"),
+        "sft": {name: results["SFT"][name] for name in ("gold", "reward", "nll")} | last_loss(out / "sft"),
         "reward": accuracy | agreement,
         "best_of_n": {name: picked[name] for name in ("n", "gold", "kl", "reward")},
         "ppo": {name: results["PPO"][name] for name in ("gold", "reward", "kl", "nll")},
@@ -132,6 +133,15 @@ def main(cfg: Config) -> dict:
     runs.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report(out, results, summary)
     return summary
+
+
+def last_loss(out: Path) -> dict[str, float]:
+    """{"held_out_loss": the loss on held-out rows after the last step of the run in `out`}; empty if it was not taken.
+
+    It is empty on all processes but the first, which alone has the records.
+    """
+    last = log.read(out)[-1] if hosts.first() else {}
+    return {"held_out_loss": last["loss/held_out"]} if "loss/held_out" in last else {}
 
 
 def report(out: Path, stages: dict[str, dict], summary: dict) -> None:

@@ -168,7 +168,7 @@ def zeros(dtype: Any, *shape: int) -> np.ndarray:
 
 
 def token_batches(
-    rows: Any, tokenizer: Any, *, length: int, batch: int, seed: int, epochs: int | None = None, **_: Any
+    rows: Any, tokenizer: Any, *, length: int, batch: int, seed: int | None, epochs: int | None = None, **_: Any
 ) -> Batches:
     tokens = zeros(np.int32, batch, length)
     return Batches(Tokens(tokens=tokens, segment=tokens, target=zeros(bool, batch, length)), epochs is not None)
@@ -279,7 +279,13 @@ def nothing_but_steps(layout: shapes.Shapes, config_of: ConfigOf, chips: int, re
 
 # Steps ----------------------------------------------------------------------------------------------------------------
 
-NAMES = {"collect": "collect", "score_responses": "score", "scores": "score", "evaluate": "loss"}  # others train
+NAMES = {
+    "collect": "collect",
+    "score_responses": "score",
+    "scores": "score",
+    "evaluate": "loss",
+    "held_out_loss": "loss",
+}  # others train
 
 
 def programs(cfg: Any, calls: Sequence[shapes.Call]) -> Iterator[tpu.Program]:

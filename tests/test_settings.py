@@ -29,7 +29,7 @@ from rlhf_jax.runs import plots, run
 from tests.experiments import test_sentiment
 from tests.quickstart import LENGTHS
 
-LATER = {"out", "saves", "samples_every", "samples"}
+LATER = {"out", "saves", "samples_every", "samples", "held_out_every"}
 ASKED = {
     sources: ["rows"],
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
@@ -116,11 +116,17 @@ def settings(name, quick):
     """A configuration of the stage, and another value of each setting for which there is no rule."""
     base, tuned, judge = (quick.out / part / "model" for part in ("pretrain", "sft", "reward"))
     ranked, other = (str(quick.out / "rank" / f"{part}.jsonl") for part in ("train", "held_out"))
+    held_out = {"held_out": "world:rows=20"}
     if name == "pretrain":
-        return quick.pretrain, {"data": "world:rows=201", "init": tuned, "preset": "llama-tiny", "vocab_size": 300}
+        return quick.pretrain, {
+            "data": "world:rows=201",
+            "init": tuned,
+            "preset": "llama-tiny",
+            "vocab_size": 300,
+        } | held_out
     if name == "sft":
         tuning = dataclasses.replace(quick.sft, init=base, data="world:rows=100")
-        return tuning, {"data": "world:rows=101", "text": None, "init": tuned, "lora": lora.Config(rank=2)}
+        return tuning, {"data": "world:rows=101", "text": None, "init": tuned, "lora": lora.Config(rank=2)} | held_out
     if name == "reward":
         margin = reward_lib.Config(margin=0.5)
         learnt = dataclasses.replace(quick.reward, init=tuned, data=ranked, held_out=None)

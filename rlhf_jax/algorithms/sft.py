@@ -70,3 +70,14 @@ def evaluate(params: Params, batch: Tokens, *, logprobs_fn: LogprobsFn, axis: st
     mask = batch.target[:, 1:]
     logp, _ = logprobs_fn(params, batch.tokens, batch.segment)
     return parallel.psum((-jnp.sum(jnp.where(mask, logp, 0.0)), jnp.sum(mask)), axis)
+
+
+def held_out_loss(params: Params, batches: Tokens, *, logprobs_fn: LogprobsFn, axis: str | None = None) -> Metrics:
+    """The mean of -ln p over all target tokens of the batches, which are stacked on a leading axis, in nats."""
+
+    def add(totals: tuple[Array, Array], batch: Tokens) -> tuple[tuple[Array, Array], None]:
+        return jax.tree.map(jnp.add, totals, evaluate(params, batch, logprobs_fn=logprobs_fn)), None
+
+    totals, _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros((), int)), batches)
+    nll, count = parallel.psum(totals, axis)
+    return {"loss/held_out": nll / count}

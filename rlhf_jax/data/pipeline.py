@@ -74,7 +74,7 @@ class Cut:
     """How rows are cut into batches."""
 
     batch: int  # rows, over all processes
-    seed: int  # of the order
+    seed: int | None  # of the order; None: not shuffled
     epochs: int | None  # None: without end
 
 
@@ -146,8 +146,11 @@ class Batches(Generic[T]):
 
     def _numbers(self) -> grain.MapDataset:
         """The numbers of each batch's rows."""
-        numbers = grain.MapDataset.range(self.rows).seed(self.cut.seed).shuffle().repeat(self.cut.epochs)
-        if self.ready.sizes is not None:
+        numbers = grain.MapDataset.range(self.rows)
+        if self.cut.seed is not None:
+            numbers = numbers.seed(self.cut.seed).shuffle()
+        numbers = numbers.repeat(self.cut.epochs)
+        if self.ready.sizes is not None and self.cut.seed is not None:
             numbers = _alike(numbers, self.ready.sizes, self.cut.batch, self.cut.seed)
         return numbers.batch(self.cut.batch)
 
@@ -158,12 +161,13 @@ def text(
     *,
     length: int,
     batch: int,
-    seed: int,
+    seed: int | None,
     epochs: int | None = None,
 ) -> Batches[Tokens]:
     """Documents, each ended by EOS, packed into rows of `length` without leaking into one another.
 
-    A longer document goes on in further segments. All tokens are targets but the first of each segment.
+    A longer document goes on in further segments. All tokens are targets but the first of each segment. Without a seed
+    the rows are not shuffled, and may be fewer than a batch: for evaluation.
     """
     ids, lengths, spelled = _documents(source, tokenizer)
     least = len(tokenizer_lib.front(tokenizer)) + 1  # of an empty document, with its EOS
@@ -182,7 +186,7 @@ def demonstrations(
     *,
     length: int,
     batch: int,
-    seed: int,
+    seed: int | None,
     epochs: int | None = None,
     completion_only: bool = True,
     pack: bool = True,
@@ -192,7 +196,7 @@ def demonstrations(
     The targets are the tokens of the completion or, of `messages`, of each of the assistant's turns, EOS included;
     without `completion_only`, all tokens but the first. A message of weight 0 has no targets. What is too long, of a
     dialogue its last turns, is cut on the right, and refused if nothing to learn is left. A row without a prompt or a
-    completion is refused as empty.
+    completion is refused as empty. `seed` is as in `text`.
     """
     rows = list(source)
     usable = [n for n, row in enumerate(rows) if not _lacks_text(row)]
@@ -620,13 +624,19 @@ def _alike(numbers: grain.MapDataset, sizes: np.ndarray, batch: int, seed: int) 
 
 
 def _stream(kind: str, ready: Ready[T], cut: Cut) -> Batches[T]:
-    """The batches of rows; InputError if there are fewer than one has."""
-    if ready.rows < cut.batch:
+    """The batches of rows; InputError if there are fewer than one has, or for evaluation none at all."""
+    if cut.seed is None and not ready.rows:
+        raise InputError(f"held-out {kind}: none can be used; {ready.counts}")
+    if cut.seed is not None and ready.rows < cut.batch:
         raise InputError(f"{kind}: {ready.rows} usable rows are fewer than a batch of {cut.batch}; {ready.counts}")
     return Batches(kind, ready, cut)
 
 
 def take(stream: Iterator[T], count: int) -> T:
     """The next `count` batches of a stream, stacked on a leading axis."""
-    batches = [next(stream) for _ in range(count)]
+    return stack(next(stream) for _ in range(count))
+
+
+def stack(batches: Iterable[T]) -> T:
+    """All batches of a stream that ends, stacked on a leading axis."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

@@ -19,6 +19,7 @@ from rlhf_jax.data.tokenizer import EOS
 from rlhf_jax.data.world import labelers
 from rlhf_jax.types import InputError
 
+HELD_OUT = 256  # rows of the world's held-out split, unless the user says otherwise
 _FILES = (".jsonl", ".jsonl.gz", ".txt")
 
 
@@ -44,13 +45,25 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
             raise InputError(f"data {spec + part!r}: rows of {split!r} are a slice already, and have no further one")
         split += part
     name, _, rest = spec.partition(":")
-    if name == "world":
+    if _is_world(spec):
         return _world(spec, kind, Path(data_dir), split)
     if name in formats.NAMES and rest.endswith(formats.FILES):
         return formats.source(spec, kind, Path(data_dir), split)
     if spec.endswith(_FILES):
         return _file(builders.file_path(spec), kind, Path(data_dir), split)
     return _published(spec, kind, Path(data_dir), split)
+
+
+def held_out(spec: str | None, data: str, kind: Kind, *, data_dir: str | Path) -> Rows | None:
+    """The rows that `spec` names, to evaluate what is trained on `data`; of the world they are of its held-out split.
+
+    Where `spec` is None they are HELD_OUT rows of the world if `data` is the world, too. Else there are none: None.
+    """
+    if spec is None:
+        if not _is_world(data):
+            return None
+        spec = f"world:seed={_world_options(data.partition('[')[0])['seed']},rows={HELD_OUT}"
+    return rows(spec, kind, data_dir=data_dir, split="held_out" if _is_world(spec) else "train")
 
 
 class LocalFile(builders.Builder):
@@ -113,7 +126,12 @@ class AssistantWorld(builders.Builder):
             yield f"row {number}", check(config.kind, row, f"world, row {number}")
 
 
-def _world(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
+def _is_world(spec: str) -> bool:
+    return re.split(r"[:\[]", spec)[0] == "world"
+
+
+def _world_options(spec: str) -> dict[str, int]:
+    """The seed and the number of rows that the spec of a world has, or their defaults."""
     options = {"seed": 0, "rows": 10_000}
     for option in filter(None, spec.partition(":")[2].split(",")):
         name, _, value = option.partition("=")
@@ -122,6 +140,11 @@ def _world(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
         options[name] = int(value)
     if options["rows"] < 1:
         raise InputError(f"data {spec!r}: expected at least 1 row")
+    return options
+
+
+def _world(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
+    options = _world_options(spec)
     base = split.partition("[")[0]
     if base not in ("train", "held_out"):
         raise InputError(f"data {spec!r}: no rows in split {split!r}; there are train, held_out")

@@ -21,11 +21,10 @@ from typing import Any, NoReturn, TextIO, TypeVar
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import absl.logging
-import jax
 import tyro
 
 from rlhf_jax.devices import hosts, preemption
-from rlhf_jax.runs import checkpoint, gcs, log
+from rlhf_jax.runs import checkpoint, compiled, gcs, log
 from rlhf_jax.runs.run import Stage
 from rlhf_jax.types import InputError
 
@@ -46,7 +45,7 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
     used, 1 on a `BrokenRunError` and where the disk is full, 130 on control-C, 75 (`preemption.EXIT`) on SIGTERM, where
     the same command goes on from then; and with 141 and no line where the output was closed, as by `| head`. Other
     exceptions are bugs, and keep their traceback. Compiled programs are kept in the folder that
-    JAX_COMPILATION_CACHE_DIR names, or else in ~/.cache/rlhf_jax. Paths may be gs:// ones (`gcs`).
+    JAX_COMPILATION_CACHE_DIR names, or else in ~/.cache/rlhf_jax (`compiled`). Paths may be gs:// ones (`gcs`).
     """
     prepare()
     with _output(), _threads():
@@ -76,11 +75,8 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
 def prepare() -> None:
     """Set up the process as `run` does before anything else, for one that does part of its work."""
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax and Grain narrate, and print errors that they raise too
-    if jax.config.values["jax_compilation_cache_dir"] is None:  # what was compiled once is found by later stages
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rlhf_jax"))
-    if jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 1.0:  # as it comes: most programs are smaller
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     _prepare_streams()
+    compiled.prepare()
 
 
 def _prepare_streams() -> None:

@@ -30,6 +30,7 @@ FREE = {
     "samples_every",
     "saves",
     "docs",
+    "held_out_every",
     "devices",
 }  # names of settings
 CHECKPOINTS = gcs.CHECKPOINTS  # below the run directory; they may be deleted when it is done

@@ -99,3 +99,18 @@ def test_evaluate_counts_every_target_once():
     np.testing.assert_allclose(
         nll / count, jax.jit(functools.partial(sft.loss, logprobs_fn=LOGPROBS))(tiny.policy(), batch(0)), rtol=1e-5
     )
+
+
+def test_the_held_out_loss_is_the_mean_over_all_tokens():
+    """Batches have different numbers of targets, one has none, and dropout is off."""
+    parts = [batch(0), batch(1), batch(2).replace(target=jnp.zeros((8, 10), bool))]
+    logp, _ = LOGPROBS(
+        tiny.policy(), *(jnp.concatenate([getattr(x, name) for x in parts]) for name in ("tokens", "segment"))
+    )
+    target = np.concatenate([x.target[:, 1:] for x in parts])
+    stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
+    step = functools.partial(sft.held_out_loss, logprobs_fn=LOGPROBS)
+    for layout in (parallel.Pmap(jax.devices()[:1]), parallel.PMAP, parallel.layout(parallel.Config(fsdp=4, tensor=2))):
+        metrics = layout.get(layout.step(step)(layout.state(tiny.policy()), layout.rows(stacked, rows_axis=1)))
+        assert list(metrics) == ["loss/held_out"]
+        np.testing.assert_allclose(metrics["loss/held_out"], -np.mean(np.asarray(logp)[target]), rtol=1e-5)

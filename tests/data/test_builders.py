@@ -1,6 +1,7 @@
 """Tests of rlhf_jax.data.builders: each kind of source, what is prepared anew and what is not, and every bad row."""
 
 import errno
+import functools
 import gzip
 import json
 import os
@@ -460,3 +461,15 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path, locale):
     assert second == ascii("ü " + row["prompt"]) + " " + ascii(row["completion"]) and third == ascii(
         "ü " + row["prompt"]
     )
+
+
+def test_held_out_rows(tmp_path):
+    texts = lambda rows: [row["text"] for row in rows]
+    held_out = functools.partial(sources.held_out, kind="text", data_dir=tmp_path / "store")
+    world = functools.partial(sources.rows, kind="text", data_dir=tmp_path / "store", split="held_out")
+    default = texts(held_out(None, "world:rows=9,seed=3[:5]"))
+    assert len(default) == sources.HELD_OUT and default == texts(world("world:seed=3,rows=256"))
+    file = write(tmp_path / "rows.jsonl", {"text": "a"}, {"text": "b"})
+    assert texts(held_out("world:rows=4[:3]", file)) == texts(world("world:rows=4"))[:3]
+    assert held_out(None, file) is None
+    assert texts(held_out(f"{file}[50%:]", "world")) == ["b"]

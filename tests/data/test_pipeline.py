@@ -397,6 +397,19 @@ def test_too_few_rows(tokenizer, kind):
         getattr(pipeline, rows)([], tokenizer, length=8, batch=1, seed=0)
 
 
+@pytest.mark.parametrize("kind", ["text", "demonstrations"])
+def test_held_out_rows_come_in_order_however_few(tokenizer, kind):
+    evaluated = MAKE[kind](tokenizer, seed=None, batch=4, epochs=1)
+    assert list(evaluated._numbers()[0]) == [0, 1, 2, 3]
+    few = MAKE[kind](tokenizer, seed=None, batch=64, epochs=1)
+    (batch,) = few
+    assert list(segments([batch])) == list(segments(evaluated)) and not batch.segment[few.rows :].any()
+    assert same(pipeline.stack(few), pipeline.take(iter(few), 1))
+    with pytest.raises(InputError, match=f"held-out {kind}: none can be used; 0 rows kept .*, 1 refused"):
+        row = {"text": ""} if kind == "text" else {"prompt": "", "completion": "a"}
+        getattr(pipeline, kind)([row], tokenizer, length=8, batch=1, seed=None, epochs=1)
+
+
 def test_packing_fits_and_leaves_out_nothing():
     lengths = np.random.default_rng(0).integers(1, 17, 500).tolist()
     rows = pipeline._pack(lengths, 32)

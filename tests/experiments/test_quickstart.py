@@ -21,8 +21,8 @@ from tests.quickstart import TINY, metrics_of, refused
 @pytest.mark.parametrize(
     ("stage", "losses"),
     [
-        ("pretrain", {"loss/next_token"}),
-        ("sft", {"loss/next_token"}),
+        ("pretrain", {"loss/next_token", "loss/held_out"}),
+        ("sft", {"loss/next_token", "loss/held_out"}),
         ("reward", {"loss/bradley_terry"}),
         ("ppo", {"loss/policy", "loss/value", "loss/ptx"}),
     ],
@@ -66,8 +66,8 @@ def test_the_summary_has_what_it_should(done):
         "seed": (),
         "seconds": (),
         "peak_memory_gib": (),
-        "pretrain": {"gold", "nll"},
-        "sft": {"gold", "reward", "nll"},
+        "pretrain": {"gold", "nll", "held_out_loss"},
+        "sft": {"gold", "reward", "nll", "held_out_loss"},
         "reward": {"accuracy", "labeler_agreement"},
         "best_of_n": {"n", "gold", "kl", "reward"},
         "ppo": {"gold", "reward", "kl", "nll"},

@@ -14,8 +14,8 @@ from tests import tiny
 from tests.analysis.test_tpu import REPORT, needs_libtpu
 
 STEPS = {
-    "pretrain": ["train", "sample"],
-    "sft": ["train", "sample"],
+    "pretrain": ["train", "loss", "sample"],
+    "sft": ["train", "loss", "sample"],
     "rank": ["sample"],
     "reward": ["train", "score"],
     "reward_hh": ["train", "score"],
@@ -50,7 +50,7 @@ def test_every_experiment_has_its_steps(experiment):
 
 def test_the_quickstart_has_those_of_its_stages():
     found = [step.name for step in tpu_compile.plan_experiment("assistant", [], jax.devices())]
-    assert found[:3] == ["pretrain train", "pretrain sample", "sft train"] and found[-1] == "evaluate loss"
+    assert found[:3] == ["pretrain train", "pretrain loss", "pretrain sample"] and found[-1] == "evaluate loss"
 
 
 def test_models_are_those_that_experiments_make_of_each_other():
@@ -152,12 +152,17 @@ def told(monkeypatch):
 
 @pytest.mark.parametrize(("gib", "status"), [(1.0, 0), (10.0, 1)])
 def test_the_status_says_whether_all_fits_together(told, capsys, gib, status):
-    told += [REPORT, dataclasses.replace(REPORT, beside=gib * tpu.GIB)]
+    told += [REPORT, REPORT, dataclasses.replace(REPORT, beside=gib * tpu.GIB)]
     assert tpu_compile.main(["--experiment", "pretrain", "--topology", "v5e:2x4"]) == status
-    head, _, train, sample, record = capsys.readouterr().out.splitlines()
-    assert head.startswith("| step |") and train.startswith("| train |") and sample.startswith("| sample |")
+    head, _, train, loss, sample, record = capsys.readouterr().out.splitlines()
+    assert (
+        head.startswith("| step |")
+        and train.startswith("| train |")
+        and loss.startswith("| loss |")
+        and sample.startswith("| sample |")
+    )
     assert ("does not fit" in sample) == bool(status)
-    assert [step["name"] for step in json.loads(record)] == ["train", "sample"]
+    assert [step["name"] for step in json.loads(record)] == ["train", "loss", "sample"]
     assert json.loads(record)[0]["traffic"]["collectives"] == {"all-reduce": 1.5 * tpu.GIB}
 
 
