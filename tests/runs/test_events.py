@@ -10,7 +10,7 @@ from rlhf_jax.runs import events
 
 # A writer beyond the largest file that the process may write, which ends as a full disk does.
 FULL = """
-import resource, sys, threading, time
+import resource, sys, threading
 import tensorboardX
 from rlhf_jax.runs import events
 threading.excepthook = lambda args: print("thread", args.exc_type.__name__, flush=True)
@@ -18,7 +18,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 writer = tensorboardX.SummaryWriter(sys.argv[1], max_queue=2**20, flush_secs=0)
 for step in range(10_000):
     writer.add_scalar("loss", 1.0, step)
-time.sleep(1)
+for file in writer.all_writers.values():
+    file.event_writer._worker.join(60)
 events.close(writer)
 """
 
