@@ -9,6 +9,8 @@ the number of those. `Transformer.hidden` computes whole rows, for training and 
 a prompt into a cache and `decode` appends a token to it; `append` appends any number of tokens to a cache by row.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import entropy, map_columns, token_logprobs
 from rlhf_jax.models import attention
 from rlhf_jax.models.cache import Cache
-from rlhf_jax.models.config import Config
+from rlhf_jax.models.config import Compute, Config
 from rlhf_jax.models.layers import (
     ALL,
     MLP,
@@ -286,6 +288,12 @@ def unrolled(config: Config) -> bool:
 
 def parameter_shapes(config: Config) -> Params:
     """The tree of parameters as `jax.ShapeDtypeStruct`s, without computing any."""
+    shapes = _parameter_shapes(dataclasses.replace(config, dropout=0.0, compute=Compute()))
+    return jax.tree.map(lambda x: x, shapes)  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=64)  # tracing the network takes as long as loading a small one
+def _parameter_shapes(config: Config) -> Params:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(lambda t: Transformer(config).init(jax.random.key(0), t, t)["params"], tokens)
 

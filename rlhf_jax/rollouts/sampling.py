@@ -213,12 +213,11 @@ def _generate(config: models.Config, params: Params, tokens: Array, mask: Array,
     cache = Cache.empty(network.config, tokens.shape[0], tokens.shape[1] + cfg.max_new_tokens)
     uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(cfg.max_new_tokens))
     prompts = _Prompts(tokens=tokens, mask=mask, uniform=uniform, cache=cache)
-    stacked = functools.partial(_sample_stacked, cfg=cfg)
+    platform = parallel.platform()
+    if platform == "tpu" or (parallel.has_mesh() and platform != "cpu"):
+        return _sample_stacked(network, prompts, cfg)
     # On GPUs one loop runs until the last row has ended: further loops would be compiled, layer by layer, for little.
-    on_gpu = functools.partial(_sample_unrolled, cfg=cfg, loops=1)
-    on_cpu = functools.partial(_sample_unrolled, cfg=cfg, loops=LOOPS)
-    default = stacked if parallel.has_mesh() else on_gpu
-    return jax.lax.platform_dependent(network, prompts, cpu=on_cpu, tpu=stacked, default=default)
+    return _sample_unrolled(network, prompts, cfg, loops=LOOPS if platform == "cpu" else 1)
 
 
 def _converted(config: models.Config, params: Params) -> _Network:

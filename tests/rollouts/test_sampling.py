@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import logprobs, models
+from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import sampling
 from rlhf_jax.types import InputError
 from tests import tiny
@@ -88,13 +89,13 @@ def fresh(monkeypatch):
     monkeypatch.setattr(sampling, "_generate", traced)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "default"])
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @EVERY
 def test_other_devices_sample_the_same(config, platform, monkeypatch):
     """TPUs by a scan over layers, on one cache; GPUs layer by layer, but all rows to the end."""
     tokens, mask = tiny.random_tokens(0, 32, 6), tiny.ragged(1, 32, 6)
     here = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **run: run[platform](*args))
+    monkeypatch.setattr(parallel, "platform", lambda: platform)
     fresh(monkeypatch)
     there = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
     tiny.assert_close(here, there, atol=1e-5)
@@ -112,7 +113,7 @@ def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
 
 
 def within_loops(jaxpr, inside=False):
-    """Every equation in the body of a loop, on any platform."""
+    """Every equation in the body of a loop."""
     for eqn in jaxpr.eqns:
         if inside:
             yield eqn
@@ -121,8 +122,11 @@ def within_loops(jaxpr, inside=False):
                 yield from within_loops(inner, inside or eqn.primitive.name in ("while", "scan"))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @BOTH
-def test_no_step_converts_weights(config):
+def test_no_step_converts_weights(config, platform, monkeypatch):
+    monkeypatch.setattr(parallel, "platform", lambda: platform)
+    fresh(monkeypatch)
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
     step = functools.partial(sampling.generate, models.Transformer(config), cfg=sampling.Config(4, eos_id=EOS))
     args = tiny.policy(config), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool), jax.random.key(0)
