@@ -21,7 +21,7 @@ class Compute(Settings):
     attention: Literal["auto", "plain", "flash"] = "auto"  # flash: fused TPU or GPU kernel; auto: if it is available
     chunk: Whole = 0  # columns whose logits are computed at a time, to save memory; 0 computes all at once
     # Unroll the loop over layers: faster to run, slower to compile. None: unroll on CPU for up to 12 layers if remat is
-    # none (XLA for CPU honours remat only inside a loop). Sampling ignores this.
+    # none (XLA for CPU honours remat only inside a loop) and without adapters. Sampling ignores this.
     unroll: bool | None = None
 
     def freeze(self, params: Params) -> Params:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.devices import parallel
@@ -105,7 +106,7 @@ class Transformer(nn.Module):
         """Final hidden states at these columns; `keys` [B] turn residual dropout on."""
         view = whole_view(self.config, segment, rotary_table(tokens.shape[1], self.config), keys)
         x = self._embed(tokens, view)
-        if unrolled(self.config) and not self.is_initializing():
+        if not self.is_initializing() and unrolled(self.config, self.variables["params"]):
             layers = layers_of(self.variables["params"], self.config)
             x, _ = self._unrolled(layers, x, None, view, columns)
         else:
@@ -274,15 +275,18 @@ def layers_of(params: Params, config: Config) -> list[Params]:
     return [jax.tree.unflatten(tree, [jnp.squeeze(x[layer], 0) for x in slices]) for layer in range(config.n_layers)]
 
 
-def unrolled(config: Config) -> bool:
+def unrolled(config: Config, params: Params) -> bool:
     """Whether training and scoring unroll the layers, on the platform that is traced for.
 
     `compute.unroll` says so. None: unroll on CPU for up to 12 layers if remat is none (XLA for CPU honours remat only
-    inside a loop).
+    inside a loop), and there are no adapters. Slices of a stack are copies on CPU, and the backward pass needs those of
+    all frozen kernels, a second copy of the layers; a loop holds that of one layer at a time.
     """
     compute = config.compute
     if compute.unroll is None:
-        return config.n_layers <= 12 and compute.remat == "none" and parallel.platform() == "cpu"
+        adapted = any(path[-1] == "kernel_a" for path in flatten_dict(params["blocks"]))
+        few = config.n_layers <= 12 and compute.remat == "none"
+        return few and not adapted and parallel.platform() == "cpu"
     return compute.unroll
 
 

@@ -276,3 +276,28 @@ def test_a_step_needs_less_memory():
         arguments, temporaries = needed(lora.Config(rank=2), dtype)
         assert arguments < 1.1 * weights
         assert temporaries < 0.4 * weights  # no gradient of the base, and no copy of it
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_frozen_layers_are_not_held_twice(remat):
+    config = models.llama(4, 64, 4, 4, 256, vocab_size=31)
+    config = dataclasses.replace(config, compute=models.Compute(remat=remat))
+    params = models.parameter_shapes(config)
+    trained, base = jax.eval_shape(lambda params: lora.split(params, CFG, jax.random.key(0)), params)
+    state = jax.eval_shape(sft_state, trained)
+    row = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    tokens = Tokens(tokens=row, segment=row, target=jax.ShapeDtypeStruct((1, 4), bool))
+    held = jax.jit(sft_step(config)).lower(state, base, tokens).compile().memory_analysis()
+    layers = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["blocks"]))
+    assert held.temp_size_in_bytes < 0.6 * layers  # of one layer, and of its gradients
+
+
+def test_adapted_layers_in_a_loop_compute_what_unrolled_ones_do():
+    trained, base = parts(tiny.policy())
+    unrolled = dataclasses.replace(tiny.GPT, compute=models.Compute(unroll=True))
+    (state, metrics), (other, same) = (
+        jax.jit(sft_step(config))(sft_state(trained), base, batch(0)) for config in (tiny.GPT, unrolled)
+    )
+    np.testing.assert_allclose(metrics["grad_norm"], same["grad_norm"], rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss/next_token"], same["loss/next_token"], rtol=1e-5)
+    tiny.assert_close(state.params, other.params, atol=1e-5)
