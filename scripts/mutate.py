@@ -204,11 +204,7 @@ MUTANTS = [
         ('metrics["policy/approx_kl"] <= cfg.stop_kl', 'metrics["policy/approx_kl"] >= cfg.stop_kl'),
         ("progress.active & (", "("),
         ('history.pop("ratio_error")[0]', 'history.pop("ratio_error")[-1]'),
-    ),
-    *mutants(
-        "algorithms/updates",
-        "gradients",
-        ("totals = parallel.psum(totals, axis)", "pass"),
+        ("totals=parallel.psum(totals, axis)", "totals=totals"),
         ("jax.tree.map(jnp.sum, metrics)", "jax.tree.map(jnp.mean, metrics)"),
         ("ragged.order(objective.live(local), parts)", "jnp.arange(objective.live(local).shape[0])"),
     ),
@@ -266,9 +262,9 @@ MUTANTS = [
     *mutants(
         "algorithms/grpo",
         "loss",
-        ("value * count / total", "value"),
+        ('policy * totals["tokens"] / totals["weights"]', "policy"),
         ('"k3"', '"k2"'),
-        ("value + cfg.kl_coef *", "value - cfg.kl_coef *"),
+        ("total + cfg.kl_coef *", "total - cfg.kl_coef *"),
         ("batch.advantage[:, None] * weight", "batch.advantage[:, None]"),
     ),
     *mutants(

@@ -34,6 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; with a limit, workers take turns in it
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest picks by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow are tests so marked, and all that need the models of a quickstart."""
+    for item in items:
+        if "done" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forgotten() -> Iterator[None]:
     """Compiled programs do not outlive their module: Linux bounds the pieces of memory that a process may map."""

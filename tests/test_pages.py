@@ -46,6 +46,7 @@ def test_every_experiment_is_in_the_readme():
     assert not {name for name in names if f"`{name}`" not in text}
 
 
+@pytest.mark.slow
 def test_the_example_of_the_design_trains():
     """In a process of its own, with one device: hundreds of steps on eight would be slow on a busy core or two."""
     example = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "design.md").read_text(), re.DOTALL)[0]

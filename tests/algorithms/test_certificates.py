@@ -124,6 +124,7 @@ def distance(tree: Tree, algorithm: ModuleType = ppo, **settings) -> tuple[float
     return divergence(reference), divergence(state.params["policy"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -141,6 +142,7 @@ def test_ppo_reaches_the_optimum_of_the_penalised_objective(tree, settings):
     assert after < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [Tree(vocab=2, depth=1), Tree(vocab=4, depth=2)], ids=["two-state", "token-tree"])
 @pytest.mark.parametrize(
     ("algorithm", "settings"),
@@ -170,6 +172,7 @@ def test_a_penalty_in_the_loss_has_this_optimum_for_a_single_token_alone():
     assert distance(Tree(vocab=4, depth=2), **settings)[1] > 0.02
 
 
+@pytest.mark.slow
 def test_comparisons_reveal_strengths_at_the_statistical_rate():
     rng = np.random.default_rng(0)
     items, k = 6, 4
@@ -223,6 +226,7 @@ def test_best_of_n_moves_as_far_as_its_formula_says(n):
     np.testing.assert_allclose(best_of_n.kl(n), measured.mean(), atol=4 * measured.std() / np.sqrt(200_000))
 
 
+@pytest.mark.slow
 def test_neither_the_order_of_episodes_nor_devices_change_an_update():
     tree, cfg = Tree(vocab=4, depth=2), ppo.Config(epochs=2, minibatches=1, kl_coef=0.3, whiten_rewards=True)
     tx = ppo.optimizer(optax.sgd(0.1), optax.sgd(0.1))

@@ -78,6 +78,7 @@ def test_a_response_is_scored_without_its_prompt():
     np.testing.assert_allclose(found[row, k], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [dpo.Config(0.3, label_smoothing=0.1), dpo.Config(0.3, "ipo")], ids=["sigmoid", "ipo"])
 def test_a_step_averages_pairs_then_prompts(cfg):
     rows, policy, reference = batch(1), tiny.policy(), tiny.policy(seed=3)

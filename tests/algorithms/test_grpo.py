@@ -77,6 +77,7 @@ def reinforce(weight):
     return jax.jit(jax.grad(objective))(tiny.policy())
 
 
+@pytest.mark.slow
 def test_rloo_is_reinforce_with_the_others_as_baseline():
     sampled, cfg = on_policy(), rloo.Config(group=4, kl_coef=0.5)
     kl = np.sum((sampled.logp - sampled.logp_ref) * sampled.response_mask, axis=1)

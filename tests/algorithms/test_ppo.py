@@ -300,6 +300,7 @@ def test_dual_clip_by_hand():
     np.testing.assert_allclose(loss, (3.0 - 1.2) / 2, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "same"),
     [
@@ -353,6 +354,7 @@ def test_settings_out_of_range(change, said):
         dataclasses.replace(CFG, **change)
 
 
+@pytest.mark.slow
 def test_the_adaptive_coefficient_is_threaded_through_the_state():
     cfg = dataclasses.replace(CFG, kl_target=0.01, kl_horizon=100.0)
     after, metrics = run(cfg)
@@ -365,6 +367,7 @@ def test_the_adaptive_coefficient_is_threaded_through_the_state():
     assert fixed.opt_state["kl_coef"] == np.float32(0.1)
 
 
+@pytest.mark.slow
 def test_ptx_adds_the_next_token_gradient_to_the_policy_alone():
     mix = text(0, 4)
     plain, mixed = run()[0], run(mix=mix)[0]
@@ -430,6 +433,7 @@ def test_minibatches_must_divide():
         jax.eval_shape(step(), state(), episodes(0), text(0, 3))
 
 
+@pytest.mark.slow
 def test_it_raises_the_score():
     # The score is the share of one token in the response: PPO must learn to say it.
     from rlhf_jax.types import Prompts

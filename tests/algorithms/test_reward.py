@@ -152,6 +152,7 @@ def test_score_is_read_at_the_last_real_token():
     np.testing.assert_allclose(score[row, response], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=2, tensor=2)], ids=["pmap", "mesh"])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_step_in_buckets_is_the_whole_one(cfg, microbatches):
@@ -200,6 +201,7 @@ def test_a_step_takes_the_loss_it_is_given():
     assert "loss/bradley_terry" not in metrics
 
 
+@pytest.mark.slow
 def test_it_learns_an_order():
     # Responses are ranked by their last token.
     tokens = jnp.array(tiny.random_tokens(0, 32, 4, 5))

@@ -4,6 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import optim, sft
@@ -50,6 +51,7 @@ def test_micro_batch_shares_add_up_oracle(case):
     case.check(loss=sum(shares))
 
 
+@pytest.mark.slow
 def test_documents_in_one_row_are_learnt_as_in_rows_of_their_own():
     tokens = tiny.random_tokens(0, 2, 5)
     ones = jnp.ones((2, 5), jnp.int32)
@@ -61,6 +63,7 @@ def test_documents_in_one_row_are_learnt_as_in_rows_of_their_own():
     assert abs(float(losses[2] - losses[0])) > 1e-4
 
 
+@pytest.mark.slow
 def test_every_device_returns_the_same_state():
     spread = parallel.replicate(optim.init(tiny.policy(), TX, jax.random.key(0)))
     spread, _ = parallel.pmap(STEP)(spread, parallel.shard(batch(0)))
@@ -68,6 +71,7 @@ def test_every_device_returns_the_same_state():
         np.testing.assert_array_equal(np.asarray(leaf), np.broadcast_to(leaf[:1], leaf.shape))
 
 
+@pytest.mark.slow
 def test_what_is_not_a_target_is_not_learnt():
     state = optim.init(tiny.policy(), TX, jax.random.key(0))
     plain = batch(0)
@@ -83,6 +87,7 @@ def test_dropout_noise_differs_between_steps():
     assert float(step(state, batch(0))[1]["loss/next_token"]) != float(later["loss/next_token"])
 
 
+@pytest.mark.slow
 def test_it_learns():
     state = optim.init(tiny.policy(), optim.adamw(1e-2), jax.random.key(0))
     step = jax.jit(functools.partial(sft.train_step, logprobs_fn=LOGPROBS, tx=optim.adamw(1e-2)))
@@ -101,6 +106,7 @@ def test_evaluate_counts_every_target_once():
     )
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_the_mean_over_all_tokens():
     """Batches have different numbers of targets, one has none, and dropout is off."""
     parts = [batch(0), batch(1), batch(2).replace(target=jnp.zeros((8, 10), bool))]

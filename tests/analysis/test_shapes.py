@@ -44,6 +44,7 @@ def train(layout):
     return before, after, metrics
 
 
+@pytest.mark.slow
 def test_states_rows_and_results_lie_as_the_layout_lays_them(layout):
     ours = shapes.Shapes(layout)
     _, real, metrics = train(layout)

@@ -79,6 +79,7 @@ def program(cfg, config=tiny.LLAMA, columns=20, devices=None):
     return tpu.Program("train", step, (tpu.state_shapes(layout, state), tpu.row_shapes(layout, batch)), 16 * columns)
 
 
+@pytest.mark.slow
 def test_a_report_of_a_step_over_all_devices():
     weights = 4 * models.parameter_count(tiny.LLAMA)
     report = tpu.compile_report(program(parallel.Config()), "v5e:2x4", 8)

@@ -434,6 +434,7 @@ def test_the_place_of_a_row(tmp_path, publish):
 LOCALES = [{"LC_ALL": "C"}, {"LC_ALL": "POSIX"}, {"LC_ALL": "en_US.ISO-8859-1"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", LOCALES)
 def test_files_are_utf_8_whatever_the_locale(tmp_path, locale):
     row = {"prompt": "Say café 🙂: ", "completion": "ok 🙂"}

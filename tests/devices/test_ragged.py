@@ -49,6 +49,7 @@ def test_each_part_is_as_wide_as_its_longest_row():
     np.testing.assert_allclose(along, jnp.where(seen, jnp.cumsum(x, axis=1), 0.0), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [parallel.Config(), parallel.Config(fsdp=2, tensor=2)], ids=["pmap", "mesh"])
 def test_a_rollout_in_buckets_is_the_whole_one(devices):
     place = parallel.layout(devices)
@@ -73,6 +74,7 @@ def test_a_rollout_in_buckets_is_the_whole_one(devices):
     tiny.assert_close(clean(whole), clean(parts), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "ppo, score at the first pad", *test_grpo.ALGORITHMS])
 def test_a_step_in_buckets_is_the_whole_one(name):
     if name in test_grpo.ALGORITHMS:

@@ -49,6 +49,7 @@ def given(done, out, **settings) -> dict:
     return {"init": cfg.out / "sft" / "model", "data_dir": cfg.out / "data", "out": out} | settings
 
 
+@pytest.mark.slow
 def test_a_base_model_of_stories(tmp_path):
     path = tmp_path / "stories.txt"
     path.write_text("\n<|endoftext|>\n".join(f"Once {n} birds sang to {n * n} frogs by a lake." for n in range(99)))
@@ -178,6 +179,6 @@ def test_data_are_required(experiment, flag, capsys, tmp_path):
     said = refused(capsys, experiment.main, default, "--out", tmp_path / "run")
     assert said.startswith(f"error: --data is required: {flag}, where PATH is ")
     assert not (tmp_path / "run").exists()
-    if hasattr(default, "held_out"):
+    if "PATH" in str(getattr(default, "held_out", "")):
         said = refused(capsys, experiment.main, default, "--out", tmp_path / "run", "--data", tmp_path)
         assert said.startswith('error: --held-out is required: --held-out "')

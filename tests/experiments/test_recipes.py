@@ -24,6 +24,7 @@ def weights(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "stage"), CASES)
 def test_a_step_of_full_size_is_lowered(recipe, stage):
     step = trained(recipe, stage)
@@ -34,6 +35,7 @@ def test_a_step_of_full_size_is_lowered(recipe, stage):
     assert all(x.shape == (1,) and x.dtype == jnp.float32 for x in metrics.values())
 
 
+@pytest.mark.slow
 def test_models_are_of_the_size_that_their_stage_names():
     billions = lambda stage: weights(trained("instructgpt", stage).args[0].params) / 1e9
     policy, critic = models.preset("gpt3-175b"), models.preset("gpt3-6.7b")
@@ -49,6 +51,7 @@ def test_sizes_are_those_of_the_papers():
             assert models.parameter_count(models.preset(name)) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_largest_compiles():
     step = trained("instructgpt", "sft-175b")
     memory = step.step.lower(*step.args).compile().memory_analysis()

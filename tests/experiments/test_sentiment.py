@@ -67,6 +67,7 @@ def config(tmp_path, data) -> sentiment.Config:
     )
 
 
+@pytest.mark.slow
 def test_two_steps_of_each_stage(tmp_path, data):
     cfg = config(tmp_path, data)
     summary = sentiment.main(cfg)

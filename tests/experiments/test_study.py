@@ -62,6 +62,7 @@ def worker(cfg, item):
     return item, os.getpid(), len(list(cfg.out.iterdir()))
 
 
+@pytest.mark.slow
 def test_seeds_run_in_processes_of_their_own(tmp_path):
     cfg = study.Config(out=tmp_path, jobs=2)
     (one, first, there), (two, second, _) = study.run_each(cfg, worker, ("a", "b"))
@@ -70,6 +71,7 @@ def test_seeds_run_in_processes_of_their_own(tmp_path):
     assert study.run_each(dataclasses.replace(cfg, jobs=1), lambda _, item: item, "ab") == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_where_one_process_fails_the_others_end(tmp_path):
     start = time.monotonic()
     with pytest.raises(InputError, match="a bad item"):
@@ -77,6 +79,7 @@ def test_where_one_process_fails_the_others_end(tmp_path):
     assert time.monotonic() - start < 120
 
 
+@pytest.mark.slow
 def test_what_was_stopped_is_made_again(tmp_path):
     def stopped(cfg):
         cfg.out.mkdir(exist_ok=True)

@@ -150,6 +150,7 @@ def test_what_serves_on_a_gpu(monkeypatch):
             kernel(300, dataclasses.replace(compute, attention="flash"), **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [False, True])
 def test_a_model_with_cudnn_is_the_model(left, monkeypatch):
     monkeypatch.setattr(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla"))

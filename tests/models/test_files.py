@@ -79,6 +79,7 @@ def mutated(name, data, rng):
     return data[:start] + rng.randbytes(rng.randrange(4)) + data[start + length :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_whatever_is_wrong_is_said_on_one_line(name, tmp_path, monkeypatch):
     whole = written(tmp_path, name, monkeypatch)

@@ -199,6 +199,7 @@ def test_a_reward_model_learns():
     tiny.assert_close(base, before, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True], ids=["critic", "shared critic"])
 def test_ppo_holds_the_policy_to_its_own_base(shared):
     model = models.Transformer(tiny.GPT)
@@ -252,6 +253,7 @@ def test_a_merged_export_is_an_ordinary_model(tmp_path, scalar):
     np.testing.assert_allclose(said(loaded.params, TOKENS, MASK), said(adapted, TOKENS, MASK), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_needs_less_memory():
     config = models.llama(16, 128, 4, 2, 352, vocab_size=512)
     shapes, weights = models.parameter_shapes(config), 4 * models.parameter_count(config)

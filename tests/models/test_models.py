@@ -144,6 +144,7 @@ def test_parameters_go_where_they_shall_lie(tmp_path):
     assert loaded.params["blocks"]["mlp"]["down"]["kernel"].addressable_shards[0].data.shape == (2, 24, 4)
 
 
+@pytest.mark.slow
 def test_loading_holds_no_second_copy(tmp_path):
     command = [sys.executable, "-m", "tests.loading", str(tmp_path), "2e9"]
     said = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -100,6 +100,7 @@ def test_the_backward_pass_keeps_what_products_take_and_yield():
     assert widths == pytest.approx(residuals + normed + heads + mixed + up + active + weights, abs=1.5)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -126,6 +127,7 @@ def test_unrolled_layers_are_those_of_the_scan(config, remat, dropout):
     tiny.assert_close(gradient(False), gradient(True), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt", "llama", "gemma2"])  # tied and untied, and a cap
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_log_probabilities_are_those_of_the_logits_in_chunks_too(name, dtype):

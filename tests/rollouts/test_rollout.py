@@ -26,6 +26,7 @@ def prompts(rows: int = 16) -> Prompts:
     return Prompts(tokens=tiny.random_tokens(0, rows, 4), mask=tiny.ragged(1, rows, 4), index=np.arange(rows))
 
 
+@pytest.mark.slow
 def test_a_rollout_says_what_each_model_says():
     sampled = jax.jit(COLLECT)(PARAMS(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
     score = jax.jit(lambda p: LOGPROBS(p, sampled.tokens, sampled.mask, start=3, temperature=0.8)[0])
@@ -40,6 +41,7 @@ def test_a_rollout_says_what_each_model_says():
     np.testing.assert_array_equal(sampled.ended, (np.asarray(sampled.tokens)[np.arange(16), last] == EOS))
 
 
+@pytest.mark.slow
 def test_responses_that_go_on_after_their_end():
     args = (PARAMS(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(0))
     settings = CFG, dataclasses.replace(CFG, stop_at_eos=False)
@@ -51,6 +53,7 @@ def test_responses_that_go_on_after_their_end():
     np.testing.assert_array_equal(whole.tokens[:, 4:][on], stopped.tokens[:, 4:][on])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=4, tensor=2)], ids=["pmap", "mesh"])
 def test_one_device_equals_eight(cfg):
     one = jax.jit(COLLECT)(PARAMS(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(7))
@@ -61,6 +64,7 @@ def test_one_device_equals_eight(cfg):
     np.testing.assert_array_equal(one.tokens, eight.tokens)
 
 
+@pytest.mark.slow
 def test_two_rollouts_share_no_noise():
     same = tiny.arrays(Prompts(tokens=np.full((32, 3), 5), mask=np.ones((32, 3), bool), index=np.arange(32)))
     collect = jax.jit(functools.partial(COLLECT, cfg=dataclasses.replace(CFG, temperature=3.0)))
@@ -78,6 +82,7 @@ def test_responses_do_not_depend_on_the_batch():
     np.testing.assert_array_equal(small.mask, large.mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=4, tensor=2)], ids=["pmap", "mesh"])
 def test_prompts_of_like_length_share_a_batch(cfg, monkeypatch):
     """What each row says, and their order, is what they say in one batch that is padded to the longest."""

@@ -46,6 +46,7 @@ def test_greedy_is_the_argmax_without_a_cache(config):
     assert sample.mask.all()
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_behaviour_logprobs_are_the_scorers(config, temperature):
@@ -55,6 +56,7 @@ def test_behaviour_logprobs_are_the_scorers(config, temperature):
     np.testing.assert_allclose(sample.logp, np.where(sample.mask, logp, 0), atol=1e-5)
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_rows_sample_depends_on_neither_batch_nor_padding(config):
     keys = jax.random.split(jax.random.key(1), 5)
@@ -70,6 +72,7 @@ def test_a_rows_sample_depends_on_neither_batch_nor_padding(config):
         np.testing.assert_array_equal(batch.mask[row], alone.mask[0])
 
 
+@pytest.mark.slow
 @BOTH
 def test_rows_that_have_ended_are_left_out_without_a_trace(config):
     tokens, mask = tiny.random_tokens(0, 64, 6), tiny.ragged(1, 64, 6)
@@ -89,6 +92,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(sampling, "_generate", traced)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @EVERY
 def test_other_devices_sample_the_same(config, platform, monkeypatch):
@@ -102,6 +106,7 @@ def test_other_devices_sample_the_same(config, platform, monkeypatch):
     assert not here.mask.all()
 
 
+@pytest.mark.slow
 @EVERY
 def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
@@ -149,6 +154,7 @@ def test_the_cache_is_updated_in_place(config):
     assert layer not in [math.prod(map(int, shape.split(","))) for shape in copied]
 
 
+@pytest.mark.slow
 def test_mask_ends_with_the_first_eos():
     # 4 rows end early at the latest when one token in five is an EOS.
     tokens, mask = tiny.random_tokens(0, 64, 4), np.ones((64, 4), bool)

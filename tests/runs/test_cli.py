@@ -138,6 +138,7 @@ def test_a_fresh_process_says_nothing_of_its_own(tmp_path):
     assert (done.stdout, done.stderr, done.returncode) == ("4\n", "", 0)
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path):
     """Not even what takes no time to compile."""
     code = """
@@ -225,6 +226,7 @@ def talk(folder: Path, *cases: tuple[bytes, bytes, dict[str, str]]) -> list[tupl
     return [(process.returncode, *output) for process, output in zip(started, ended, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_an_output_that_nobody_reads_ends_in_silence(tmp_path, unbuffered):
     expected = {
@@ -237,6 +239,7 @@ def test_an_output_that_nobody_reads_ends_in_silence(tmp_path, unbuffered):
     assert dict(zip(expected, done, strict=True)) == expected
 
 
+@pytest.mark.slow
 def test_help_that_nobody_reads_and_a_full_disk(tmp_path):
     env = {"PYTHONUNBUFFERED": ""}
     help_, full = talk(
@@ -248,6 +251,7 @@ def test_help_that_nobody_reads_and_a_full_disk(tmp_path):
     assert full == (1, b"", b"error: the output cannot be written: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_text_is_utf_8_whatever_the_locale(tmp_path):
     command = "$TALK --lines 0 --system 'wörld 字'".encode()
     expected = "wörld 字 '\N{REPLACEMENT CHARACTER}a\\x00b'\n".encode()
@@ -255,6 +259,7 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path):
         assert done == (0, expected, b"")
 
 
+@pytest.mark.slow
 def test_an_argument_that_the_locale_has_no_name_for_is_one_line(tmp_path):
     strange, named = talk(
         tmp_path, (b"$TALK --system $'a\\xffb'", b"", ASCII), ("$TALK --lines 0 --out wörld".encode(), b"", ASCII)

@@ -24,6 +24,7 @@ events.close(writer)
 """
 
 
+@pytest.mark.slow
 def test_a_writer_whose_thread_is_dead_is_let_go(tmp_path):
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", FULL, str(tmp_path)]

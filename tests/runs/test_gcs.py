@@ -185,6 +185,7 @@ def test_the_other_processes_fetch_what_the_first_writes(remote, monkeypatch):
     assert len(met) == 9  # all of them, each time
 
 
+@pytest.mark.slow
 def test_a_stage_goes_on_where_there_is_nothing_but_the_bucket(remote, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(TINY.pretrain, data_dir=tmp_path / "data", steps=3, out=tmp_path / "alone")
     cli.run(pretrain.main, config, [])

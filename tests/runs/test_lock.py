@@ -31,6 +31,7 @@ def holder(tmp_path):
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_until_the_first_one_is_dead(tmp_path, holder):
     with pytest.raises(InputError, match=rf"^{tmp_path} is in use by process {holder.pid} on .*: wait until") as raised:
         lock.take(tmp_path)
@@ -41,6 +42,7 @@ def test_a_second_process_is_refused_until_the_first_one_is_dead(tmp_path, holde
     lock.release(tmp_path)
 
 
+@pytest.mark.slow
 def test_by_another_name_it_is_the_same(tmp_path, holder):
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(InputError, match="is in use by"):
@@ -62,6 +64,7 @@ def test_one_process_takes_it_as_often_as_it_likes(tmp_path):
     lock.release(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_only_the_first_of_several_processes_takes_it(tmp_path, holder, monkeypatch):
     monkeypatch.setattr(lock.hosts, "first", lambda: False)
     assert not lock.take(tmp_path)

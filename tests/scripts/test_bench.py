@@ -35,6 +35,7 @@ def cfg(tmp_path_factory):
     return bench.with_sizes(bench.Config(workload=path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_a_workload_has_rates_a_limit_and_memory(cfg, name):
     result = workloads.measure(cfg, name)

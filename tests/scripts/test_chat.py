@@ -64,6 +64,7 @@ def test_the_type_of_weights_and_computation_is_a_flag(dtype, talk, monkeypatch)
     assert conversations._state.cache.key.dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_answers_are_those_of_generate(path, talk, temperature):
     out, err = talk(["hi", "", "you?"], "--temperature", temperature, "--max-new-tokens", 9, "--seed", 4)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from rlhf_jax.data import tokenizer as tokenizer_lib
 
 
@@ -29,12 +31,14 @@ def show(tmp_path, *rows, template=None):
     )
 
 
+@pytest.mark.slow
 def test_a_terminal_that_does_not_know_the_characters(tmp_path):
     done = show(tmp_path, {"prompt": "Say café 🙂: ", "completion": "ok 🙂"})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("EOS <|endoftext|>") and "cafÃ©" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_row_that_the_template_refuses_is_named(tmp_path):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     strict = (

@@ -42,12 +42,14 @@ def planned(experiment, *flags):
     return {step.name: step for step in steps}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", STEPS)
 def test_every_experiment_has_its_steps(experiment):
     steps = tpu_compile.plan_experiment(experiment, [], jax.devices())
     assert [step.name for step in steps] == STEPS[experiment]
 
 
+@pytest.mark.slow
 def test_the_quickstart_has_those_of_its_stages():
     found = [step.name for step in tpu_compile.plan_experiment("assistant", [], jax.devices())]
     assert found[:3] == ["pretrain train", "pretrain loss", "pretrain sample"] and found[-1] == "evaluate loss"
@@ -61,6 +63,7 @@ def test_models_are_those_that_experiments_make_of_each_other():
     assert count(planned("gsm8k_sft")["train"]) == stories
 
 
+@pytest.mark.slow
 def test_a_model_is_a_directory_or_a_preset(tmp_path):
     models.save(models.Model(tiny.LLAMA, None, None, lambda: None), tiny.policy(tiny.LLAMA), tmp_path / "model")
     count = lambda *flags: sum(x.size for x in jax.tree.leaves(planned("sft", *flags)["train"].args[0].params)) // 8
@@ -70,6 +73,7 @@ def test_a_model_is_a_directory_or_a_preset(tmp_path):
         planned("sft", "--init", "nowhere")
 
 
+@pytest.mark.slow
 def test_ppo_holds_four_models():
     """While each step runs, whatever it does not take itself lies beside it."""
     presets = {"policy": "llama-tiny", "judge": "llama-micro"}
@@ -87,6 +91,7 @@ def test_ppo_holds_four_models():
     assert mib((half["train"].args, half["train"].beside)) == pytest.approx(trained + frozen / 2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_mesh_keeps_one_copy_where_pmap_makes_another():
     """Of the policy that is its own reference, of what a stage samples with at its end."""
     weights = lambda step: mib(list({id(x): x for x in jax.tree.leaves((step.args, step.beside))}.values()))
@@ -177,6 +182,7 @@ def test_some_steps_alone(told, capsys):
 SMALL = "--init", "llama-micro", "--reward", "llama-micro", "--prompt-length", "4", "--max-new-tokens", "4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(), ("--devices.fsdp", "4", "--devices.tensor", "2")], ids=["pmap", "mesh"])
 def test_steps_compile(mesh):
     """On CPU devices: the shapes that each step hands on are those that the next one takes."""
