@@ -66,7 +66,7 @@ def command(stage: str, out: Path, home: Path, rankings: Path) -> list[str]:
     if stage == "reward":
         flags[stage] += ["--epochs", "8"]
     if stage == "ppo":
-        flags[stage] += ["--ppo.minibatches", "2", "--ppo.ema", "0.9", "--ppo.kl-target", "1"]
+        flags[stage] += ["--algorithm.minibatches", "2", "--algorithm.ema", "0.9", "--algorithm.kl-target", "1"]
     common = ["--batch", "8", "--saves.every", "4", "--out", str(out), "--data-dir", str(out.parent / f"data-{stage}")]
     return [sys.executable, "-m", f"experiments.{stage}", *flags[stage], *common]
 

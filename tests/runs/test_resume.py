@@ -118,6 +118,13 @@ def test_a_quickstart_that_is_run_again_keeps_what_is_done(done, tmp_path, monke
         assistant.main(dataclasses.replace(moved, seed=1))
 
 
+@pytest.mark.parametrize("stage", survive.STAGES)
+def test_the_commands_that_are_killed_exist(stage, tmp_path):
+    _, _, module, *flags = survive.command(stage, tmp_path / "run", tmp_path, tmp_path / "rankings.jsonl")
+    assert module == f"experiments.{stage}"
+    assert cli.parse(STAGES[stage].Config(), flags).batch == 8
+
+
 @pytest.mark.slow
 def test_a_process_that_is_killed(tmp_path):
     """The short form of scripts/survive.py."""
