@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_jax.data.world import World
 from rlhf_jax.data.world import labelers as labelers_lib
-from rlhf_jax.data.world.labelers import Labeler, agreement, fleiss_kappa, kappa, labelers, rankings
+from rlhf_jax.data.world.labelers import Labeler, agreement, labelers, rankings
 from rlhf_jax.types import InputError
 from tests.oracles import Case
 
@@ -86,21 +86,6 @@ def test_agreement_oracle(name):
     ranks, expected = case["inputs"]["ranks"], case["expected"]
     assert agreement(ranks) == pytest.approx(expected["agreement_without_ties"], abs=1e-12)
     assert agreement(ranks, ties=True) == pytest.approx(expected["agreement_with_ties"], abs=1e-12)
-    if "kappa" in expected:
-        assert kappa(ranks) == pytest.approx(expected["kappa"], abs=1e-12)
-
-
-def test_kappa_oracle():
-    case = Case("fleiss_kappa_counts").raw
-    assert fleiss_kappa(case["inputs"]["counts"]) == pytest.approx(case["expected"]["kappa"], abs=1e-12)
-
-
-def test_kappa_by_hand():
-    assert fleiss_kappa([[2, 0], [0, 2]]) == 1
-    assert fleiss_kappa([[1, 1], [1, 1]]) == -1
-    for counts in ([[1, 0], [0, 1]], [[2, 0], [0, 3]], [[2, 0], [2, 0]]):
-        with pytest.raises(InputError, match="kappa"):
-            fleiss_kappa(counts)
 
 
 @pytest.mark.parametrize("seed", range(4))

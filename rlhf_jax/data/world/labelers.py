@@ -87,31 +87,6 @@ def agreement(rankings: Sequence[Sequence[Sequence[int]]], ties: bool = False) -
     return same / total
 
 
-def kappa(rankings: Sequence[Sequence[Sequence[int]]]) -> float:
-    """Fleiss' kappa of the labelers' orders of pairs: agreement with ties, corrected for chance; for checking."""
-    return fleiss_kappa([[signs.count(label) for label in (-1, 1, 0)] for signs in _signs(rankings)])
-
-
-def fleiss_kappa(counts: Sequence[Sequence[int]]) -> float:
-    """Fleiss' kappa, (p - p_chance) / (1 - p_chance), from the number of raters by subject (row) and category (column).
-
-    p is the mean share of pairs of raters of a subject who agree, p_chance the sum of the squared shares of the
-    categories. Raises InputError unless all subjects have the same number of raters, at least two, and more than one
-    category was chosen.
-    """
-    raters = {sum(row) for row in counts}
-    if len(raters) != 1 or max(raters) < 2:
-        raise InputError(
-            "kappa needs every pair of responses to be labelled by the same number of people, at least two"
-        )
-    (n,) = raters
-    observed = sum(x * (x - 1) for row in counts for x in row) / (n * (n - 1) * len(counts))
-    chance = sum((sum(column) / (n * len(counts))) ** 2 for column in zip(*counts, strict=True))
-    if chance == 1:
-        raise InputError("kappa is undefined where all labels are the same")
-    return (observed - chance) / (1 - chance)
-
-
 def _signs(rankings: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[int]]:
     """The labelers' orders of each pair of responses to a prompt: -1 if the first is better, 1 the second, 0 a tie."""
     for labels in rankings:
