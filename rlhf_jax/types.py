@@ -75,6 +75,7 @@ class Rankings(struct.PyTreeNode):
     mask: Leaf  # [B, K, T] bool
     start: Leaf  # [B] int32, number of prompt columns: the column where the responses start
     rank: Leaf  # [B, K] int32: smaller is better, equal is a tie, -1 is absent
+    harmful: Leaf = None  # [B, K] bool, for a cost model: the response is harmful
 
 
 class Rollout(struct.PyTreeNode):
@@ -91,6 +92,8 @@ class Rollout(struct.PyTreeNode):
     score: Leaf = None  # [B] score of the whole response
     token_score: Leaf = None  # [B, N] score of each token, if the score source gives one
     disagreement: Leaf = None  # [B] standard deviation of the scores of several reward models
+    scores: Leaf = None  # [B, R] the scores of R reward models, of which `algorithms.rewards` makes one
+    cost: Leaf = None  # [B] score of a cost model: above 0 is harmful
 
     @property
     def response_tokens(self) -> Leaf:
