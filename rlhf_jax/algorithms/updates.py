@@ -36,6 +36,9 @@ Bonus = Annotated[float, Unbounded("a negative weight lowers what a positive one
 # The largest |ratio - 1| that rounding may cause in the first update on a rollout, by the trunk's dtype.
 RATIO_ERROR = {"float32": 1e-4, "bfloat16": 0.1}
 
+# The setting of `Config` that the state holds once a run has begun, and the path of its leaf, see `runs.Run`.
+IN_STATE = {"algorithm.rewards.multiplier": "opt_state/rewards/multiplier"}
+
 Totals = dict[str, Array]  # counts over the global minibatch, by which shares of a loss are divided
 
 

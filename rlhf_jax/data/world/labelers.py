@@ -17,6 +17,7 @@ from rlhf_jax.types import InputError
 NOISE = 0.66  # standard deviation of the error; a good answer has about 1.5 more utility than a wrong one
 TIE = 0.2  # largest difference of utility of responses that tie
 LEAST, MOST = 4, 9  # number of responses in a ranking, drawn uniformly
+RATING_NOISE = 0.5  # size of the error of one virtue's rating, of that of the utility of a whole response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,15 @@ class Labeler:
         )  # accepts any string
         error = random.Random(key).gauss(0.0, self.noise)
         return virtue - self.brevity * len(response.split()) + error
+
+    def rate(self, world: World, prompt_text: str, response: str, seed: int) -> dict[str, int]:
+        """The ratings of a response, 1 to 7 for each virtue (`World.virtues`), each with an error of its own."""
+        ratings = {}
+        for virtue, value in world.virtues(prompt_text, response).items():
+            key = f"{world.seed}/{seed}/{self.id}/{virtue}/{prompt_text}/{response}".encode(errors="surrogatepass")
+            value += random.Random(key).gauss(0.0, RATING_NOISE * self.noise)
+            ratings[virtue] = 1 + round(6 * min(max(value, 0.0), 1.0))
+        return ratings
 
     def rank(self, world: World, prompt_text: str, responses: Sequence[str], seed: int) -> list[int]:
         """The rank of each response: 0 is best, equal ranks are a tie.
@@ -97,9 +107,9 @@ def _signs(rankings: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[int]]:
 def rankings(
     world: World, n: int, seed: int, people: Sequence[Labeler] | None = None, held_out: bool = False
 ) -> Iterator[dict]:
-    """The rankings of `n` prompts: rows {"prompt": messages, "responses": [K], "ranks": [K], "labeler": id}, K in 4..9.
+    """The rankings of `n` prompts: {"prompt": messages, "responses": [K], "ranks": [K], "ratings": [K], "labeler": id}.
 
-    The responses have the quality of the demonstrations; each row is ranked by one labeler.
+    K is in 4..9. The responses have the quality of the demonstrations; each row is ranked and rated by one labeler.
     """
     people = people or labelers(seed)
     rng = random.Random(f"{world.seed}/rankings/{held_out}/{seed}")
@@ -107,4 +117,11 @@ def rankings(
         responses = world.sample_responses(prompt, rng.randint(LEAST, MOST), rng)
         labeler = rng.choice(people)
         ranks = labeler.rank(world, prompt.text, responses, seed)
-        yield {"prompt": prompt.messages, "responses": responses, "ranks": ranks, "labeler": labeler.id}
+        ratings = [labeler.rate(world, prompt.text, response, seed) for response in responses]
+        yield {
+            "prompt": prompt.messages,
+            "responses": responses,
+            "ranks": ranks,
+            "ratings": ratings,
+            "labeler": labeler.id,
+        }
