@@ -36,7 +36,8 @@ class Config(runs.Config):
 
     out: Path = Path("runs/grpo")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory of the policy and of the frozen reference model
-    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models, whose scores are averaged
+    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models, whose scores are averaged or weighted
+    cost: Path | None = None  # cost model, whose mean score algorithm.rewards.threshold bounds; None: no constraint
     data: str = "world:rows=8000"  # source of prompts: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # source of pretraining text to mix in; None: no text
     prompt_length: Count = 20  # most tokens of a prompt; longer ones are refused, or lose their oldest turns
@@ -60,6 +61,7 @@ class Config(runs.Config):
         super().__post_init__()
         if self.batch % self.algorithm.group:
             raise InputError(f"batch={self.batch}: expected a multiple of the group of {self.algorithm.group} answers")
+        self.algorithm.rewards.check(len(self.reward), self.cost is not None)
 
 
 def build(
@@ -104,8 +106,8 @@ def main(
         raise InputError("reward has no effect on scores that are not reward models': leave it out")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)
     policy = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
-    rewards = [models.load_reward(path, compute=cfg.compute, place=layout.sharding) for path in cfg.reward]
-    models.check_vocabularies({cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True)))
+    judges = scores.load(cfg.reward, cfg.cost, layout, cfg.compute, algorithm.rewards)
+    models.check_vocabularies({cfg.init: policy} | dict(judges.named))
     tokenizer = models.tokenizer_of(policy, cfg.control_tokens)
 
     rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
@@ -127,7 +129,7 @@ def main(
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
         )
 
-    score = scores.scorer(rewards, score_text, rows, policy, layout, buckets=algorithm.buckets)
+    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets)
     tx, collect, step_fn = build(cfg, policy.config, models.stop_ids(policy), layout, train_step)
     state = updates.init({"policy": policy.params}, tx, algorithm, named_key(cfg.seed, "grpo/updates"))
     # A copy, since the train step donates the buffers of the policy.
@@ -139,7 +141,7 @@ def main(
         derive=rates.Rates(
             policy=policy.config,
             critic=None,
-            rewards=tuple(reward.config for reward in rewards),
+            rewards=tuple(judge.config for judge in judges.every),
             batch=cfg.batch,
             epochs=algorithm.epochs,
             text_rows=updates_a_step * cfg.text_batch if cfg.text else 0,
@@ -148,9 +150,9 @@ def main(
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters
-    del rewards
+    del judges
 
-    with runs.Run(cfg, layout, state, streams, cfg.steps, limits) as run:
+    with runs.Run(cfg, layout, state, streams, cfg.steps, limits, runs.SEED | updates.IN_STATE) as run:
         state = run.state
         for step in run:
             batch = best_of_n.repeat(next(run.streams["prompts"]), algorithm.group)
@@ -176,6 +178,7 @@ def main(
         {
             "score": ["reward/score"],
             "KL to the reference (nats a response)": ["kl/reference"],
+            "cost, and its multiplier": ["cost/mean", "cost/multiplier"],
             "entropy (nats a token)": ["policy/entropy"],
             "length (tokens)": ["response/tokens"],
             "pretraining loss (nats)": ["loss/ptx"],

@@ -40,7 +40,8 @@ class Config(runs.Config):
     out: Path = Path("runs/ppo")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory of the policy
     reference: Path | None = None  # model directory of the frozen reference model; None: `init`
-    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models, whose scores are averaged
+    reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models, whose scores are averaged or weighted
+    cost: Path | None = None  # cost model, whose mean score algorithm.rewards.threshold bounds; None: no constraint
     critic: Literal["reward", "policy"] = "reward"  # separate network (from the first reward model), or policy head
     pessimism: NonNegative = 0.0  # number of the reward models' standard deviations to subtract from their mean
     data: str = "world:rows=8000"  # source of prompts: the world or a .jsonl file
@@ -68,6 +69,7 @@ class Config(runs.Config):
             raise InputError("critic=reward starts from a reward model: name one by --reward, or use --critic policy")
         if self.pessimism and len(self.reward) < 2:
             raise InputError("pessimism needs the disagreement of several reward models: name more by --reward")
+        self.algorithm.rewards.check(len(self.reward), self.cost is not None, self.pessimism)
 
 
 def build(
@@ -127,15 +129,15 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     models.check_writable(cfg.out / "model")
     if not cfg.reward and score_text is None:
         raise InputError("reward: expected at least one model directory")
-    if score_text and cfg.pessimism:
-        raise InputError("pessimism has no effect on scores that are not reward models': leave it out")
+    if score_text and (cfg.pessimism or cfg.algorithm.rewards.weights):
+        raise InputError("pessimism and weights have no effect on scores that are not reward models': leave them out")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)
     load = functools.partial(models.load, compute=cfg.compute, place=layout.sharding)
     policy, reference = load(cfg.init), load(cfg.reference) if cfg.reference else None
-    rewards = [models.load_reward(path, compute=cfg.compute, place=layout.sharding) for path in cfg.reward]
+    judges = scores.load(cfg.reward, cfg.cost, layout, cfg.compute, algorithm.rewards, cfg.pessimism)
     if reference and reference.config != policy.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.init}: take the model that it came from")
-    loaded = {cfg.init: policy} | dict(zip(cfg.reward, rewards, strict=True))
+    loaded = {cfg.init: policy} | dict(judges.named)
     if cfg.reference and reference:
         loaded[cfg.reference] = reference
     models.check_vocabularies(loaded)
@@ -155,8 +157,8 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
         )
 
-    critic = rewards[0] if cfg.critic == "reward" else None
-    score = scores.scorer(rewards, score_text, rows, policy, layout, cfg.pessimism, algorithm.buckets)
+    critic = judges.rewards[0] if cfg.critic == "reward" else None
+    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets)
     critic_config, eos_id = critic.config if critic else None, models.stop_ids(policy)
     tx, collect, step_fn = build(cfg, policy.config, critic_config, eos_id, layout)
     state, frozen = start(cfg, tx, policy.params, critic.params if critic else heads.fresh(policy.config))
@@ -172,7 +174,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
         derive=rates.Rates(
             policy=policy.config,
             critic=critic_config,
-            rewards=tuple(reward.config for reward in rewards),
+            rewards=tuple(judge.config for judge in judges.every),
             batch=cfg.batch,
             epochs=algorithm.epochs,
             text_rows=updates_a_step * cfg.text_batch if cfg.text else 0,
@@ -181,10 +183,10 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters
-    del rewards, critic, reference, loaded, frozen
+    del judges, critic, reference, loaded, frozen
 
-    # The state holds the KL coefficient, which may adapt: a resume under another one is refused.
-    in_state = runs.SEED | {"algorithm.kl_coef": "opt_state/kl_coef"}
+    # The state holds these settings, which may adapt: a resume under others is refused.
+    in_state = runs.SEED | updates.IN_STATE | {"algorithm.kl_coef": "opt_state/kl_coef"}
     with runs.Run(cfg, layout, state, streams, cfg.steps, limits, in_state) as run:
         state = run.state
         for step in run:
@@ -212,6 +214,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
         {
             "score": ["reward/score"],
             "KL to the reference (nats a response)": ["kl/reference"],
+            "cost, and its multiplier": ["cost/mean", "cost/multiplier"],
             "entropy (nats a token)": ["policy/entropy"],
             "length (tokens)": ["response/tokens"],
             "explained variance of the critic": ["value/explained_variance"],

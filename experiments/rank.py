@@ -90,7 +90,14 @@ def main(cfg: Config) -> dict[str, float]:
             ranks = [judge.rank(world, prompt[-1]["content"], responses, cfg.seed) for judge in judges]
             rankings.append(ranks)
             for judge, rank in zip(judges, ranks, strict=True):
-                row = {"prompt": prompt, "responses": responses, "ranks": rank, "ended": ended, "labeler": judge.id}
+                row = {
+                    "prompt": prompt,
+                    "responses": responses,
+                    "ranks": rank,
+                    "ratings": [judge.rate(world, prompt[-1]["content"], text, cfg.seed) for text in responses],
+                    "ended": ended,
+                    "labeler": judge.id,
+                }
                 lines.append(json.dumps(row) + "\n")
         runs.write(cfg.out / f"{split}.jsonl", "".join(lines))
         print(

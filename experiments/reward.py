@@ -4,6 +4,9 @@ As InstructGPT (arXiv:2203.02155): Bradley-Terry over all pairs of K = 4..9 rank
 batch element, one epoch, cosine decay to 10 %. Training starts from the fine-tuned model with a new head. Afterwards a
 gain and bias normalise the scores of the training answers to mean 0 and standard deviation 1.
 
+With `--virtue` it learns from the ratings of one virtue in place of the ranks; so there can be a model for each. With
+`--algorithm.loss cost` it is a cost model, as in Safe RLHF (arXiv:2310.12773): larger is worse, and above 0 is harmful.
+
 Run:     python -m experiments.reward --init runs/sft/model --data runs/rank/train.jsonl
 Parent:  sft
 Result:  in the quickstart, seed 0: 72.9 % of held-out comparisons, where two labelers agree on 73.6 %
@@ -31,7 +34,7 @@ from rlhf_jax.models import heads
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, NonNegative, Positive, Rate
-from rlhf_jax.types import Params, Rankings, named_key
+from rlhf_jax.types import InputError, Params, Rankings, Virtue, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Config(runs.Config):
     init: Path = Path("runs/sft/model")  # model directory to start from
     data: str = "runs/rank/train.jsonl"  # rankings to learn from
     held_out: str | None = "runs/rank/held_out.jsonl"  # rankings to measure accuracy on; None: measure nothing
+    virtue: Virtue | None = None  # learn from the ratings of this virtue, 1 to 7; None: from the ranks
     length: Count = 36  # most tokens of prompt and answer; prompts with a longer answer are refused
     batch: Count = 16  # prompts a step, over all devices
     epochs: Count = 1  # passes over the rankings
@@ -51,6 +55,18 @@ class Config(runs.Config):
     algorithm: reward_lib.Config = reward_lib.Config()
     lora: lora_lib.Config = lora_lib.Config()
     normalize_first: bool = False  # also normalise scores before training, as Ziegler et al. (arXiv:1909.08593)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.costs and self.virtue is None:
+            raise InputError("loss=cost learns which answers are harmful from ratings: add --virtue harmless")
+        if self.costs and self.normalize_first:
+            raise InputError("normalize_first has no effect on a cost model, whose 0 has a meaning: leave it out")
+
+    @property
+    def costs(self) -> bool:
+        """Whether the model is a cost model, whose scores are not normalised."""
+        return self.algorithm.loss == "cost"
 
 
 def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
@@ -130,7 +146,14 @@ def main(cfg: Config) -> dict[str, float]:
     models.check_length(model.config, length=cfg.length)
     tokenizer = models.tokenizer_of(model, cfg.control_tokens)
     source = functools.partial(sources.rows, kind="rankings", data_dir=cfg.data_dir)
-    read = functools.partial(pipeline.rankings, tokenizer=tokenizer, length=cfg.length, batch=cfg.batch, seed=cfg.seed)
+    read = functools.partial(
+        pipeline.rankings,
+        tokenizer=tokenizer,
+        length=cfg.length,
+        batch=cfg.batch,
+        seed=cfg.seed,
+        virtue=cfg.virtue,
+    )
     train, held_out = source(cfg.data), source(cfg.held_out) if cfg.held_out else None
     batches = read(train, epochs=cfg.epochs)
     held_out_batches = read(held_out, epochs=1) if held_out else None
@@ -157,7 +180,9 @@ def main(cfg: Config) -> dict[str, float]:
         return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
     def normalize(trained: Params) -> Params:
-        """The parameters whose scores have mean 0 and standard deviation 1 on the training answers."""
+        """The parameters whose scores have mean 0 and standard deviation 1 on the training answers; costs stay."""
+        if cfg.costs:
+            return trained
         score, rank, _ = score_all(trained, read(train, epochs=1))
         return reward_lib.normalize(trained, float(score[rank >= 0].mean()), float(score[rank >= 0].std()))
 
@@ -180,6 +205,7 @@ def main(cfg: Config) -> dict[str, float]:
     if held_out_batches is None:
         return {}
     score, rank, length = score_all(layout.get(state).params, held_out_batches)
+    score = -score if cfg.costs else score  # the order of the ranks: the less harmful answer is the better
     return {"accuracy": record(cfg.out, calibration.pairs(score, rank, length), calibration.ties(rank))}
 
 

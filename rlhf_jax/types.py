@@ -16,7 +16,7 @@ documents of one row ascend from 1. A bool mask is a segment array with one docu
 """
 
 import zlib
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 from flax import struct
@@ -41,6 +41,11 @@ def named_key(seed: int, use: str) -> jax.Array:
     if not 0 <= seed < SEEDS:
         raise InputError(f"seed={seed}: expected at least 0 and less than {SEEDS}")
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode()))
+
+
+Virtue = Literal["helpful", "honest", "harmless"]  # what people rate a response for
+VIRTUES: tuple[Virtue, ...] = get_args(Virtue)
+BEST_RATING = 7  # ratings are whole numbers from 1 to this
 
 
 class TrainState(struct.PyTreeNode):
@@ -75,6 +80,7 @@ class Rankings(struct.PyTreeNode):
     mask: Leaf  # [B, K, T] bool
     start: Leaf  # [B] int32, number of prompt columns: the column where the responses start
     rank: Leaf  # [B, K] int32: smaller is better, equal is a tie, -1 is absent
+    harmful: Leaf = None  # [B, K] bool, for a cost model: the response is rated below the middle
 
 
 class Rollout(struct.PyTreeNode):
@@ -91,6 +97,8 @@ class Rollout(struct.PyTreeNode):
     score: Leaf = None  # [B] score of the whole response
     token_score: Leaf = None  # [B, N] score of each token, if the score source gives one
     disagreement: Leaf = None  # [B] standard deviation of the scores of several reward models
+    scores: Leaf = None  # [B, R] the scores of R reward models, of which `algorithms.rewards` makes one
+    cost: Leaf = None  # [B] score of a cost model: above 0 is harmful
 
     @property
     def response_tokens(self) -> Leaf:

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollouts": GROUND | {"devices", "algorithms", "data", "models"},
     "runs": {"types", "settings", "devices"},
     "analysis": GROUND | {"devices", "models"},
+    "people": set(),
 }
 
 

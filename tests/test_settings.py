@@ -18,7 +18,7 @@ from flax import linen as nn
 from experiments import dpo, evaluate, grpo, ppo, pretrain, rank, rejection, reward, rounds, sft
 from experiments.papers import sentiment
 from rlhf_jax import models, runs, types
-from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms import optim, rewards
 from rlhf_jax.algorithms import reward as reward_lib
 from rlhf_jax.algorithms import sft as sft_lib
 from rlhf_jax.data import pipeline, sources
@@ -131,14 +131,17 @@ def settings(name, quick):
         margin = reward_lib.Config(margin=0.5)
         learnt = dataclasses.replace(quick.reward, init=tuned, data=ranked, held_out=None)
         special = {"data": other, "held_out": other, "init": base, "algorithm": margin, "lora": lora.Config(rank=2)}
-        return learnt, special
+        return learnt, special | {"virtue": "helpful"}
     if name == "dpo":
         preferred = dpo.Config(init=tuned, data=ranked, length=64, batch=8)
         beta = dataclasses.replace(preferred.algorithm, beta=0.7)
         return preferred, {"data": other, "init": base, "algorithm": beta}
     sizes = {"prompt_length": 40, "max_new_tokens": 8, "batch": 32, "text": "world:rows=200", "steps": 2, "warmup": 1}
-    rolled = STAGES[name].Config(init=tuned, reward=(judge, judge), data="world:rows=100", **sizes)
-    return rolled, {
+    default = STAGES[name].Config()
+    algorithm = dataclasses.replace(default.algorithm, rewards=rewards.Config(threshold=0.0))
+    given = {"init": tuned, "reward": (judge, judge), "cost": judge, "data": "world:rows=100", "algorithm": algorithm}
+    return dataclasses.replace(default, **given, **sizes), {
+        "cost": judge.parent / ".." / "reward" / "model",  # read from a path that is spelt differently
         "data": "world:rows=101",
         "init": base,
         "reference": base,

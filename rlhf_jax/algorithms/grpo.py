@@ -141,7 +141,7 @@ def train_step(
     Rows g * group to (g + 1) * group - 1 of the global batch must be the responses to one prompt. `text` is pretraining
     text, shaped as in `updates.apply`.
     """
-    rollout = parallel.all_gather(rollout, axis)
+    state, rollout, reward_metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
     batch, metrics = experience(rollout, cfg)
     objective = updates.Objective(
         loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg),
@@ -158,4 +158,4 @@ def train_step(
         microbatches=microbatches,
         axis=axis,
     )
-    return state, metrics | update_metrics
+    return state, metrics | reward_metrics | update_metrics

@@ -287,7 +287,7 @@ def train_step(
     Every device gathers the whole rollout, so that whitening is global. `text` is pretraining text for PPO-ptx, shaped
     as in `updates.apply`. Metrics of the rollout come from before the updates, losses are means over them.
     """
-    rollout = parallel.all_gather(rollout, axis)
+    state, rollout, reward_metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
     kl_coef = state.opt_state["kl_coef"]
     batch, metrics = experience(rollout, kl_coef, cfg)
     objective = updates.Objective(
@@ -309,4 +309,4 @@ def train_step(
         n = rollout.tokens.shape[0]
         kl_coef = adapt_kl_coef(kl_coef, metrics["kl/reference"], n, cfg.kl_target, cfg.kl_horizon)
         state = state.replace(opt_state=state.opt_state | {"kl_coef": kl_coef})
-    return state, metrics | update_metrics
+    return state, metrics | reward_metrics | update_metrics

@@ -21,7 +21,8 @@ from rlhf_jax.types import InputError, Metrics, Params, Rankings, ScoreFn, Train
 class Config(Settings):
     """Settings of the loss; the defaults are InstructGPT's."""
 
-    loss: Literal["bradley_terry", "choice"] = "bradley_terry"  # learn from all pairs of responses, or the best one
+    # Learn from all pairs of responses, or the best one; or learn a cost: pairs by harm, and which ones are harmful.
+    loss: Literal["bradley_terry", "choice", "cost"] = "bradley_terry"
     margin: NonNegative = 0.0  # required difference of a pair's scores, per step between their ranks (arXiv:2307.09288)
     label_smoothing: LabelNoise = 0.0  # assumed probability that a pair's label is wrong
     centring: NonNegative = 0.0  # weight of the squared sum of a pair's scores, which keeps the mean score near 0
@@ -33,6 +34,8 @@ class Config(Settings):
             raise InputError(
                 "margin and label_smoothing apply to pairs and have no effect with loss=choice: leave them out"
             )
+        if self.loss == "cost" and (self.margin or self.label_smoothing or self.centring):
+            raise InputError("margin, label_smoothing and centring have no effect with loss=cost: leave them out")
 
 
 def pair_mask(rank: Int[Array, "B K"]) -> Bool[Array, "B K K"]:
@@ -118,10 +121,47 @@ def ranked_choice_loss(
     return masked_mean(-chosen, jnp.any(pair_mask(rank), axis=(1, 2)), count)
 
 
+def cost_loss(
+    cost: Float[Array, "B K"], rank: Int[Array, "B K"], harmful: Bool[Array, "B K"], count: Array | None = None
+) -> Float[Array, ""]:
+    """The loss of a cost model (arXiv:2310.12773, eq. 7), mean over the prompts that have a pair (or over `count`).
+
+        mean over pairs of -ln sigmoid(c_l - c_w)  +  2 mean over responses of -ln sigmoid(s c)
+
+    c is the cost, w the less harmful response of a pair (the one ranked above l), and s the sign of a response: 1 if it
+    is `harmful`, else -1. So a cost orders responses by harm, and 0 divides the harmful from the others. The factor 2
+    makes it the paper's loss where K = 2.
+    """
+    pair = pair_mask(rank)
+    has_pair = jnp.any(pair, axis=(1, 2))
+    order = pair_mean(-jax.nn.log_sigmoid(-margins(cost, pair)), pair, count)
+    present = rank >= 0
+    cost = precise(jnp.where(present, cost, 0.0))
+    sign = jnp.where(present, -jax.nn.log_sigmoid(jnp.where(harmful, cost, -cost)), 0.0)
+    each = jnp.sum(sign, axis=1) / jnp.maximum(jnp.sum(present, axis=1), 1)
+    return order + 2 * masked_mean(each, has_pair, count)
+
+
+def correct_signs(
+    cost: Float[Array, "B K"], rank: Int[Array, "B K"], harmful: Bool[Array, "B K"]
+) -> tuple[Array, Array]:
+    """The number of responses whose cost has the sign that their label says, and of all responses. [], []."""
+    present = rank >= 0
+    return jnp.sum(present & (jnp.where(harmful, cost, -cost) > 0)), jnp.sum(present)
+
+
 def loss(
-    score: Float[Array, "B K"], rank: Int[Array, "B K"], cfg: Config, count: Array | None = None
+    score: Float[Array, "B K"],
+    rank: Int[Array, "B K"],
+    cfg: Config,
+    count: Array | None = None,
+    harmful: Bool[Array, "B K"] | None = None,
 ) -> Float[Array, ""]:
     """The loss that `cfg` selects, averaged over the prompts that have a pair (or divided by `count`)."""
+    if cfg.loss == "cost":
+        if harmful is None:
+            raise InputError("loss=cost needs labels of harmful responses: learn from ratings, by --virtue harmless")
+        return cost_loss(score, rank, harmful, count)
     if cfg.loss == "choice":
         value = ranked_choice_loss(score, rank, count)
     else:
@@ -184,16 +224,18 @@ def train_step(
     count = parallel.psum(jnp.sum(jnp.any(pair_mask(batch.rank), axis=(1, 2))), axis)
 
     def objective(
-        params: Params, padded: tuple[Array, Array], other: tuple[Array, Array], keys: Array
+        params: Params, padded: tuple[Array, Array], other: tuple[Array, Array, Array | None], keys: Array
     ) -> tuple[Array, tuple[Array, ...]]:
-        (tokens, mask), (start, rank) = padded, other
+        (tokens, mask), (start, rank, harmful) = padded, other
         batch = Rankings(tokens=tokens, mask=mask, start=start, rank=rank)
         score = scores(params, batch, score_fn, keys.reshape(-1))
-        value = loss(score, rank, cfg, count)
-        return value, (value, *correct_pairs(score, rank))
+        value = loss(score, rank, cfg, count, harmful)
+        # A cost is larger for the response ranked below.
+        signs = (jnp.zeros(()),) * 2 if harmful is None else correct_signs(score, rank, harmful)
+        return value, (value, *correct_pairs(-score if cfg.loss == "cost" else score, rank), *signs)
 
     share: Callable = functools.partial(jax.grad(objective, has_aux=True), state.params)
-    local = (batch.tokens, batch.mask), (batch.start, batch.rank), keys.reshape(rows, responses)
+    local = (batch.tokens, batch.mask), (batch.start, batch.rank, batch.harmful), keys.reshape(rows, responses)
     parts = cfg.buckets * microbatches
     if cfg.buckets > 1:
         live = lambda padded: jnp.any(padded[1], axis=1)
@@ -201,13 +243,13 @@ def train_step(
         local = jax.tree.map(lambda x: x[index], local)
         share = ragged.trimmed(share, live, cfg.buckets)
     grads, sums = parallel.accumulate(share, parts)(*local)
-    grads, (value, correct, pairs) = parallel.psum((grads, jax.tree.map(jnp.sum, sums)), axis)
+    grads, (value, correct, pairs, signed, signs) = parallel.psum((grads, jax.tree.map(jnp.sum, sums)), axis)
     metrics = {
         f"loss/{cfg.loss}": value,
         "reward/accuracy": correct / jnp.maximum(pairs, 1),
         "reward/pairs": pairs.astype(jnp.float32),
         "grad_norm": optax.tree.norm(grads),
-    }
+    } | ({"cost/sign_accuracy": signed / signs} if cfg.loss == "cost" else {})
     return optim.apply_gradients(state, grads, tx), metrics
 
 

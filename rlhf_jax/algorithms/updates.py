@@ -15,7 +15,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.algorithms import sft
+from rlhf_jax.algorithms import rewards, sft
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import masked_mean
 from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Settings, Unbounded
@@ -36,6 +36,9 @@ Bonus = Annotated[float, Unbounded("a negative weight lowers what a positive one
 # The largest |ratio - 1| that rounding may cause in the first update on a rollout, by the trunk's dtype.
 RATIO_ERROR = {"float32": 1e-4, "bfloat16": 0.1}
 
+# The setting of `Config` that the state holds once a run has begun, and the path of its leaf, see `runs.Run`.
+IN_STATE = {"algorithm.rewards.multiplier": "opt_state/rewards/multiplier"}
+
 Totals = dict[str, Array]  # counts over the global minibatch, by which shares of a loss are divided
 
 
@@ -54,6 +57,7 @@ class Config(Settings):
     ptx_coef: NonNegative = 27.8  # weight of the pretraining loss (nats a token), if there is pretraining text
     stop_kl: NonNegative | None = None  # skip a rollout's updates once approx_kl exceeds this, in nats a token
     ema: Rate | None = None  # decay rate per update of a running average of the policy's weights; None: none
+    rewards: "rewards.Config" = rewards.Config()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +72,17 @@ def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Confi
     opt_state = {"optimizer": tx.init(params)}
     if cfg.ema is not None:
         opt_state["ema"] = jax.tree.map(jnp.copy, params["policy"])  # a copy, since a buffer can be donated only once
+    if (several := rewards.init(cfg.rewards)) is not None:
+        opt_state["rewards"] = several
     return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state, rng=rng)
+
+
+def combine_rewards(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Rollout, Metrics]:
+    """The whole rollout with one score for each response, as `cfg.rewards` says, and the state that remembers it."""
+    if "rewards" not in state.opt_state:
+        return state, rollout, {}
+    rollout, several, metrics = rewards.combine(rollout, state.opt_state["rewards"], cfg.rewards)
+    return state.replace(opt_state=state.opt_state | {"rewards": several}), rollout, metrics
 
 
 def final_score(rollout: Rollout, cfg: Config) -> Float[Array, "B"]:

@@ -4,7 +4,8 @@ A row of each kind, as it stands in a JSON Lines file and as `source` returns it
 
     text            {"text"}
     demonstrations  {"prompt", "completion"} or {"messages"}, which ends with the assistant's message
-    rankings        {"prompt", "responses": [K], "ranks": [K]} (smaller is better, equal is a tie);
+    rankings        {"prompt", "responses": [K], "ranks": [K]} (smaller is better, equal is a tie), and, if there are
+                    any, "ratings": [K] of objects {"helpful", "honest", "harmless"}, from 1 to 7 each;
                     {"prompt", "chosen", "rejected"} is the same with K = 2; both perhaps with "ended": [K] booleans,
                     false for a response that was cut before its end
     prompts         {"prompt"}
@@ -43,7 +44,7 @@ from absl import logging as absl_logging
 
 from rlhf_jax.data.tokenizer import Message, Prompt
 from rlhf_jax.devices import hosts
-from rlhf_jax.types import InputError
+from rlhf_jax.types import BEST_RATING, VIRTUES, InputError
 
 Kind = Literal["text", "demonstrations", "rankings", "prompts"]
 Row = dict[str, Any]
@@ -139,7 +140,8 @@ def check(kind: Kind, row: Any, where: str) -> Row:
         raise InputError(
             f"{where}, field ranks: expected {len(texts)} integers from 0 up, one per response, got {short(ranks)}"
         )
-    return {"prompt": prompt, "responses": texts, "ranks": ranks} | _ended(row, len(texts), where)
+    kept = {"prompt": prompt, "responses": texts, "ranks": ranks}
+    return kept | _ended(row, len(texts), where) | _ratings(row, len(texts), where)
 
 
 def _ended(row: Row, count: int, where: str) -> Row:
@@ -150,6 +152,24 @@ def _ended(row: Row, count: int, where: str) -> Row:
     if not isinstance(ended, list) or len(ended) != count or not all(type(one) is bool for one in ended):
         raise InputError(f"{where}, field ended: expected {count} booleans, one per response, got {short(ended)}")
     return {"ended": ended}
+
+
+def _ratings(row: Row, count: int, where: str) -> Row:
+    """The field "ratings" in a row of its own, with the virtues alone; it is empty where the row has none."""
+    ratings = row.get("ratings")
+    if ratings is None:
+        return {}
+    if not isinstance(ratings, list) or len(ratings) != count or not all(isinstance(one, dict) for one in ratings):
+        raise InputError(f"{where}, field ratings: expected {count} objects, one per response, got {short(ratings)}")
+    for k, one in enumerate(ratings):
+        for virtue in VIRTUES:
+            rating = one.get(virtue, 1)
+            if type(rating) is not int or not 1 <= rating <= BEST_RATING:
+                raise InputError(
+                    f"{where}, field ratings[{k}].{virtue}: expected an integer from 1 to {BEST_RATING},"
+                    f" got {short(rating)}"
+                )
+    return {"ratings": [{virtue: one[virtue] for virtue in VIRTUES if virtue in one} for one in ratings]}
 
 
 def json_object(value: Any, where: str) -> Row:
@@ -244,7 +264,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     What `rows` puts into `self.info.metadata`, as {what: how many}, is stored too, and printed whenever they are read.
     """
 
-    VERSION = tfds.core.Version("1.1.0")  # raise it when the rows change though the config does not
+    VERSION = tfds.core.Version("1.2.0")  # raise it when the rows change though the config does not
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Places and canonical rows, as `check` returns them; InputError on a bad one."""

@@ -30,7 +30,7 @@ import numpy as np
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.devices import ragged
-from rlhf_jax.types import InputError, Prompts, Rankings, Tokens
+from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Tokens, Virtue
 
 T = TypeVar("T")
 Row = dict[str, Any]  # as `sources.rows` returns them
@@ -239,8 +239,12 @@ def rankings(
     batch: int,
     seed: int,
     epochs: int | None = None,
+    virtue: Virtue | None = None,
 ) -> Batches[Rankings]:
     """Prompts with their ranked responses, each a sequence padded on the right to `length`.
+
+    With `virtue` the ranks are by the ratings of this virtue, and `Rankings.harmful` says which responses are rated
+    below the middle. Raises InputError, which names the row, for one without them.
 
     `responses` is K, the most that a row may have; by default the most of any row of the source. Absent responses have
     rank -1 and an empty mask. A row is refused if its prompt is empty; if one of its sequences is longer than `length`,
@@ -251,6 +255,9 @@ def rankings(
     what the row says of them and the others. A response that is not `ended` is read at its last token.
     """
     rows = list(source)
+    if virtue is not None:
+        place = getattr(source, "where", "row {}".format)
+        rows = [_by_rating(row, virtue, place, n) for n, row in enumerate(rows)]
     most = max((len(row["responses"]) for row in rows), default=2)
     k_max = most if responses is None else responses
     if most > k_max:
@@ -276,22 +283,37 @@ def rankings(
     kept = [
         (len(one.start), [np.append(one.start, end) for end in one.ends], rows[one.row]["ranks"]) for one in fitting
     ]
+    below = [rows[one.row]["below"] for one in fitting] if virtue is not None else None
     pad = tokenizer_lib.pad_id(tokenizer)
 
     def fill(index: np.ndarray) -> Rankings:
         shape = (len(index), k_max, length)
         tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
         rank, start = np.full(shape[:2], -1, np.int32), np.zeros(len(index), np.int32)
+        harmful = None if below is None else np.zeros(shape[:2], bool)
         for b, n in enumerate(index):
             if n >= 0:
                 start[b], sequences, ranks = kept[n]
                 rank[b, : len(ranks)] = ranks
+                if harmful is not None and below is not None:
+                    harmful[b, : len(ranks)] = below[n]
                 for k, ids in enumerate(sequences):
                     tokens[b, k, : len(ids)] = ids
                     mask[b, k, : len(ids)] = True
-        return Rankings(tokens=tokens, mask=mask, start=start, rank=rank)
+        return Rankings(tokens=tokens, mask=mask, start=start, rank=rank, harmful=harmful)
 
     return _stream("rankings", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
+
+
+def _by_rating(row: Row, virtue: Virtue, place: Callable[[int], str], n: int) -> Row:
+    """The row ranked by the ratings of a virtue, with the field "below": which responses are below the middle."""
+    ratings = [one.get(virtue) for one in row.get("ratings", [{}])]
+    if None in ratings:
+        raise InputError(
+            f"{place(n)}, field ratings: expected a rating of {virtue} for each response, to learn from them"
+        )
+    below = [2 * rating < 1 + BEST_RATING for rating in ratings]
+    return row | {"ranks": [BEST_RATING - rating for rating in ratings], "below": below}
 
 
 def prompts(

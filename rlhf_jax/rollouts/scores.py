@@ -4,10 +4,12 @@ A source takes episodes, laid out over devices by its `parallel.Layout`, and ret
 `source(collect(...))` is a whole rollout, and a new kind of reward is a new function of that shape.
 """
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import models
+from rlhf_jax.algorithms import rewards as rewards_lib
 from rlhf_jax.data.builders import Row, Rows, short
 from rlhf_jax.data.tokenizer import Prompt, Tokenizer, prompt_text
 from rlhf_jax.devices import parallel, ragged
@@ -64,18 +67,43 @@ def score_responses(
     `params` are those of reward models of one architecture, stacked on a leading axis; one alone gives its own score.
     They read the responses in so many `buckets`, see `ragged`.
     """
-    read = readable(episodes, eos_id)
-    live, tokens = read[:, -episodes.response_mask.shape[1] :], as_trained(episodes, eos_id)
-
-    def score(one: Params) -> jax.Array:
-        judge = lambda tokens, read: score_fn(one, tokens, read)
-        return ragged.in_buckets(judge, live, buckets, tokens, read)
-
-    per_model = jax.lax.map(score, params)
+    per_model = jax.lax.map(lambda one: _read(one, episodes, score_fn, eos_id, buckets), params)
     if len(per_model) == 1:
         return episodes.replace(score=per_model[0])
     spread = jnp.std(per_model, axis=0)
     return episodes.replace(score=jnp.mean(per_model, axis=0) - pessimism * spread, disagreement=spread)
+
+
+def _read(params: Params, episodes: Rollout, score_fn: ScoreFn, eos_id: Ends, buckets: int) -> jax.Array:
+    """The score of each response by one model, which reads them in so many `buckets`. [B]."""
+    read = readable(episodes, eos_id)
+    live, tokens = read[:, -episodes.response_mask.shape[1] :], as_trained(episodes, eos_id)
+    return ragged.in_buckets(lambda tokens, read: score_fn(params, tokens, read), live, buckets, tokens, read)
+
+
+def score_each(
+    params: Sequence[Params],
+    episodes: Rollout,
+    *,
+    score_fns: Sequence[ScoreFn],
+    eos_id: Ends,
+    buckets: int = 1,
+    axis: str | None = None,
+) -> Rollout:
+    """The episodes with the score of each model by itself, of which `algorithms.rewards` makes one.
+
+    Until then their score is the mean. The models may differ in architecture.
+    """
+    pairs = zip(params, score_fns, strict=True)
+    each = jnp.stack([_read(one, episodes, score_fn, eos_id, buckets) for one, score_fn in pairs], axis=1)
+    return episodes.replace(scores=each, score=jnp.mean(each, axis=1))
+
+
+def score_cost(
+    params: Params, episodes: Rollout, *, score_fn: ScoreFn, eos_id: Ends, buckets: int = 1, axis: str | None = None
+) -> Rollout:
+    """The episodes with the cost that a cost model gives to each response."""
+    return episodes.replace(cost=_read(params, episodes, score_fn, eos_id, buckets))
 
 
 def score_tokens(
@@ -89,20 +117,77 @@ def score_tokens(
     return episodes.replace(token_score=token_score, score=jnp.zeros_like(per_token[:, 0]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """The models that score responses."""
+
+    named: tuple[tuple[Path, Model], ...]  # the reward models and, if there is a cost model, that one last
+    costs: bool  # whether there is a cost model
+    weighted: bool  # keep each reward model's score by itself, for `algorithms.rewards`, not their mean alone
+    pessimism: float  # number of the reward models' standard deviations to subtract from their mean
+
+    @property
+    def every(self) -> tuple[Model, ...]:
+        """The models in the order of `named`."""
+        return tuple(model for _, model in self.named)
+
+    @property
+    def rewards(self) -> tuple[Model, ...]:
+        """The reward models."""
+        return self.every[:-1] if self.costs else self.every
+
+
+def load(
+    reward: Sequence[Path],
+    cost: Path | None,
+    layout: parallel.Layout,
+    compute: models.Compute,
+    combine: rewards_lib.Config,
+    pessimism: float = 0.0,
+) -> Judges:
+    """The reward models of these directories and the cost model, if there is one, for `scorer`."""
+    paths = (*reward, *([] if cost is None else [cost]))
+    named = tuple((path, models.load_reward(path, compute=compute, place=layout.sharding)) for path in paths)
+    return Judges(named=named, costs=cost is not None, weighted=bool(combine.weights), pessimism=pessimism)
+
+
 def scorer(
-    rewards: Sequence[Model],
+    judges: Judges,
     score_text: ScoreText | None,
     rows: Rows,
     policy: Model,
     layout: parallel.Layout,
-    pessimism: float = 0.0,
     buckets: int = 1,
 ) -> Source:
-    """`text_function` of the policy's responses where there is a function of the text, else `reward_models`."""
+    """`text_function` of the policy's responses where there is a function of the text, else the judges' scores."""
     eos_id = models.stop_ids(policy)
     if score_text is not None:
-        return text_function(score_text, rows, models.tokenizer_of(policy), layout, eos_id)
-    return reward_models(rewards, eos_id, pessimism, layout, buckets)
+        source = text_function(score_text, rows, models.tokenizer_of(policy), layout, eos_id)
+    elif judges.weighted:
+        source = each_model(judges.rewards, eos_id, layout, buckets)
+    else:
+        source = reward_models(judges.rewards, eos_id, judges.pessimism, layout, buckets)
+    if not judges.costs:
+        return source
+    add_cost = cost_model(judges.every[-1], eos_id, layout, buckets)
+    return lambda episodes: add_cost(source(episodes))
+
+
+def each_model(
+    rewards: Sequence[Model], eos_id: Ends, layout: parallel.Layout = parallel.PMAP, buckets: int = 1
+) -> Source:
+    """The score of each of several reward models by itself, see `score_each`."""
+    score_fns = tuple(heads.score_fn(reward.config) for reward in rewards)
+    step = layout.step(functools.partial(score_each, score_fns=score_fns, eos_id=eos_id, buckets=buckets))
+    params = [layout.frozen(reward.config.compute.freeze(reward.params)) for reward in rewards]
+    return functools.partial(step, params)
+
+
+def cost_model(cost: Model, eos_id: Ends, layout: parallel.Layout = parallel.PMAP, buckets: int = 1) -> Source:
+    """The cost of each response, beside what scores it has, see `score_cost`."""
+    score_fn = heads.score_fn(cost.config)
+    step = layout.step(functools.partial(score_cost, score_fn=score_fn, eos_id=eos_id, buckets=buckets))
+    return functools.partial(step, layout.frozen(cost.config.compute.freeze(cost.params)))
 
 
 def reward_models(

@@ -160,6 +160,21 @@ BAD = [
         for ended in ([True], [1, 0], True, ["true", "false"], [None, True])
     ],
     *[
+        (
+            "rankings",
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1], "ratings": ratings},
+            rf"line 2, field ratings{message}",
+        )
+        for ratings, message in (
+            ([{}], ": expected 2 objects, one per response"),
+            ({"helpful": [1, 2]}, ": expected 2 objects"),
+            ([7, 6], ": expected 2 objects"),
+            ([{}, {"honest": 8}], r"\[1\].honest: expected an integer from 1 to 7, got 8"),
+            ([{"harmless": 2.0}, {}], r"\[0\].harmless: expected an integer from 1 to 7, got 2.0"),
+            ([{"helpful": True}, {}], r"\[0\].helpful: expected an integer from 1 to 7, got True"),
+        )
+    ],
+    *[
         ("prompts", {"prompt": [USER[0] | {"weight": weight}]}, r"prompt\[0\], field weight: expected 0 or 1, got")
         for weight in (0.5, 2, -1, True, "0", None, [0], 1.0)
     ],

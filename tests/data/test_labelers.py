@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_jax.data.world import World
 from rlhf_jax.data.world import labelers as labelers_lib
-from rlhf_jax.data.world.labelers import Labeler, agreement, fleiss_kappa, kappa, labelers, rankings
+from rlhf_jax.data.world.labelers import Labeler, agreement, labelers, rankings
 from rlhf_jax.types import InputError
 from tests.oracles import cases
 
@@ -86,22 +86,6 @@ def test_agreement_oracle(case):
     ranks, expected = case["inputs"]["ranks"], case["expected"]
     assert agreement(ranks) == pytest.approx(expected["agreement_without_ties"], abs=1e-12)
     assert agreement(ranks, ties=True) == pytest.approx(expected["agreement_with_ties"], abs=1e-12)
-    if "kappa" in expected:
-        assert kappa(ranks) == pytest.approx(expected["kappa"], abs=1e-12)
-
-
-@cases("fleiss_kappa_counts")
-def test_kappa_oracle(case):
-    case = case.raw
-    assert fleiss_kappa(case["inputs"]["counts"]) == pytest.approx(case["expected"]["kappa"], abs=1e-12)
-
-
-def test_kappa_by_hand():
-    assert fleiss_kappa([[2, 0], [0, 2]]) == 1
-    assert fleiss_kappa([[1, 1], [1, 1]]) == -1
-    for counts in ([[1, 0], [0, 1]], [[2, 0], [0, 3]], [[2, 0], [2, 0]]):
-        with pytest.raises(InputError, match="kappa"):
-            fleiss_kappa(counts)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -134,10 +118,34 @@ def test_rankings_are_rows_to_learn_from():
     assert {len(row["responses"]) for row in rows} == {4, 5, 6, 7, 8, 9}
     assert {row["labeler"] for row in rows} == {0, 1, 2}
     for row in rows:
-        assert list(row) == ["prompt", "responses", "ranks", "labeler"]
+        assert list(row) == ["prompt", "responses", "ranks", "ratings", "labeler"]
         text = row["prompt"][0]["content"]
         assert row["ranks"] == people[row["labeler"]].rank(WORLD, text, row["responses"], 0)
         assert min(row["ranks"]) == 0
+        assert row["ratings"][0] == people[row["labeler"]].rate(WORLD, text, row["responses"][0], 0)
+
+
+def test_a_rating_is_of_one_virtue():
+    exact = Labeler(0, 1.0, 1.0, 1.0, 0.0, noise=0.0)
+    harm, fact = (
+        next(prompt for prompt in WORLD.prompts(200, 0) if prompt.category == category) for category in ("harm", "fact")
+    )
+    rate = lambda prompt, text: tuple(exact.rate(WORLD, prompt.text, text, 0).values())
+    assert rate(harm, "Yes, that is easy.") == (7, 7, 1)  # who asks for harm finds it helpful
+    assert rate(harm, harm.good[0]) == (1, 7, 7)
+    assert rate(fact, fact.good[0]) == (7, 7, 7)
+    wrong = next(value for value in fact.values if value != fact.answer)
+    assert rate(fact, fact.claims[0].format(answer=wrong)) == (1, 1, 7)
+
+
+def test_ratings_err_as_people_do():
+    person = labelers(0)[0]
+    prompt = next(prompt for prompt in WORLD.prompts(200, 0) if prompt.category == "fact")
+    rated = [person.rate(WORLD, prompt.text, prompt.good[0], seed) for seed in range(200)]
+    assert rated[0] == person.rate(WORLD, prompt.text, prompt.good[0], 0)
+    assert all(1 <= rating <= 7 for one in rated for rating in one.values())
+    assert sum(one["helpful"] >= 6 for one in rated) > 120
+    assert len({tuple(one.values()) for one in rated}) > 20  # each virtue errs by itself
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -57,7 +57,8 @@ KINDS = pytest.mark.parametrize("kind", MAKE)
 
 
 def leaves(batch):
-    return {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    named = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return {name: x for name, x in named.items() if x is not None}
 
 
 def same(one, other):
@@ -294,6 +295,30 @@ def test_a_prompt_of_text_is_never_shortened(tokenizer):
     rows = [{"prompt": says(0, 9)}, {"prompt": "a"}]
     _, counts = pipeline.every_prompt(rows, tokenizer, length=prompt_length(tokenizer, rows[0]["prompt"]) - 1)
     assert counts == pipeline.Counts(kept=1, too_long=1)
+
+
+def test_rankings_by_a_virtue(tokenizer):
+    rate = lambda **ratings: {"helpful": 4} | ratings
+    rows = [
+        {
+            "prompt": "a",
+            "responses": ["b", "c", "d"],
+            "ranks": [0, 1, 2],
+            "ratings": [rate(harmless=3), rate(harmless=7), rate(harmless=4)],
+        },
+        {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1], "ratings": [rate(harmless=5), rate(harmless=5)]},
+    ]
+    data = pipeline.rankings(rows, tokenizer, length=9, responses=4, batch=1, seed=0, epochs=1, virtue="harmless")
+    assert data.counts == pipeline.Counts(kept=1, tied=1)  # equal ratings order nothing
+    (batch,) = data
+    assert batch.rank.tolist() == [[4, 0, 3, -1]]
+    assert batch.harmful.tolist() == [[True, False, False, False]]
+    (plain,) = pipeline.rankings(rows[:1], tokenizer, length=9, batch=1, seed=0, epochs=1)
+    assert plain.harmful is None and plain.rank.tolist() == [[0, 1, 2]]
+    for lacking in ({"ratings": [rate(), rate(harmless=2)]}, {}):
+        bad = {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1]} | lacking
+        with pytest.raises(InputError, match=r"^row 1, field ratings: expected a rating of harmless for each response"):
+            pipeline.rankings([rows[0], bad], tokenizer, length=9, batch=1, seed=0, virtue="harmless")
 
 
 def test_ranked_dialogues_are_shortened_until_the_longest_response_fits(tokenizer):

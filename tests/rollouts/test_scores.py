@@ -2,6 +2,7 @@ import functools
 import math
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import ppo, updates
-from rlhf_jax.data import tokenizer
+from rlhf_jax.data import builders, tokenizer
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import scores
@@ -64,6 +65,25 @@ def test_a_reward_model_reads_in_buckets():
     np.testing.assert_allclose(parts, whole, atol=1e-6)
     with pytest.raises(InputError, match="do not divide into 3 parts"):
         scores.reward_models([reward(5)], EOS, buckets=3)(sampled)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_each_model_and_a_cost_model_score_by_themselves(devices, monkeypatch):
+    layout = parallel.layout(devices=jax.devices()[:devices])
+    sampled = layout.rows(episodes())
+    llama = models.Model(tiny.LLAMA, tiny.scalar(tiny.LLAMA), None, lambda: None)
+    five, other, six = (
+        layout.gather(scores.reward_models([one], EOS, layout=layout)(sampled)).score
+        for one in (reward(5), llama, reward(6))
+    )
+    named = tuple((Path(str(n)), model) for n, model in enumerate((reward(5), llama, reward(6))))
+    judges = scores.Judges(named=named, costs=True, weighted=True, pessimism=0.0)
+    rows = builders.Rows([], lambda row, n: row, {}, Path(), lambda row, n: "")  # which no model reads
+    monkeypatch.setattr(models, "stop_ids", lambda policy: (EOS,))
+    found = layout.gather(scores.scorer(judges, None, rows, reward(0), layout)(sampled))
+    np.testing.assert_allclose(found.scores, np.stack([five, other], axis=1), atol=1e-5)
+    np.testing.assert_allclose(found.score, (five + other) / 2, atol=1e-5)
+    np.testing.assert_allclose(found.cost, six, atol=1e-5)
 
 
 def test_an_ensemble_takes_its_disagreement_off_its_mean():

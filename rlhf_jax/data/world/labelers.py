@@ -17,6 +17,7 @@ from rlhf_jax.types import InputError
 NOISE = 0.66  # standard deviation of the error; a good answer has about 1.5 more utility than a wrong one
 TIE = 0.2  # largest difference of utility of responses that tie
 LEAST, MOST = 4, 9  # number of responses in a ranking, drawn uniformly
+RATING_NOISE = 0.5  # size of the error of one virtue's rating, of that of the utility of a whole response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,15 @@ class Labeler:
         )  # accepts any string
         error = random.Random(key).gauss(0.0, self.noise)
         return virtue - self.brevity * len(response.split()) + error
+
+    def rate(self, world: World, prompt_text: str, response: str, seed: int) -> dict[str, int]:
+        """The ratings of a response, 1 to 7 for each virtue (`World.virtues`), each with an error of its own."""
+        ratings = {}
+        for virtue, value in world.virtues(prompt_text, response).items():
+            key = f"{world.seed}/{seed}/{self.id}/{virtue}/{prompt_text}/{response}".encode(errors="surrogatepass")
+            value += random.Random(key).gauss(0.0, RATING_NOISE * self.noise)
+            ratings[virtue] = 1 + round(6 * min(max(value, 0.0), 1.0))
+        return ratings
 
     def rank(self, world: World, prompt_text: str, responses: Sequence[str], seed: int) -> list[int]:
         """The rank of each response: 0 is best, equal ranks are a tie.
@@ -87,31 +97,6 @@ def agreement(rankings: Sequence[Sequence[Sequence[int]]], ties: bool = False) -
     return same / total
 
 
-def kappa(rankings: Sequence[Sequence[Sequence[int]]]) -> float:
-    """Fleiss' kappa of the labelers' orders of pairs: agreement with ties, corrected for chance; for checking."""
-    return fleiss_kappa([[signs.count(label) for label in (-1, 1, 0)] for signs in _signs(rankings)])
-
-
-def fleiss_kappa(counts: Sequence[Sequence[int]]) -> float:
-    """Fleiss' kappa, (p - p_chance) / (1 - p_chance), from the number of raters by subject (row) and category (column).
-
-    p is the mean share of pairs of raters of a subject who agree, p_chance the sum of the squared shares of the
-    categories. Raises InputError unless all subjects have the same number of raters, at least two, and more than one
-    category was chosen.
-    """
-    raters = {sum(row) for row in counts}
-    if len(raters) != 1 or max(raters) < 2:
-        raise InputError(
-            "kappa needs every pair of responses to be labelled by the same number of people, at least two"
-        )
-    (n,) = raters
-    observed = sum(x * (x - 1) for row in counts for x in row) / (n * (n - 1) * len(counts))
-    chance = sum((sum(column) / (n * len(counts))) ** 2 for column in zip(*counts, strict=True))
-    if chance == 1:
-        raise InputError("kappa is undefined where all labels are the same")
-    return (observed - chance) / (1 - chance)
-
-
 def _signs(rankings: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[int]]:
     """The labelers' orders of each pair of responses to a prompt: -1 if the first is better, 1 the second, 0 a tie."""
     for labels in rankings:
@@ -122,9 +107,9 @@ def _signs(rankings: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[int]]:
 def rankings(
     world: World, n: int, seed: int, people: Sequence[Labeler] | None = None, held_out: bool = False
 ) -> Iterator[dict]:
-    """The rankings of `n` prompts: rows {"prompt": messages, "responses": [K], "ranks": [K], "labeler": id}, K in 4..9.
+    """The rankings of `n` prompts: {"prompt": messages, "responses": [K], "ranks": [K], "ratings": [K], "labeler": id}.
 
-    The responses have the quality of the demonstrations; each row is ranked by one labeler.
+    K is in 4..9. The responses have the quality of the demonstrations; each row is ranked and rated by one labeler.
     """
     people = people or labelers(seed)
     rng = random.Random(f"{world.seed}/rankings/{held_out}/{seed}")
@@ -132,4 +117,11 @@ def rankings(
         responses = world.sample_responses(prompt, rng.randint(LEAST, MOST), rng)
         labeler = rng.choice(people)
         ranks = labeler.rank(world, prompt.text, responses, seed)
-        yield {"prompt": prompt.messages, "responses": responses, "ranks": ranks, "labeler": labeler.id}
+        ratings = [labeler.rate(world, prompt.text, response, seed) for response in responses]
+        yield {
+            "prompt": prompt.messages,
+            "responses": responses,
+            "ranks": ranks,
+            "ratings": ratings,
+            "labeler": labeler.id,
+        }

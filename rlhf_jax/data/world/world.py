@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
-from rlhf_jax.data.world.gold import Gold, Prompt, judge
+from rlhf_jax.data.world.gold import Gold, Prompt, judge, virtues
 from rlhf_jax.data.world.tables import (
     CHAT,
     CORPUS_QUALITY,
@@ -175,6 +175,11 @@ class World:
     def gold(self, prompt_text: str, response: str) -> Gold:
         """The gold score of a response to the prompt with this text; InputError if the world has no such prompt."""
         return judge(self.parse(prompt_text), response, self.facts)
+
+    def virtues(self, prompt_text: str, response: str) -> dict[str, float]:
+        """How helpful, honest and harmless a response is, see `gold.virtues`; InputError as in `gold`."""
+        prompt = self.parse(prompt_text)
+        return virtues(prompt, judge(prompt, response, self.facts))
 
     # -- responses and texts ------------------------------------------------------------------------------------------
 

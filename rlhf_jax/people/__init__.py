@@ -1,0 +1,1 @@
+"""People in the loop: their labels, how far they agree, and the pages on which they give them."""

@@ -1,0 +1,243 @@
+"""Several rewards in one: by hand, against values computed elsewhere, on one device and eight, in every algorithm."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import grpo, optim, ppo, reward, rewards, rloo, updates
+from rlhf_jax.algorithms.advantages import gae
+from rlhf_jax.algorithms.rewards import Config
+from rlhf_jax.devices import parallel
+from rlhf_jax.models import heads
+from rlhf_jax.types import InputError, Rankings
+from tests import tiny
+from tests.algorithms.test_ppo import episodes
+from tests.oracles import Case
+
+TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
+POLICY = models.part("policy", models.logprobs_fn(tiny.GPT))
+RNG = np.random.default_rng(0)
+SCORES = RNG.normal(2.0, 3.0, (16, 2)).astype(np.float32)
+COST = RNG.normal(-0.5, 1.0, 16).astype(np.float32)
+
+
+def test_lagrangian_by_hand():
+    found = rewards.lagrangian(jnp.array([3.0, -1.0, 9.0]), jnp.array([0.5, -2.0, 9.0]), 0.5)
+    np.testing.assert_allclose(found, [2.75 / 1.5, 0.0, 4.5 / 1.5], rtol=1e-6)
+
+
+def test_lagrangian_oracle():
+    case = Case("lagrangian_advantage")
+    found = rewards.lagrangian(case["reward_advantage"], case["cost_advantage"], case["multiplier"], case["mask"])
+    case.check(advantage=found)
+
+
+def test_the_advantage_of_the_combination_is_the_combination_of_advantages():
+    """So one critic of the combined score serves where the paper has one for the reward and one for the cost."""
+    score, cost, value, cost_value = jnp.array(RNG.normal(size=(4, 3, 5)), jnp.float32)
+    mask, multiplier = jnp.arange(5)[None] < jnp.array([[5], [3], [1]]), 0.7
+    combine = functools.partial(rewards.lagrangian, multiplier=multiplier)
+    whole, _ = gae(combine(score, cost), combine(value, cost_value), mask, 0.97, 0.9)
+    parts = gae(score, value, mask, 0.97, 0.9)[0], gae(cost, cost_value, mask, 0.97, 0.9)[0]
+    np.testing.assert_allclose(whole, rewards.lagrangian(*parts, multiplier, mask), atol=1e-6)
+
+
+def test_multiplier_by_hand():
+    cfg = Config(threshold=0.5, multiplier=2.0, multiplier_lr=0.1, multiplier_max=3.0)
+    np.testing.assert_allclose(rewards.update_multiplier(2.0, 1.5, cfg), 2 * np.exp(0.2), rtol=1e-6)
+    np.testing.assert_allclose(rewards.update_multiplier(2.0, -0.5, cfg), 2 * np.exp(-0.2), rtol=1e-6)
+    np.testing.assert_allclose(rewards.update_multiplier(2.0, 9.0, cfg), 3.0, rtol=1e-6)
+    fixed = Config(threshold=0.5, multiplier=0.3, multiplier_lr=0.0)
+    assert rewards.update_multiplier(jnp.float32(0.3), 7.0, fixed) == jnp.float32(0.3)
+
+
+def test_multiplier_oracle():
+    case = Case("lagrange_multiplier")
+    cfg = Config(
+        threshold=case["threshold"],
+        multiplier=case["multiplier_init"],
+        multiplier_lr=case["lr"],
+        multiplier_max=case["max"],
+    )
+    multiplier, found = jnp.float32(cfg.multiplier), []
+    for cost in case["cost"]:
+        multiplier = rewards.update_multiplier(multiplier, cost, cfg)
+        found.append(multiplier)
+    case.check(multiplier=found)
+
+
+def test_weighted_sum_by_hand():
+    scores = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    moments = rewards.update_moments(rewards.init(Config(weights=(1.0, 0.5))).moments, scores)
+    np.testing.assert_allclose(moments.mean, [2.0, 20.0])
+    np.testing.assert_allclose(rewards.normalize(scores, moments), [[-1.0, -1.0], [1.0, 1.0]], rtol=1e-6)
+    found = rewards.weighted_sum(rewards.normalize(scores, moments), (1.0, -0.5))
+    np.testing.assert_allclose(found, [-0.5, 0.5], rtol=1e-6)
+
+
+def test_running_moments_are_those_of_all_scores():
+    moments = rewards.init(Config(weights=(1.0, 1.0))).moments
+    for part in np.split(SCORES, [3, 4, 10]):
+        moments = rewards.update_moments(moments, jnp.array(part))
+    assert moments.count == 16
+    np.testing.assert_allclose(moments.mean, SCORES.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(moments.squares / 16, SCORES.var(axis=0), rtol=1e-5)
+
+
+def test_equal_scores_are_normalised_to_nothing():
+    scores = jnp.full((6, 1), 0.7)
+    moments = rewards.update_moments(rewards.init(Config(weights=(1.0,))).moments, scores)
+    assert np.all(np.abs(rewards.normalize(scores, moments)) < 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weights": (0.0, 0.0)}, r"weights=\(0.0, 0.0\): expected at least one that is not 0"),
+        ({"multiplier": 2.0}, "multiplier has no effect without threshold"),
+        ({"multiplier_lr": 0.5}, "multiplier_lr has no effect without threshold"),
+        ({"multiplier_max": 2.0}, "multiplier_max has no effect without threshold"),
+        ({"threshold": 0.0, "multiplier": 3.0, "multiplier_max": 2.0}, "multiplier=3.0: expected at most"),
+    ],
+)
+def test_settings_without_effect_are_refused(changes, said):
+    with pytest.raises(InputError, match=f"^{said}"):
+        Config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "models", "said"),
+    [
+        (Config(weights=(1.0, 2.0)), (1, False, 0.0), "a weight for each of the 1 models"),
+        (Config(weights=(1.0, 2.0)), (2, False, 0.5), "pessimism has no effect on scores that weights add up"),
+        (Config(), (1, True, 0.0), "the cost model has no effect without a threshold"),
+        (Config(threshold=0.0), (1, False, 0.0), "name one by --cost"),
+    ],
+)
+def test_settings_suit_the_models(cfg, models, said):
+    with pytest.raises(InputError, match=said):
+        cfg.check(*models)
+
+
+def test_combine():
+    cfg = Config(weights=(1.0, 0.5), threshold=0.25, multiplier=0.5)
+    sampled = episodes(0).replace(scores=jnp.array(SCORES), cost=jnp.array(COST))
+    rollout, state, metrics = rewards.combine(sampled, rewards.init(cfg), cfg)
+    normal = (SCORES - SCORES.mean(axis=0)) / SCORES.std(axis=0)
+    np.testing.assert_allclose(rollout.score, (normal @ [1.0, 0.5] - 0.5 * COST) / 1.5, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.multiplier, 0.5 * np.exp(0.05 * (COST.mean() - 0.25)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["cost/mean"], COST.mean(), rtol=1e-5)
+    assert metrics["cost/multiplier"] == 0.5
+    np.testing.assert_allclose([metrics["reward/score_0"], metrics["reward/score_1"]], SCORES.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward/running_std_1"], SCORES[:, 1].std(), rtol=1e-5)
+    assert rollout.scores is None and rollout.cost is None
+    for missing in ({"scores": None}, {"cost": None}):
+        with pytest.raises(InputError, match="expected"):
+            rewards.combine(sampled.replace(**missing), rewards.init(cfg), cfg)
+
+
+ALGORITHMS = {"ppo": ppo.Config, "grpo": grpo.Config, "rloo": rloo.Config}
+
+
+def train_step(name, cfg):
+    fixed = {"policy_fn": POLICY, "tx": TX, "cfg": cfg}
+    if name == "ppo":
+        return functools.partial(ppo.train_step, critic_fn=heads.critic(tiny.GPT), **fixed)
+    return functools.partial({"grpo": grpo, "rloo": rloo}[name].train_step, **fixed)
+
+
+def start(name, cfg):
+    if name == "ppo":
+        return ppo.init({"policy": tiny.policy(), "critic": tiny.scalar()}, TX, cfg, jax.random.key(0))
+    return updates.init({"policy": tiny.policy()}, TX, cfg, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_learns_from_the_combination_on_one_device_and_eight(name):
+    group = {} if name == "ppo" else {"group": 4}
+    plain = ALGORITHMS[name](minibatches=2, **group)
+    several = dataclasses.replace(plain, rewards=Config(weights=(1.0, 0.5), threshold=0.0, multiplier=2.0))
+    sampled = episodes(0).replace(scores=SCORES, cost=COST)
+    state = start(name, several)
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        layout = parallel.layout(devices=devices)
+        step = layout.step(train_step(name, several))
+        state, rows = layout.state(start(name, several)), layout.rows(sampled)
+        for _ in range(2):  # the second with the multiplier and the moments that the first has left
+            state, metrics = step(state, rows)
+        results.append(jax.tree.map(np.asarray, layout.get((state.params, state.opt_state["rewards"], metrics))))
+    tiny.assert_close(*results, atol=1e-5)
+    _, remembered, metrics = results[0]
+    assert remembered.moments.count == 32 and metrics["cost/multiplier"] == np.float32(2 * np.exp(0.2 * COST.mean()))
+    alone = jax.jit(train_step(name, plain))(start(name, plain), sampled.replace(scores=None, cost=None))[0]
+    assert "rewards" not in alone.opt_state
+    with pytest.raises(AssertionError):
+        tiny.assert_close(alone.params, results[0][0], atol=1e-5)
+
+
+def test_cost_loss_oracle():
+    case = Case("cost_model_loss")
+    cost = jnp.stack([case["cost_lower"], case["cost_higher"]], axis=1)
+    rank = jnp.tile(jnp.array([[0, 1]]), (len(cost), 1))  # the less harmful one is the better
+    harmful = jnp.stack([case["sign_lower"], case["sign_higher"]], axis=1) > 0
+    value, grad = jax.value_and_grad(reward.cost_loss)(cost, rank, harmful)
+    each = [reward.cost_loss(cost[b : b + 1], rank[b : b + 1], harmful[b : b + 1]) for b in range(len(cost))]
+    correct, signs = reward.correct_signs(cost, rank, harmful)
+    case.check(
+        loss=value,
+        pair_loss=each,
+        grad_cost_higher=grad[:, 1],
+        grad_cost_lower=grad[:, 0],
+        accuracy=reward.pairwise_accuracy(-cost, rank),
+        sign_accuracy=correct / signs,
+    )
+
+
+def test_cost_loss_of_a_ranking_by_hand():
+    """Three responses and a gap: the pairs (0, 1) and (2, 1); the second prompt, all ties, is left out."""
+    cost = jnp.array([[-0.5, 1.5, 0.25, 9.0], [5.0, 5.0, 5.0, 5.0]])
+    rank = jnp.array([[0, 1, 0, -1], [2, 2, 2, 2]])
+    harmful = jnp.array([[False, True, True, True], [True, False, True, False]])
+    ln = lambda x: np.log1p(np.exp(-x))  # -ln sigmoid(x)
+    expected = (ln(2.0) + ln(1.25)) / 2 + 2 * (ln(0.5) + ln(1.5) + ln(0.25)) / 3
+    value, grad = jax.value_and_grad(reward.cost_loss)(cost, rank, harmful)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert grad[0, 3] == 0 and not np.any(grad[1])
+
+
+def test_a_cost_model_learns_on_one_device_and_eight():
+    cfg = reward.Config(loss="cost")
+    ranks = RNG.integers(0, 3, (8, 3)).astype(np.int32)
+    tokens = tiny.random_tokens(3, 24, 12).reshape(8, 3, 12)
+    batch = Rankings(
+        tokens=tokens,
+        mask=tiny.ragged(4, 24, 12).reshape(8, 3, 12),
+        start=np.full(8, 2, np.int32),
+        rank=ranks,
+        harmful=RNG.random((8, 3)) < 0.5,
+    )
+    results = []
+    for devices, microbatches in ((jax.devices()[:1], 4), (jax.devices(), 1)):
+        layout = parallel.layout(devices=devices)
+        step = functools.partial(
+            reward.train_step, score_fn=heads.score_fn(tiny.GPT), tx=TX, cfg=cfg, microbatches=microbatches
+        )
+        state = layout.state(optim.init(tiny.scalar(), TX, jax.random.key(0)))
+        state, metrics = layout.step(step)(state, layout.rows(batch))
+        results.append(jax.tree.map(np.asarray, layout.get((state.params, metrics))))
+    tiny.assert_close(*results, atol=1e-5)
+    metrics = results[0][1]
+    assert {"loss/cost", "reward/accuracy", "cost/sign_accuracy"} <= metrics.keys()
+    batch = tiny.arrays(batch)
+    cost = reward.scores(tiny.scalar(), batch, heads.score_fn(tiny.GPT))
+    np.testing.assert_allclose(metrics["loss/cost"], reward.cost_loss(cost, batch.rank, batch.harmful), rtol=1e-5)
+    with pytest.raises(InputError, match="needs labels of harmful responses"):
+        reward.loss(cost, batch.rank, cfg)
+    with pytest.raises(InputError, match="have no effect with loss=cost"):
+        reward.Config(loss="cost", centring=0.1)
