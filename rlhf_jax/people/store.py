@@ -155,6 +155,16 @@ class Assignment:
     draft: Any  # what the page last saved, or None
 
 
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How far a person has come."""
+
+    done: int  # answers
+    today: int  # answers since midnight
+    seconds: float  # the median of the last 20 answers
+    left: int  # answers that are wanted, from anybody
+
+
 class Store:
     """An open store. Methods may be called from any thread."""
 
@@ -384,6 +394,10 @@ class Store:
                 )
                 added, present = added + done.rowcount, present + 1 - done.rowcount
         return added, present
+
+    def has_items(self) -> bool:
+        """Whether there is anything to ask about."""
+        return self._one("SELECT 1 FROM items LIMIT 1") is not None
 
     # -- assignments ---------------------------------------------------------------------------------------------------
 
@@ -619,8 +633,8 @@ class Store:
 
     # -- progress ------------------------------------------------------------------------------------------------------
 
-    def pace(self, person: int) -> dict[str, float]:
-        """How far a person has come: answers in all and today, the median seconds of the last 20, and what is left."""
+    def pace(self, person: int) -> Pace:
+        """How far a person has come."""
         now = self._clock()
         midnight = datetime.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
         with self._lock:
@@ -634,12 +648,8 @@ class Store:
             if now - self._remaining[0] > 2:  # it is a scan
                 query = "SELECT COALESCE(SUM(overlap - taken), 0) FROM items WHERE taken < overlap AND gold IS NULL"
                 self._remaining = now, self._db.execute(query).fetchone()[0]
-        return {
-            "done": counts["done"],
-            "today": counts["today"],
-            "seconds": recent[len(recent) // 2] if recent else 0.0,
-            "left": self._remaining[1],
-        }
+        median = recent[len(recent) // 2] if recent else 0.0
+        return Pace(counts["done"], counts["today"], median, self._remaining[1])
 
 
 def _connect(path: Path) -> sqlite3.Connection:
