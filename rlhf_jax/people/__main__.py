@@ -181,7 +181,7 @@ def _answering(cfg: Serve, models: Sequence[Path]) -> Iterator[None]:
     if not models:
         yield
         return
-    command = [sys.executable, "-m", "scripts.answers", "--db", str(cfg.db), "--data", cfg.data, "--model"]
+    command = [sys.executable, "-m", "experiments.answers", "--db", str(cfg.db), "--data", cfg.data, "--model"]
     command += [*map(str, models), "--prompts", str(cfg.prompts), "--k", str(cfg.k), "--seed", str(cfg.seed)]
     command += ["--overlap", str(cfg.overlap), "--overlap-share", str(cfg.overlap_share)]
     if cfg.task:

@@ -34,17 +34,19 @@ class Server:
                 break
         else:
             raise AssertionError("".join(self.said))
-        threading.Thread(target=self._drain, daemon=True).start()
+        self._reader = threading.Thread(target=self._drain)
+        self._reader.start()
 
     def _drain(self) -> None:
         assert self.process.stdout
-        with contextlib.suppress(ValueError):
-            self.said.extend(self.process.stdout)
+        with self.process.stdout as out:
+            self.said.extend(out)
 
     def kill(self) -> None:
         """End the server as a power cut would."""
         self.process.kill()
         self.process.wait()
+        self._reader.join()
 
     def close(self) -> None:
         """End the server."""

@@ -341,7 +341,7 @@ function work(boot) {
     );
     const place = answer.ranks[n];
     const where = place === null ? t("unplaced", { a: letter(n) }) : t("placed", { a: letter(n), n: place + 1 });
-    node.setAttribute("aria-label", where);
+    node.append(el("span", { className: "hidden" }, where));
     node.addEventListener("focus", () => light(n));
     node.addEventListener("pointerenter", () => light(n));
     node.addEventListener("pointerdown", (event) => drag(event, n, node));
@@ -773,7 +773,8 @@ function work(boot) {
   $("help").addEventListener("click", help);
 
   document.addEventListener("keydown", (event) => {
-    if (!task || document.querySelector("dialog[open]")) return;
+    if (document.querySelector("dialog[open]")) return;
+    if (!task) return event.key === "u" && !event.ctrlKey && !event.metaKey ? undo() : undefined;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       return finish();
