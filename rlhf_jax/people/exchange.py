@@ -7,6 +7,7 @@ demonstration (`forms.rows`), with who answered, when, how long it took, what wa
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import sqlite3
@@ -183,6 +184,29 @@ def read(path: str | Path, wanted: Filter | None = None) -> Iterator[tuple[str, 
     """
     with Store(path, create=False) as store, store.reader() as db:
         yield from labels(db, wanted or Filter())
+
+
+_LEARNT = ("prompt", "responses", "ranks", "ended", "chosen", "rejected", "completion")
+
+
+def learnt(path: str | Path, wanted: Filter | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield the kind and the place of each row of `read`, and those of its fields that training reads."""
+    for kind, row in read(path, wanted):
+        yield kind, f"label {row['label']}", {name: row[name] for name in _LEARNT if name in row}
+
+
+def split(spec: str) -> tuple[str, Filter]:
+    """The path and the filter of "PATH?person=ann&round=2"; InputError for a wrong filter."""
+    path, _, text = spec.partition("?")
+    return path, Filter.parse(text)
+
+
+def digest(spec: str) -> str:
+    """The hash of what training reads from "PATH?filter"; labels that the filter leaves out do not change it."""
+    found = hashlib.sha256()
+    for kind, _, row in learnt(*split(spec)):
+        found.update(json.dumps([kind, row]).encode())
+    return found.hexdigest()[:24]
 
 
 def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[str, Any]]]:
