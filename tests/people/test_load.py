@@ -76,7 +76,7 @@ class Worker(threading.Thread):
             self.acknowledged[said["label"]] = ranks
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_no_acknowledged_label_is_lost_or_doubled_by_a_kill(kills: int, tmp_path: Path):
     db = tmp_path / "people.db"
     sessions = prepared(db, 4, 20_000)

@@ -20,7 +20,7 @@ from rlhf_jax.data.world import World, labelers
 from rlhf_jax.people import __main__ as command
 from rlhf_jax.people import forms
 from rlhf_jax.people.store import Rules, Store
-from tests.people.serving import Server, browsing, serving
+from tests.people.serving import Server, Thread, browsing, serving
 
 ANSWERS = [
     "Plants catch light with chlorophyll and split water with it. The oxygen leaves the plant, and the hydrogen"
@@ -47,7 +47,7 @@ class Site:
     def __init__(self, folder: Path, browser: Any):
         self.db, self.folder, self.browser = folder / "people.db", folder, browser
         self.errors: list[str] = []
-        self.server: Server
+        self.server: Any
 
     def person(self, name: str = "ann", **options: Any) -> Any:
         """A page on which somebody has followed a link of their own."""
@@ -84,11 +84,14 @@ def site(tmp_path: Path, browser: Any) -> Iterator[Site]:
     with Store(site.db) as store:
         store.set_rules(Rules(ratings="overall", gold_share=0.0, repeat_share=0.0))
     site.add({"prompt": PROMPT, "responses": ANSWERS})
-    with serving(site.db) as site.server:
+    site.server = Thread(site.db)
+    try:
         yield site
         assert not site.errors
-    for context in browser.contexts:
-        context.close()
+    finally:
+        for context in browser.contexts:
+            context.close()
+        site.server.kill()
 
 
 def shown(page: Any) -> list[str]:
@@ -196,8 +199,6 @@ def test_a_ranking_by_mouse(site: Site):
     assert "1 of 1 answers" in admin.inner_text("main")
     picture(admin, "people-admin")
     check_access(admin)
-    said = "".join(site.server.said)
-    assert link.partition("#")[2] not in said and said.count("enter#") == 1
 
 
 def test_a_ranking_by_keyboard_alone(site: Site):
@@ -453,19 +454,24 @@ def test_chinese(site: Site):
     until(page, "document.getElementById('submit')?.textContent === 'Submit'")
 
 
-def test_the_page_goes_on_when_the_server_was_killed(site: Site, tmp_path: Path):
+def test_the_page_goes_on_when_the_server_was_killed(site: Site):
     site.add({"prompt": "Second", "responses": ["a", "b"]})
+    site.server.kill()
+    process = Server(site.db)
+    site.server.url = process.url
     page = site.person()
     for k in order(page, ANSWERS):
         page.keyboard.press(str(RATED[k]))
     for k in order(page, ANSWERS):
         page.keyboard.press(str([2, 4, 1, 4][k]))
-    site.server.kill()
+    process.kill()
     page.keyboard.press("Enter")
     until(page, "document.getElementById('banner').textContent.startsWith('No connection')")
-    with serving(site.db, port=site.server.port):
+    with serving(site.db, port=process.port) as again:
         until(page, "document.querySelector('.turns')?.textContent.includes('Second')")
         assert [row["ranks"] for row in site.exported()] == [RANKS]
+    said = "".join(process.said + again.said)
+    assert said.count("enter#") == 2 and said.count("\n") == 2  # nothing but the administrator's two links
 
 
 def label(page: Any, ranks: Callable[[list[str]], list[int]]) -> None:
