@@ -5,6 +5,8 @@ cookie. Every other request that changes something carries a token that only our
 sent as JSON and shown as text, and the policy of every page forbids scripts and styles that are not files of ours.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,7 +15,7 @@ import json
 import sqlite3
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,23 @@ def app(store: Store, options: Options | None = None) -> ASGIApp:
         sqlite3.Error: pages.on_store,
         404: pages.on_missing,
     }
-    return Guard(Starlette(routes=routes, exception_handlers=errors), options)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        tidying = asyncio.create_task(_tidy(store))
+        try:
+            yield
+        finally:
+            tidying.cancel()
+
+    return Guard(Starlette(routes=routes, exception_handlers=errors, lifespan=lifespan), options)
+
+
+async def _tidy(store: Store) -> None:
+    while True:
+        await asyncio.sleep(5)
+        with contextlib.suppress(sqlite3.Error):  # a full disk: who stores a label is told
+            await run_in_threadpool(store.tidy)
 
 
 # -- around every request ----------------------------------------------------------------------------------------------
@@ -177,9 +195,6 @@ def _failure(status: int, code: str, message: str = "", **more: Any) -> JSONResp
 
 
 # -- the pages ---------------------------------------------------------------------------------------------------------
-
-
-Handler = Callable[["Pages", Request], Awaitable[Response]]
 
 
 class Pages:

@@ -236,6 +236,14 @@ class Store:
                     self._db.execute("ROLLBACK")
                 raise
 
+    def tidy(self) -> None:
+        """Move what was written from the log into the file, beside readers and writers: call it every few seconds."""
+        db = _connect(self.path)
+        try:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        finally:
+            db.close()
+
     @contextlib.contextmanager
     def reader(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own for reading, so that a long query holds up nobody; it sees one moment."""
@@ -663,6 +671,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
+        db.execute("PRAGMA wal_autocheckpoint = 20000")  # pages; before that `tidy` does it, without holding up anybody
         with contextlib.suppress(OSError):
             os.chmod(path, 0o600)
     except BaseException:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from rlhf_jax.people import __main__ as command
 from rlhf_jax.people import server
 from rlhf_jax.people.store import Store
 
@@ -79,7 +79,8 @@ class Thread:
         self._store = Store(db)
         self.said: list[str] = []
         self.token = self._store.invite("administrator", "administrator")
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listening = command.listening("127.0.0.1", 0)
+        self._listener = self._listening.__enter__()
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(server.app(self._store), log_level="warning", access_log=False)
@@ -91,7 +92,7 @@ class Thread:
         """End the server at once, as far as a thread can."""
         self._server.force_exit = self._server.should_exit = True
         self._thread.join()
-        self._listener.close()
+        self._listening.__exit__(None, None, None)
         self._store.close()
 
 
