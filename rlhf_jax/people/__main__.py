@@ -126,6 +126,7 @@ def serve(cfg: Serve) -> None:
 
 def _run(cfg: Serve, store: Store, listener: socket.socket) -> None:
     options = server.Options(
+        cookie=f"session-{listener.getsockname()[1]}",
         secure=bool(cfg.certificate) or cfg.behind_proxy,
         hosts=server.Options.hosts if _is_loopback(cfg.host) and not cfg.behind_proxy else None,
     )
@@ -258,8 +259,11 @@ def _parsed(kind: type[Command], args: Sequence[str]) -> Command:
             raise
         if isinstance(stop.__context__, InputError):
             raise stop.__context__ from None
-        words = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", printed.getvalue()).split()
-        raise InputError(f"{' '.join(words):.300}; see --help") from None
+        words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{5,}", " ", printed.getvalue()).split())
+        words = re.sub(
+            r"^.*?(Error parsing |Unrecognized options: )|( Argument helptext| For full helptext).*", "", words
+        )
+        raise InputError(f"{words:.300}; see --help") from None
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 class Options:
     """What the server must know of how it is reached."""
 
+    cookie: str = "session"  # name of the cookie; servers on other ports of the same machine need others
     secure: bool = False  # by https, so that cookies are for https alone
     hosts: frozenset[str] | None = frozenset(_LOOPBACK)  # names that requests may be for; None: any
     rate: float = 20.0  # requests a second of one session, in the long run
@@ -176,15 +177,17 @@ class Guard:
         if not length.isdecimal() or int(length) > LARGEST:
             return 413, "too_large"
         client = scope["client"][0] if scope.get("client") else ""
-        if not scope["path"].startswith("/static/") and not self._buckets.take(_cookie(headers) or client):
+        if not scope["path"].startswith("/static/") and not self._buckets.take(
+            _cookie(headers, self._options.cookie) or client
+        ):
             return 429, "too_many"
         return None
 
 
-def _cookie(headers: Headers) -> str:
+def _cookie(headers: Headers, wanted: str) -> str:
     for part in headers.get("cookie", "").split(";"):
         name, _, value = part.strip().partition("=")
-        if name == "session":
+        if name == wanted:
             return value
     return ""
 
@@ -258,16 +261,21 @@ class Pages:
             raise Denied(401, "unknown_link")
         response = JSONResponse({"to": "/"})
         response.set_cookie(
-            "session", session, max_age=30 * 86400, httponly=True, samesite="lax", secure=self._options.secure
+            self._options.cookie,
+            session,
+            max_age=30 * 86400,
+            httponly=True,
+            samesite="lax",
+            secure=self._options.secure,
         )
         return response
 
     async def leave(self, request: Request) -> Response:
         """End the session."""
         await run_in_threadpool(self._person, request, await _form(request))
-        await run_in_threadpool(self._store.leave, request.cookies["session"])
+        await run_in_threadpool(self._store.leave, request.cookies[self._options.cookie])
         response = RedirectResponse("/enter", 303)
-        response.delete_cookie("session")
+        response.delete_cookie(self._options.cookie)
         return response
 
     async def language(self, request: Request) -> Response:
@@ -437,7 +445,7 @@ class Pages:
 
     def _person(self, request: Request, body: dict[str, Any] | None = None) -> Person:
         """The person who asks; with the `body` of a request that changes something, only if it has the page's token."""
-        session = request.cookies.get("session", "")
+        session = request.cookies.get(self._options.cookie, "")
         person = self._store.person(session) if session else None
         if person is None:
             raise Denied(401, "no_session")
@@ -455,7 +463,7 @@ class Pages:
             language=language,
             languages=words.LANGUAGES,
             person=person,
-            csrf=_csrf(request.cookies.get("session", "")) if person else "",
+            csrf=_csrf(request.cookies.get(self._options.cookie, "")) if person else "",
         )
         return HTMLResponse(page)
 

@@ -31,7 +31,7 @@ def prepared(db: Path, people: int, items: int) -> list[str]:
 
 def csrf(server: Server, session: str) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    connection.request("GET", "/guidelines", headers={"Cookie": f"session={session}"})
+    connection.request("GET", "/guidelines", headers={"Cookie": f"session-{server.port}={session}"})
     found = re.search(r'name="csrf" content="(\w{64})"', connection.getresponse().read().decode())
     connection.close()
     assert found
@@ -45,7 +45,7 @@ class Worker(threading.Thread):
         super().__init__()
         self.acknowledged: dict[int, list[int]] = {}  # the ranks sent, by label
         self._port, self._rng, self.stop = port, random.Random(seed), False
-        self._headers = {"Cookie": f"session={session}", "X-CSRF": token, "Content-Type": "application/json"}
+        self._headers = {"Cookie": f"session-{port}={session}", "X-CSRF": token, "Content-Type": "application/json"}
 
     def _ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         while True:
@@ -114,7 +114,7 @@ class Client:
 
     def __init__(self, port: int, session: str, token: str):
         self._port = port
-        self._headers = f"Host: 127.0.0.1\r\nCookie: session={session}\r\nX-CSRF: {token}\r\n"
+        self._headers = f"Host: 127.0.0.1\r\nCookie: session-{port}={session}\r\nX-CSRF: {token}\r\n"
 
     async def open(self) -> "Client":
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)

@@ -378,7 +378,6 @@ def test_a_contradiction_is_asked_once_and_both_are_stored(site: Site):
         page.keyboard.press(str(4 - RANKS[k]))
     page.keyboard.press("Enter")
     page.wait_for_selector("dialog")
-    picture(page, "people-contradiction")
     check_access(page)
     page.keyboard.press("Enter")  # the focus is on the button that goes back
     assert page.locator("dialog").count() == 0 and not site.exported()

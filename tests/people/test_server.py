@@ -299,6 +299,9 @@ def test_the_command_line_names_mistakes(tmp_path: Path, capsys: pytest.CaptureF
     other = tmp_path / "other.db"
     sqlite3.connect(other).execute("CREATE TABLE t (x)").connection.close()
     for args, message in (
+        (["--frobnicate"], "error: --frobnicate; see --help"),
+        (["--port", "x"], "error: --port: invalid literal for int() with base 10: 'x'; see --help"),
+        (["--port", "70000"], "port=70000: expected at least 0 and less than 65536"),
         (["--host", "0.0.0.0"], "--behind-proxy or --certificate"),
         (["--responses", responses, "--db", tmp_path / "x.db"], "line 2, field prompt"),
         (["--responses", tmp_path / "none"], "no such file"),

@@ -467,7 +467,7 @@ function work(boot) {
     const group = choices("strength", t("task_compare"), values, answer.strength, (value) => {
       answer.strength = value;
       changed();
-    }, title, (value) => (value === 0 ? "=" : `${letter(value < 0 ? 0 : 1)}${Math.abs(value)}`));
+    }, title, (value) => String(value + boot.strongest + 1)); // the digit that chooses it
     group.classList.add("strength");
     for (const [n, label] of [...group.querySelectorAll("label")].entries()) label.append(el("small", { "aria-hidden": "true" }, title(values[n])));
     return group;
