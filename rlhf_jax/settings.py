@@ -20,7 +20,9 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from rlhf_jax.types import SEEDS, InputError
+from rlhf_jax.errors import InputError
+
+SEEDS = 2**32  # number of seeds: jax.random.key reduces a larger seed modulo this, so two seeds would share their noise
 
 
 @dataclasses.dataclass(frozen=True)

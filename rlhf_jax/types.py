@@ -21,16 +21,12 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import jax
 from flax import struct
 
+from rlhf_jax.errors import InputError as InputError
+from rlhf_jax.settings import SEEDS as SEEDS
+
 Leaf = Any  # an array on a device or the host, or whatever jax.tree.map puts in its place (a shape, a sharding)
 Params = Any  # a nested dict of arrays
 Metrics = dict[str, jax.Array]  # scalars by name, such as "loss/policy"
-
-
-class InputError(ValueError):
-    """An input that the user supplied cannot be used. The message is one line: what, where, and what to do."""
-
-
-SEEDS = 2**32  # number of seeds: jax.random.key reduces a larger seed modulo this, so two seeds would share their noise
 
 
 def named_key(seed: int, use: str) -> jax.Array:

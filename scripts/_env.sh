@@ -34,7 +34,7 @@ choose_python() {
     fail "needs Python 3.11 or newer; name one by PYTHON=..."
 }
 
-# Installs this package and its dependencies into `venv`, with the development extra if $1 is "dev", without if it is
+# Installs this package and its dependencies into `venv`, with the extra "dev" or "people" if $1 is that, without if it is
 # "run". Does nothing if they are installed: a stamp records the manifest, interpreter and folder of the installation, and
 # `works` checks that it is still intact.
 set_up() {
@@ -42,7 +42,9 @@ set_up() {
     choose_python
     stamp=$(cd "$root" && { cat setup.cfg pyproject.toml && "$python" -VV && pwd; } | cksum)
     if [[ $(cat "$venv/.made-dev" 2>/dev/null) == "$stamp" ]]; then
-        kind=dev # it includes what `run` needs
+        kind=dev # it includes what the others need
+    elif [[ $kind == run && $(cat "$venv/.made-people" 2>/dev/null) == "$stamp" ]]; then
+        kind=people
     fi
     if [[ $(cat "$venv/.made-$kind" 2>/dev/null) == "$stamp" ]]; then
         if works "$kind"; then return; fi
@@ -53,7 +55,7 @@ set_up() {
     if [[ $("$venv/bin/python" -VV 2>&1) != $("$python" -VV) ]] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         "$python" -m venv --clear "$venv"
     fi
-    if [[ $kind == dev ]]; then extra='[dev]'; fi
+    if [[ $kind != run ]]; then extra="[$kind]"; fi
     # uv is many times faster; pip, the fallback, supports more ways to configure package sources.
     export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
     "$venv/bin/python" -m pip install -qq uv

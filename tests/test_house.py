@@ -12,15 +12,17 @@ PACKAGE = ROOT / "rlhf_jax"
 # What each room may import, beside itself. Nothing imports upwards, so there is no circle.
 GROUND = {"types", "settings", "logprobs"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "types": set(),
-    "settings": {"types"},
+    "errors": set(),
+    "settings": {"errors"},
+    "people": {"errors", "settings"},  # neither `types` nor anything else that imports JAX
+    "types": {"errors", "settings"},
     "logprobs": {"types", "settings"},
     "devices": {"types", "settings"},
     "algorithms": GROUND | {"devices"},
-    "data": {"types", "settings", "devices"},
+    "data": {"types", "settings", "devices", "people"},
     "models": GROUND | {"devices", "data"},
     "rollouts": GROUND | {"devices", "algorithms", "data", "models"},
-    "runs": {"types", "settings", "devices"},
+    "runs": {"types", "settings", "devices", "people"},  # a resume compares the labels that it reads
     "analysis": GROUND | {"devices", "models"},
     "people": set(),
 }
@@ -86,6 +88,8 @@ SPREADING = {  # functions that hand a dict of arguments on, and the reason
     "rlhf_jax/models/families.py:_gpt2_config": "a family is a row of a table: fields of the config by name",
     "rlhf_jax/models/families.py:_gated_config": "a family is a row of a table: fields of the config by name",
     "rlhf_jax/models/families.py:hf_config": "a family is a row of a table: settings of `transformers` by name",
+    "rlhf_jax/people/store.py:Store.rules": "the rules as they were stored, by name",
+    "rlhf_jax/people/server.py:_rules": "a form has the names of the rules that it changes",
     "rlhf_jax/data/builders.py:_fetching.send_soon": "hands the arguments of a request on",
     "rlhf_jax/data/world/world.py:World._prompt": "the solution of a question takes the numbers in it by name",
 }

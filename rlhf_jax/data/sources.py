@@ -17,6 +17,7 @@ from rlhf_jax.data import world as world_lib
 from rlhf_jax.data.builders import Kind, Row, Rows, check
 from rlhf_jax.data.tokenizer import EOS
 from rlhf_jax.data.world import labelers
+from rlhf_jax.people import exchange
 from rlhf_jax.types import InputError
 
 HELD_OUT = 256  # rows of the world's held-out split, unless the user says otherwise
@@ -31,6 +32,8 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
     - "world" or, for instance, "world:seed=3,rows=1000": the embedded world, with splits "train" and "held_out";
     - the path of a .jsonl file of rows, or of a .txt file of documents that lines `<|endoftext|>` (or, where there is
       none, empty lines) separate; the first may be gzipped (.jsonl.gz). It has the one split "train";
+    - "people:PATH" or, for instance, "people:PATH?person=ann&round=2": the labels that people gave on the pages of
+      `rlhf_jax.people`, with that filter (`people.exchange.Filter`);
     - a published format and the path of a file in it, such as "hh:train.jsonl.gz": `formats` lists them;
     - the name of a TFDS data set, such as "imdb_reviews" or "glue/sst2", with the field to read where it has several
       of text and none named "text": "glue/mrpc:sentence1".
@@ -47,6 +50,8 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
     name, _, rest = spec.partition(":")
     if _is_world(spec):
         return _world(spec, kind, Path(data_dir), split)
+    if name == "people":
+        return _people(rest, kind, Path(data_dir), split)
     if name in formats.NAMES and rest.endswith(formats.FILES):
         return formats.source(spec, kind, Path(data_dir), split)
     if spec.endswith(_FILES):
@@ -95,6 +100,38 @@ def _file(path: Path, kind: Kind, data_dir: Path, split: str) -> Rows:
         raise InputError(f"{path}: {kind} are read from a .jsonl file, a .txt file holds documents alone")
     config = builders.FileConfig(name=f"{kind}{path.suffix}-{digest}", path=path, kind=kind)
     return builders.stored(lambda: LocalFile(config=config, data_dir=data_dir), str(path), split)
+
+
+@dataclasses.dataclass(eq=False)
+class PeopleConfig(builders.Config):
+    """`name` holds the hash of what is read."""
+
+    spec: str = ""  # path and filter
+
+
+class People(builders.Builder):
+    """Labels of people, out of their store."""
+
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        """Yield the rows of the labels that the filter selects, and count those of other kinds."""
+        config, others, empty = self.builder_config, 0, True
+        for kind, place, row in exchange.learnt(*exchange.split(config.spec)):
+            if config.kind in (kind, "prompts"):
+                empty = False
+                yield place, check(config.kind, row, f"people:{config.spec}, {place}")
+            else:
+                others += 1
+        if empty:
+            raise InputError(f"people:{config.spec}: expected {config.kind}, got {others} labels of other kinds")
+        self.info.metadata.update({f"rows left out, which are no {config.kind}": others} if others else {})
+
+
+def _people(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
+    if kind == "text":
+        raise InputError(f"data 'people:{spec}': people give rankings, demonstrations and prompts, no text")
+    name = f"{kind}-{exchange.digest(spec)}"
+    config = PeopleConfig(name=name, kind=kind, spec=spec)
+    return builders.stored(lambda: People(config=config, data_dir=data_dir), f"people:{spec}", split)
 
 
 @dataclasses.dataclass(eq=False)

@@ -12,9 +12,12 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from rlhf_jax.people import exchange
+from rlhf_jax.types import InputError
+
 Checksums = dict[str, str]  # of a path, by the name of each file below it; a path that is a file has the one name ""
 
-_AROUND = re.compile(r"[:=,;|+*@\[\](){}\s]")  # what may stand before and behind a path in a string
+_AROUND = re.compile(r"[:=,;|+*@?&\[\](){}\s]")  # what may stand before and behind a path in a string
 _MODEL = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -79,6 +82,15 @@ def checksums(path: str | Path) -> Checksums:
         below = {found for pattern in patterns for found in path.glob(pattern)}
         files = {str(found.relative_to(path)): found for found in below if _is_visible_file(found, path)}
     return _read(files)
+
+
+def label_checksums(text: str) -> dict[str, Checksums]:
+    """The checksum of what a data set "people:PATH?filter" reads, by its path; a new label changes the store's file."""
+    spec = re.sub(r"\[[^\[\]]*\]$", "", text.removeprefix("people:"))
+    try:
+        return {spec.partition("?")[0]: {"": exchange.digest(spec)}} if text.startswith("people:") else {}
+    except InputError:  # who reads it will say so
+        return {}
 
 
 def record_checksums(folder: Path) -> Checksums:

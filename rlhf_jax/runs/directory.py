@@ -277,7 +277,7 @@ def _changed_files(old: dict[str, contents.Checksums], new: dict[str, contents.C
 
 def _files_in(value: str, data_dir: Path | None) -> dict[str, contents.Checksums]:
     """The checksums of the files that a setting names, by the paths and names of data sets in it."""
-    found = {path: contents.checksums(path) for path in contents.paths(value)}
+    found = {path: contents.checksums(path) for path in contents.paths(value)} | contents.label_checksums(value)
     prepared = contents.prepared(value, data_dir).items()
     found |= {name: contents.record_checksums(folder) for name, folder in prepared if name not in found}
     return {name: sums for name, sums in found.items() if sums}

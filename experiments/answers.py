@@ -1,0 +1,114 @@
+"""Answers of one or several models, for people to judge: they go into the store that `scripts/people.sh` serves.
+
+The server starts this in a process of its own when it is given models, so that the pages need no JAX. It can also be
+run by itself, also on another machine, and also while the store is served.
+
+Run:     python -m experiments.answers --db runs/people/people.db --model runs/quickstart/sft/model
+Parent:  rank
+Result:  200 prompts of the world with 4 answers each, in seconds
+"""
+
+import dataclasses
+import itertools
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rlhf_jax import models
+from rlhf_jax.data import pipeline, sources
+from rlhf_jax.devices import parallel
+from rlhf_jax.devices.compute import Compute
+from rlhf_jax.people.exchange import Overlap
+from rlhf_jax.people.forms import Task
+from rlhf_jax.people.store import Item, Store
+from rlhf_jax.rollouts import rollout, sampling
+from rlhf_jax.runs import cli
+from rlhf_jax.settings import Count, Positive, Seed, Settings, Share, Whole
+from rlhf_jax.types import InputError, named_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
+
+    db: Path = Path("runs/people/people.db")  # the store, which is created if it is not there
+    model: tuple[Path, ...] = (Path("runs/quickstart/sft/model"),)  # model directories, which share the answers
+    data: str = "world"  # prompts, as in every experiment
+    prompts: Count = 200  # number of prompts
+    k: Count = 4  # answers to a prompt, over all models
+    task: Task = "rank"  # what people are asked
+    round: Whole = 0  # number by which the labels can be told from those of other rounds
+    overlap: Count = 1  # people who answer the same item
+    overlap_share: Share = 1.0  # of the items, that so many answer; the others have one
+    max_new_tokens: Count | None = None  # most tokens of an answer; without it 256, or half of a smaller context
+    temperature: Positive = 1.0  # sampling temperature
+    batch: Count = 64  # answers to sample at a time, over all devices
+    seed: Seed = 0  # of sampling
+    data_dir: Path = Path("runs/data")  # directory of prepared data sets, which runs share
+    compute: Compute = Compute()
+    devices: parallel.Config = parallel.Config()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < max(len(self.model), 1 if self.task == "demonstrate" else 2):
+            raise InputError(f"k={self.k}: expected at least 2 answers, and one of each of {len(self.model)} models")
+        if self.task == "compare" and self.k != 2:
+            raise InputError(f"k={self.k}: expected 2 answers to compare; --task rank orders more")
+
+
+def main(cfg: Config) -> dict[str, int]:
+    """Write the answers as they are sampled; returns how many items were added, and how many were there already."""
+    layout = parallel.layout(cfg.devices)
+    loaded = [models.load(path, compute=cfg.compute, place=layout.sharding) for path in cfg.model]
+    context = min(model.config.max_length for model in loaded)
+    answer = min(cfg.max_new_tokens or 256, context // 2)
+    rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
+    some = list(itertools.islice(rows, cfg.prompts))
+    prepared = []
+    for model in loaded:
+        tokenizer = models.tokenizer_of(model)
+        prompts, counts = pipeline.every_prompt(some, tokenizer, length=context - answer)
+        print(f"{cfg.data}: {counts}")
+        prepared.append(prompts)
+    usable = sorted(set.intersection(*(set(prompts.index.tolist()) for prompts in prepared)))
+    shares = [len(range(m, cfg.k, len(loaded))) for m in range(len(loaded))]  # answers of each model
+    overlap = Overlap(cfg.overlap, cfg.overlap_share)
+    added = present = 0
+    with Store(cfg.db) as store:
+        for first in range(0, len(usable), cfg.batch // 4 or 1):
+            chosen = usable[first : first + (cfg.batch // 4 or 1)]
+            said: dict[int, list[tuple[str, bool, str]]] = {index: [] for index in chosen}
+            for number, (model, prompts, share) in enumerate(zip(loaded, prepared, shares, strict=True)):
+                places = np.repeat(np.flatnonzero(np.isin(prompts.index, chosen)), share)
+                part = jax.tree.map(lambda x, places=places: x[places], prompts)
+                sampled = rollout.episodes(
+                    model,
+                    part,
+                    named_key(cfg.seed, f"answers/{cfg.round}/{number}/{first}"),
+                    sampling.Config(max_new_tokens=answer, temperature=cfg.temperature, eos_id=models.stop_ids(model)),
+                    batch=cfg.batch,
+                    layout=layout,
+                )
+                tokenizer = models.tokenizer_of(model)
+                texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
+                for index, text, ended in zip(part.index.tolist(), texts, sampled.ended.tolist(), strict=True):
+                    said[index].append((text, ended, str(cfg.model[number])))
+            items = (_item(cfg, some[index]["prompt"], answers, overlap) for index, answers in said.items())
+            new, old = store.add(items)
+            added, present = added + new, present + old
+            print(f"answers to {min(first + len(chosen), len(usable))} of {len(usable)} prompts", flush=True)
+    return {"added": added, "present": present}
+
+
+def _item(cfg: Config, prompt: object, answers: list[tuple[str, bool, str]], overlap: Overlap) -> Item:
+    """The item of a prompt, with its answers in an order that does not tell the models."""
+    random.Random(f"{cfg.seed}/{prompt}").shuffle(answers)
+    texts, ended, names = zip(*answers, strict=True)
+    item = Item(prompt=prompt, responses=texts, task=cfg.task, models=names, ended=ended, round=cfg.round)
+    return dataclasses.replace(item, overlap=overlap.of(item))
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())

@@ -1,0 +1,270 @@
+"""Serves the pages on which people rank, rate, compare and write, and moves labels in and out of their store.
+
+scripts/people.sh                                            the quickstart's model and the world's prompts
+scripts/people.sh --responses answers.jsonl                  no model: {"prompt", "responses"} a line
+scripts/people.sh --model runs/a/model runs/b/model --data prompts.jsonl --k 4
+scripts/people.sh export --db runs/people/people.db --out labels.jsonl
+scripts/people.sh import --db runs/people/people.db --responses more.jsonl
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import io
+import ipaddress
+import re
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+import uvicorn
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.people import exchange, forms, server
+from rlhf_jax.people.store import Item, Store
+from rlhf_jax.settings import Count, Range, Seed, Settings, Share
+
+QUICKSTART = Path("runs/quickstart/sft/model")
+Port = Annotated[int, Range(least=0, below=2**16)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks(Settings):
+    """What people are asked, and how many of them."""
+
+    responses: Path | None = None  # file of {"prompt", "responses": [K]} to ask about; needs no model
+    task: forms.Task | None = None  # asked of rows that name none; without it, rank, or demonstrate if no responses
+    overlap: Count = 1  # people who answer the same item
+    overlap_share: Share = 1.0  # of the items, that so many answer; the others have one
+
+    def items(self) -> list[Item]:
+        """The items of the file, all of which have been checked."""
+        if self.responses is None:
+            return []
+        if not self.responses.is_file():
+            raise InputError(f"--responses {self.responses}: no such file")
+        return list(exchange.read_items(self.responses, self.task, exchange.Overlap(self.overlap, self.overlap_share)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve(Tasks):
+    """The settings of the server."""
+
+    db: Path = Path("runs/people/people.db")  # the store, which is created if it is not there
+    model: tuple[Path, ...] = ()  # model directories that answer the prompts, in a process of their own
+    data: str = "world"  # prompts for the models, as in every experiment
+    prompts: Count = 200  # number of prompts that the models answer
+    k: Count = 4  # answers to a prompt, over all models
+    seed: Seed = 0  # of sampling
+    guidelines: Path | None = None  # Markdown file that people acknowledge before they begin
+    ratings: forms.Ratings | None = None  # that each answer needs before the ranking; without it, as before, or all
+    host: str = "127.0.0.1"  # address to listen at
+    port: Port = 8000  # port to listen at; 0: any that is free
+    behind_proxy: bool = False  # a reverse proxy on this machine serves https and hands requests on
+    certificate: Path | None = None  # PEM file of a certificate, to serve https
+    key: Path | None = None  # PEM file of its private key, unless it is in the same file
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _is_loopback(self.host) and not (self.behind_proxy or self.certificate):
+            raise InputError(
+                f"host={self.host}: without https, links and answers would cross the network readable: keep the default"
+                " and use an SSH tunnel (ssh -L 8000:127.0.0.1:8000 HOST), or give --behind-proxy or --certificate"
+                " (docs/people.md)"
+            )
+        for name in ("certificate", "key", "guidelines"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise InputError(f"--{name} {path}: no such file")
+
+
+@dataclasses.dataclass(frozen=True)
+class Import(Tasks):
+    """The settings of an import."""
+
+    db: Path = Path("runs/people/people.db")  # the store, which is created if it is not there
+
+
+@dataclasses.dataclass(frozen=True)
+class Export(Settings):
+    """The settings of an export."""
+
+    db: Path = Path("runs/people/people.db")  # the store
+    out: Path = Path("labels.jsonl")  # file to write
+    filter: str = ""  # labels to write, as in "person=ann&round=2"; all that count if it is empty
+
+
+def serve(cfg: Serve) -> None:
+    """Serve the pages until control-C."""
+    items = cfg.items()
+    try:
+        cfg.db.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--db {cfg.db}: its folder cannot be made ({error.strerror})") from error
+    with Store(cfg.db) as store, listening(cfg.host, cfg.port) as listener:
+        added, present = store.add(items)
+        if cfg.guidelines:
+            store.set_guidelines(_text(cfg.guidelines))
+        if cfg.ratings:
+            store.set_rules(dataclasses.replace(store.rules(), ratings=cfg.ratings))
+        if items:
+            print(f"{cfg.responses}: {added} items added, {present} were there already")
+        models = _models(cfg, store)
+        port = listener.getsockname()[1]
+        host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+        scheme = "https" if cfg.certificate else "http"
+        token = store.invite("administrator", "administrator")
+        print(f"administrator: {scheme}://{host}:{port}/enter#{token}", flush=True)
+        with _answering(cfg, models):
+            _run(cfg, store, listener)
+
+
+def _run(cfg: Serve, store: Store, listener: socket.socket) -> None:
+    options = server.Options(
+        cookie=f"session-{listener.getsockname()[1]}",
+        secure=bool(cfg.certificate) or cfg.behind_proxy,
+        hosts=server.Options.hosts if _is_loopback(cfg.host) and not cfg.behind_proxy else None,
+    )
+    config = uvicorn.Config(
+        server.app(store, options),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=cfg.behind_proxy,
+        forwarded_allow_ips="127.0.0.1,::1",
+        ssl_certfile=cfg.certificate,
+        ssl_keyfile=cfg.key,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=2**16,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(uvicorn.Server(config).serve([listener]))
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens at an address; InputError where it cannot."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=256)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or an answer waits 40 ms; asyncio misses it
+    except OSError as error:
+        what = error.strerror or error
+        raise InputError(f"host={host}, port={port}: cannot listen there ({what}); choose another --port") from error
+    with listener:
+        yield listener
+
+
+def _models(cfg: Serve, store: Store) -> tuple[Path, ...]:
+    """The models that answer prompts; where none is named and nothing is asked yet, the quickstart's."""
+    if cfg.model or cfg.responses is not None:
+        missing = [path for path in cfg.model if not (path / "config.json").is_file()]
+        if missing:
+            raise InputError(f"--model {missing[0]}: expected a model directory, with a config.json")
+        return cfg.model
+    if store.has_items():
+        return ()
+    if not (QUICKSTART / "config.json").is_file():
+        raise InputError(
+            f"nothing to ask: no model at {QUICKSTART}, which scripts/quickstart.sh makes in about ten minutes;"
+            " or name one by --model, or answers by --responses FILE.jsonl"
+        )
+    return (QUICKSTART,)
+
+
+@contextlib.contextmanager
+def _answering(cfg: Serve, models: Sequence[Path]) -> Iterator[None]:
+    """Within, a process of its own, with JAX, samples the models' answers into the store."""
+    if not models:
+        yield
+        return
+    command = [sys.executable, "-m", "experiments.answers", "--db", str(cfg.db), "--data", cfg.data, "--model"]
+    command += [*map(str, models), "--prompts", str(cfg.prompts), "--k", str(cfg.k), "--seed", str(cfg.seed)]
+    command += ["--overlap", str(cfg.overlap), "--overlap-share", str(cfg.overlap_share)]
+    if cfg.task:
+        command += ["--task", cfg.task]
+    process = subprocess.Popen(command)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 ({error})") from error
+
+
+def import_items(cfg: Import) -> None:
+    """Add the items of a file to a store."""
+    if cfg.responses is None:
+        raise InputError("import needs --responses FILE.jsonl")
+    items = cfg.items()
+    with Store(cfg.db) as store:
+        added, present = store.add(items)
+    print(f"{cfg.db}: {added} items added, {present} were there already")
+
+
+def export(cfg: Export) -> None:
+    """Write the labels of a store to a file."""
+    counts = exchange.export(cfg.db, cfg.out, exchange.Filter.parse(cfg.filter))
+    print(f"{cfg.out}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+
+
+Command = TypeVar("Command", Serve, Import, Export)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; a mistake of the user's ends with one line and status 2."""
+    name, *rest = [*(sys.argv[1:] if args is None else args)] or [""]
+    try:
+        match name:
+            case "export":
+                export(_parsed(Export, rest))
+            case "import":
+                import_items(_parsed(Import, rest))
+            case _:
+                serve(_parsed(Serve, rest if name == "serve" else [name, *rest] if name else []))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except sqlite3.Error as error:
+        print(f"error: the store cannot be written ({error}); make room on its disk", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _parsed(kind: type[Command], args: Sequence[str]) -> Command:
+    """The settings that flags spell; InputError for one that is wrong."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=list(args), prog="scripts/people.sh", description=__doc__)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        if isinstance(stop.__context__, InputError):
+            raise stop.__context__ from None
+        words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{5,}", " ", printed.getvalue()).split())
+        words = re.sub(
+            r"^.*?(Error parsing |Unrecognized options: )|( Argument helptext| For full helptext).*", "", words
+        )
+        raise InputError(f"{words:.300}; see --help") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Answers of models as tasks for people."""
+
+import json
+
+import pytest
+
+from experiments import answers
+from rlhf_jax.people.store import Store
+from rlhf_jax.types import InputError
+
+
+def test_two_models_share_the_answers(done, tmp_path, capsys):
+    cfg, _ = done
+    models = (cfg.out / "sft" / "model", cfg.out / "ppo" / "model")
+    given = answers.Config(
+        db=tmp_path / "people.db",
+        model=models,
+        data="world:rows=100",
+        data_dir=cfg.out / "data",
+        prompts=9,
+        k=3,
+        batch=16,
+        max_new_tokens=8,
+        overlap=2,
+        round=1,
+    )
+    assert answers.main(given) == {"added": 9, "present": 0}
+    assert answers.main(given) == {"added": 0, "present": 9}
+    assert "answers to 9 of 9 prompts" in capsys.readouterr().out
+    with Store(given.db) as store, store.reader() as db:
+        found = db.execute("SELECT * FROM items WHERE round = 1").fetchall()
+        for item in found:
+            names = json.loads(item["models"])
+            assert sorted(names) == sorted(map(str, (models[0], models[0], models[1])))
+            assert len(json.loads(item["responses"])) == len(json.loads(item["ended"])) == 3
+            assert (item["overlap"], item["task"]) == (2, "rank")
+        assert len({item["models"] for item in found}) > 1  # in no fixed order
+
+
+def test_numbers_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="k=1: expected at least 2"):
+        answers.Config(k=1)
+    with pytest.raises(InputError, match="k=4: expected 2 answers to compare"):
+        answers.Config(task="compare")

@@ -1,0 +1,532 @@
+"""The pages in a real Chromium: every task by mouse, by touch and by keyboard alone, from the invitation to the export.
+
+Set SCREENSHOTS to a folder, such as docs, to have the pictures of docs/people.md made anew, and AXE to the path of
+axe-core's axe.min.js to check the pages for accessibility.
+"""
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
+
+from rlhf_jax.data import sources
+from rlhf_jax.data.world import World, labelers
+from rlhf_jax.people import __main__ as command
+from rlhf_jax.people import forms
+from rlhf_jax.people.store import Rules, Store
+from tests.people.serving import Server, Thread, browsing, serving
+
+ANSWERS = [
+    "Plants catch light with chlorophyll and split water with it. The oxygen leaves the plant, and the hydrogen"
+    " helps to build sugar from carbon dioxide.\n\nIn short: light + water + carbon dioxide → sugar + oxygen.",
+    "It's when plants eat sunlight.",
+    "Photosynthesis turns light into food, and it is why there is oxygen to breathe. " * 8,
+    "I cannot help with that.",
+]
+PROMPT = [
+    {"role": "system", "content": "You explain things to children of ten."},
+    {"role": "user", "content": "How do plants make their own food? Please answer in a few sentences."},
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with browsing() as browser:
+        yield browser
+
+
+class Site:
+    """A store with rows to ask about, and the server in front of it."""
+
+    def __init__(self, folder: Path, browser: Any):
+        self.db, self.folder, self.browser = folder / "people.db", folder, browser
+        self.errors: list[str] = []
+        self.server: Any
+
+    def person(self, name: str = "ann", **options: Any) -> Any:
+        """A page on which somebody has followed a link of their own."""
+        with Store(self.db) as store:
+            token = store.invite(name)
+        page = self.page(**options)
+        page.goto(f"{self.server.url}/enter#{token}")
+        page.wait_for_url(self.server.url + "/")
+        return page
+
+    def page(self, **options: Any) -> Any:
+        page = self.browser.new_context(**options).new_page()
+        page.set_default_timeout(10_000)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("dialog", lambda dialog: (self.errors.append(dialog.message), dialog.dismiss()))
+        page.on("console", lambda line: self.errors.append(line.text) if "Content Security" in line.text else None)
+        return page
+
+    def exported(self, *flags: str) -> list[dict]:
+        out = self.folder / "labels.jsonl"
+        command.main(["export", "--db", str(self.db), "--out", str(out), *flags])
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    def add(self, *rows: dict) -> None:
+        path = self.folder / "more.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command.main(["import", "--db", str(self.db), "--responses", str(path)])
+
+
+@pytest.fixture
+def site(tmp_path: Path, browser: Any) -> Iterator[Site]:
+    """A site without gold and repeats, in which overall ratings are wanted."""
+    site = Site(tmp_path, browser)
+    with Store(site.db) as store:
+        store.set_rules(Rules(ratings="overall", gold_share=0.0, repeat_share=0.0))
+    site.add({"prompt": PROMPT, "responses": ANSWERS})
+    site.server = Thread(site.db)
+    try:
+        yield site
+        assert not site.errors
+    finally:
+        for context in browser.contexts:
+            context.close()
+        site.server.kill()
+
+
+def shown(page: Any) -> list[str]:
+    """The answers, in the order of the page."""
+    page.wait_for_selector(".card")
+    return [text.strip() for text in page.locator(".card .text").all_inner_texts()]
+
+
+def order(page: Any, answers: list[str]) -> list[int]:
+    """The answer that stands in each place."""
+    spaceless = ["".join(answer.split()) for answer in answers]
+    return [spaceless.index("".join(text.split())) for text in shown(page)]
+
+
+def drag(page: Any, n: int, target: str) -> None:
+    """Drag an answer with the mouse."""
+    page.locator(f"#chip-{n}").scroll_into_view_if_needed()
+    box, to = page.locator(f"#chip-{n}").bounding_box(), page.locator(target).bounding_box()
+    page.mouse.move(box["x"] + 20, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(to["x"] + 60, to["y"] + to["height"] / 2, steps=4)
+    page.mouse.up()
+
+
+def until(page: Any, expression: str) -> None:
+    """Wait until an expression holds; Playwright's own way would need a looser policy of the page."""
+    for _ in range(500):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError(f"never: {expression}; the page says {page.inner_text('body')[:2000]}")
+
+
+def stored(page: Any, done: int) -> None:
+    """Wait until the page counts so many answers."""
+    until(page, f"document.getElementById('pace-done').textContent === '{done}'")
+
+
+def picture(page: Any, name: str) -> None:
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(300)
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def check_access(page: Any) -> None:
+    """No violation by axe-core, where it is there."""
+    if path := os.environ.get("AXE"):
+        page.evaluate(Path(path).read_text())
+        found = page.evaluate("axe.run()")
+        assert not [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]]
+
+
+RANKS = [1, 2, 0, 2]  # of ANSWERS
+RATED = [5, 3, 7, 2]
+
+
+def test_a_ranking_by_mouse(site: Site):
+    admin = site.page(viewport={"width": 1280, "height": 860})
+    admin.goto(f"{site.server.url}/enter#{site.server.token}")
+    admin.wait_for_url("**/admin")
+    admin.fill("#name", "Ann")
+    admin.click("text=Invite")
+    link = admin.input_value("#link")
+    assert site.server.token not in admin.url and "#" not in admin.url
+
+    page = site.page(viewport={"width": 1440, "height": 900})
+    page.goto(link)
+    page.wait_for_url(site.server.url + "/")
+    places = order(page, ANSWERS)
+    assert page.locator(".panel.locked").count() == 1 and page.locator("#chip-0").is_disabled()
+    page.click("#submit")
+    assert "Rate every answer first" in page.inner_text("#banner")
+    for n, k in enumerate(places):
+        page.locator(f'#card-{n} .scale label:has(input[value="{RATED[k]}"])').click()
+    page.locator("#card-0 summary").click()
+    page.locator("#card-0 >> text=Hallucination").click()
+    page.click("#submit")
+    assert "Give every answer a place" in page.inner_text("#banner")
+    at = {k: n for n, k in enumerate(places)}
+    drag(page, at[0], '.level[data-place="1"]')
+    drag(page, at[1], '.level[data-place="1"]')  # a tie for now
+    drag(page, at[3], '.level[data-place="3"]')
+    drag(page, at[1], '.level[data-place="3"]')
+    drag(page, at[2], '.gap[data-gap="1"]')  # before place 2: all others move down
+    assert page.inner_text(f"#badge-{at[2]}") == "#1"
+    page.select_option("#confidence", "7")
+    page.fill("#note", "a note")
+    page.locator(".about summary").click()
+    page.locator("text=Ambiguous").click()
+    until(page, "document.getElementById('draft').textContent === 'Draft saved'")
+    picture(page, "people-rank")
+    check_access(page)
+    page.click("#theme")
+    picture(page, "people-rank-dark")
+    check_access(page)
+    page.click("#theme")
+    page.click("#submit")
+    stored(page, 1)
+    (row,) = site.exported()
+    assert (row["responses"], row["ranks"], row["person"]) == (ANSWERS, RANKS, "Ann")
+    assert [rating["overall"] for rating in row["ratings"]] == RATED and row["shown"] == places
+    assert row["ratings"][places[0]]["flags"] == ["hallucination"]
+    assert (row["confidence"], row["note"], row["prompt_flags"]) == (7, "a note", ["ambiguous"])
+    admin.goto(f"{site.server.url}/admin")
+    assert "1 of 1 answers" in admin.inner_text("main")
+    picture(admin, "people-admin")
+    check_access(admin)
+
+
+def test_a_ranking_by_keyboard_alone(site: Site):
+    page = site.person(viewport={"width": 1440, "height": 900})
+    places = order(page, ANSWERS)
+    press = page.keyboard.press
+    for k in places:
+        press(str(RATED[k]))
+    for k in places:
+        press(str([2, 4, 1, 4][k]))
+    press("Enter")  # the focus is on the button
+    stored(page, 1)
+    (row,) = site.exported()
+    assert (row["ranks"], [rating["overall"] for rating in row["ratings"]]) == (RANKS, RATED)
+
+    press("u")  # and once more, with other keys
+    stored(page, 0)
+    press("b")
+    n = places[1]
+    before = [2, 4, 1, 4][n] if n != 3 and n != 1 else 3  # ties lose their gaps when they are stored
+    press("ArrowDown" if before == 1 else "ArrowUp")
+    press("n")
+    page.keyboard.type("on second thought")
+    press("Control+Enter")
+    if page.locator("dialog").count() or page.wait_for_timeout(200) or page.locator("dialog").count():
+        page.locator("dialog >> text=keep both").press("Enter")
+    stored(page, 1)
+    (row,) = site.exported()
+    assert row["ranks"] != RANKS and row["note"] == "on second thought"
+
+
+def test_a_ranking_by_touch_on_a_phone(site: Site):
+    page = site.person(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    places = order(page, ANSWERS)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for n, k in enumerate(places):
+        page.locator(f'#card-{n} .scale label:has(input[value="{RATED[k]}"])').tap()
+    picture(page, "people-narrow")
+    check_access(page)
+    touch = page.context.new_cdp_session(page)
+
+    def at(selector: str) -> dict[str, float]:
+        box = page.locator(selector).bounding_box()
+        return {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+
+    page.locator("#chip-3").tap()  # tap the answer, then the place
+    page.locator(f'.level[data-place="{RANKS[places[3]]}"]').tap()
+    page.locator("#tray").scroll_into_view_if_needed()
+    page.evaluate("scrollBy(0, 200)")
+    for n, k in enumerate(places[:3]):
+        start, end = at(f"#chip-{n}"), at(f'.level[data-place="{RANKS[k]}"]')
+        touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [start]})
+        for step in (0.3, 0.7, 1.0):
+            point = {axis: start[axis] + step * (end[axis] - start[axis]) for axis in ("x", "y")}
+            touch.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
+        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    page.evaluate("document.getElementById('submit').click()")  # Playwright's tap is lost after such touches
+    stored(page, 1)
+    assert site.exported()[0]["ranks"] == RANKS
+
+
+def test_the_other_tasks_by_keyboard_and_by_mouse(site: Site):
+    pair = {"prompt": "Greet me.", "responses": ["Hello!", "what"], "task": "compare"}
+    best = {"prompt": "Name a cat.", "responses": ["Mia", "Cat", "Dog"], "task": "best"}
+    edit = {"prompt": "Why is the sky blue?", "responses": ["The ocean.", "Air scatters blue."], "task": "demonstrate"}
+    site.add(*(row | {"overlap": 2} for row in (pair, best, edit, {"prompt": "Say hi."})))
+    found: dict[str, list[dict]] = {}
+    for name in ("ann", "bob"):
+        page = site.person(name)
+        keys = name == "ann"
+        if name == "ann":  # skip the ranking
+            shown(page)
+            page.keyboard.press("s")
+            page.keyboard.press("2")
+        else:
+            page.wait_for_selector(".card")
+            if page.locator("#task[data-task=rank]").count():
+                page.click("#skip")
+                page.click("text=I cannot tell")
+        page.wait_for_selector("#task[data-task=compare]")
+        picture(page, "people-compare")
+        check_access(page)
+        first = order(page, pair["responses"])[0] == 0
+        if keys:
+            page.keyboard.press("2" if first else "8")
+            page.keyboard.press("Enter")
+        else:
+            page.locator(".strength label").nth(1 if first else 7).click()
+            page.click("#submit")
+        page.wait_for_selector("#task[data-task=best]")
+        check_access(page)
+        n = order(page, best["responses"]).index(0)
+        if keys:
+            page.keyboard.press(str(n + 1))
+            page.keyboard.press("Enter")
+        else:
+            page.locator(".pick").nth(n).click()
+            page.click("#submit")
+        page.wait_for_selector("#task[data-task=demonstrate]")
+        n = order(page, edit["responses"]).index(1)
+        if keys:
+            page.keyboard.press("Shift+Tab")
+            if n == 0:
+                page.keyboard.press("Shift+Tab")
+                page.keyboard.press("Shift+Tab")
+            page.keyboard.press("Enter")
+            page.keyboard.press("Control+End")
+            page.keyboard.type(" More than red.")
+            page.keyboard.press("Control+Enter")
+        else:
+            page.locator("text=Edit this one").nth(n).click()
+            page.locator("#text").fill("Air scatters blue. More than red.")
+            check_access(page)
+            page.click("#submit")
+        until(page, "!document.querySelector('.card') && document.getElementById('text')")
+        page.locator("#text").fill("Hi!")
+        page.keyboard.press("Control+Enter")
+        stored(page, 5)
+        until(page, "document.getElementById('ask').textContent.startsWith('Nothing to do')")
+        found[name] = [
+            {
+                key: row[key]
+                for key in ("prompt", "responses", "ranks", "chosen", "rejected", "completion")
+                if key in row
+            }
+            for row in site.exported("--filter", f"person={name}")
+        ]
+    assert found["ann"] == found["bob"]
+    text = "Air scatters blue. More than red."
+    assert found["ann"] == [
+        {"prompt": "Greet me.", "chosen": "Hello!", "rejected": "what"},
+        {"prompt": "Name a cat.", "responses": best["responses"], "ranks": [0, 1, 1]},
+        {"prompt": edit["prompt"], "completion": text},
+        {"prompt": edit["prompt"], "responses": [text, *reversed(edit["responses"])], "ranks": [0, 1, 2]},
+        {"prompt": "Say hi.", "completion": "Hi!"},
+    ]
+
+
+def test_a_draft_survives_a_reload_and_a_lost_connection(site: Site):
+    page = site.person()
+    places = order(page, ANSWERS)
+    for k in places:
+        page.keyboard.press(str(RATED[k]))
+    page.keyboard.press("2")
+    until(page, "document.getElementById('draft').textContent === 'Draft saved'")
+    page.evaluate("localStorage.clear()")  # another browser would find the server's
+    page.reload()
+    page.wait_for_selector("#badge-0:text('#2')")
+    assert page.locator(".card input:checked").count() == 4
+
+    page.context.set_offline(True)
+    for place in "341":
+        page.keyboard.press(place)
+    until(page, "document.getElementById('draft').textContent.startsWith('Draft kept')")
+    page.context.set_offline(False)
+    page.reload()  # what the server has is older
+    page.wait_for_selector("#badge-3:text('#1')")
+    page.context.set_offline(True)
+    page.keyboard.press("Control+Enter")
+    until(page, "document.getElementById('banner').textContent.startsWith('No connection')")
+    page.context.set_offline(False)
+    if not page.locator("dialog").count():
+        page.wait_for_selector("dialog, #pace-done:text('1')")
+    if page.locator("dialog").count():
+        page.click("dialog >> text=keep both")
+    stored(page, 1)
+    ranks = dict(zip(places, [1, 2, 3, 0], strict=True))
+    assert [row["ranks"] for row in site.exported()] == [[ranks[k] for k in range(4)]]
+
+
+def test_a_contradiction_is_asked_once_and_both_are_stored(site: Site):
+    page = site.person()
+    places = order(page, ANSWERS)
+    for k in places:
+        page.keyboard.press(str(RATED[k]))
+    for k in places:
+        page.keyboard.press(str(4 - RANKS[k]))
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog")
+    check_access(page)
+    page.keyboard.press("Enter")  # the focus is on the button that goes back
+    assert page.locator("dialog").count() == 0 and not site.exported()
+    page.click("#submit")
+    page.click("dialog >> text=keep both")
+    stored(page, 1)
+    (row,) = site.exported()
+    assert [rating["overall"] for rating in row["ratings"]] == RATED and row["ranks"] == [1, 0, 2, 0]
+
+
+def test_two_tabs(site: Site):
+    site.add({"prompt": "Second", "responses": ["a", "b"]})
+    page = site.person()
+    other = page.context.new_page()
+    other.goto(site.server.url)
+    assert shown(other) == shown(page)
+    other.evaluate("BroadcastChannel.prototype.postMessage = () => {}")  # a tab that hears nothing
+    page.evaluate("BroadcastChannel.prototype.postMessage = () => {}")
+    for tab in (page, other):
+        tab.bring_to_front()
+        for k in order(tab, ANSWERS):
+            tab.keyboard.press(str(RATED[k]))
+        for k in order(tab, ANSWERS):
+            tab.keyboard.press(str([2, 4, 1, 4][k]))
+        tab.keyboard.press("Enter")
+        until(tab, "document.querySelector('.turns')?.textContent.includes('Second')")
+    assert "answered this task already" in other.inner_text("#banner")
+    assert len(site.exported()) == 1
+
+
+HOSTILE = [
+    "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><style>body{display:none}</style>",
+    "\u202eevil\u202c \u2066x \u0000\u0007 \u200b zero",
+    "x" * 1_000_000,
+    "</script><script>window.pwned = 3</script><!-- \"' ]]> {{ 7 * 7 }} javascript:alert(1)",
+]
+
+
+def test_hostile_text_runs_nothing_and_leaves_the_page_standing(site: Site):
+    with Store(site.db) as store:
+        store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.0))
+    site.add({"prompt": HOSTILE[0] + HOSTILE[1] + HOSTILE[3], "responses": HOSTILE})
+    page = site.person("<b onload=alert(1)>")
+    page.wait_for_selector(".chip")
+    page.keyboard.press("s")
+    page.keyboard.press("1")
+    until(page, "document.querySelector('.turns').textContent.includes('pwned')")
+    assert page.evaluate("window.pwned") is None and page.locator(".cards script, .cards img").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    texts = shown(page)
+    assert HOSTILE[0] in texts and HOSTILE[3] in texts
+    assert any("U+202E" in text and "U+0000" in text for text in texts)
+    assert page.locator("text=Show all 1000000 characters").count() == 1
+    for place in "1234":
+        page.keyboard.press(place)
+    page.keyboard.press("Enter")
+    stored(page, 2)
+    (row,) = site.exported()
+    assert row["responses"] == HOSTILE
+    admin = site.page()
+    admin.goto(f"{site.server.url}/enter#{site.server.token}")
+    admin.wait_for_url("**/admin")
+    assert "<b onload=alert(1)>" in admin.inner_text("main") and admin.evaluate("window.pwned") is None
+
+
+def test_chinese(site: Site):
+    page = site.person(locale="zh-CN", viewport={"width": 1440, "height": 900})
+    shown(page)
+    assert page.inner_text("#submit") == "提交" and page.get_attribute("html", "lang") == "zh-Hans"
+    picture(page, "people-chinese")
+    check_access(page)
+    page.click("text=English")
+    until(page, "document.getElementById('submit')?.textContent === 'Submit'")
+
+
+def test_the_page_goes_on_when_the_server_was_killed(site: Site):
+    site.add({"prompt": "Second", "responses": ["a", "b"]})
+    site.server.kill()
+    process = Server(site.db)
+    site.server.url = process.url
+    page = site.person()
+    for k in order(page, ANSWERS):
+        page.keyboard.press(str(RATED[k]))
+    for k in order(page, ANSWERS):
+        page.keyboard.press(str([2, 4, 1, 4][k]))
+    process.kill()
+    page.keyboard.press("Enter")
+    until(page, "document.getElementById('banner').textContent.startsWith('No connection')")
+    with serving(site.db, port=process.port) as again:
+        until(page, "document.querySelector('.turns')?.textContent.includes('Second')")
+        assert [row["ranks"] for row in site.exported()] == [RANKS]
+    said = "".join(process.said + again.said)
+    assert said.count("enter#") == 2 and said.count("\n") == 2  # nothing but the administrator's two links
+
+
+def label(page: Any, ranks: Callable[[list[str]], list[int]]) -> None:
+    """Rank the answers on a page by keys; the ratings say the same."""
+    before = page.inner_text(".turns")
+    done = int(page.inner_text("#pace-done"))
+    texts = shown(page)
+    places = ranks(texts)
+    for rank in places:
+        page.keyboard.press(str(max(1, 7 - rank)))
+    for rank in places:
+        page.keyboard.press(str(rank + 1))
+    page.keyboard.press("Enter")
+    stored(page, done + 1)
+    assert before
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_simulated_labelers_drive_the_page(count: int, site: Site):
+    """The export is what they would have written, and what training reads is the same as from their file."""
+    world = World.generate(0)
+    people = labelers.labelers(seed=1)
+    rows = list(labelers.rankings(world, count, seed=1, people=people))
+    rng = random.Random(0)
+    with Store(site.db) as store:
+        store.set_rules(Rules(ratings="overall", gold_share=0.0, repeat_share=0.0))
+    site.person("somebody else")  # has the task that is there already
+    wanted = []
+    for row in rows:  # each is ranked by whoever asks first
+        rng.shuffle(row["responses"])
+        wanted.append({"prompt": row["prompt"], "responses": row["responses"]})
+    site.add(*wanted)
+    pages = [site.person(f"labeler {person.id}") for person in people]
+    done = 0
+    while done < count:
+        for person, page in zip(people, pages, strict=True):
+            until(page, "!document.querySelector('#ask').textContent.startsWith('Loading')")
+            if done == count:
+                break
+            text = page.inner_text(".turns .turn:last-child .text")
+            number = int(page.inner_text("#pace-done"))
+            label(page, lambda texts, text=text, person=person: person.rank(world, text, texts, 1))  # type: ignore[misc]
+            assert int(page.inner_text("#pace-done")) == number + 1
+            done += 1
+    exported = site.exported()
+    assert len(exported) == count
+    for row in exported:
+        person = people[int(row["person"].split()[-1])]
+        assert row["ranks"] == person.rank(world, row["prompt"][-1]["content"], row["responses"], 1)
+    assert {len(row["responses"]) for row in exported} <= set(range(4, 10))
+    assert len({row["person"] for row in exported}) == 5
+    by_item = sorted(exported, key=lambda row: row["item"])
+    assert [{key: row[key] for key in ("prompt", "responses")} for row in by_item] == wanted
+    path = site.folder / "labels.jsonl"
+    read = [
+        list(sources.rows(spec, "rankings", data_dir=site.folder / "data")) for spec in (str(path), f"people:{site.db}")
+    ]
+    assert read[0] == read[1] and len(read[0]) == count
+    assert set(forms.SCALES[:1]) == set(exported[0]["ratings"][0])
