@@ -24,7 +24,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollouts": GROUND | {"devices", "algorithms", "data", "models"},
     "runs": {"types", "settings", "devices", "people"},  # a resume compares the labels that it reads
     "analysis": GROUND | {"devices", "models"},
-    "people": set(),
 }
 
 
