@@ -186,7 +186,7 @@ def read(path: str | Path, wanted: Filter | None = None) -> Iterator[tuple[str, 
         yield from labels(db, wanted or Filter())
 
 
-_LEARNT = ("prompt", "responses", "ranks", "ended", "chosen", "rejected", "completion")
+_LEARNT = ("prompt", "responses", "ranks", "ended", "ratings", "chosen", "rejected", "completion")
 
 
 def learnt(path: str | Path, wanted: Filter | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
