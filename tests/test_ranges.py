@@ -109,7 +109,8 @@ def test_configs_are_found():
     package |= {f"rlhf_jax.models.config.{part}" for part in ("RopeScaling", "Config")}
     package |= {"rlhf_jax.algorithms.optim.Adam", "rlhf_jax.models.lora.Config", "rlhf_jax.devices.compute.Compute"}
     package |= {"rlhf_jax.devices.parallel.Config", "rlhf_jax.runs.checkpoint.Config"}
-    modules = ("pretrain", "sft", "reward", "ppo", "grpo", "dpo", "rounds", "studies.frontier", "papers.sentiment")
+    modules = ("pretrain", "sft", "reward", "ppo", "grpo", "dpo", "rounds", "papers.sentiment")
+    modules += ("studies.frontier", "studies.virtues")
     assert package | {f"experiments.{module}.Config" for module in modules} | {"scripts.chat.Config"} <= found
 
 

@@ -147,6 +147,20 @@ def score_answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) ->
 @functools.lru_cache(maxsize=1)
 def sample_answers(run: ppo.Config, model: Path, prompts: int, times: int) -> tuple[Rollout, np.ndarray]:
     """The answers of `score_answers` without scores, sampled once for all the reward models that are asked next."""
+    found = answers(run, model, prompts, times)
+    return found.sampled, np.array([gold_score(prompt, text) for prompt, text in found.texts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Answers of a model, and their texts beside those of the prompts."""
+
+    sampled: Rollout
+    texts: list[tuple[str, str]]  # (prompt, answer)
+
+
+def answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) -> Answers:
+    """The answers of `score_answers` without scores, and with their texts."""
     layout = parallel.layout(run.devices)
     policy, reference = (models.load(path, compute=run.compute, place=layout.sharding) for path in (model, run.init))
     tokenizer = models.tokenizer_of(policy)
@@ -167,4 +181,4 @@ def sample_answers(run: ppo.Config, model: Path, prompts: int, times: int) -> tu
     )
     texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
     asked_texts = [prompt_text(asked[int(index)]["prompt"]) for index in sampled.index]
-    return sampled, np.array([gold_score(prompt, text) for prompt, text in zip(asked_texts, texts, strict=True)])
+    return Answers(sampled, list(zip(asked_texts, texts, strict=True)))

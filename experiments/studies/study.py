@@ -111,14 +111,13 @@ def all_labels(cfg: Config) -> RewardSpec:
     return RewardSpec(cfg.prompts, cfg.pretrain.preset)
 
 
-def learn_reward(cfg: Config, seed: int, spec: RewardSpec) -> RewardModel:
-    """Have the answers of the fine-tuned model ranked, once for a seed, and learn a reward model from the labels."""
-    home, shared = cfg.out / f"seed{seed}", shared_settings(cfg, seed)
+def rank_answers(cfg: Config, seed: int) -> Path:
+    """Have the answers of the fine-tuned model ranked and rated, once for a seed; returns the folder of the labels."""
     ranked = cli.hand_down(
         "rank",
         cfg.rank,
-        shared,
-        out=home / "rank",
+        shared_settings(cfg, seed),
+        out=cfg.out / f"seed{seed}" / "rank",
         init=fine_tune(cfg),
         prompts=cfg.prompts,
         temperature=cfg.ppo.algorithm.temperature,
@@ -126,17 +125,23 @@ def learn_reward(cfg: Config, seed: int, spec: RewardSpec) -> RewardModel:
         max_new_tokens=cfg.ppo.max_new_tokens,
     )
     runs.once(rank.main, ranked)
+    return ranked.out
+
+
+def learn_reward(cfg: Config, seed: int, spec: RewardSpec) -> RewardModel:
+    """A reward model that has learnt from the labels of `rank_answers`."""
+    ranked = rank_answers(cfg, seed)
     labels = labels_path(cfg, seed, spec.prompts)
-    with (ranked.out / "train.jsonl").open(encoding="utf-8") as rows:
+    with (ranked / "train.jsonl").open(encoding="utf-8") as rows:
         runs.write(labels, "".join(itertools.islice(rows, spec.prompts)))
     learnt = cli.hand_down(
         "reward",
         cfg.reward,
-        shared,
-        out=home / f"reward-{spec.preset}-{spec.prompts}",
+        shared_settings(cfg, seed),
+        out=cfg.out / f"seed{seed}" / f"reward-{spec.preset}-{spec.prompts}",
         init=fine_tune(cfg, spec.preset),
         data=str(labels),
-        held_out=str(ranked.out / "held_out.jsonl"),
+        held_out=str(ranked / "held_out.jsonl"),
         epochs=spec.epochs,
     )
     result = runs.once(reward.main, learnt)

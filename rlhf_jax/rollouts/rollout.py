@@ -191,7 +191,7 @@ def texts(tokenizer: tokenizer_lib.Tokenizer, tokens: np.ndarray, mask: np.ndarr
 
 
 def table(rows: builders.Rows, tokenizer: tokenizer_lib.Tokenizer, episodes: Rollout, count: int) -> list[dict]:
-    """Prompt, response, score and KL of the first `count` episodes, to be read; `rows` are what their index counts."""
+    """Prompt, response, score, KL and any cost of the first `count` episodes; `rows` are what their index counts."""
     episodes = jax.tree.map(lambda x: x[:count], episodes)
     responses = texts(tokenizer, episodes.response_tokens, episodes.response_mask)
     kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
@@ -202,5 +202,6 @@ def table(rows: builders.Rows, tokenizer: tokenizer_lib.Tokenizer, episodes: Rol
             "score": float(episodes.score[b]),
             "kl": float(kl[b]),
         }
+        | ({} if episodes.cost is None else {"cost": float(episodes.cost[b])})
         for b, response in enumerate(responses)
     ]

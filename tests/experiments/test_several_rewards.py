@@ -75,6 +75,8 @@ def test_ppo_goes_on_with_its_multiplier_and_moments(done, cost, tmp_path, monke
     alone = several(quick, cost, tmp_path / "alone", quick.ppo)
     state = ppo.main(alone)
     first, last = metrics_of(alone.out)
+    costs = [row["cost"] for row in log.read(alone.out, "samples.jsonl")]
+    assert len(set(costs)) > 1
     assert first["cost/multiplier"] == pytest.approx(0.7)
     moved = 0.7 * math.exp(0.1 * 0.7 * (first["cost/mean"] + 0.1))
     assert last["cost/multiplier"] == pytest.approx(moved, rel=1e-4) and abs(moved - 0.7) > 1e-3

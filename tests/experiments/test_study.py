@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import dpo, grpo, ppo, pretrain, rank, reward, rloo
-from experiments.studies import courses, frontier, overoptimization, ptx, study, tables
+from experiments.studies import courses, frontier, overoptimization, ptx, study, tables, virtues
 from rlhf_jax import runs
 from rlhf_jax.analysis import overoptimization as curves
 from rlhf_jax.models import Compute
@@ -28,7 +28,7 @@ class Stage:
 def page(directory):
     """A folder of pages to renew."""
     directory.mkdir()
-    for name in ("overoptimization", "frontier", "ptx"):
+    for name in ("overoptimization", "frontier", "ptx", "virtues"):
         (directory / f"{name}.md").write_text(f"# Mine\n\n{study.BEGIN}\nearlier\n{study.END}\n\nFindings.\n")
     return directory
 
@@ -233,6 +233,38 @@ def test_the_mix_is_compared_at_equal_episodes(base, asked):
     text = renewed(cfg.docs, "ptx")
     for name in ("SFT", "PPO", "PPO-ptx", "InstructGPT"):
         assert f"| {name} | 0.750 ± 0.000 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in text
+
+
+def test_virtues_are_weighed_and_bounded_at_equal_terms(base, asked, monkeypatch):
+    found = {"helpful": 0.5, "harmless": 0.75, "gold": 0.25, "kl": 1.0}
+    once = runs.once
+    monkeypatch.setattr(runs, "once", lambda main, cfg: once(main, cfg) | found)
+    rows = [{"cost/mean": float(n), "cost/multiplier": 2.0} for n in range(8)]
+    monkeypatch.setattr(virtues.log, "read", lambda out: rows if "threshold" in out.name else [{"reward/score": 1.0}])
+    cfg = virtues.Config(**base, weights=(0.0, 2.0), thresholds=(-0.5,))
+    results = virtues.main(cfg)
+    assert list(results) == ["SFT", "weight 0", "weight 2", "cost at most -0.5"]
+    learnt = [run for run in asked if isinstance(run, reward.Config)]
+    home = cfg.out / "seed0"
+    assert [(run.virtue, run.algorithm.loss, run.out) for run in learnt[:3]] == [
+        ("helpful", "bradley_terry", home / "helpful-bradley_terry"),
+        ("harmless", "bradley_terry", home / "harmless-bradley_terry"),
+        ("harmless", "cost", home / "harmless-cost"),
+    ]
+    policies = [run for run in asked if isinstance(run, ppo.Config)]
+    assert len({(run.steps, run.batch, run.data, run.text, run.lr, run.init) for run in policies}) == 1
+    helpful, harmless, cost = (run.out / "model" for run in learnt[:3])
+    assert [(run.reward, run.cost) for run in policies[:3]] == [
+        ((helpful, harmless), None),
+        ((helpful, harmless), None),
+        ((helpful,), cost),
+    ]
+    assert [run.algorithm.rewards.weights for run in policies[:3]] == [(1.0, 0.0), (1.0, 2.0), ()]
+    assert policies[2].algorithm.rewards.threshold == -0.5
+    text = renewed(cfg.docs, "virtues")
+    same = "| 0.500 ± 0.000 | 0.750 ± 0.000 | 0.250 ± 0.000 | 1.000 ± 0.000 |"
+    assert f"| weight 2 {same} - | - |" in text
+    assert f"| cost at most -0.5 {same} 6.500 ± 0.000 | 2.000 ± 0.000 |" in text  # the last quarter
 
 
 def test_every_stage_takes_what_the_study_decides(base, asked):
