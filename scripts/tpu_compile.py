@@ -46,7 +46,7 @@ from rlhf_jax.devices import parallel
 from rlhf_jax.models import families, heads, lora
 from rlhf_jax.rollouts import scores
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.types import InputError, Params, Prompts, Rankings, Rollout, Tokens
+from rlhf_jax.types import InputError, Params, Prompts, Rankings, Rollout, Tokens, Virtue
 
 ROOMS = "experiments", "experiments.published", "experiments.papers", "experiments.studies"
 EXAMPLES = 8  # rows of any data: as many as a stage answers at its end
@@ -175,7 +175,15 @@ def token_batches(
 
 
 def ranking_batches(
-    responses: int, rows: Any, tokenizer: Any, *, length: int, batch: int, seed: int, epochs: int | None = None
+    responses: int,
+    rows: Any,
+    tokenizer: Any,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    epochs: int | None = None,
+    virtue: Virtue | None = None,
 ) -> Batches:
     shape = batch, responses, length
     rankings = Rankings(
@@ -183,6 +191,7 @@ def ranking_batches(
         mask=zeros(bool, *shape),
         start=zeros(np.int32, batch),
         rank=zeros(np.int32, batch, responses),
+        harmful=zeros(bool, batch, responses) if virtue else None,
     )
     return Batches(rankings, epochs is not None)
 
