@@ -223,9 +223,8 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
         " AND (assignments.state = 'done' OR (assignments.state = 'aside' AND ?))"
         " AND (? OR people.aside IS NULL)"
         " AND (? IS NULL OR items.round = ?) AND (? IS NULL OR people.name = ?) AND (? IS NULL OR items.task = ?)"
-        " AND (? <= 0 OR ? * (SELECT SUM(pairs) FROM labels AS own WHERE own.person = people.id AND own.kind = 'gold'"
-        " AND own.id NOT IN (SELECT label FROM withdrawals)) <= (SELECT SUM(agreed) FROM labels AS own WHERE"
-        " own.person = people.id AND own.kind = 'gold' AND own.id NOT IN (SELECT label FROM withdrawals)))"
+        " AND (? <= 0 OR people.id IN (SELECT person FROM labels WHERE kind = 'gold' AND pairs IS NOT NULL"
+        " AND id NOT IN (SELECT label FROM withdrawals) GROUP BY person HAVING SUM(agreed) >= ? * SUM(pairs)))"
         " ORDER BY labels.id"
     )
     values = (

@@ -83,14 +83,15 @@ class Thread:
         self._listener = self._listening.__enter__()
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(server.app(self._store), log_level="warning", access_log=False)
+        app = server.app(self._store)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._listener],))
         self._thread.start()
 
-    def kill(self) -> None:
-        """End the server at once, as far as a thread can."""
-        self._server.force_exit = self._server.should_exit = True
+    def close(self) -> None:
+        """End the server."""
+        self._server.should_exit = True
         self._thread.join()
         self._listening.__exit__(None, None, None)
         self._store.close()

@@ -91,7 +91,7 @@ def site(tmp_path: Path, browser: Any) -> Iterator[Site]:
     finally:
         for context in browser.contexts:
             context.close()
-        site.server.kill()
+        site.server.close()
 
 
 def shown(page: Any) -> list[str]:
@@ -158,8 +158,21 @@ def test_a_ranking_by_mouse(site: Site):
     assert site.server.token not in admin.url and "#" not in admin.url
 
     page = site.page(viewport={"width": 1440, "height": 900})
-    page.goto(link)
+    page.goto(f"{site.server.url}/enter#wrong")
+    until(page, "document.getElementById('enter-error').textContent.startsWith('This link is not valid')")
+    check_access(page)
+    admin.fill("#text", "# Be kind\n\n- to *everybody*")
+    admin.click("text=Save as a new version")
+    page.fill("#token", link)  # or open it
+    page.click("text=Enter")
+    page.wait_for_url("**/guidelines")
+    check_access(page)
+    page.keyboard.press("Enter")
     page.wait_for_url(site.server.url + "/")
+    page.keyboard.press("?")
+    page.wait_for_selector("dialog")
+    check_access(page)
+    page.keyboard.press("Escape")
     places = order(page, ANSWERS)
     assert page.locator(".panel.locked").count() == 1 and page.locator("#chip-0").is_disabled()
     page.click("#submit")
@@ -408,6 +421,31 @@ def test_two_tabs(site: Site):
     assert len(site.exported()) == 1
 
 
+def test_a_text_that_comes_too_late_can_be_copied(site: Site):
+    with Store(site.db) as store:
+        store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.0, lease=1.0))
+    site.add({"prompt": "Write."})
+    page = site.person("ann")
+    page.wait_for_selector(".chip")
+    page.keyboard.press("s")
+    page.keyboard.press("3")
+    page.wait_for_selector("#text")
+    page.evaluate(
+        "{ const real = window.fetch; window.fetch = (path, ...rest) =>"
+        " path === '/api/draft' ? new Promise(() => {}) : real(path, ...rest); }"  # no sign of life
+    )
+    page.locator("#text").fill("A long story.")
+    page.wait_for_timeout(1100)
+    other = site.person("bob")  # has what ann skipped, and then what she holds no longer
+    other.wait_for_selector(".chip")
+    other.keyboard.press("s")
+    other.keyboard.press("3")
+    other.wait_for_selector("#text")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("dialog")
+    assert "ran out" in page.inner_text("#banner") and page.input_value("dialog textarea") == "A long story."
+
+
 HOSTILE = [
     "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><style>body{display:none}</style>",
     "\u202eevil\u202c \u2066x \u0000\u0007 \u200b zero",
@@ -455,8 +493,7 @@ def test_chinese(site: Site):
 
 def test_the_page_goes_on_when_the_server_was_killed(site: Site):
     site.add({"prompt": "Second", "responses": ["a", "b"]})
-    site.server.kill()
-    process = Server(site.db)
+    process = Server(site.db)  # beside the one in a thread
     site.server.url = process.url
     page = site.person()
     for k in order(page, ANSWERS):

@@ -102,6 +102,7 @@ function work(boot) {
   let looked = 0; // milliseconds spent on the task
   let sign = Date.now(); // last sign of life
   let busy = false;
+  let timer = 0; // of the next draft, or of the next question for a task
   let selected = null; // chip that a click on a place will put there
   const tabs = "BroadcastChannel" in window ? new BroadcastChannel("people") : null;
 
@@ -207,7 +208,7 @@ function work(boot) {
     return found;
   }
 
-  async function load(focus = true) {
+  async function load(focus = !document.querySelector("dialog[open]")) {
     let body;
     try {
       const response = await fetch("/api/task");
@@ -215,7 +216,9 @@ function work(boot) {
       if (!response.ok) return refused(response.status, body);
     } catch {
       banner(t("offline"), "warn");
-      return setTimeout(load, 3000);
+      clearTimeout(timer);
+      timer = setTimeout(load, 3000);
+      return;
     }
     const { pace } = body;
     $("pace-today").textContent = pace.today;
@@ -227,9 +230,13 @@ function work(boot) {
     if (!task) {
       $("ask").textContent = body.aside ? t("aside") : t("nothing_left");
       $("task").replaceChildren();
-      return setTimeout(() => task || load(), 10000);
+      clearTimeout(timer);
+      timer = setTimeout(load, 10000);
+      return;
     }
+    clearTimeout(timer);
     looked = 0;
+    selected = null;
     answer = restored(task.responses.length);
     draw();
     scrollTo(0, 0);
@@ -578,8 +585,6 @@ function work(boot) {
 
   // Drafts -------------------------------------------------------------------------------------------------------------
 
-  let timer = 0;
-
   function changed() {
     answer.at = Date.now();
     localStorage.setItem(key("draft"), JSON.stringify({ assignment: task.id, answer }));
@@ -610,6 +615,11 @@ function work(boot) {
   function lost(body) {
     banner(words[`error_${body.error}`] || body.message, "warn");
     localStorage.removeItem(key("draft"));
+    if (task?.task === "demonstrate" && answer.text.trim()) {
+      const close = el("button", { type: "button", autofocus: true }, t("close"));
+      const box = dialog(t("lost_text"), el("textarea", { rows: 8, readOnly: true, value: answer.text, "aria-label": t("your_answer") }), close);
+      close.addEventListener("click", () => box.close());
+    }
     load();
   }
 
@@ -774,6 +784,7 @@ function work(boot) {
 
   document.addEventListener("keydown", (event) => {
     if (document.querySelector("dialog[open]")) return;
+    if (event.key === "?" && !document.activeElement?.matches("input:not([type=radio]), textarea")) return help();
     if (!task) return event.key === "u" && !event.ctrlKey && !event.metaKey ? undo() : undefined;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
@@ -831,7 +842,7 @@ function work(boot) {
       first.focus();
       return $(`card-${n}`).scrollIntoView({ block: "nearest" });
     }
-    const acts = { x: expand, s: askSkip, u: undo, n: () => $("note").focus(), "?": help };
+    const acts = { x: expand, s: askSkip, u: undo, n: () => $("note").focus() };
     if (acts[name]) {
       done();
       acts[name]();
