@@ -331,7 +331,8 @@ class Pages:
 
     async def task(self, request: Request) -> Response:
         """The person's task, as JSON."""
-        return JSONResponse(await run_in_threadpool(self._task, request))
+        content = json.dumps(await run_in_threadpool(self._task, request))  # in ASCII: a draft may be no Unicode yet
+        return Response(content, media_type="application/json")
 
     def _task(self, request: Request) -> dict[str, Any]:
         person = self._person(request)
@@ -431,7 +432,7 @@ class Pages:
     async def export(self, request: Request) -> Response:
         """Send the labels as JSON Lines."""
         await run_in_threadpool(self._administrator, request)
-        wanted = exchange.Filter.parse(request.url.query)
+        wanted = exchange.Filter.parse(urllib.parse.unquote_plus(request.url.query))
 
         def lines() -> Iterator[str]:
             with self._store.reader() as db:
@@ -451,7 +452,9 @@ class Pages:
             raise Denied(401, "no_session")
         if body is not None:
             given = request.headers.get("x-csrf") or body.get("csrf") or ""
-            if not isinstance(given, str) or not hmac.compare_digest(given.encode(), _csrf(session).encode()):
+            if not isinstance(given, str) or not hmac.compare_digest(
+                given.encode(errors="replace"), _csrf(session).encode()
+            ):
                 raise Denied(403, "foreign_page")
         return person
 

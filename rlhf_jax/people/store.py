@@ -529,7 +529,7 @@ class Store:
             row = self._held(db, person, number)
             lease = self._clock() + self.rules().lease
             db.execute("UPDATE assignments SET expires = ? WHERE id = ?", (lease, number))
-            values = (person, row["item"], _json(body), self._clock())
+            values = (person, row["item"], json.dumps(body), self._clock())  # in ASCII: a draft may be no Unicode yet
             db.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?, ?, ?)", values)
 
     # -- labels --------------------------------------------------------------------------------------------------------
@@ -541,8 +541,8 @@ class Store:
         the time that the person looked at the task. Raises InputError for an answer that is not whole, Contradiction
         for one that needs to be confirmed, and Refused for a task that the person does not hold.
         """
-        if not isinstance(submission, str) or not 8 <= len(submission) <= 64:
-            raise InputError("submission: expected a name of 8 to 64 characters")
+        if not 8 <= len(submission) <= 64 or not submission.isascii():
+            raise InputError("submission: expected a name of 8 to 64 ASCII characters")
         with self._write() as db:
             query = "SELECT id, assignment FROM labels WHERE person = ? AND submission = ?"
             if row := db.execute(query, (person, submission)).fetchone():

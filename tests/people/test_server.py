@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra people: pip install -e .[people]")
-pytest.importorskip("httpx", reason="needs httpx: pip install httpx")
+pytest.importorskip("httpx2", reason="needs httpx2: pip install httpx2")
 
 from starlette.testclient import TestClient
 
@@ -50,7 +50,7 @@ class Browser:
         return self.client.get("/api/task").json()["task"]
 
     def post(self, path: str, **body: Any) -> Any:
-        return self.client.post(path, json=body, headers=self.headers)
+        return self.client.post(path, content=json.dumps(body), headers=self.headers)
 
     def submit(self, number: int, answer: Any, name: str = "submission") -> Any:
         return self.post("/api/submit", assignment=number, submission=name, answer=answer, seconds=1.5)
@@ -90,6 +90,28 @@ def test_a_wrong_answer_is_named(store: Store, body: Any, message: str):
     for wrong in ({"assignment": "x"}, {"assignment": 1, "seconds": "long"}, {"assignment": 1, "seconds": 1}):
         assert ann.post("/api/submit", **wrong).status_code == 422
     assert ann.client.post("/api/submit", content=b"{", headers=ann.headers).status_code == 422
+
+
+def test_odd_values_break_nothing(store: Store):
+    ann = Browser(store, "Ann Lee")
+    number = ann.task()["id"]
+    odd = ["\ud800" * 9, "x" * 65, "\N{SNOWMAN}" * 9, 12345678, None, ["x" * 9], "short"]
+    for name in odd:
+        assert ann.submit(number, {"ranks": [0, 1]}, name).status_code == 422
+    for answer in ({"ranks": [0, 1], "note": "\ud800"}, {"skip": ["x"]}, {"skip": {}}, {"ranks": {"0": 1}}, "x", None):
+        assert ann.submit(number, answer).status_code == 422
+    for seconds in (float("nan"), -1, "1", None, 1e300):
+        content = json.dumps({"assignment": number, "submission": "x" * 9, "answer": {}, "seconds": seconds})
+        assert ann.client.post("/api/submit", content=content, headers=ann.headers).status_code == 422
+    for assignment in (True, 1.5, -1, 2**70, "1", None):
+        assert ann.post("/api/draft", assignment=assignment, draft={}).status_code == 422
+    assert ann.post("/api/draft", assignment=9999, draft={}).json()["error"] == "foreign"
+    assert ann.client.post("/api/undo", content=json.dumps({"csrf": "\ud800"})).status_code == 403
+    draft = {"text": "\ud83d", "note": "\u0000"}
+    assert ann.post("/api/draft", assignment=number, draft=draft).status_code == 200 and ann.task()["draft"] == draft
+    assert ann.submit(number, {"ranks": [0, 1], "note": "\u0000 \U0001f600"}).status_code == 200
+    admin = Browser(store, "administrator", "administrator")
+    assert len(admin.client.get("/admin/export?person=Ann%20Lee").text.splitlines()) == 1
 
 
 def test_a_contradiction_is_asked(store: Store):
@@ -328,10 +350,10 @@ def test_the_event_loop_is_not_held_up(store: Store):
     """The store is called in threads: a slow one holds up nobody who asks for something else."""
 
     async def both() -> list[str]:
-        import httpx
+        import httpx2
 
-        transport = httpx.ASGITransport(app=server.app(store))
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        transport = httpx2.ASGITransport(app=server.app(store))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http:
             store._lock.acquire()
             try:
                 slow = asyncio.create_task(http.post("/enter", json={"token": "x"}))
