@@ -37,9 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest picks by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow are tests so marked, and all that need the models of a quickstart."""
+    """Slow are tests so marked, and all that need the models of a quickstart or a browser."""
     for item in items:
-        if "done" in getattr(item, "fixturenames", ()):
+        if {"done", "browser"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

@@ -165,6 +165,7 @@ def test_the_published_grpo_has_another_optimum():
     assert distance(Tree(vocab=4, depth=1), grpo, scale=False)[1] > 0.02
 
 
+@pytest.mark.slow
 def test_a_penalty_in_the_loss_has_this_optimum_for_a_single_token_alone():
     # Over more tokens, it does not see what a token does to the KL of those that follow.
     settings = {"kl_in": "loss", "kl_kind": "k2", "whiten_advantages": None}  # whitening would rescale the score alone

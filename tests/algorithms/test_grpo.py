@@ -39,6 +39,7 @@ def compiled(name):
     return jax.jit(step(name)[0])
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_first_pass_has_ratio_one(name):
     _, cfg = step(name)
@@ -169,6 +170,7 @@ def test_unfinished_responses_are_scored_as_told():
     np.testing.assert_allclose(metrics["reward/score"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_ppo_without_value_or_lambda_is_a_policy_gradient_too():
     """With a critic that knows nothing, lambda 1 and no whitening, PPO's first gradient is REINFORCE's."""
     sampled = on_policy().replace(value=jnp.zeros((16, N)))

@@ -140,6 +140,7 @@ def test_adapt_kl_coef_oracle(case):
 # The step -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_first_pass_ratio_is_one():
     assert compiled()(state(), episodes(0))[1]["ratio/first_error"] < 1e-5
     stale = episodes(0)
@@ -281,6 +282,7 @@ def test_the_entropy_is_that_of_the_distribution_sampled_from(temperature):
     np.testing.assert_allclose(total, -0.3 * np.sum(entropy, where=np.asarray(mask)) / 7, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_clips_and_penalty_reach_the_loss():
     plain = losses()
     assert losses(clip=0.9)["loss/policy"] < plain["loss/policy"]
@@ -318,6 +320,7 @@ def test_the_step_follows_its_settings(change, same):
     assert (difference(plain.params, changed.params) < 1e-6) == same
 
 
+@pytest.mark.slow
 def test_updates_end_before_the_one_that_strays():
     cfg = dataclasses.replace(CFG, stop_kl=0.01)
     stale = EPISODES.replace(logp=EPISODES.logp - 0.5)  # approx_kl is 1/8 from the first minibatch on
@@ -327,6 +330,7 @@ def test_updates_end_before_the_one_that_strays():
     assert metrics["policy/updated"] == 0
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights():
     cfg = dataclasses.replace(CFG, epochs=1, minibatches=1, ema=0.75)
     first, _ = run(cfg)
@@ -385,6 +389,7 @@ def test_ptx_adds_the_next_token_gradient_to_the_policy_alone():
     assert losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.slow
 def test_gradient_equals_the_sum_of_its_parts():
     # The loss of a whole minibatch is the sum of its shares, whose counts are those of the whole.
     batch, _ = ppo.experience(episodes(0), jnp.float32(0.1), CFG)

@@ -157,6 +157,7 @@ def start(name, cfg):
     return updates.init({"policy": tiny.policy()}, TX, cfg, jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_learns_from_the_combination_on_one_device_and_eight(name):
     group = {} if name == "ppo" else {"group": 4}
@@ -181,6 +182,7 @@ def test_every_algorithm_learns_from_the_combination_on_one_device_and_eight(nam
         tiny.assert_close(alone.params, results[0][0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cost_loss_oracle():
     case = Case("cost_model_loss")
     cost = jnp.stack([case["cost_lower"], case["cost_higher"]], axis=1)
@@ -211,6 +213,7 @@ def test_cost_loss_of_a_ranking_by_hand():
     assert grad[0, 3] == 0 and not np.any(grad[1])
 
 
+@pytest.mark.slow
 def test_a_cost_model_learns_on_one_device_and_eight():
     cfg = reward.Config(loss="cost")
     ranks = RNG.integers(0, 3, (8, 3)).astype(np.int32)

@@ -159,6 +159,7 @@ def test_one_device_and_its_micro_batches_equal_eight_and_a_mesh(name):
         tiny.assert_close(state, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_take_less_memory():
     batch = test_sft.batch(0, rows=64)
     state = optim.init(tiny.policy(), test_sft.TX, KEY)

@@ -34,6 +34,7 @@ def arrays(rows, columns, groups, shared, size, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
 @pytest.mark.parametrize(("shared", "cap", "size"), [(1, None, 8), (2, 2.0, 6)])
 def test_splash_is_plain_attention(segment, shared, cap, size):
@@ -163,6 +164,7 @@ def test_a_model_with_cudnn_is_the_model(left, monkeypatch):
     np.testing.assert_allclose(*(x[mask] for x in logits), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt"])
 def test_a_model_with_the_kernel_is_the_model(name, monkeypatch):
     monkeypatch.setattr(attention, "splash", functools.partial(attention.splash, interpret=True))

@@ -121,6 +121,7 @@ def test_adapted_computes_and_learns_what_merged_does(config, remat):
     assert np.max(np.abs(one[1] - plain)) > 0.1
 
 
+@pytest.mark.slow
 @BOTH
 def test_generation_says_what_merged_does(config):
     trained, base = parts(tiny.policy(config))
@@ -156,6 +157,7 @@ def test_settings_are_flags():
     assert sft_experiment.Config().lora.rank is None
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight_and_the_base_stays():
     trained, base = parts(tiny.policy())
     before = copied(base)

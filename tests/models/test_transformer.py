@@ -63,6 +63,7 @@ def test_positions():
     np.testing.assert_array_equal(position, [[-1, 0, 1, -1, 2, 0, 1, -1], [0, 1, 2, 0, 0, 1, -1, -1]])
 
 
+@pytest.mark.slow
 @BOTH
 def test_rematerialisation_changes_memory_and_no_gradient(config):
     tokens, mask = jnp.array(tiny.random_tokens(0, 8, 24)), jnp.ones((8, 24), bool)
@@ -274,6 +275,7 @@ def test_dropout_keeps_the_mean():
     assert abs(float(jnp.mean(dropped)) - 1.0) < 0.02
 
 
+@pytest.mark.slow
 def test_presets_have_the_published_sizes():
     published = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
     published |= {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}

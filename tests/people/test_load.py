@@ -76,6 +76,7 @@ class Worker(threading.Thread):
             self.acknowledged[said["label"]] = ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_no_acknowledged_label_is_lost_or_doubled_by_a_kill(kills: int, tmp_path: Path):
     db = tmp_path / "people.db"
@@ -155,6 +156,7 @@ async def person(client: Client, share: int, taken: list[float], got: list[int],
     client.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_forty_people_at_once(labels: int, tmp_path: Path):
     """No lease is given twice, every label is stored, and a submission takes under 100 ms (p99; the slow one alone)."""

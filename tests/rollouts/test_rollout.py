@@ -72,6 +72,7 @@ def test_two_rollouts_share_no_noise():
     assert len({tuple(row) for row in np.concatenate(rows).tolist()}) > 60
 
 
+@pytest.mark.slow
 def test_responses_do_not_depend_on_the_batch():
     model = models.Model(tiny.GPT, tiny.policy(), None, lambda: None)
     args = model, prompts(20), jax.random.key(0), sampling.Config(max_new_tokens=N, eos_id=EOS)

@@ -37,6 +37,7 @@ def scored(config, tokens, mask, sample, temperature=1.0):
     return logits[:, start - 1 : -1], logprobs.token_logprobs(logits[:, start - 1 : -1], sample.tokens, temperature)
 
 
+@pytest.mark.slow
 @EVERY
 def test_greedy_is_the_argmax_without_a_cache(config):
     tokens, mask = tiny.random_tokens(0, 4, 6), tiny.ragged(1, 4, 6)
@@ -171,6 +172,7 @@ def test_any_of_several_ends():
     np.testing.assert_array_equal(everything.mask.sum(1), np.ones(8))
 
 
+@pytest.mark.slow
 def test_samples_follow_the_distribution():
     rows = 20_000
     tokens, mask = np.broadcast_to(tiny.random_tokens(0, 1, 3), (rows, 3)), np.ones((rows, 3), bool)

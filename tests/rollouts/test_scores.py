@@ -86,6 +86,7 @@ def test_each_model_and_a_cost_model_score_by_themselves(devices, monkeypatch):
     np.testing.assert_allclose(found.cost, six, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_ensemble_takes_its_disagreement_off_its_mean():
     sampled = parallel.shard(episodes())
     alone = [parallel.gather(scores.reward_models([reward(n)], EOS)(sampled)).score for n in (5, 6, 7)]

@@ -130,6 +130,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_says_nothing_of_its_own(tmp_path):
     (tmp_path / "fork.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "fork", "--seed", "4"]

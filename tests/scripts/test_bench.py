@@ -93,6 +93,7 @@ def test_peers_stand_in_the_table(cfg, tmp_path, monkeypatch, capsys):
     assert rows["packing"][-1] == ""  # which no peer knows
 
 
+@pytest.mark.slow
 def test_the_scaling_is_drawn(cfg, tmp_path, monkeypatch):
     seen = []
 

@@ -55,6 +55,7 @@ def test_the_quickstart_has_those_of_its_stages():
     assert found[:3] == ["pretrain train", "pretrain loss", "pretrain sample"] and found[-1] == "evaluate loss"
 
 
+@pytest.mark.slow
 def test_models_are_those_that_experiments_make_of_each_other():
     quickstart = models.parameter_count(dataclasses.replace(models.preset("llama-mini"), vocab_size=1280))
     stories = models.parameter_count(dataclasses.replace(models.preset("llama-mini-512"), vocab_size=2048))
@@ -110,6 +111,7 @@ def test_a_recipe_names_its_stage():
     assert billions == pytest.approx(1.32, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(), ("--devices.fsdp", "8")], ids=["pmap", "mesh"])
 def test_a_loaded_reward_model_is_gone_where_the_scorer_has_its_copy(mesh):
     for experiment in ("best_of_n", "rejection"):
@@ -120,6 +122,7 @@ def test_a_loaded_reward_model_is_gone_where_the_scorer_has_its_copy(mesh):
         assert mib(steps["score"].beside) == pytest.approx(policies, rel=0.01)
 
 
+@pytest.mark.slow
 def test_nothing_is_written_or_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for experiment in ("pretrain", "reward", "rank", "ppo", "evaluate"):
@@ -171,6 +174,7 @@ def test_the_status_says_whether_all_fits_together(told, capsys, gib, status):
     assert json.loads(record)[0]["traffic"]["collectives"] == {"all-reduce": 1.5 * tpu.GIB}
 
 
+@pytest.mark.slow
 def test_some_steps_alone(told, capsys):
     told += [REPORT]
     assert tpu_compile.main(["--experiment", "ppo", "--topology", "v5e:2x4", "--only", "score"]) == 0
