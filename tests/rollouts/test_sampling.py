@@ -86,6 +86,13 @@ def test_rows_that_have_ended_are_left_out_without_a_trace(config):
     assert 0.25 < together.mask.mean() < 0.75
 
 
+def on(platform, monkeypatch):
+    """Has `generate` traced as for this platform, and its part of the trace run here."""
+    monkeypatch.setattr(parallel, "platform", lambda: platform)
+    own = "cpu" if platform == "cpu" else "default"
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **run: run[own](*args))
+
+
 def fresh(monkeypatch):
     """Has `generate` traced anew, which for the same function it would not be."""
     run = sampling._generate.__wrapped__
@@ -100,7 +107,7 @@ def test_other_devices_sample_the_same(config, platform, monkeypatch):
     """TPUs by a scan over layers, on one cache; GPUs layer by layer, but all rows to the end."""
     tokens, mask = tiny.random_tokens(0, 32, 6), tiny.ragged(1, 32, 6)
     here = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
-    monkeypatch.setattr(parallel, "platform", lambda: platform)
+    on(platform, monkeypatch)
     fresh(monkeypatch)
     there = generate(config, tokens, mask, eos_id=(EOS, 5, 7))
     tiny.assert_close(here, there, atol=1e-5)
@@ -131,7 +138,7 @@ def within_loops(jaxpr, inside=False):
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @BOTH
 def test_no_step_converts_weights(config, platform, monkeypatch):
-    monkeypatch.setattr(parallel, "platform", lambda: platform)
+    on(platform, monkeypatch)
     fresh(monkeypatch)
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
     step = functools.partial(sampling.generate, models.Transformer(config), cfg=sampling.Config(4, eos_id=EOS))
