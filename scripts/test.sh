@@ -24,4 +24,4 @@ else
     "$venv/bin/mypy"
 fi
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-exec "$venv/bin/python" -m pytest -n 2 --dist loadfile ${arguments[@]+"${arguments[@]}"}
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${arguments[@]+"${arguments[@]}"}

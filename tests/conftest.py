@@ -1,6 +1,8 @@
 """What every test runs under: eight CPU devices, and numerical sloppiness as an error."""
 
 import dataclasses
+import fcntl
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,16 +33,28 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config, "cache", None) is None:  # under -p no:cacheprovider
         return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; with a limit, workers take turns in it
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Compiled programs that were used least recently are deleted; a limit of JAX would cost each new one time."""
+    from rlhf_jax.runs import compiled  # here, since its annotations are checked: pytest hooks into its import first
+
+    if jax.config.jax_compilation_cache_dir and not hasattr(session.config, "workerinput"):
+        compiled.trim(Path(jax.config.jax_compilation_cache_dir), 2**30)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest picks by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow are tests so marked, and all that need the models of a quickstart or a browser."""
+    """Slow are tests so marked, and all that need the models of a quickstart or a browser.
+
+    Files with slow tests come first, so that no worker is left alone with one at the end.
+    """
     for item in items:
         if {"done", "browser"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,12 +66,21 @@ def _forgotten() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict]:
-    """The configuration of a quickstart of two steps a stage, after it ran, and its summary."""
+    """The configuration of a quickstart of two steps a stage, after it ran, and its summary.
+
+    It runs once, in one of the workers.
+    """
     from experiments import assistant
     from tests.quickstart import TINY
 
-    cfg = dataclasses.replace(TINY, out=tmp_path_factory.mktemp("runs") / "quickstart")
-    return cfg, assistant.main(cfg)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    cfg = dataclasses.replace(TINY, out=folder / "runs" / "quickstart")
+    with (folder / "quickstart.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        summary = cfg.out / "summary.json"
+        return cfg, json.loads(summary.read_text()) if summary.exists() else assistant.main(cfg)
 
 
 @pytest.fixture

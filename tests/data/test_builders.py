@@ -446,11 +446,8 @@ def test_the_place_of_a_row(tmp_path, publish):
     assert sources.rows("world:rows=3", "prompts", data_dir=tmp_path).where(2) == "data 'world:rows=3', row 2"
 
 
-LOCALES = [{"LC_ALL": "C"}, {"LC_ALL": "POSIX"}, {"LC_ALL": "en_US.ISO-8859-1"}]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "en_US.ISO-8859-1"}])
 def test_files_are_utf_8_whatever_the_locale(tmp_path, locale):
     row = {"prompt": "Say café 🙂: ", "completion": "ok 🙂"}
     path = tmp_path / "données.jsonl"

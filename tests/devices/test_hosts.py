@@ -90,16 +90,18 @@ def test_the_first_process_lets_the_others_go_on_after_an_error(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(), ("--devices.fsdp", 4, "--devices.tensor", 2)], ids=["pmap", "mesh"])
-def test_two_processes_train_as_one_does(done, tmp_path: Path, mesh):
-    """PPO, with sampling, the mix of pretraining text and checkpoints, from the same models as in the quickstart."""
+@pytest.mark.parametrize(
+    ("stage", "mesh"), [("sft", ()), ("ppo", ("--devices.fsdp", 4, "--devices.tensor", 2))], ids=["pmap", "mesh"]
+)
+def test_two_processes_train_as_one_does(done, tmp_path: Path, stage, mesh):
+    """With dropout, sampling, the mix of pretraining text and checkpoints, from the models of the quickstart."""
     start = done[0].out
-    ends = several.ends(several.launch(2, "child", start, tmp_path, "ppo", *mesh), 300)
+    ends = several.ends(several.launch(2, "child", start, tmp_path, stage, *mesh), 300)
     assert [code for code, _ in ends] == [0, 0], ends
-    assert several.difference("ppo", start, tmp_path) < 1e-5
-    ours, theirs = (models.load(run / "ppo" / "model").params for run in (start, tmp_path))
+    assert several.difference(stage, start, tmp_path) < 1e-5
+    ours, theirs = (models.load(run / stage / "model").params for run in (start, tmp_path))
     tiny.assert_close(ours, theirs, atol=1e-5)
-    saved = tmp_path / "ppo" / "checkpoints"
+    saved = tmp_path / stage / "checkpoints"
     assert checkpoint.steps(saved) == [2]
     parts = {path.name for path in saved.glob("2/state/ocdbt.process_*")}
     assert parts == {"ocdbt.process_0", "ocdbt.process_1"}  # both wrote

@@ -6,10 +6,18 @@ import pytest
 
 from experiments.papers import instructgpt, tldr_stiennon2020
 from rlhf_jax import models
+from rlhf_jax.rollouts import sampling
 from scripts import tpu_compile
 
 RECIPES = {"instructgpt": instructgpt, "tldr_stiennon2020": tldr_stiennon2020}
 CASES = [(recipe, stage) for recipe, module in RECIPES.items() for stage in module.STAGES]
+
+
+@pytest.fixture(autouse=True)
+def scanned(monkeypatch):
+    """Of rollouts, which come before the train step, only shapes are needed: layer by layer they take long to trace."""
+    stacked = lambda network, prompts, cfg, loops: sampling._sample_stacked(network, prompts, cfg)
+    monkeypatch.setattr(sampling, "_sample_unrolled", stacked)
 
 
 def trained(recipe, stage):

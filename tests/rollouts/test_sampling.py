@@ -102,7 +102,7 @@ def fresh(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
-@EVERY
+@BOTH
 def test_other_devices_sample_the_same(config, platform, monkeypatch):
     """TPUs by a scan over layers, on one cache; GPUs layer by layer, but all rows to the end."""
     tokens, mask = tiny.random_tokens(0, 32, 6), tiny.ragged(1, 32, 6)
@@ -115,7 +115,7 @@ def test_other_devices_sample_the_same(config, platform, monkeypatch):
 
 
 @pytest.mark.slow
-@EVERY
+@BOTH
 def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
     tokens, mask = tiny.random_tokens(0, 8, 6), tiny.ragged(1, 8, 6)
