@@ -17,12 +17,14 @@ Result:  from the quickstart's models, seed 0, before rankings marked answers th
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from experiments import evaluate, ppo, rank, reward
 from rlhf_jax import runs
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count
+from rlhf_jax.types import InputError
 
 
 # The types of the stages are quoted, since inside the class a field's name hides the module of the same name.
@@ -105,6 +107,7 @@ def main(cfg: Config) -> dict[str, list[dict]]:
     Where people rank, also the reward model's accuracy; with prompts of their own that alone.
     """
     stages(cfg, cfg.out, 1, cfg.init, cfg.init)  # refuses flags without effect before anything runs
+    _check_labels(cfg)
     runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
     arms = ("online", "offline") if cfg.rank.db is None else ("online",)
@@ -127,6 +130,19 @@ def main(cfg: Config) -> dict[str, list[dict]]:
     }
     plots.lines(cfg.out / "rounds.png", panels, x="round")
     return results
+
+
+def _check_labels(cfg: Config) -> None:
+    """Raises InputError where people would give fewer rankings than a batch, before they give any."""
+    if cfg.rank.db is None:
+        return
+    for flag, asked in {"prompts": cfg.rank.prompts, "held-out": cfg.rank.held_out * cfg.rank.overlap}.items():
+        given = math.ceil(cfg.rank.enough * asked)
+        if given < cfg.reward.batch:
+            raise InputError(
+                f"--rank.{flag} gives {given} rankings a round, fewer than a batch of --reward.batch"
+                f" {cfg.reward.batch}: raise the one or lower the other"
+            )
 
 
 def arm(cfg: Config, online: bool) -> list[dict]:

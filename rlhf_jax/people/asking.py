@@ -45,13 +45,17 @@ class Standing:
         groups = ", ".join(f"{name} {self.done[name]} of {wanted}" for name, wanted in self.wanted.items())
         left = sum(self.wanted.values()) - sum(self.done.values())
         said = f"answers of people: {groups}; {self.working} at work"
-        if self.hourly:
+        if self.hourly and left:
             said += f", {self.hourly:.0f} an hour, {_duration(3600 * left / self.hourly)} to go"
-        if not self.people:
-            return f"{said}; nobody has a link yet: invite people on the administrator's page"
-        if self.stuck:
-            return f"{said}; nobody is left to give {self.stuck} of them: invite more people, or lower --enough"
         return said
+
+    def hint(self) -> str:
+        """What stands in the way of further answers, and what to do; empty if nothing does."""
+        if not self.people:
+            return "nobody has a link yet: invite people on the administrator's page"
+        if self.stuck:
+            return f"nobody is left to give {self.stuck} of the answers: invite more people, or lower --enough"
+        return ""
 
 
 class Asked:
@@ -126,7 +130,7 @@ class Asked:
         """Whether this share of the answers is in; else a line says how far they are, and a while has passed."""
         standing = self._patiently(self.standing)
         enough = standing.is_enough(share)
-        with self._line.told(str(standing), last=enough):
+        with self._line.told(str(standing), "" if enough else standing.hint(), last=enough):
             if not enough:
                 time.sleep(POLL)
         return enough
@@ -179,25 +183,30 @@ class _Line:
     """A line that changes: in place on a terminal, elsewhere printed anew when it has changed, once in a while."""
 
     def __init__(self) -> None:
-        self._said, self._when = "", -math.inf
+        self._said, self._hint, self._when = "", "", -math.inf
 
     @contextlib.contextmanager
-    def told(self, line: str, last: bool) -> Iterator[None]:
-        """Within, the line stands there; after the `last`, or an interruption, the output goes on below it."""
-        if sys.stdout.isatty():
-            shown = line[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{shown}", end="\n" if last else "", flush=True)
-            try:
-                yield
-            except BaseException:
-                print()
-                raise
-            return
-        now = time.monotonic()
-        if line != self._said and (last or now - self._when >= LINE):
+    def told(self, line: str, hint: str, last: bool) -> Iterator[None]:
+        """Within, the line stands there, below a new hint; after the `last`, or an interruption, output goes on below.
+
+        A hint is printed once, and cut nowhere.
+        """
+        in_place = sys.stdout.isatty()
+        clear = "\r\x1b[K" if in_place else ""
+        if hint and hint != self._hint:
+            print(f"{clear}{hint}", flush=True)
+        self._hint = hint
+        if in_place:
+            print(f"{clear}{line[: shutil.get_terminal_size().columns - 1]}", end="\n" if last else "", flush=True)
+        elif line != self._said and (last or time.monotonic() - self._when >= LINE):
             print(line, flush=True)
-            self._said, self._when = line, now
-        yield
+            self._said, self._when = line, time.monotonic()
+        try:
+            yield
+        except BaseException:
+            if in_place:
+                print(flush=True)
+            raise
 
 
 def _duration(seconds: float) -> str:

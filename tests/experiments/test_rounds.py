@@ -63,13 +63,13 @@ def test_rounds_of_labels(done, tmp_path, ran, capsys):
 def test_rounds_with_people(done, tmp_path, ran, capsys):
     """One arm, whose items carry the round; reward models are measured on what people say of held-out prompts."""
     cfg, _ = done
-    ranked = rank.Config(prompts=8, db=tmp_path / "people.db")
+    ranked = rank.Config(prompts=16, held_out=8, db=tmp_path / "people.db")
     config = rounds.Config(rounds=2, rank=ranked, **paths(cfg, tmp_path / "world", "init", "out"))
     measured = {"gold": 0.5, "reward": 0.25, "kl": 1.0, "nll": 2.0, "accuracy": 0.75}
     assert rounds.main(config) == {"online": [measured] * 2}
     assert "accuracy on held-out pairs" in capsys.readouterr().out
     asked = [config for name, config in ran if name == "rank"]
-    assert [(one.round, one.skip, one.db) for one in asked] == [(1, 0, ranked.db), (2, 8, ranked.db)]
+    assert [(one.round, one.skip, one.db) for one in asked] == [(1, 0, ranked.db), (2, 16, ranked.db)]
     learnt = [config for name, config in ran if name == "reward"]
     assert [one.held_out for one in learnt] == [str(one.out / "held_out.jsonl") for one in asked]
     ran.clear()
@@ -79,3 +79,6 @@ def test_rounds_with_people(done, tmp_path, ran, capsys):
     assert (own.out / "rounds.png").is_file()
     said = refused(capsys, rounds.main, own, "--rank.round", "7")
     assert "--rank.round has no effect here, where other flags decide it" in said
+    for flags in (["--rank.held-out", 7], ["--rank.enough", 0.8, "--rank.prompts", 17]):
+        said = refused(capsys, rounds.main, own, *flags)
+        assert "14 rankings a round, fewer than a batch of --reward.batch 16" in said

@@ -60,7 +60,7 @@ def test_a_run_waits_until_enough_answers_are_in(db: Path, capsys: pytest.Captur
     with Store(db) as store:
         asked = Asked(store, groups())
         assert "6 tasks added, 0 were there already" in capsys.readouterr().out
-        assert asked.standing().people == 0 and "nobody has a link yet" in str(asked.standing())
+        assert asked.standing().people == 0 and asked.standing().hint().startswith("nobody has a link yet")
         ann, bob = invite(store, "ann"), invite(store, "bob")
         store.set_aside(invite(store, "eve"), "why not")
         while answer(store, ann):
@@ -101,7 +101,7 @@ def test_what_does_not_count(db: Path):
         assert (sum(standing.done.values()), standing.stuck) == (5, 0)  # bob can give the skipped one
         store.revoke(bob)
         standing = asked.standing()
-        assert standing.stuck == 1 and "nobody is left to give 1 of them: invite more people" in str(standing)
+        assert standing.stuck == 1 and "nobody is left to give 1 of the answers: invite more" in standing.hint()
         assert len([*asked.rows()["train"], *asked.rows()["held_out"]]) == 5
         store.set_aside(ann, "why not")
         assert sum(asked.standing().done.values()) == 0 and asked.rows() == {"train": [], "held_out": []}
@@ -177,14 +177,15 @@ def test_a_busy_store_is_waited_for(db: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    lines = [f"line {n}" for n in range(3)]
     line = asking._Line()
     for n in (0, 0, 1, 2):
-        with line.told(lines[n], last=n == 2):
+        with line.told(f"line {n}", "a hint" if n == 1 else "", last=n == 2):
             pass
-    assert capsys.readouterr().out == "line 0\nline 2\n"  # a minute has not passed
+    assert capsys.readouterr().out == "line 0\na hint\nline 2\n"  # a minute has not passed
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    with pytest.raises(KeyboardInterrupt), line.told("line 0" + "x" * 1000, last=False):
-        raise KeyboardInterrupt
-    said = capsys.readouterr().out
-    assert said.startswith("\r\x1b[Kline 0x") and said.endswith("x\n") and len(said) < 1000
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), line.told("x" * 1000, "h" * 200, last=False):
+            raise KeyboardInterrupt
+    first, second, third, last = capsys.readouterr().out.split("\n")
+    assert first == "\r\x1b[K" + "h" * 200 and second == third and set(third) == set("\r\x1b[Kx") and not last
+    assert len(second) < 200

@@ -599,7 +599,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
         data_dir=cfg.out / "data",
         init=cfg.out / "sft" / "model",
         rounds=2,
-        rank=dataclasses.replace(cfg.rank, prompts=4, held_out=2, db=site.db),
+        rank=dataclasses.replace(cfg.rank, prompts=8, held_out=2, overlap=4, db=site.db),
         reward=cfg.reward,
         ppo=cfg.ppo,
         evaluate=cfg.evaluate,
@@ -616,7 +616,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
     run.join()
     assert len(results) == 1 and len(results[0]["online"]) == 2
     exported = [row for row in site.exported() if row["round"]]
-    assert [row["round"] for row in exported] == [1] * 8 + [2] * 8  # 4, and 2 by two people each
+    assert [row["round"] for row in exported] == [1] * 16 + [2] * 16  # 8, and 2 by four people each
     for row in exported:
         assert row["ranks"] == [row["shown"].index(k) for k in range(len(row["shown"]))]
         answered = config.init if row["round"] == 1 else config.out / "online" / "round1" / "ppo" / "model"
@@ -626,5 +626,5 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
     for line in lines:
         row = json.loads(line)
         assert (row["prompt"], row["responses"], row["ranks"], row["labeler"]) in known
-    assert len(lines) == 8
+    assert len(lines) == 2 * 8
     until(pages[0], "document.getElementById('ask').textContent.startsWith('Nothing to do')")
