@@ -107,10 +107,12 @@ def main(cfg: Config) -> dict[str, list[dict]]:
     Where people rank, also the reward model's accuracy; with prompts of their own that alone.
     """
     stages(cfg, cfg.out, 1, cfg.init, cfg.init)  # refuses flags without effect before anything runs
-    _check_labels(cfg)
+    _check_people(cfg)
     runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
     arms = ("online", "offline") if cfg.rank.db is None else ("online",)
+    if cfg.rank.db is not None:
+        print("people rank the answers of the current policy: there is no offline arm")
     results = {name: arm(cfg, online=name == "online") for name in arms}
     runs.write(cfg.out / "rounds.json", json.dumps(results, indent=2) + "\n")
     names = {
@@ -132,10 +134,15 @@ def main(cfg: Config) -> dict[str, list[dict]]:
     return results
 
 
-def _check_labels(cfg: Config) -> None:
-    """Raises InputError where people would give fewer rankings than a batch, before they give any."""
+def _check_people(cfg: Config) -> None:
+    """Raises InputError, before people give any rankings, where these would be too few or PPO has other prompts."""
     if cfg.rank.db is None:
         return
+    if cfg.rank.data is not None and cfg.ppo.data == ppo.Config.data:
+        raise InputError(
+            f"--rank.data {cfg.rank.data}: PPO would train on the world's prompts and text all the same: name others by"
+            " --ppo.data and --ppo.text"
+        )
     for flag, asked in {"prompts": cfg.rank.prompts, "held-out": cfg.rank.held_out * cfg.rank.overlap}.items():
         given = math.ceil(cfg.rank.enough * asked)
         if given < cfg.reward.batch:

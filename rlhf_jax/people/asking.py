@@ -42,9 +42,9 @@ class Standing:
         return all(self.done[name] >= math.ceil(share * wanted - 1e-6) for name, wanted in self.wanted.items())
 
     def __str__(self) -> str:
-        groups = ", ".join(f"{name} {self.done[name]} of {wanted}" for name, wanted in self.wanted.items())
+        groups = ", ".join(f"{name} {self.done[name]}/{wanted}" for name, wanted in self.wanted.items())
         left = sum(self.wanted.values()) - sum(self.done.values())
-        said = f"answers of people: {groups}; {self.working} at work"
+        said = f"people: {groups}; {self.working} at work"
         if self.hourly and left:
             said += f", {self.hourly:.0f} an hour, {_duration(3600 * left / self.hourly)} to go"
         return said

@@ -74,6 +74,9 @@ def test_rounds_with_people(done, tmp_path, ran, capsys):
     assert [one.held_out for one in learnt] == [str(one.out / "held_out.jsonl") for one in asked]
     ran.clear()
     own = dataclasses.replace(config, rank=dataclasses.replace(ranked, data="p.jsonl"), out=tmp_path / "own")
+    said = refused(capsys, rounds.main, own)
+    assert "--rank.data p.jsonl: PPO would train on the world's prompts and text all the same" in said
+    own = dataclasses.replace(own, ppo=ppo.Config(data="p.jsonl", text=None))
     assert rounds.main(own) == {"online": [{"accuracy": 0.75}] * 2}
     assert [name for name, _ in ran] == ["rank", "reward", "ppo"] * 2
     assert (own.out / "rounds.png").is_file()

@@ -73,7 +73,7 @@ def test_a_run_waits_until_enough_answers_are_in(db: Path, capsys: pytest.Captur
         assert answer(store, bob) and asked.ready(1.0) and not answer(store, bob)
         rows = asked.rows()
     said = capsys.readouterr().out
-    assert "train 4 of 4, held_out 2 of 4; 1 at work" in said and "to go" in said
+    assert "people: train 4/4, held_out 2/4; 1 at work" in said and "to go" in said
     assert [row["prompt"] for row in rows["train"]] == [f"train {n}" for n in range(4)]
     assert [(row["prompt"], row["labeler"]) for row in rows["held_out"]] == [
         (f"held out {n}", person) for n in (0, 1) for person in ("ann", "bob")

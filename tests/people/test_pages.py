@@ -599,7 +599,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
         data_dir=cfg.out / "data",
         init=cfg.out / "sft" / "model",
         rounds=2,
-        rank=dataclasses.replace(cfg.rank, prompts=8, held_out=2, overlap=4, db=site.db),
+        rank=dataclasses.replace(cfg.rank, prompts=8, held_out=2, most=5, overlap=4, db=site.db),
         reward=cfg.reward,
         ppo=cfg.ppo,
         evaluate=cfg.evaluate,

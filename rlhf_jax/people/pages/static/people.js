@@ -235,7 +235,11 @@ function work(boot) {
     task = body.task;
     if (!task) {
       $("ask").textContent = body.aside ? t("aside") : t("nothing_left");
-      $("task").replaceChildren();
+      if (body.aside || !waiting) $("task").replaceChildren();
+      if (!body.aside && !waiting) {
+        const dot = el("span", { className: "pulse", "aria-hidden": "true" });
+        $("task").append(el("p", { className: "resting" }, dot, t("resting")));
+      }
       waiting = true;
       clearTimeout(timer);
       timer = setTimeout(load, 5000);
