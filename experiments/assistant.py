@@ -161,8 +161,9 @@ def report(out: Path, stages: dict[str, dict], summary: dict) -> None:
     print(f"\n{'gold by':<10}" + "".join(f"{name:>14}" for name in categories))
     for name, stage in stages.items():
         print(f"{name:<10}" + "".join(f"{stage['gold_by_category'][category]:>14.3f}" for category in categories))
-    accuracy, agreement = summary["reward"]["accuracy"], summary["reward"]["labeler_agreement"]
-    print(f"\nreward model: {100 * accuracy:.1f} % of held-out comparisons; labelers agree on {100 * agreement:.1f} %")
+    accuracy, agreement = summary["reward"]["accuracy"], summary["reward"].get("labeler_agreement")
+    agreeing = "" if agreement is None else f"; labelers agree on {100 * agreement:.1f} %"
+    print(f"\nreward model: {100 * accuracy:.1f} % of held-out comparisons{agreeing}")
 
     def cell(text: str) -> str:
         return "<br>".join(text.replace("|", r"\|").splitlines())

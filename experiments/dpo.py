@@ -1,7 +1,7 @@
 """DPO: the policy learns from the rankings directly, without a reward model and without sampling.
 
 The loss is over all pairs of each prompt's ranked answers (arXiv:2305.18290; `--algorithm.loss ipo` for
-arXiv:2310.12036), from the same rankings as `reward`.
+arXiv:2310.12036), from the same rankings as `reward`, or with `--virtue` from the ratings of one virtue.
 
 Run:     python -m experiments.dpo --init runs/sft/model --data runs/rank/train.jsonl
 Parent:  reward
@@ -26,7 +26,7 @@ from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, Positive, Rate, Whole
-from rlhf_jax.types import TrainState, named_key
+from rlhf_jax.types import TrainState, Virtue, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Config(runs.Config):
     out: Path = Path("runs/dpo")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory of the policy and of the frozen reference model
     data: str = "runs/rank/train.jsonl"  # rankings to learn from
+    virtue: Virtue | None = None  # learn from the ratings of this virtue, 1 to 7; None: from the ranks
     length: Count = 36  # most tokens of prompt and answer; prompts with a longer answer are refused
     batch: Count = 16  # prompts a step, over all devices
     epochs: Count = 1  # passes over the rankings
@@ -75,6 +76,7 @@ def main(cfg: Config) -> TrainState:
         batch=cfg.batch,
         seed=cfg.seed,
         epochs=cfg.epochs,
+        virtue=cfg.virtue,
     )
     print(f"{cfg.data}: {batches.counts}")
     steps = batches.steps

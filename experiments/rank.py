@@ -1,17 +1,23 @@
-"""Collecting comparisons: a model answers each prompt K times, and simulated labelers rank the answers.
+"""Collecting comparisons: a model answers each prompt K times, and simulated labelers, or people, rank the answers.
 
 Training prompts are ranked by one labeler each. Held-out prompts, which share no entity with them, are ranked by every
 labeler, which shows how often labelers agree.
+
+With `--db` people rank them on the pages of `scripts/people.sh`, each held-out prompt by `--overlap` of them. The run
+waits until enough answers are in; killed meanwhile, it goes on when the same command is run again, without sampling or
+asking anything twice.
 
 Run:     python -m experiments.rank --init runs/sft/model
 Parent:  none
 Result:  in the quickstart, seed 0: 23,512 answers ranked, 1,434 of them cut; labelers agree on 73.6 % of held-out pairs
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -19,12 +25,18 @@ import numpy as np
 
 from rlhf_jax import models, runs
 from rlhf_jax.data import pipeline, sources
+from rlhf_jax.data.builders import Row, Rows
 from rlhf_jax.data.world import World, labelers
-from rlhf_jax.devices import parallel
+from rlhf_jax.devices import hosts, parallel
+from rlhf_jax.people.asking import Asked
+from rlhf_jax.people.store import Item, Store
 from rlhf_jax.rollouts import rollout, sampling
-from rlhf_jax.runs import cli
-from rlhf_jax.settings import Count, Positive, Seed, Whole
+from rlhf_jax.runs import cli, log
+from rlhf_jax.settings import Count, Positive, Seed, Share, Whole
 from rlhf_jax.types import InputError, named_key
+
+SPLITS = "train", "held_out"
+_MOST = 26  # answers that a page can show: each has a letter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +56,11 @@ class Config(runs.Stage):
     temperature: Positive = 1.0  # sampling temperature of the answers
     batch: Count = 256  # answers to sample at a time, over all devices
     world: Seed = 0  # seed of the world that the prompts come from
+    db: Path | None = None  # store of scripts/people.sh, where people rank the answers; None: simulated labelers do
+    data: str | None = None  # with db: prompts, as in every experiment, the first of them held out; None: the world
+    overlap: Count = 2  # with db: number of people who rank the answers to each held-out prompt
+    enough: Share = 1.0  # with db: share of the rankings, of each kind of prompt, at which the run goes on
+    round: Whole = 0  # with db: number by which the labels can be told from those of other rounds
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,24 +68,53 @@ class Config(runs.Stage):
             raise InputError(f"people={self.people}: expected at least 2 labelers, who may agree")
         if not 2 <= self.least <= self.most:
             raise InputError(f"least={self.least}, most={self.most}: expected 2 <= least <= most answers to rank")
+        if self.db is not None and self.most > _MOST:
+            raise InputError(f"most={self.most}: expected at most {_MOST} answers, which a page can show to people")
+        idle = ("data", "overlap", "enough") if self.db is None else ("people",)
+        for name in idle:
+            if getattr(self, name) != getattr(Config, name):
+                who = "simulated labelers rank" if self.db is None else "people rank"
+                hint = "name their store by --db" if self.db is None else "leave it out"
+                raise InputError(f"{name}={getattr(self, name)} has no effect where {who}: {hint}")
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Write the rankings; returns {"labeler_agreement": the share of held-out pairs that labelers order alike}."""
+    """Write the rankings; returns {"labeler_agreement": the share of held-out pairs that labelers order alike}.
+
+    It is empty where no two people ranked the same answers.
+    """
     runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
+    if cfg.db is None:
+        rankings = simulate(cfg, sample(cfg))
+    else:
+        asked = dataclasses.replace(cfg, overlap=Config.overlap, enough=Config.enough, round=Config.round)
+        runs.once(keep, asked, answers_folder(cfg))
+        rankings = ask(cfg, cfg.db)
+    try:
+        agreement = labelers.agreement([[row["ranks"] for row in rows] for rows in rankings])
+    except InputError as error:
+        if cfg.db is None:
+            raise
+        print(error)
+        return {}
+    print(f"labelers agree on {100 * agreement:.1f} % of the held-out pairs that both order")
+    return {"labeler_agreement": agreement}
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def sample(cfg: Config) -> dict[str, list[Row]]:
+    """Sample answers to the prompts of both splits; returns a row {"prompt", "responses", "ended"} for each prompt."""
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
-    world = World.generate(cfg.world)
-    people = labelers.labelers(cfg.seed, cfg.people)
-    sizes = {"train": (cfg.skip, cfg.prompts), "held_out": (0, cfg.held_out)}
-    for split, (skip, count) in sizes.items():
-        rng = random.Random(f"{cfg.seed}/{split}")
-        spec = f"world:seed={cfg.world},rows={skip + count}"
-        rows = sources.rows(spec, "prompts", data_dir=cfg.data_dir, split=f"{split}[{skip}:]")
+    found: dict[str, list[Row]] = {}
+    for split in SPLITS:
+        rows = prompts_of(cfg, split)
         prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
-        times = [rng.randint(cfg.least, cfg.most) for _ in prompts.index]
+        times, _ = draw(cfg, split, len(prompts.index))
         repeated = jax.tree.map(lambda x, times=times: np.repeat(x, times, axis=0), prompts)
         sampled = rollout.episodes(
             model,
@@ -82,31 +128,116 @@ def main(cfg: Config) -> dict[str, float]:
         )
         texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
         answers = zip(texts, sampled.ended.tolist(), strict=True)
-        rankings, lines = [], []
+        found[split] = []
         for index, k in zip(prompts.index, times, strict=True):
-            prompt = rows[int(index)]["prompt"]
             responses, ended = zip(*itertools.islice(answers, k), strict=True)
-            judges = people if split == "held_out" else [rng.choice(people)]
-            ranks = [judge.rank(world, prompt[-1]["content"], responses, cfg.seed) for judge in judges]
-            rankings.append(ranks)
-            for judge, rank in zip(judges, ranks, strict=True):
-                row = {
-                    "prompt": prompt,
-                    "responses": responses,
-                    "ranks": rank,
-                    "ratings": [judge.rate(world, prompt[-1]["content"], text, cfg.seed) for text in responses],
-                    "ended": ended,
-                    "labeler": judge.id,
-                }
-                lines.append(json.dumps(row) + "\n")
-        runs.write(cfg.out / f"{split}.jsonl", "".join(lines))
+            found[split].append({"prompt": rows[int(index)]["prompt"], "responses": responses, "ended": ended})
         print(
             f"{split} prompts: {counts}; {sum(times)} answers, {int(np.sum(~sampled.ended))} of them cut at"
-            f" max_new_tokens={cfg.max_new_tokens}, each ranked by {len(judges)} of {len(people)} labelers"
+            f" max_new_tokens={cfg.max_new_tokens}"
         )
-    summary = {"labeler_agreement": labelers.agreement(rankings)}
-    print(f"labelers agree on {100 * summary['labeler_agreement']:.1f} % of the held-out pairs that both order")
-    return summary
+    return found
+
+
+def prompts_of(cfg: Config, split: str) -> Rows | list[Row]:
+    """The prompts of a split. Data without splits has the held-out prompts first."""
+    skip, count = (cfg.skip, cfg.prompts) if split == "train" else (0, cfg.held_out)
+    if cfg.data is None:
+        spec = f"world:seed={cfg.world},rows={skip + count}"
+        return sources.rows(spec, "prompts", data_dir=cfg.data_dir, split=f"{split}[{skip}:]")
+    rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
+    first = cfg.held_out + skip if split == "train" else 0
+    if first >= len(rows):
+        raise InputError(f"{cfg.data} has {len(rows)} prompts: none is left after {cfg.held_out} held out, {skip} used")
+    return [rows[n] for n in range(first, min(first + count, len(rows)))]
+
+
+def draw(cfg: Config, split: str, count: int) -> tuple[list[int], random.Random]:
+    """The number of answers to each of `count` prompts, and the generator, which goes on to draw their labelers."""
+    rng = random.Random(f"{cfg.seed}/{split}")
+    return [rng.randint(cfg.least, cfg.most) for _ in range(count)], rng
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows to a JSON Lines file."""
+    runs.write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# -- simulated labelers ------------------------------------------------------------------------------------------------
+
+
+def simulate(cfg: Config, answers: dict[str, list[Row]]) -> list[list[Row]]:
+    """Write the rankings of simulated labelers; returns those of each held-out prompt."""
+    world = World.generate(cfg.world)
+    people = labelers.labelers(cfg.seed, cfg.people)
+    for split, rows in answers.items():
+        _, rng = draw(cfg, split, len(rows))
+        rankings = []
+        for row in rows:
+            asked, responses = row["prompt"][-1]["content"], row["responses"]
+            judges = people if split == "held_out" else [rng.choice(people)]
+            rankings.append(
+                [
+                    {
+                        "prompt": row["prompt"],
+                        "responses": responses,
+                        "ranks": judge.rank(world, asked, responses, cfg.seed),
+                        "ratings": [judge.rate(world, asked, text, cfg.seed) for text in responses],
+                        "ended": row["ended"],
+                        "labeler": judge.id,
+                    }
+                    for judge in judges
+                ]
+            )
+        write(cfg.out / f"{split}.jsonl", itertools.chain.from_iterable(rankings))
+        print(f"{split} prompts: each ranked by {len(rankings[0])} of {len(people)} labelers")
+    return rankings
+
+
+# -- people ------------------------------------------------------------------------------------------------------------
+
+
+def answers_folder(cfg: Config) -> Path:
+    """The folder in which the answers wait for people."""
+    return cfg.out / "answers"
+
+
+def keep(cfg: Config) -> None:
+    """Sample the answers and write them, so that a run that goes on waiting needs neither the model nor the time."""
+    for split, rows in sample(cfg).items():
+        write(answers_folder(cfg) / f"{split}.jsonl", rows)
+
+
+def ask(cfg: Config, db: Path) -> list[list[Row]]:
+    """Have people rank the answers, wait, and write their rankings; returns those of each held-out prompt."""
+    answers = {split: log.read(answers_folder(cfg), f"{split}.jsonl") for split in SPLITS}
+    items = {split: [_item(cfg, split, row) for row in rows] for split, rows in answers.items()}
+    db.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as opened:
+        asked = hosts.first_does(lambda: Asked(opened.enter_context(Store(db)), items))
+        if asked:  # None on all processes but the first
+            print(f"people rank them on the pages of: scripts/people.sh --db {db} --prompts 0", flush=True)
+        while not hosts.first_decides(lambda: asked is not None and asked.ready(cfg.enough)):
+            pass
+        rows = hosts.first_does(lambda: asked.rows() if asked else {}) or {}
+        for split in SPLITS:
+            write(cfg.out / f"{split}.jsonl", rows.get(split, []))
+        hosts.first_does(lambda: asked.retire() if asked else None)
+    held_out = log.read(cfg.out, "held_out.jsonl")
+    same = itertools.groupby(held_out, key=lambda row: (row["prompt"], row["responses"]))
+    return [list(group) for _, group in same]
+
+
+def _item(cfg: Config, split: str, row: Row) -> Item:
+    """What people are asked about the answers of a row."""
+    return Item(
+        prompt=row["prompt"],
+        responses=tuple(row["responses"]),
+        models=(str(cfg.init),) * len(row["responses"]),
+        ended=tuple(row["ended"]),
+        round=cfg.round,
+        overlap=cfg.overlap if split == "held_out" else 1,
+    )
 
 
 if __name__ == "__main__":

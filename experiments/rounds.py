@@ -4,6 +4,11 @@ In each round labelers rank answers to new prompts, a reward model is trained on
 from the last round's policy, with the KL to the fine-tuned model. Online, the current policy answers; offline, the
 fine-tuned model does. After each round both arms have the same amount of labels and of PPO.
 
+With `--rank.db` people rank the answers, on the pages of `scripts/people.sh`, and each round waits for them (see
+`rank`). There is the online arm alone: nobody would label twice as much to have the other one. Each reward model is
+then measured on the held-out rankings of its round, and with prompts of your own (`--rank.data`), which gold cannot
+judge, on them alone.
+
 Run:     python -m experiments.rounds --init runs/sft/model
 Parent:  rank, reward, ppo, evaluate
 Result:  from the quickstart's models, seed 0, before rankings marked answers that were cut: gold 0.725 with labels on
@@ -12,12 +17,14 @@ Result:  from the quickstart's models, seed 0, before rankings marked answers th
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from experiments import evaluate, ppo, rank, reward
 from rlhf_jax import runs
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count
+from rlhf_jax.types import InputError
 
 
 # The types of the stages are quoted, since inside the class a field's name hides the module of the same name.
@@ -56,6 +63,7 @@ def stages(cfg: Config, out: Path, n: int, policy: Path, answerer: Path) -> Roun
             out=home / "rank",
             init=answerer,
             skip=(n - 1) * cfg.rank.prompts,
+            round=n,
             temperature=cfg.ppo.algorithm.temperature,
             prompt_length=cfg.ppo.prompt_length,
             max_new_tokens=cfg.ppo.max_new_tokens,
@@ -67,7 +75,7 @@ def stages(cfg: Config, out: Path, n: int, policy: Path, answerer: Path) -> Roun
             out=home / "reward",
             init=cfg.init,
             data=str(out / "labels.jsonl"),
-            held_out=None,
+            held_out=None if cfg.rank.db is None else str(home / "rank" / "held_out.jsonl"),
         ),
         ppo=cli.hand_down(
             "ppo",
@@ -94,13 +102,26 @@ def stages(cfg: Config, out: Path, n: int, policy: Path, answerer: Path) -> Roun
 
 
 def main(cfg: Config) -> dict[str, list[dict]]:
-    """Run both arms; returns gold, the reward model's score, KL and text loss after each round, by arm."""
+    """Run the arms; returns gold, the reward model's score, KL and text loss after each round, by arm.
+
+    Where people rank, also the reward model's accuracy; with prompts of their own that alone.
+    """
     stages(cfg, cfg.out, 1, cfg.init, cfg.init)  # refuses flags without effect before anything runs
+    _check_people(cfg)
     runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
-    results = {"online": arm(cfg, online=True), "offline": arm(cfg, online=False)}
+    arms = ("online", "offline") if cfg.rank.db is None else ("online",)
+    if cfg.rank.db is not None:
+        print("people rank the answers of the current policy: there is no offline arm")
+    results = {name: arm(cfg, online=name == "online") for name in arms}
     runs.write(cfg.out / "rounds.json", json.dumps(results, indent=2) + "\n")
-    names = {"gold": "gold (0 to 1)", "reward": "reward model's score", "kl": "KL to the reference (nats)"}
+    names = {
+        "gold": "gold (0 to 1)",
+        "reward": "reward model's score",
+        "kl": "KL to the reference (nats)",
+        "accuracy": "accuracy on held-out pairs",
+    }
+    names = {name: label for name, label in names.items() if name in results["online"][0]}
     print("\n" + f"{'labels':<10}{'round':>6}" + "".join(f"{label:>28}" for label in names.values()))
     for labels, rows in results.items():
         for n, row in enumerate(rows, 1):
@@ -113,19 +134,38 @@ def main(cfg: Config) -> dict[str, list[dict]]:
     return results
 
 
+def _check_people(cfg: Config) -> None:
+    """Raises InputError, before people give any rankings, where these would be too few or PPO has other prompts."""
+    if cfg.rank.db is None:
+        return
+    if cfg.rank.data is not None and cfg.ppo.data == ppo.Config.data:
+        raise InputError(
+            f"--rank.data {cfg.rank.data}: PPO would train on the world's prompts and text all the same: name others by"
+            " --ppo.data and --ppo.text"
+        )
+    for flag, asked in {"prompts": cfg.rank.prompts, "held-out": cfg.rank.held_out * cfg.rank.overlap}.items():
+        given = math.ceil(cfg.rank.enough * asked)
+        if given < cfg.reward.batch:
+            raise InputError(
+                f"--rank.{flag} gives {given} rankings a round, fewer than a batch of --reward.batch"
+                f" {cfg.reward.batch}: raise the one or lower the other"
+            )
+
+
 def arm(cfg: Config, online: bool) -> list[dict]:
-    """Run the rounds of one arm; returns the evaluation after each. The policy answers if `online`, else `cfg.init`."""
+    """Run the rounds of one arm; returns what was measured in each. The policy answers if `online`, else `cfg.init`."""
     out, policy, results, labels = cfg.out / ("online" if online else "offline"), cfg.init, [], ""
     for n in range(1, cfg.rounds + 1):
         stage = stages(cfg, out, n, policy, policy if online else cfg.init)
         runs.once(rank.main, stage.rank)
         labels += (stage.rank.out / "train.jsonl").read_text(encoding="utf-8")
         runs.write(out / "labels.jsonl", labels)
-        runs.once(reward.main, stage.reward)
+        measured = runs.once(reward.main, stage.reward)
         runs.once(ppo.main, stage.ppo)
         policy = stage.ppo.out / "model"
-        result = evaluate.main(stage.evaluate)
-        results.append({name: result[name] for name in ("gold", "reward", "kl", "nll")})
+        measured |= evaluate.main(stage.evaluate) if cfg.rank.data is None else {}
+        kept = ("gold", "reward", "kl", "nll", "accuracy")
+        results.append({name: measured[name] for name in kept if name in measured})
     return results
 
 

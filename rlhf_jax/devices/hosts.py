@@ -131,6 +131,12 @@ def first_does(action: Callable[[], T]) -> T | None:
     return result
 
 
+def first_decides(question: Callable[[], bool]) -> bool:
+    """The answer of the first process, on all of them. All must call this."""
+    answer = bool(first_does(question))
+    return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
 def meet(where: str) -> None:
     """Wait until every process has reached this barrier, which `where` names. Raises an error of jax if one dies."""
     ocp.multihost.sync_global_processes(where, timeout=PATIENCE)

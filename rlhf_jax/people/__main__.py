@@ -27,7 +27,7 @@ import uvicorn
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import exchange, forms, server
 from rlhf_jax.people.store import Item, Store
-from rlhf_jax.settings import Count, Range, Seed, Settings, Share
+from rlhf_jax.settings import Count, Range, Seed, Settings, Share, Whole
 
 QUICKSTART = Path("runs/quickstart/sft/model")
 Port = Annotated[int, Range(least=0, below=2**16)]
@@ -58,7 +58,7 @@ class Serve(Tasks):
     db: Path = Path("runs/people/people.db")  # the store, which is created if it is not there
     model: tuple[Path, ...] = ()  # model directories that answer the prompts, in a process of their own
     data: str = "world"  # prompts for the models, as in every experiment
-    prompts: Count = 200  # number of prompts that the models answer
+    prompts: Whole = 200  # number of prompts that the models answer; 0: another program adds what to ask
     k: Count = 4  # answers to a prompt, over all models
     seed: Seed = 0  # of sampling
     guidelines: Path | None = None  # Markdown file that people acknowledge before they begin
@@ -162,6 +162,10 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 def _models(cfg: Serve, store: Store) -> tuple[Path, ...]:
     """The models that answer prompts; where none is named and nothing is asked yet, the quickstart's."""
+    if cfg.prompts == 0:
+        if cfg.model:
+            raise InputError(f"--prompts 0: --model {cfg.model[0]} has nothing to answer; leave one of the two out")
+        return ()
     if cfg.model or cfg.responses is not None:
         missing = [path for path in cfg.model if not (path / "config.json").is_file()]
         if missing:

@@ -21,7 +21,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -406,6 +406,15 @@ class Store:
                 )
                 added, present = added + done.rowcount, present + 1 - done.rowcount
         return added, present
+
+    def set_overlap(self, wanted: Mapping[int, int]) -> None:
+        """Change how many people answer items, by number; who has a task by now may finish it."""
+        with self._write() as db:
+            for item, overlap in wanted.items():
+                query = "UPDATE items SET overlap = ? WHERE id = ? AND overlap != ?"
+                if db.execute(query, (overlap, item, overlap)).rowcount:
+                    db.execute("DELETE FROM freed WHERE item = ?", (item,))
+                    db.execute("INSERT INTO freed SELECT id FROM items WHERE id = ? AND taken < overlap", (item,))
 
     def has_items(self) -> bool:
         """Whether there is anything to ask about."""

@@ -34,6 +34,7 @@ _MODEL = (
     "additional_chat_templates/*",
 )  # in a model directory
 _RECORDS = "*.array_record*"  # in the folder of a prepared TFDS data set
+_SQLITE = b"SQLite format 3\0"  # at the head of a database
 _BULKY = (".safetensors", ".array_record")  # in the names of files of which a sample is read beyond _WHOLE
 _WHOLE = 2**24  # bytes up to which a bulky file is read whole
 _MOST = 2**30  # bytes up to which any other one is: a quarter of a second
@@ -72,7 +73,7 @@ def checksums(path: str | Path) -> Checksums:
 
     Most are of the whole content. Of weights and records beyond 16 MiB they are of the size and of 8 MiB spread over
     the file, so that a model of any size takes a fraction of a second. Files that cannot be read are left out: who
-    needs them will say so.
+    needs them will say so. So is a database, which changes in use: what is read from it is compared.
     """
     path = Path(os.path.expanduser(path))
     if os.path.isfile(path):
@@ -123,6 +124,14 @@ def _is_model(path: Path) -> bool:
     return os.path.isdir(path) and any(path.glob("*.safetensors"))
 
 
+def _is_database(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_SQLITE)) == _SQLITE
+    except OSError:
+        return False
+
+
 def _is_visible_file(file: Path, top: Path) -> bool:
     return file.is_file() and not any(part.startswith(".") for part in file.relative_to(top).parts)
 
@@ -131,6 +140,8 @@ def _read(files: Mapping[str, Path]) -> Checksums:
     windows = _WINDOWS if len(files) <= _MANY else 2
     found = {}
     for name, path in files.items():
+        if _is_database(path):
+            continue
         try:
             found[name] = _checksum(path, windows)
         except OSError:

@@ -32,6 +32,7 @@ FREE = {
     "docs",
     "held_out_every",
     "devices",
+    "enough",
 }  # names of settings
 CHECKPOINTS = gcs.CHECKPOINTS  # below the run directory; they may be deleted when it is done
 

@@ -30,7 +30,7 @@ Config = TypeVar("Config")
 
 CHECKPOINTS = "checkpoints"  # folders that are not mirrored
 _NAME = re.compile(r"(?:^|(?<=:))gs:/+([^:\[\]]+)")  # pathlib makes gs:/b of gs://b; formats and slices stand around it
-_HERE = "data_dir", "docs"  # settings that name folders of this machine
+_HERE = "data_dir", "docs", "db"  # settings that name folders, or a store, of this machine
 _SIGN = ".mirror"  # in a run directory's mirror: what was deleted with it is not to be deleted in the bucket
 _outs: list[Path] = []  # mirrors of the run directories of this process
 _marked: set[Path] = set()  # those of them that have been sent
@@ -165,7 +165,7 @@ def _mirrors(field: str, value: Any, found: list[tuple[str, Path]]) -> Any:
 
     def mirror(name: re.Match[str]) -> str:
         if field in _HERE:
-            raise InputError(f"--{field.replace('_', '-')} gs://{name[1]}: expected a folder of this machine")
+            raise InputError(f"--{field.replace('_', '-')} gs://{name[1]}: expected a path on this machine")
         found.append((field, _root() / name[1]))
         return str(found[-1][1])
 

@@ -58,6 +58,21 @@ def test_half_of_the_settings_are_refused(alone, given):
         hosts.start()
 
 
+def test_the_first_process_decides(monkeypatch):
+    assert hosts.first_decides(lambda: True) and not hosts.first_decides(lambda: False)
+    sent: list[bool] = []
+
+    def broadcast(value):
+        sent.append(bool(value))
+        return value
+
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert hosts.first_decides(lambda: True) and sent == [False, True]  # no error, and the answer
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert not hosts.first_decides(lambda: True)  # is not asked
+
+
 def test_each_process_has_its_share_of_a_batch(monkeypatch):
     rows = {"a": np.arange(12).reshape(6, 2)}
     assert hosts.share(rows) is rows and hosts.join(rows) is rows

@@ -1,6 +1,9 @@
 """Labels in rounds."""
 
+import dataclasses
 import json
+
+import pytest
 
 from experiments import (
     evaluate,
@@ -12,9 +15,9 @@ from experiments import (
 from tests.quickstart import paths, refused
 
 
-def test_rounds_of_labels(done, tmp_path, monkeypatch, capsys):
-    """What each stage of each round is given, without running them."""
-    cfg, _ = done
+@pytest.fixture
+def ran(monkeypatch):
+    """The stages that were asked to run, which do nothing, with the configuration of each."""
     ran = []
 
     def stage(name):
@@ -23,12 +26,20 @@ def test_rounds_of_labels(done, tmp_path, monkeypatch, capsys):
             if name == "rank":
                 config.out.mkdir(parents=True, exist_ok=True)
                 (config.out / "train.jsonl").write_text(f"{config.init} {config.skip}\n")
-            return {"gold": 0.5, "reward": 0.25, "kl": 1.0, "nll": 2.0}
+            if name == "reward" and config.held_out:
+                return {"accuracy": 0.75}
+            return {"gold": 0.5, "reward": 0.25, "kl": 1.0, "nll": 2.0} if name == "evaluate" else {}
 
         return main
 
     for name, module in {"rank": rank, "reward": reward, "ppo": ppo, "evaluate": evaluate}.items():
         monkeypatch.setattr(module, "main", stage(name))
+    return ran
+
+
+def test_rounds_of_labels(done, tmp_path, ran, capsys):
+    """What each stage of each round is given, without running them."""
+    cfg, _ = done
     tuned = cfg.out / "sft" / "model"
     config = rounds.Config(rounds=2, rank=rank.Config(prompts=8), **paths(cfg, tmp_path, "init", "out"))
     result = rounds.main(config)
@@ -47,3 +58,30 @@ def test_rounds_of_labels(done, tmp_path, monkeypatch, capsys):
         assert improve.seed != here[2][1].seed  # no two rollouts share noise
     said = refused(capsys, rounds.main, config, "--ppo.init", "elsewhere")
     assert "--ppo.init has no effect here, where other flags decide it" in said
+
+
+def test_rounds_with_people(done, tmp_path, ran, capsys):
+    """One arm, whose items carry the round; reward models are measured on what people say of held-out prompts."""
+    cfg, _ = done
+    ranked = rank.Config(prompts=16, held_out=8, db=tmp_path / "people.db")
+    config = rounds.Config(rounds=2, rank=ranked, **paths(cfg, tmp_path / "world", "init", "out"))
+    measured = {"gold": 0.5, "reward": 0.25, "kl": 1.0, "nll": 2.0, "accuracy": 0.75}
+    assert rounds.main(config) == {"online": [measured] * 2}
+    assert "accuracy on held-out pairs" in capsys.readouterr().out
+    asked = [config for name, config in ran if name == "rank"]
+    assert [(one.round, one.skip, one.db) for one in asked] == [(1, 0, ranked.db), (2, 16, ranked.db)]
+    learnt = [config for name, config in ran if name == "reward"]
+    assert [one.held_out for one in learnt] == [str(one.out / "held_out.jsonl") for one in asked]
+    ran.clear()
+    own = dataclasses.replace(config, rank=dataclasses.replace(ranked, data="p.jsonl"), out=tmp_path / "own")
+    said = refused(capsys, rounds.main, own)
+    assert "--rank.data p.jsonl: PPO would train on the world's prompts and text all the same" in said
+    own = dataclasses.replace(own, ppo=ppo.Config(data="p.jsonl", text=None))
+    assert rounds.main(own) == {"online": [{"accuracy": 0.75}] * 2}
+    assert [name for name, _ in ran] == ["rank", "reward", "ppo"] * 2
+    assert (own.out / "rounds.png").is_file()
+    said = refused(capsys, rounds.main, own, "--rank.round", "7")
+    assert "--rank.round has no effect here, where other flags decide it" in said
+    for flags in (["--rank.held-out", 7], ["--rank.enough", 0.8, "--rank.prompts", 17]):
+        said = refused(capsys, rounds.main, own, *flags)
+        assert "14 rankings a round, fewer than a batch of --reward.batch 16" in said

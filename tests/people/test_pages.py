@@ -4,9 +4,11 @@ Set SCREENSHOTS to a folder, such as docs, to have the pictures of docs/people.m
 axe-core's axe.min.js to check the pages for accessibility.
 """
 
+import dataclasses
 import json
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
 
+from experiments import reward, rounds
 from rlhf_jax.data import sources
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.people import __main__ as command
@@ -527,8 +530,8 @@ def label(page: Any, ranks: Callable[[list[str]], list[int]]) -> None:
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(60, marks=pytest.mark.slow)])
-def test_simulated_labelers_drive_the_page(count: int, site: Site):
-    """The export is what they would have written, and what training reads is the same as from their file."""
+def test_simulated_labelers_drive_the_page(count: int, site: Site, request: pytest.FixtureRequest):
+    """The export is what they would have written, and the reward model the same as from their file, to the bit."""
     world = World.generate(0)
     people = labelers.labelers(seed=1)
     rows = list(labelers.rankings(world, count, seed=1, people=people))
@@ -568,3 +571,60 @@ def test_simulated_labelers_drive_the_page(count: int, site: Site):
     ]
     assert read[0] == read[1] and len(read[0]) == count
     assert set(forms.SCALES[:1]) == set(exported[0]["ratings"][0])
+    if count < 60:
+        return
+    written = site.folder / "written.jsonl"
+    with written.open("w") as file:
+        for row in exported:
+            person = people[int(row["person"].split()[-1])]
+            ranks = person.rank(world, row["prompt"][-1]["content"], row["responses"], 1)
+            file.write(json.dumps({"prompt": row["prompt"], "responses": row["responses"], "ranks": ranks}) + "\n")
+    cfg, _ = request.getfixturevalue("done")
+    learnt = dataclasses.replace(
+        cfg.reward, init=cfg.out / "sft" / "model", data_dir=site.folder / "data", held_out=None
+    )
+    weights = []
+    for name, data in {"page": f"people:{site.db}", "file": str(written)}.items():
+        reward.main(dataclasses.replace(learnt, data=data, out=site.folder / name))
+        weights.append((site.folder / name / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
+    """Labels through the page, reward model, PPO, and the next round's answers on the page, which shows them itself."""
+    cfg, _ = done
+    site.person("somebody else")  # has the task that is there already
+    config = rounds.Config(
+        out=site.folder / "rounds",
+        data_dir=cfg.out / "data",
+        init=cfg.out / "sft" / "model",
+        rounds=2,
+        rank=dataclasses.replace(cfg.rank, prompts=8, held_out=2, most=5, overlap=4, db=site.db),
+        reward=cfg.reward,
+        ppo=cfg.ppo,
+        evaluate=cfg.evaluate,
+    )
+    results: list[dict] = []
+    run = threading.Thread(target=lambda: results.append(rounds.main(config)))
+    run.start()
+    pages = [site.person(f"labeler {n}") for n in range(5)]
+    while run.is_alive():
+        for page in pages:
+            page.wait_for_timeout(50)
+            if page.locator(".card").count():
+                label(page, lambda texts: list(range(len(texts))))
+    run.join()
+    assert len(results) == 1 and len(results[0]["online"]) == 2
+    exported = [row for row in site.exported() if row["round"]]
+    assert [row["round"] for row in exported] == [1] * 16 + [2] * 16  # 8, and 2 by four people each
+    for row in exported:
+        assert row["ranks"] == [row["shown"].index(k) for k in range(len(row["shown"]))]
+        answered = config.init if row["round"] == 1 else config.out / "online" / "round1" / "ppo" / "model"
+        assert set(row["models"]) == {str(answered)}
+    lines = (config.out / "online" / "labels.jsonl").read_text().splitlines()
+    known = [(row["prompt"], row["responses"], row["ranks"], row["person"]) for row in exported]
+    for line in lines:
+        row = json.loads(line)
+        assert (row["prompt"], row["responses"], row["ranks"], row["labeler"]) in known
+    assert len(lines) == 2 * 8
+    until(pages[0], "document.getElementById('ask').textContent.startsWith('Nothing to do')")

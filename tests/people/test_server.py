@@ -327,6 +327,7 @@ def test_the_command_line_names_mistakes(tmp_path: Path, capsys: pytest.CaptureF
         (["--responses", responses, "--db", tmp_path / "x.db"], "line 2, field prompt"),
         (["--responses", tmp_path / "none"], "no such file"),
         (["--model", tmp_path, "--db", tmp_path / "x.db"], "expected a model directory"),
+        (["--model", tmp_path, "--prompts", "0", "--db", tmp_path / "x.db"], "has nothing to answer; leave one of"),
         (["export", "--db", tmp_path / "none.db"], "no such store"),
         (["export", "--db", other], "no store of labels"),
         (["export", "--db", tmp_path / "x.db", "--filter", "x"], "filter 'x'"),
@@ -336,6 +337,12 @@ def test_the_command_line_names_mistakes(tmp_path: Path, capsys: pytest.CaptureF
             command.main([str(arg) for arg in args])
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and message in said and said.count("\n") == 1, said
+
+
+def test_pages_without_tasks_of_their_own(tmp_path: Path):
+    """Another program adds them, so that no model answers."""
+    with Store(tmp_path / "x.db") as store:
+        assert command._models(command.Serve(db=store.path, prompts=0), store) == ()
 
 
 def test_import_adds_to_a_store(tmp_path: Path, capsys: pytest.CaptureFixture):

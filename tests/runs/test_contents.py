@@ -1,5 +1,7 @@
+import contextlib
 import gzip
 import os
+import sqlite3
 import time
 
 import pytest
@@ -140,3 +142,10 @@ def test_settings_are_compared_by_what_is_in_the_files(here):
     assert contents.by_content("alpaca:rows.jsonl[:9]", one) == contents.by_content("alpaca:moved.jsonl[:9]", two)
     assert contents.by_content("alpaca:rows.jsonl[:9]", one) != contents.by_content("alpaca:moved.jsonl[:8]", two)
     assert contents.by_content(0.5, {}) == "0.5"
+
+
+def test_a_database_has_no_checksum(here):
+    """It changes while it is used, with every label; what is read of it is compared by itself."""
+    with contextlib.closing(sqlite3.connect(here / "people.db")) as db:
+        db.execute("CREATE TABLE labels (id)")
+    assert contents.paths("people.db") == ["people.db"] and contents.checksums("people.db") == {}

@@ -256,7 +256,7 @@ def test_a_stage_that_is_done_is_told_of_last(remote, monkeypatch):
     [
         (["--init", "gs://b/none"], "--init gs://b/none does not exist"),
         (["--data", "hh:gs://b/none.jsonl.gz[:9]"], "--data gs://b/none.jsonl.gz does not exist"),
-        (["--data-dir", "gs://b/data"], "--data-dir gs://b/data: expected a folder of this machine"),
+        (["--data-dir", "gs://b/data"], "--data-dir gs://b/data: expected a path on this machine"),
     ],
 )
 def test_what_is_not_there_is_named(remote, capsys, flags, message):

@@ -104,6 +104,8 @@ function work(boot) {
   let busy = false;
   let timer = 0; // of the next draft, or of the next question for a task
   let selected = null; // chip that a click on a place will put there
+  let waiting = false; // nothing was left to do
+  const title = document.title;
   const tabs = "BroadcastChannel" in window ? new BroadcastChannel("people") : null;
 
   const key = (what) => `${what}/${boot.person}`;
@@ -122,6 +124,10 @@ function work(boot) {
   }, 250);
   for (const name of ["pointermove", "pointerdown", "keydown", "scroll", "wheel"])
     addEventListener(name, () => (sign = Date.now()), { passive: true, capture: true });
+
+  addEventListener("visibilitychange", () => {
+    if (!document.hidden) document.title = title;
+  });
 
   // Text of a model: control characters that would reorder or hide it are shown by their number ------------------------
 
@@ -229,12 +235,22 @@ function work(boot) {
     task = body.task;
     if (!task) {
       $("ask").textContent = body.aside ? t("aside") : t("nothing_left");
-      $("task").replaceChildren();
+      if (body.aside || !waiting) $("task").replaceChildren();
+      if (!body.aside && !waiting) {
+        const dot = el("span", { className: "pulse", "aria-hidden": "true" });
+        $("task").append(el("p", { className: "resting" }, dot, t("resting")));
+      }
+      waiting = true;
       clearTimeout(timer);
-      timer = setTimeout(load, 10000);
+      timer = setTimeout(load, 5000);
       return;
     }
     clearTimeout(timer);
+    if (waiting) {
+      say(t("new_task"));
+      if (document.hidden) document.title = `● ${title}`; // until somebody looks
+    }
+    waiting = false;
     looked = 0;
     selected = null;
     answer = restored(task.responses.length);
