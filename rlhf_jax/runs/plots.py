@@ -104,12 +104,13 @@ def arena(
     path: Path,
     strengths: Mapping[str, tuple[float, float] | None],
     rates: Mapping[str, Mapping[str, float]],
-    title: str = "",
+    x: str = "",
 ) -> Path:
     """Draw the strengths of models and the win rate of each against each other, and write the figure to `path`.
 
     `strengths` maps a model to its strength and the half width of its interval, or to None where it has none that is
     finite; the first is drawn on top. `rates` maps a row's model to its win rates, 0 to 1, against those that it met.
+    `x` is written below the strengths.
     """
     names = list(strengths)
     figure, (left, right) = _grid(2)
@@ -130,7 +131,7 @@ def arena(
     left.margins(x=0.1)
     left.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     left.set_title("strength (log scale, 95 %)", loc="left", fontsize=10, color=INK)
-    left.set_xlabel(title, fontsize=9, color=INK)
+    left.set_xlabel(x, fontsize=9, color=INK)
     share = np.array([[rates.get(name, {}).get(other, np.nan) for other in names] for name in names]) * 100
     right.imshow(np.ma.masked_invalid(share), cmap="RdBu", vmin=0, vmax=100, aspect="equal", alpha=0.75)
     for (row, column), value in np.ndenumerate(share):

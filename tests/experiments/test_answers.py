@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from experiments import answers
+from rlhf_jax.people import __main__ as command
 from rlhf_jax.people.store import Store
+from rlhf_jax.runs import cli
 from rlhf_jax.types import InputError
 
 
@@ -54,7 +56,6 @@ def test_models_of_an_arena_meet_in_pairs(done, tmp_path, capsys):
         max_new_tokens=8,
     )
     assert answers.main(given) == {"added": 18, "present": 0}
-    assert answers.main(given) == {"added": 0, "present": 18}
     assert " of 18 battles have the same answer" in capsys.readouterr().out
     with Store(given.db) as store, store.reader() as db:
         found = db.execute("SELECT * FROM items").fetchall()
@@ -66,6 +67,19 @@ def test_models_of_an_arena_meet_in_pairs(done, tmp_path, capsys):
         for model, text in zip(json.loads(item["models"]), json.loads(item["responses"]), strict=True):
             said[item["prompt"], model].add(text)
     assert len({prompt for prompt, _ in said}) == 9 and {len(texts) for texts in said.values()} == {1}
+
+
+def test_the_server_starts_this_with_its_own_settings(monkeypatch):
+    started = []
+    monkeypatch.setattr(command.subprocess, "Popen", started.append)
+    models = (Path("a"), Path("b"), Path("c"))
+    served = command.Serve(task="arena", model=models, pairs=3, prompts=7, overlap=2, seed=5, data="world:rows=9")
+    with pytest.raises(AttributeError), command._answering(served, models):  # there is no process to end
+        pass
+    assert started[0][1:3] == ["-m", "experiments.answers"]
+    assert cli.parse(answers.Config(), started[0][3:]) == answers.Config(
+        task="arena", model=models, pairs=3, prompts=7, overlap=2, seed=5, data="world:rows=9"
+    )
 
 
 def test_numbers_that_do_not_fit_are_refused():

@@ -321,6 +321,7 @@ def test_a_large_store_is_as_quick(tmp_path: Path):
 def test_the_command_line_names_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture):
     responses = tmp_path / "r.jsonl"
     responses.write_text('{"prompt": "p", "responses": ["a", "b"]}\n{"prompt": 3}\n')
+    (tmp_path / "one.jsonl").write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
     other = tmp_path / "other.db"
     sqlite3.connect(other).execute("CREATE TABLE t (x)").connection.close()
     for args, message in (
@@ -331,6 +332,10 @@ def test_the_command_line_names_mistakes(tmp_path: Path, capsys: pytest.CaptureF
         (["--responses", responses, "--db", tmp_path / "x.db"], "line 2, field prompt"),
         (["--responses", tmp_path / "none"], "no such file"),
         (["--model", tmp_path, "--db", tmp_path / "x.db"], "expected a model directory"),
+        (["--task", "arena", "--db", tmp_path / "x.db"], "--task arena compares at least two models"),
+        (["--task", "arena", "--model", "a", "a", "--db", tmp_path / "x.db"], "--model a: is named twice"),
+        (["--task", "arena", "--model", "a", "b", "--pairs", "2", "--db", tmp_path / "x.db"], "pairs=2: expected"),
+        (["--task", "arena", "--responses", tmp_path / "one.jsonl", "--db", tmp_path / "x.db"], "line 1, task arena"),
         (["export", "--db", tmp_path / "none.db"], "no such store"),
         (["export", "--db", other], "no store of labels"),
         (["export", "--db", tmp_path / "x.db", "--filter", "x"], "filter 'x'"),
@@ -348,6 +353,9 @@ def test_import_adds_to_a_store(tmp_path: Path, capsys: pytest.CaptureFixture):
     for said in ("1 items added, 0 were", "0 items added, 1 were"):
         command.main(["import", "--db", str(tmp_path / "x.db"), "--responses", str(responses)])
         assert said in capsys.readouterr().out
+    responses.write_text('{"prompt": "p", "responses": ["a", "a\\n"], "task": "arena", "models": ["x", "y"]}\n')
+    command.main(["import", "--db", str(tmp_path / "x.db"), "--responses", str(responses)])
+    assert "1 items added, 0 were there already; 1 battles have the same answer" in capsys.readouterr().out
 
 
 def test_the_event_loop_is_not_held_up(store: Store):
