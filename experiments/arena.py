@@ -5,7 +5,8 @@ each model's win rate and strength. The administrator's page has the same table 
 
 Run:     python -m experiments.arena --db runs/people/people.db --out runs/arena
 Parent:  none
-Result:  arena.json, arena.png and a table of the models, in seconds
+Result:  arena.json, arena.png and a table, in seconds; on 90 prompts three simulated labelers prefer the quickstart's
+         PPO (win rate 71 %) to its SFT (48 %), and that to its pretrained model (31 %)
 """
 
 import dataclasses

@@ -129,6 +129,7 @@ def arena(
     left.set_yticks(range(len(names)), names)
     left.set_ylim(len(names) - 0.5, -0.5)
     left.margins(x=0.1)
+    left.locator_params(axis="x", nbins=6)
     left.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     left.set_title("strength (log scale, 95 %)", loc="left", fontsize=10, color=INK)
     left.set_xlabel(x, fontsize=9, color=INK)
