@@ -11,6 +11,7 @@ Result:  200 prompts of the world with 4 answers each, in seconds
 import dataclasses
 import itertools
 import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from rlhf_jax import models
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.devices.compute import Compute
+from rlhf_jax.people import arena
 from rlhf_jax.people.exchange import Overlap
 from rlhf_jax.people.forms import Task
 from rlhf_jax.people.store import Item, Store
@@ -27,6 +29,8 @@ from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.runs import cli
 from rlhf_jax.settings import Count, Positive, Seed, Settings, Share, Whole
 from rlhf_jax.types import InputError, named_key
+
+Said = tuple[str, bool, str]  # an answer, whether it ended, and the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +41,9 @@ class Config(Settings):
     model: tuple[Path, ...] = (Path("runs/quickstart/sft/model"),)  # model directories, which share the answers
     data: str = "world"  # prompts, as in every experiment
     prompts: Count = 200  # number of prompts
-    k: Count = 4  # answers to a prompt, over all models
+    k: Count = 4  # answers to a prompt, over all models; in an arena each answers once
     task: Task = "rank"  # what people are asked
+    pairs: Count = 1  # of models that meet over a prompt of an arena; all pairs meet equally often
     round: Whole = 0  # number by which the labels can be told from those of other rounds
     overlap: Count = 1  # people who answer the same item
     overlap_share: Share = 1.0  # of the items, that so many answer; the others have one
@@ -52,7 +57,9 @@ class Config(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < max(len(self.model), 1 if self.task == "demonstrate" else 2):
+        if self.task == "arena":
+            arena.check(self.model, self.pairs)
+        elif self.k < max(len(self.model), 1 if self.task == "demonstrate" else 2):
             raise InputError(f"k={self.k}: expected at least 2 answers, and one of each of {len(self.model)} models")
         if self.task == "compare" and self.k != 2:
             raise InputError(f"k={self.k}: expected 2 answers to compare; --task rank orders more")
@@ -73,15 +80,19 @@ def main(cfg: Config) -> dict[str, int]:
         print(f"{cfg.data}: {counts}")
         prepared.append(prompts)
     usable = sorted(set.intersection(*(set(prompts.index.tolist()) for prompts in prepared)))
-    shares = [len(range(m, cfg.k, len(loaded))) for m in range(len(loaded))]  # answers of each model
+    asked = dict(zip(usable, _asked(cfg), strict=False))
     overlap = Overlap(cfg.overlap, cfg.overlap_share)
-    added = present = 0
+    added = present = same = 0
     with Store(cfg.db) as store:
         for first in range(0, len(usable), cfg.batch // 4 or 1):
             chosen = usable[first : first + (cfg.batch // 4 or 1)]
-            said: dict[int, list[tuple[str, bool, str]]] = {index: [] for index in chosen}
-            for number, (model, prompts, share) in enumerate(zip(loaded, prepared, shares, strict=True)):
-                places = np.repeat(np.flatnonzero(np.isin(prompts.index, chosen)), share)
+            said: dict[int, dict[int, list[Said]]] = {index: {} for index in chosen}
+            for number, (model, prompts) in enumerate(zip(loaded, prepared, strict=True)):
+                share = {index: max(numbers.count(number) for numbers in asked[index]) for index in chosen}
+                places = np.flatnonzero(np.isin(prompts.index, chosen))
+                places = np.repeat(places, [share[index] for index in prompts.index[places].tolist()])
+                if not len(places):
+                    continue
                 part = jax.tree.map(lambda x, places=places: x[places], prompts)
                 sampled = rollout.episodes(
                     model,
@@ -94,15 +105,35 @@ def main(cfg: Config) -> dict[str, int]:
                 tokenizer = models.tokenizer_of(model)
                 texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
                 for index, text, ended in zip(part.index.tolist(), texts, sampled.ended.tolist(), strict=True):
-                    said[index].append((text, ended, str(cfg.model[number])))
-            items = (_item(cfg, some[index]["prompt"], answers, overlap) for index, answers in said.items())
+                    said[index].setdefault(number, []).append((text, ended, str(cfg.model[number])))
+            items = [
+                _item(cfg, some[index]["prompt"], [said[index][m][n] for m, n in _numbered(numbers)], overlap)
+                for index in chosen
+                for numbers in asked[index]
+            ]
             new, old = store.add(items)
             added, present = added + new, present + old
+            same += sum(arena.is_same(item.responses) for item in items)
             print(f"answers to {min(first + len(chosen), len(usable))} of {len(usable)} prompts", flush=True)
+    if cfg.task == "arena":
+        print(f"{same} of {added + present} battles have the same answer from both models: people are told so")
     return {"added": added, "present": present}
 
 
-def _item(cfg: Config, prompt: object, answers: list[tuple[str, bool, str]], overlap: Overlap) -> Item:
+def _asked(cfg: Config) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Yield the items of one prompt after another, each as the numbers of the models whose answers it has."""
+    if cfg.task == "arena":
+        yield from arena.pairs(len(cfg.model), cfg.pairs, cfg.seed)
+    while True:
+        yield [tuple(n % len(cfg.model) for n in range(cfg.k))]
+
+
+def _numbered(numbers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Each number of a model with how often it occurred before."""
+    return [(number, numbers[:place].count(number)) for place, number in enumerate(numbers)]
+
+
+def _item(cfg: Config, prompt: object, answers: list[Said], overlap: Overlap) -> Item:
     """The item of a prompt, with its answers in an order that does not tell the models."""
     random.Random(f"{cfg.seed}/{prompt}").shuffle(answers)
     texts, ended, names = zip(*answers, strict=True)

@@ -3,6 +3,7 @@
 scripts/people.sh                                            the quickstart's model and the world's prompts
 scripts/people.sh --responses answers.jsonl                  no model: {"prompt", "responses"} a line
 scripts/people.sh --model runs/a/model runs/b/model --data prompts.jsonl --k 4
+scripts/people.sh --task arena --model runs/a/model runs/b/model --data prompts.jsonl
 scripts/people.sh export --db runs/people/people.db --out labels.jsonl
 scripts/people.sh import --db runs/people/people.db --responses more.jsonl
 """
@@ -25,7 +26,7 @@ import tyro
 import uvicorn
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import exchange, forms, server
+from rlhf_jax.people import arena, exchange, forms, server
 from rlhf_jax.people.store import Item, Store
 from rlhf_jax.settings import Count, Range, Seed, Settings, Share, Whole
 
@@ -59,7 +60,8 @@ class Serve(Tasks):
     model: tuple[Path, ...] = ()  # model directories that answer the prompts, in a process of their own
     data: str = "world"  # prompts for the models, as in every experiment
     prompts: Whole = 200  # number of prompts that the models answer; 0: another program adds what to ask
-    k: Count = 4  # answers to a prompt, over all models
+    k: Count = 4  # answers to a prompt, over all models; in an arena each answers once
+    pairs: Count = 1  # of models that meet over a prompt of an arena; all pairs meet equally often
     seed: Seed = 0  # of sampling
     guidelines: Path | None = None  # Markdown file that people acknowledge before they begin
     ratings: forms.Ratings | None = None  # that each answer needs before the ranking; without it, as before, or all
@@ -113,7 +115,7 @@ def serve(cfg: Serve) -> None:
         if cfg.ratings:
             store.set_rules(dataclasses.replace(store.rules(), ratings=cfg.ratings))
         if items:
-            print(f"{cfg.responses}: {added} items added, {present} were there already")
+            print(f"{cfg.responses}: {_told(items, added, present)}")
         models = _models(cfg, store)
         port = listener.getsockname()[1]
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
@@ -166,6 +168,8 @@ def _models(cfg: Serve, store: Store) -> tuple[Path, ...]:
         if cfg.model:
             raise InputError(f"--prompts 0: --model {cfg.model[0]} has nothing to answer; leave one of the two out")
         return ()
+    if cfg.task == "arena" and (cfg.model or (cfg.responses is None and not store.has_items())):
+        arena.check(cfg.model, cfg.pairs)
     if cfg.model or cfg.responses is not None:
         missing = [path for path in cfg.model if not (path / "config.json").is_file()]
         if missing:
@@ -189,7 +193,7 @@ def _answering(cfg: Serve, models: Sequence[Path]) -> Iterator[None]:
         return
     command = [sys.executable, "-m", "experiments.answers", "--db", str(cfg.db), "--data", cfg.data, "--model"]
     command += [*map(str, models), "--prompts", str(cfg.prompts), "--k", str(cfg.k), "--seed", str(cfg.seed)]
-    command += ["--overlap", str(cfg.overlap), "--overlap-share", str(cfg.overlap_share)]
+    command += ["--overlap", str(cfg.overlap), "--overlap-share", str(cfg.overlap_share), "--pairs", str(cfg.pairs)]
     if cfg.task:
         command += ["--task", cfg.task]
     process = subprocess.Popen(command)
@@ -221,7 +225,14 @@ def import_items(cfg: Import) -> None:
     items = cfg.items()
     with Store(cfg.db) as store:
         added, present = store.add(items)
-    print(f"{cfg.db}: {added} items added, {present} were there already")
+    print(f"{cfg.db}: {_told(items, added, present)}")
+
+
+def _told(items: Sequence[Item], added: int, present: int) -> str:
+    """What became of items, in words."""
+    same = sum(item.task == "arena" and arena.is_same(item.responses) for item in items)
+    more = f"; {same} battles have the same answer from both models: people are told so" if same else ""
+    return f"{added} items added, {present} were there already{more}"
 
 
 def export(cfg: Export) -> None:

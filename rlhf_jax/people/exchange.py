@@ -17,7 +17,7 @@ from typing import Any, cast, get_args
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import forms
-from rlhf_jax.people.store import Item, Kind, Store
+from rlhf_jax.people.store import Item, Kind, Store, check_item
 
 _ROLES = ("system", "user", "assistant")
 _FIELDS = ("prompt", "responses", "task", "models", "ended", "round", "overlap", "gold")
@@ -98,7 +98,9 @@ def _item(row: Any, task: forms.Task | None, overlap: Overlap) -> Item:
         gold=None if gold is None else tuple(gold),
         round=row.get("round", 0),
     )
-    return dataclasses.replace(item, overlap=row.get("overlap") or overlap.of(item))
+    item = dataclasses.replace(item, overlap=row.get("overlap") or overlap.of(item))
+    check_item(item)
+    return item
 
 
 def _listed(row: dict[str, Any], name: str) -> list[Any] | None:
@@ -251,7 +253,7 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
 def _about(label: sqlite3.Row, answer: dict[str, Any]) -> dict[str, Any]:
     """What is known of a label beside its row."""
     said = dict[str, Any]()
-    for name in ("strength", "prompt_flags", "confidence", "note", "edited"):
+    for name in ("strength", "verdict", "prompt_flags", "confidence", "note", "edited"):
         if name in answer:
             said[name] = answer[name]
     if any(answer.get("ratings", ())):

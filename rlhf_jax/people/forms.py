@@ -4,6 +4,7 @@
     rank          rate each response, then order all, ties allowed              "ranks": [K], "ratings": [K]
     compare       which of two is better, and by how much                       "strength": from -4 to 4
     best          which of K is best                                            "best": a response
+    arena         which of two models' answers is better                        "verdict": first, second, tie or bad
     demonstrate   write a response, or edit one of those given                  "text", perhaps "edited": a response
 
 Every answer may also hold "prompt_flags", "confidence" (1-9) and "note". Instead of an answer a person may skip the
@@ -18,9 +19,10 @@ from typing import Any, Literal
 
 from rlhf_jax.errors import InputError
 
-Task = Literal["rank", "compare", "best", "demonstrate"]
+Task = Literal["rank", "compare", "best", "demonstrate", "arena"]
 Ratings = Literal["all", "overall", "none"]
-TASKS: tuple[Task, ...] = ("rank", "compare", "best", "demonstrate")
+TASKS: tuple[Task, ...] = ("rank", "compare", "best", "demonstrate", "arena")
+VERDICTS = ("first", "second", "tie", "bad")  # of an arena; bad: neither answer will do, which is a tie otherwise
 SCALES = ("overall", "helpful", "honest", "harmless")
 FLAGS = (
     "fails_instruction",
@@ -81,6 +83,10 @@ def checked(task: str, count: int, answer: Any, ratings: Ratings) -> dict[str, A
                 raise InputError("text: expected an answer, got nothing")
             edited = None if answer.get("edited") is None else _whole(answer, "edited", 0, count - 1)
             return {"text": text, "edited": edited, **_common(answer)}
+        case "arena":
+            if answer.get("verdict") not in VERDICTS:
+                raise InputError(f"verdict: expected one of {', '.join(VERDICTS)}")
+            return {"verdict": answer["verdict"], **_common(answer)}
     raise InputError(f"task {task}: expected one of {', '.join(TASKS)}")
 
 
@@ -104,6 +110,8 @@ def restored(answer: dict[str, Any], shown: Sequence[int]) -> dict[str, Any]:
             answer[name] = shown[answer[name]]
     if "strength" in answer and list(shown) == [1, 0]:
         answer["strength"] = -answer["strength"]
+    if answer.get("verdict") in VERDICTS[:2]:
+        answer["verdict"] = VERDICTS[shown[VERDICTS.index(answer["verdict"])]]
     return answer
 
 
@@ -118,6 +126,8 @@ def ranks_of(task: str, answer: dict[str, Any], count: int) -> list[int] | None:
         return answer["ranks"]
     if task == "compare" and "strength" in answer:
         return [int(answer["strength"] > 0), int(answer["strength"] < 0)]
+    if task == "arena" and "verdict" in answer:
+        return [int(answer["verdict"] == "second"), int(answer["verdict"] == "first")]
     if task == "best" and "best" in answer:
         return [int(k != answer["best"]) for k in range(count)]
     return None

@@ -30,7 +30,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import exchange, forms, markdown, progress, words
+from rlhf_jax.people import arena, exchange, forms, markdown, progress, words
 from rlhf_jax.people.store import Person, Refused, Rules, Store
 
 PAGES = Path(__file__).parent / "pages"
@@ -80,6 +80,7 @@ def app(store: Store, options: Options | None = None) -> ASGIApp:
         Route("/api/undo", pages.undo, methods=["POST"]),
         Route("/admin", pages.admin),
         Route("/admin/export", pages.export),
+        Route("/admin/arena", pages.arena),
         Route("/admin/{action}", pages.act, methods=["POST"]),
         Mount("/static", StaticFiles(directory=PAGES / "static")),
     ]
@@ -307,6 +308,7 @@ class Pages:
             "prompt_flags": forms.PROMPT_FLAGS,
             "skips": forms.SKIPS,
             "strongest": forms.STRONGEST,
+            "verdicts": forms.VERDICTS,
         }
         return self._page(request, "work.html", person, boot=boot)
 
@@ -441,6 +443,17 @@ class Pages:
 
         headers = {"Content-Disposition": 'attachment; filename="labels.jsonl"'}
         return StreamingResponse(lines(), headers=headers, media_type="application/x-ndjson")
+
+    async def arena(self, request: Request) -> Response:
+        """Show how the models of an arena fare, by the votes that a filter in the address selects."""
+        return await run_in_threadpool(self._arena, request)
+
+    def _arena(self, request: Request) -> Response:
+        person = self._administrator(request)
+        wanted = exchange.Filter.parse(urllib.parse.unquote_plus(request.url.query))
+        with self._store.reader() as db:
+            table = arena.table(arena.read(db, wanted))
+        return self._page(request, "arena.html", person, table=table, live=f"/admin/arena?{request.url.query}")
 
     # shared
 

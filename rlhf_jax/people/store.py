@@ -130,6 +130,8 @@ class Item:
     def key(self) -> bytes:
         """The hash that tells whether the same is being asked twice."""
         asked = [self.round, self.task, self.prompt, self.responses, self.gold]
+        if self.task == "arena":  # other models may have said the same
+            asked.append(self.models)
         return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).digest()
 
 
@@ -385,7 +387,7 @@ class Store:
         added = present = 0
         with self._write() as db:
             for item in items:
-                _check_item(item)
+                check_item(item)
                 values = (
                     item.key(),
                     item.round,
@@ -766,13 +768,17 @@ def _agreement(known: Sequence[int], ranks: Sequence[int], ties: bool) -> tuple[
     return agreed, pairs
 
 
-def _check_item(item: Item) -> None:
-    least = {"rank": 2, "compare": 2, "best": 2, "demonstrate": 0}.get(item.task)
+def check_item(item: Item) -> None:
+    """Raise InputError for an item that cannot be asked about."""
+    least = {"rank": 2, "compare": 2, "best": 2, "demonstrate": 0, "arena": 2}.get(item.task)
     if least is None:
         raise InputError(f"task {item.task}: expected one of {', '.join(forms.TASKS)}")
     count = len(item.responses)
-    if count < least or count > 26 or (item.task == "compare" and count != 2):
-        raise InputError(f"task {item.task}: expected {'2' if item.task == 'compare' else f'{least} to 26'} responses")
+    of_two = item.task in ("compare", "arena")
+    if count < least or count > 26 or (of_two and count != 2):
+        raise InputError(f"task {item.task}: expected {'2' if of_two else f'{least} to 26'} responses")
+    if item.task == "arena" and (not item.models or len(set(item.models)) != 2):
+        raise InputError(f"task arena: expected models, the names of 2 that differ, got {item.models}")
     for name, given in (("models", item.models), ("ended", item.ended), ("gold", item.gold)):
         if given is not None and len(given) != count:
             raise InputError(f"{name}: expected {count}, one per response, got {len(given)}")

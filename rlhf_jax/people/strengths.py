@@ -113,6 +113,21 @@ def fit(games: Games) -> Strengths:
     raise Undefined(f"strengths are undefined: those of {best} and {worst} grow apart without end; play more games")
 
 
+def groups(games: Games) -> list[tuple[str, ...]]:
+    """The players in groups, within each of which everybody scored against the others, directly or through others.
+
+    A larger group has no finite strengths (`fit`). That with the most players comes first, among such with as many that
+    with the most games.
+    """
+    scored = (np.asarray(games.wins) + np.asarray(games.ties)) > 0
+    found = {}
+    for start in range(len(games.players)):
+        inside = np.flatnonzero(_reached(scored, start) & _reached(scored.T, start))
+        played = np.sum((games.wins + games.ties / 2)[np.ix_(inside, inside)])
+        found[tuple(games.players[k] for k in inside)] = (len(inside), played)
+    return sorted(found, key=lambda group: found[group], reverse=True)
+
+
 def _strengths(players: tuple[str, ...], theta: np.ndarray, value: float, covariance: np.ndarray) -> Strengths:
     count = len(players)
     variance = np.diag(covariance)

@@ -1,4 +1,4 @@
-"""Figures of a run, as PNG files: curves over its steps, and stages of the recipe side by side."""
+"""Figures, as PNG files: curves over a run's steps, stages of the recipe side by side, and models in an arena."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,6 +97,53 @@ def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, ..
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         if len(series) > 1 and (axis is axes[0] or list(series) != list(next(iter(panels.values())))):
             axis.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return _save(figure, path)
+
+
+def arena(
+    path: Path,
+    strengths: Mapping[str, tuple[float, float] | None],
+    rates: Mapping[str, Mapping[str, float]],
+    x: str = "",
+) -> Path:
+    """Draw the strengths of models and the win rate of each against each other, and write the figure to `path`.
+
+    `strengths` maps a model to its strength and the half width of its interval, or to None where it has none that is
+    finite; the first is drawn on top. `rates` maps a row's model to its win rates, 0 to 1, against those that it met.
+    `x` is written below the strengths.
+    """
+    names = list(strengths)
+    figure, (left, right) = _grid(2)
+    side = max(2.6, 0.42 * len(names) + 1.4)
+    figure.set_size_inches(4.2 + side + 1.2, side)
+    for row, name in enumerate(names):
+        found = strengths[name]
+        if found is None:
+            axes_and_rows = left.get_yaxis_transform()
+            left.text(0.5, row, "not finite", transform=axes_and_rows, ha="center", va="center", fontsize=8, color=INK)
+        else:
+            left.errorbar(
+                found[0], row, xerr=found[1], fmt="o", color=COLORS[0], markersize=4.5, capsize=3, linewidth=1.4
+            )
+    left.axvline(0, color="#cccccc", linewidth=0.8, zorder=0)
+    left.set_yticks(range(len(names)), names)
+    left.set_ylim(len(names) - 0.5, -0.5)
+    left.margins(x=0.1)
+    left.locator_params(axis="x", nbins=6)
+    left.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    left.set_title("strength (log scale, 95 %)", loc="left", fontsize=10, color=INK)
+    left.set_xlabel(x, fontsize=9, color=INK)
+    share = np.array([[rates.get(name, {}).get(other, np.nan) for other in names] for name in names]) * 100
+    right.imshow(np.ma.masked_invalid(share), cmap="RdBu", vmin=0, vmax=100, aspect="equal", alpha=0.75)
+    for (row, column), value in np.ndenumerate(share):
+        if np.isfinite(value):
+            color = "white" if abs(value - 50) > 38 else INK
+            right.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=color)
+    right.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+    right.set_yticks(range(len(names)), names)
+    right.spines[["left", "bottom"]].set_visible(False)
+    right.tick_params(length=0)
+    right.set_title("win rate of row against column (%)", loc="left", fontsize=10, color=INK)
     return _save(figure, path)
 
 

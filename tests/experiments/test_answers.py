@@ -1,11 +1,15 @@
 """Answers of models as tasks for people."""
 
+import collections
 import json
+from pathlib import Path
 
 import pytest
 
 from experiments import answers
+from rlhf_jax.people import __main__ as command
 from rlhf_jax.people.store import Store
+from rlhf_jax.runs import cli
 from rlhf_jax.types import InputError
 
 
@@ -37,8 +41,56 @@ def test_two_models_share_the_answers(done, tmp_path, capsys):
         assert len({item["models"] for item in found}) > 1  # in no fixed order
 
 
+def test_models_of_an_arena_meet_in_pairs(done, tmp_path, capsys):
+    cfg, _ = done
+    models = tuple(cfg.out / stage / "model" for stage in ("sft", "ppo", "pretrain"))
+    given = answers.Config(
+        db=tmp_path / "people.db",
+        model=models,
+        data="world:rows=100",
+        data_dir=cfg.out / "data",
+        prompts=9,
+        task="arena",
+        pairs=2,
+        batch=16,
+        max_new_tokens=8,
+    )
+    assert answers.main(given) == {"added": 18, "present": 0}
+    assert " of 18 battles have the same answer" in capsys.readouterr().out
+    with Store(given.db) as store, store.reader() as db:
+        found = db.execute("SELECT * FROM items").fetchall()
+    met = collections.Counter(frozenset(json.loads(item["models"])) for item in found)
+    assert list(met.values()) == [6, 6, 6]
+    said = collections.defaultdict(set)  # each model answers a prompt once
+    for item in found:
+        assert item["task"] == "arena"
+        for model, text in zip(json.loads(item["models"]), json.loads(item["responses"]), strict=True):
+            said[item["prompt"], model].add(text)
+    assert len({prompt for prompt, _ in said}) == 9 and {len(texts) for texts in said.values()} == {1}
+
+
+def test_the_server_starts_this_with_its_own_settings(monkeypatch):
+    started = []
+    monkeypatch.setattr(command.subprocess, "Popen", started.append)
+    models = (Path("a"), Path("b"), Path("c"))
+    served = command.Serve(task="arena", model=models, pairs=3, prompts=7, overlap=2, seed=5, data="world:rows=9")
+    with pytest.raises(AttributeError), command._answering(served, models):  # there is no process to end
+        pass
+    assert started[0][1:3] == ["-m", "experiments.answers"]
+    assert cli.parse(answers.Config(), started[0][3:]) == answers.Config(
+        task="arena", model=models, pairs=3, prompts=7, overlap=2, seed=5, data="world:rows=9"
+    )
+
+
 def test_numbers_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="k=1: expected at least 2"):
         answers.Config(k=1)
     with pytest.raises(InputError, match="k=4: expected 2 answers to compare"):
         answers.Config(task="compare")
+    two = (Path("a"), Path("b"))
+    with pytest.raises(InputError, match="arena compares at least two models"):
+        answers.Config(task="arena")
+    with pytest.raises(InputError, match="--model a: is named twice"):
+        answers.Config(task="arena", model=(*two, Path("a")))
+    with pytest.raises(InputError, match="pairs=2: expected from 1 to 1, the pairs that 2 models make"):
+        answers.Config(task="arena", model=two, pairs=2)

@@ -53,6 +53,16 @@ def test_a_contradiction_is_asked_once_and_both_are_stored():
     assert not forms.checked("rank", 2, {"ranks": [0, 0], "ratings": GOOD}, "all")["confirmed"]  # a tie is none
 
 
+def test_a_verdict_is_one_of_four():
+    assert forms.checked("arena", 2, {"verdict": "bad", "note": "x", "models": 1}, "all") == {
+        "verdict": "bad",
+        "note": "x",
+    }
+    for wrong in ({}, {"verdict": None}, {"verdict": "third"}, {"verdict": 0}, {"verdict": ["tie"]}, {"verdict": {}}):
+        with pytest.raises(InputError, match=r"^verdict: expected one of first, second, tie, bad$"):
+            forms.checked("arena", 2, wrong, "all")
+
+
 def test_the_order_shown_is_undone():
     shown = [2, 0, 1]  # in the first place stood the last response
     answer = {"ranks": [0, 1, 2], "ratings": [{"overall": 7}, {"overall": 4}, {"overall": 1}], "best": 0}
@@ -61,6 +71,9 @@ def test_the_order_shown_is_undone():
     assert forms.displayed(restored, shown) == answer
     assert forms.restored({"strength": -3}, [1, 0]) == {"strength": 3}
     assert forms.restored({"strength": -3}, [0, 1]) == {"strength": -3}
+    for given, found in (("first", "second"), ("second", "first"), ("tie", "tie"), ("bad", "bad")):
+        assert forms.restored({"verdict": given}, [1, 0]) == {"verdict": found}
+        assert forms.restored({"verdict": given}, [0, 1]) == {"verdict": given}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +84,11 @@ def test_the_order_shown_is_undone():
         ("compare", {"strength": 4}, [("rankings", {"chosen": "b", "rejected": "a"})]),
         ("compare", {"strength": 0}, [("rankings", {"responses": ["a", "b"], "ranks": [0, 0]})]),
         ("best", {"best": 1}, [("rankings", {"responses": ["a", "b"], "ranks": [1, 0]})]),
+        ("arena", {"verdict": "first"}, [("rankings", {"responses": ["a", "b"], "ranks": [0, 1]})]),
+        ("arena", {"verdict": "second"}, [("rankings", {"responses": ["a", "b"], "ranks": [1, 0]})]),
+        ("arena", {"verdict": "tie"}, [("rankings", {"responses": ["a", "b"], "ranks": [0, 0]})]),
+        ("arena", {"verdict": "bad"}, [("rankings", {"responses": ["a", "b"], "ranks": [0, 0]})]),
+        ("arena", {"skip": "unclear"}, []),
         ("demonstrate", {"text": "c", "edited": None}, [("demonstrations", {"completion": "c"})]),
         (
             "demonstrate",

@@ -7,7 +7,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import __main__ as command
-from rlhf_jax.people import markdown, server, words
+from rlhf_jax.people import arena, markdown, server, words
 from rlhf_jax.people.store import Item, Rules, Store
 
 
@@ -125,7 +125,7 @@ def test_a_contradiction_is_asked(store: Store):
 
 def test_nothing_without_a_session(store: Store):
     nobody = client(store)
-    for path in ("/", "/admin", "/guidelines", "/admin/export"):
+    for path in ("/", "/admin", "/guidelines", "/admin/export", "/admin/arena"):
         found = nobody.get(path)
         assert (found.status_code, found.headers["location"]) == (303, "/enter")
     assert nobody.get("/api/task").status_code == 401
@@ -151,7 +151,8 @@ def test_only_the_administrator_administers(store: Store):
     ann, admin = Browser(store), Browser(store, "administrator", "administrator")
     assert ann.client.get("/admin").headers["location"] == "/"
     assert ann.act("invite", name="eve").status_code == 403
-    assert ann.client.get("/admin/export").status_code == 303
+    assert ann.client.get("/admin/export").status_code == ann.client.get("/admin/arena").status_code == 303
+    assert "No battles yet" in admin.client.get("/admin/arena").text
     page = admin.act("invite", name="<b>eve</b>").text
     link = re.search(r"http://127.0.0.1:8000/enter#([\w-]+)", page)
     assert link and store.enter(link[1]) and "<b>eve" not in page and "&lt;b&gt;eve" in page
@@ -253,6 +254,9 @@ def test_both_languages_have_all_words(store: Store):
     for prefix, names in (("flag", server.forms.FLAGS), ("pflag", server.forms.PROMPT_FLAGS)):
         assert {f"{prefix}_{name}" for name in names} <= table.keys()
     assert {f"skip_{name}" for name in server.forms.SKIPS} <= table.keys()
+    assert {f"verdict_{name}" for name in server.forms.VERDICTS} | {f"arena_{why}" for why in get_args(arena.Why)} <= (
+        table.keys()
+    )
     nobody = client(store)
     assert "欢迎" in nobody.get("/enter", headers={"Accept-Language": "zh-CN,en;q=0.5"}).text
     assert "Welcome" in nobody.get("/enter", headers={"Accept-Language": "fr"}).text
@@ -317,6 +321,7 @@ def test_a_large_store_is_as_quick(tmp_path: Path):
 def test_the_command_line_names_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture):
     responses = tmp_path / "r.jsonl"
     responses.write_text('{"prompt": "p", "responses": ["a", "b"]}\n{"prompt": 3}\n')
+    (tmp_path / "one.jsonl").write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
     other = tmp_path / "other.db"
     sqlite3.connect(other).execute("CREATE TABLE t (x)").connection.close()
     for args, message in (
@@ -328,6 +333,10 @@ def test_the_command_line_names_mistakes(tmp_path: Path, capsys: pytest.CaptureF
         (["--responses", tmp_path / "none"], "no such file"),
         (["--model", tmp_path, "--db", tmp_path / "x.db"], "expected a model directory"),
         (["--model", tmp_path, "--prompts", "0", "--db", tmp_path / "x.db"], "has nothing to answer; leave one of"),
+        (["--task", "arena", "--db", tmp_path / "x.db"], "--task arena compares at least two models"),
+        (["--task", "arena", "--model", "a", "a", "--db", tmp_path / "x.db"], "--model a: is named twice"),
+        (["--task", "arena", "--model", "a", "b", "--pairs", "2", "--db", tmp_path / "x.db"], "pairs=2: expected"),
+        (["--task", "arena", "--responses", tmp_path / "one.jsonl", "--db", tmp_path / "x.db"], "line 1, task arena"),
         (["export", "--db", tmp_path / "none.db"], "no such store"),
         (["export", "--db", other], "no store of labels"),
         (["export", "--db", tmp_path / "x.db", "--filter", "x"], "filter 'x'"),
@@ -351,6 +360,9 @@ def test_import_adds_to_a_store(tmp_path: Path, capsys: pytest.CaptureFixture):
     for said in ("1 items added, 0 were", "0 items added, 1 were"):
         command.main(["import", "--db", str(tmp_path / "x.db"), "--responses", str(responses)])
         assert said in capsys.readouterr().out
+    responses.write_text('{"prompt": "p", "responses": ["a", "a\\n"], "task": "arena", "models": ["x", "y"]}\n')
+    command.main(["import", "--db", str(tmp_path / "x.db"), "--responses", str(responses)])
+    assert "1 items added, 0 were there already; 1 battles have the same answer" in capsys.readouterr().out
 
 
 def test_the_event_loop_is_not_held_up(store: Store):

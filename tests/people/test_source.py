@@ -98,3 +98,32 @@ def test_new_labels_are_read_and_a_resume_tells(db: Path, tmp_path: Path):
     assert after[0] != before[0] and after[1] == before[1]
     assert contents.paths(of_ann) == [str(db)]
     assert directory._files_in("people:none.db", None) == {}
+
+
+def test_verdicts_of_an_arena_are_comparisons(tmp_path: Path):
+    """A tie and both bad are equal ranks, which the loss of a reward model leaves out."""
+    db, verdicts = tmp_path / "people.db", ("first", "second", "tie", "bad")
+    with Store(db) as store:
+        store.set_rules(RULES)
+        ann = store.person(store.enter(store.invite("ann")) or "")
+        assert ann
+        store.add(Item(wanted, ("a", "b"), "arena", ("x", "y"), ended=(True, False)) for wanted in verdicts)
+        for wanted in verdicts:
+            held = store.task(ann.id)
+            assert held
+            swapped = {"first": "second", "second": "first"} if held.responses == ["b", "a"] else {}
+            store.submit(ann.id, held.id, f"submission-{wanted}", {"verdict": swapped.get(wanted, wanted)}, 1.0)
+    rows = read(f"people:{db}", "rankings", tmp_path)
+    assert [(row["prompt"], row["ranks"]) for row in rows] == [
+        ("first", [0, 1]),
+        ("second", [1, 0]),
+        ("tie", [0, 0]),
+        ("bad", [0, 0]),
+    ]
+    assert all(row["responses"] == ["a", "b"] and row["ended"] == [True, False] for row in rows)
+    out = tmp_path / "labels.jsonl"
+    exchange.export(db, out)
+    exported = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["verdict"] for row in exported] == [*verdicts] and exported[0]["models"] == ["x", "y"]
+    assert {"person", "started", "submitted", "seconds", "shown"} <= exported[0].keys()
+    assert read(str(out), "rankings", tmp_path) == rows

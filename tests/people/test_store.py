@@ -370,8 +370,13 @@ def test_items_are_read_once_and_bad_rows_are_named(store: Store, tmp_path: Path
         with pytest.raises(InputError, match=message):
             store.add(exchange.read_items(path))
     path.write_text(json.dumps(row) + "\n" + json.dumps({"prompt": "p", "responses": ["a"]}))
-    with pytest.raises(InputError, match="2 to 26 responses"):
+    with pytest.raises(InputError, match="line 2, task rank: expected 2 to 26 responses"):
         store.add(exchange.read_items(path))
+    battle = {"prompt": "p", "responses": ["a", "b"], "task": "arena"}
+    for wrong in ({}, {"models": ["x", "x"]}, {"models": ["x"]}, {"responses": ["a", "b", "c"], "models": list("xyz")}):
+        path.write_text(json.dumps(battle | wrong))
+        with pytest.raises(InputError, match=r"line 1, (task arena|models): expected"):
+            store.add(exchange.read_items(path))
     with store.reader() as db:
         assert db.execute("SELECT COUNT(*) FROM items").fetchone()[0] == 2
 
@@ -392,3 +397,29 @@ def test_an_export_is_whole_or_not_there(store: Store, tmp_path: Path):
     assert row["ranks"] == [1, 0, 1] and row["person"] == "ann" and row["prompt"] == "prompt 0"
     with pytest.raises(InputError, match="cannot be written"):
         exchange.export(store.path, tmp_path / "missing" / "out.jsonl")
+
+
+def test_battles_of_other_models_with_the_same_answers_are_others(store: Store):
+    pairs = (("x", "y"), ("x", "z"), ("y", "z"))
+    battles = [Item("p", ("same", "other"), "arena", models) for models in pairs]
+    assert store.add(battles) == (3, 0) and store.add(battles) == (0, 3)
+
+
+def test_a_verdict_is_undone_and_exported_in_the_order_of_the_item(store: Store):
+    ann, bob = person(store, "ann"), person(store, "bob")
+    store.add([Item(f"prompt {k}", ("good", "worse"), "arena", ("x", "y"), overlap=2) for k in range(8)])
+    for who, verdicts in ((ann, ["good"] * 7 + ["bad"]), (bob, ["worse"] * 6 + ["tie", "bad"])):
+        for n, verdict in enumerate(verdicts):
+            held = task(store, who)
+            said = ("first", "second")[held.responses.index(verdict)] if verdict in held.responses else verdict
+            store.submit(who, held.id, f"submission-{n}", {"verdict": said}, 1.0)
+    store.undo(bob)
+    again = task(store, bob)
+    assert again.draft == {"verdict": "bad"} and again.prompt == "prompt 7"
+    store.undo(bob)
+    assert task(store, bob).draft == {"verdict": "tie"}
+    rows = [row for _, row in exchange.read(store.path, Filter(task="arena"))]
+    assert [row["verdict"] for row in rows] == ["first"] * 7 + ["bad"] + ["second"] * 6
+    assert {str(row["shown"]) for row in rows} == {"[0, 1]", "[1, 0]"}
+    assert (rows[0]["responses"], rows[0]["models"], rows[0]["ranks"]) == (["good", "worse"], ["x", "y"], [0, 1])
+    assert rows[7]["ranks"] == [0, 0] and rows[8]["ranks"] == [1, 0]

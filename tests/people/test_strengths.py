@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.people.agreement import Undefined
-from rlhf_jax.people.strengths import Games, fit, tally, win_rate
+from rlhf_jax.people.strengths import Games, fit, groups, tally, win_rate
 from tests.oracles import Case
 
 
@@ -61,6 +61,19 @@ def test_strong_players_are_fitted():
     found = fit(games([[0, 999, 0], [1, 0, 500], [0, 1, 0]]))
     np.testing.assert_allclose(found.log_strength[0] - found.log_strength[1], np.log(999), rtol=1e-9)
     np.testing.assert_allclose(found.log_strength[1] - found.log_strength[2], np.log(500), rtol=1e-9)
+
+
+def test_groups_are_those_that_have_strengths():
+    assert groups(games([[0, 1], [0, 0]])) == [("a",), ("b",)]
+    assert groups(games([[0, 1], [0, 0]], [[0, 1], [1, 0]])) == [("a", "b")]
+    # a beat all; b, c and d beat one another in a circle, and e, f are apart, with more games.
+    wins = np.zeros((6, 6))
+    wins[0, 1] = wins[1, 2] = wins[2, 3] = wins[3, 1] = 1
+    wins[4, 5] = wins[5, 4] = 9
+    assert groups(games(wins)) == [("b", "c", "d"), ("e", "f"), ("a",)]
+    wins[3, 1] = 0
+    assert groups(games(wins))[0] == ("e", "f")
+    assert groups(tally([])) == []
 
 
 @pytest.mark.parametrize(

@@ -114,3 +114,26 @@ def test_series_are_named_once(tmp_path, figures):
     same, other = {"PPO": points, "DPO": points}, {"PPO": points, "SFT": points}
     plots.lines(tmp_path / "a.png", {"gold": same, "proxy": same, "loss": other}, x="d")
     assert [axis.get_legend() is not None for axis in figures[0].axes] == [True, False, True]
+
+
+def test_an_arena_has_strengths_and_win_rates(tmp_path, figures):
+    strengths = {"ppo": (0.7, 0.2), "sft": (-0.7, 0.3), "random": None}
+    rates = {"ppo": {"sft": 0.8, "random": 1.0}, "sft": {"ppo": 0.2}, "random": {"ppo": 0.0}}
+    path = plots.arena(tmp_path / "arena.png", strengths, rates, "40 votes")
+    assert matplotlib.image.imread(path).std() > 0.01
+    left, right = figures[0].axes
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["ppo", "sft", "random"]
+    assert left.get_ylim()[0] > left.get_ylim()[1]  # the first on top
+    assert [text.get_text() for text in left.texts] == ["not finite"] and left.texts[0].get_position()[1] == 2
+    bars = [[line.get_xdata().tolist() for line in one.lines[1]] for one in left.containers]
+    np.testing.assert_allclose(bars, [[[0.5], [0.9]], [[-1.0], [-0.4]]])
+    assert {text.get_position(): text.get_text() for text in right.texts} == {
+        (1, 0): "80",
+        (2, 0): "100",
+        (0, 1): "20",
+        (0, 2): "0",
+    }
+
+
+def test_an_arena_without_a_vote_is_drawn(tmp_path):
+    assert plots.arena(tmp_path / "arena.png", {"a": None, "b": None}, {}).is_file()

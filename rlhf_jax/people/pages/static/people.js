@@ -75,7 +75,7 @@ if (document.querySelector("[data-live]")) {
   setInterval(async () => {
     if (document.hidden || document.activeElement?.closest("[data-live]")) return;
     try {
-      const response = await fetch("/admin");
+      const response = await fetch(document.querySelector("[data-live]").dataset.live || "/admin");
       if (!response.ok) return;
       const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
       const parts = fresh.querySelectorAll("[data-live]");
@@ -194,6 +194,7 @@ function work(boot) {
       ranks: Array(count).fill(null),
       ratings: Array.from({ length: count }, () => ({ flags: [] })),
       strength: null,
+      verdict: null,
       best: null,
       text: "",
       edited: null,
@@ -273,6 +274,7 @@ function work(boot) {
     cards.dataset.count = task.responses.length;
     if (kind === "rank") parts.push(el("div", { className: "bench" }, cards, drawPanel()));
     else if (kind === "compare") parts.push(cards, drawStrength());
+    else if (kind === "arena") parts.push(...drawVerdict(cards));
     else if (kind === "demonstrate") parts.push(...(task.responses.length ? [cards] : []), drawEditor());
     else parts.push(cards);
     parts.push(drawBar());
@@ -280,6 +282,7 @@ function work(boot) {
     $("task").dataset.task = kind;
     if (kind === "rank") drawLevels();
     if (kind === "best") drawBest();
+    if (kind === "arena") lightBetter();
   }
 
   function drawPrompt() {
@@ -496,6 +499,25 @@ function work(boot) {
     return group;
   }
 
+  // In the order of their digits, as the strengths are.
+  function drawVerdict(cards) {
+    const title = (value) => t(`verdict_${value}`);
+    const group = choices("verdict", t("task_arena"), boot.verdicts, answer.verdict, (value) => {
+      answer.verdict = value;
+      lightBetter();
+      changed();
+    }, title, (value) => String(boot.verdicts.indexOf(value) + 1));
+    group.classList.add("strength", "verdict");
+    for (const [n, label] of [...group.querySelectorAll("label")].entries()) label.append(el("small", { "aria-hidden": "true" }, title(boot.verdicts[n])));
+    if (task.responses[0].trim() !== task.responses[1].trim()) return [cards, group];
+    for (const input of [...group.querySelectorAll("input")].slice(0, 2)) input.disabled = true;
+    return [cards, el("p", { className: "banner", role: "note" }, t("same_answers")), group];
+  }
+
+  function lightBetter() {
+    task.responses.forEach((_, n) => $(`card-${n}`).classList.toggle("lit", answer.verdict === boot.verdicts[n]));
+  }
+
   function drawBest() {
     task.responses.forEach((_, n) => {
       $(`card-${n}`).classList.toggle("lit", answer.best === n);
@@ -660,6 +682,9 @@ function work(boot) {
       case "compare":
         if (answer.strength === null) return missing("missing_choice", firstOpen());
         return send({ strength: answer.strength, ...common() });
+      case "arena":
+        if (answer.verdict === null) return missing("missing_choice", firstOpen());
+        return send({ verdict: answer.verdict, ...common() });
       case "best":
         if (answer.best === null) return missing("missing_choice", firstOpen());
         return send({ best: answer.best, ...common() });
@@ -757,6 +782,7 @@ function work(boot) {
       return n < 0 ? $("submit") : $(`chip-${n}`);
     }
     if (kind === "compare") return document.querySelector(answer.strength === null ? ".strength input" : "#submit");
+    if (kind === "arena") return document.querySelector(answer.verdict === null ? ".strength input:enabled" : "#submit");
     if (kind === "best") return document.querySelector(answer.best === null ? ".pick input" : "#submit");
     return $("text");
   }
@@ -780,6 +806,7 @@ function work(boot) {
   function help() {
     const keys = [
       ["1 – 7", "key_rate"],
+      ["1 – 4", "key_verdict"],
       ["1 – 9", "key_place"],
       ["Shift 1 – 9", "key_insert"],
       ["↑ ↓", "key_move"],
@@ -828,9 +855,10 @@ function work(boot) {
       return $(`chip-${focused}`).focus({ preventScroll: true });
     }
     if (digit && !event.shiftKey) {
-      if (task.task === "compare") {
-        done();
+      if (task.task === "compare" || task.task === "arena") {
         const input = document.querySelectorAll(".strength input")[Number(digit) - 1];
+        if (!input || input.disabled) return;
+        done();
         input.click();
         return $("submit").focus({ preventScroll: true });
       }
