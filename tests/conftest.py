@@ -40,8 +40,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Compiled programs that were used least recently are deleted; a limit of JAX would cost each new one time."""
     from rlhf_jax.runs import compiled  # here, since its annotations are checked: pytest hooks into its import first
 
-    if jax.config.jax_compilation_cache_dir and not hasattr(session.config, "workerinput"):
-        compiled.trim(Path(jax.config.jax_compilation_cache_dir), 2**30)
+    if getattr(session.config, "cache", None) is not None and not hasattr(session.config, "workerinput"):
+        compiled.trim(session.config.cache.mkdir("jax"), 2**30)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest picks by mark
