@@ -144,16 +144,17 @@ class Engine:
     def warm_up(self, columns: int) -> Iterator[int]:
         """Compile the programs for so many columns of cache, as far as the context goes; yields the widths in which
         prompts are read as each is ready. Before `start`."""
-        columns = min(columns, self.context)
-        widths = itertools.takewhile(lambda width: width < columns, (2**n for n in range(4, 10)))
-        for width in widths:
-            cfg = sampling.Config(max_new_tokens=columns - width)
-            for name in ("warm-up", "copy")[: self._talks.free]:  # the second one copies what the first has read
-                self._talks.ask(name, [0] * width, key(0), cfg)
-            self._talks.step()
-            for name in ("warm-up", "copy"):
-                self._talks.forget(name)
+        columns, rows = min(columns, self.context), range(self._talks.free)
+        for width in itertools.takewhile(lambda width: width < columns, (2**n for n in range(4, 10))):
+            self._talks.ask(0, [0] * width, key(0), sampling.Config(max_new_tokens=columns - width))
             yield width
+        prompt = [0] * min(40, columns // 2)
+        for row in rows:  # the steps of any number of answers, and that a row copies what another one has read
+            self._talks.ask(row, prompt, key(0), sampling.Config(max_new_tokens=columns - len(prompt)))
+            if (row + 1).bit_count() == 1 or row == rows[-1]:
+                self._talks.step()
+        for row in rows:
+            self._talks.forget(row)
         self._talks.prefilled = 0
 
     def start(self) -> None:
@@ -180,8 +181,11 @@ class Engine:
 
     def _run(self) -> None:
         while self._take_in():
-            self._begin()
-            self._step()
+            try:
+                self._begin()
+                self._step()
+            except Exception as error:  # the next request may fare better
+                self._fail([*self._running], error)
         for answer in (*self._running.values(), *self._waiting):
             _deliver(answer, Failed(RuntimeError("the server is closing")))
 
@@ -232,17 +236,10 @@ class Engine:
         """Sample a token of each answer that runs, and deliver it."""
         if not self._running:
             return
-        running = dict(self._running)
-        try:
-            tokens = self._talks.step()
-        except Exception as error:  # the conversations are forgotten
-            self._running.clear()
-            for answer in running.values():
-                _deliver(answer, Failed(error))
-            return
+        tokens = self._talks.step()
         self.steps += 1
         for name, token in tokens.items():
-            answer = running[name]
+            answer = self._running[name]
             finish = self._say(answer, token)
             if finish:
                 self._end(name)
@@ -277,9 +274,14 @@ class Engine:
             yield
         except Exception as error:
             _deliver(answer, Failed(error))
-            lost = self._running.keys() - set(self._talks.answering)
-            for name in lost:
-                _deliver(self._running.pop(name), Failed(error))
+            self._fail([*self._running.keys() - set(self._talks.answering)], error)
+
+    def _fail(self, names: Sequence[Hashable], error: Exception) -> None:
+        """End these answers, which are lost."""
+        for name in names:
+            answer = self._running[name]
+            self._end(name)
+            _deliver(answer, Failed(error))
 
 
 def _deliver(answer: _Answer, event: Event) -> None:

@@ -387,6 +387,7 @@ def test_what_is_no_request_is_refused(client: TestClient, engine: Engine):
     for content in (b"{", b"\xff", b"[" * 100_000, b"[]"):
         response = client.post("/v1/completions", content=content)
         assert response.status_code == 400 and "JSON" in response.json()["error"]["message"]
+    assert client.post("/v1/completions", content=b" " * (server.LARGEST + 1)).status_code == 413
     unknown = client.post("/v1/completions", json={"model": "gpt-4", "prompt": "you"})
     assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
