@@ -257,12 +257,12 @@ class Conversations:
         return tokens
 
     def _some(self) -> np.ndarray | None:
-        """The rows that are computed, where at most half of them answer: as many as a power of two; None is all.
+        """The rows that are computed, where at most a quarter of them answer: as many as a power of two; None is all.
 
-        On a mesh, whose devices have some rows each, all are.
+        Copying more out of the cache takes as long as computing all. On a mesh each device has rows of its own.
         """
         count = _power_of_two(len(self._rows) - self.free)
-        if self._layout is not None or 2 * count > len(self._rows):
+        if self._layout is not None or 4 * count > len(self._rows):
             return None
         order = sorted(range(len(self._rows)), key=lambda number: self._rows[number].sampled is None)
         for number in order[:count]:
