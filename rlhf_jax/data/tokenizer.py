@@ -319,6 +319,40 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, mask: np.ndarr
     return tokenizer.backend_tokenizer.decode(kept.tolist(), skip_special_tokens=True)
 
 
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """What each id writes, in UTF-8; it may be a part of a character alone. b"" for an id without a token.
+
+    The bytes of a text's tokens together are the text, with the special tokens as they are spelled.
+    """
+    vocabulary = tokenizer.get_vocab()
+    written = [b""] * (max(vocabulary.values()) + 1)
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
+    kinds = {part["type"] for part in (decoder or {}).get("decoders", [decoder or {"type": None}])}
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+    of_letter = _bytes_of_letters()
+    for piece, i in vocabulary.items():
+        if i in added:
+            written[i] = added[i].encode()
+        elif "ByteLevel" in kinds:
+            written[i] = b"".join(of_letter.get(letter, letter.encode()) for letter in piece)
+        elif "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            written[i] = bytes([int(piece[3:5], 16)])
+        elif kinds & {"Metaspace", "ByteFallback", "Replace"}:  # after SentencePiece
+            written[i] = piece.replace("\u2581", " ").encode()
+        else:
+            written[i] = tokenizer.backend_tokenizer.decode([i]).encode()
+    return written
+
+
+def _bytes_of_letters() -> dict[str, bytes]:
+    """The byte that each letter of a byte-level vocabulary stands for: printable ones stand for themselves, the others
+    in order for the letters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): bytes([byte]) for byte in printable}
+    return letters | {chr(0x100 + n): bytes([byte]) for n, byte in enumerate(others)}
+
+
 def documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
     """The ids of many documents, behind what the tokenizer puts in front of a text, without an EOS."""
     return encode(tokenizer, _marked(tokenizer, texts), special=True)

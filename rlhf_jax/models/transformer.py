@@ -147,6 +147,12 @@ class Transformer(nn.Module):
         logits, read = self._next_logits(tokens, view, cache, None, count[:, None] - 1)
         return logits, read.replace(column=cache.column + count)
 
+    def append_hidden(self, tokens: Int[Array, "B T"], count: Int[Array, "B"], cache: Cache) -> tuple[Array, Cache]:
+        """Final hidden states [B, T, D] of all columns, for `unembed`, and the cache as `append` gives it."""
+        view = appended_view(self.config, cache.column, tokens.shape[1], cache.key.shape[3], cache.rotary_table)
+        x, read = self._scanned(self._embed(tokens, view), cache, view, ALL)
+        return self.final_norm(x), read.replace(column=cache.column + count)
+
     def _next_logits(
         self,
         tokens: Int[Array, "B T"],

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import dataclasses
 import io
-import ipaddress
 import re
 import socket
 import sqlite3
@@ -20,18 +19,18 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import tyro
 import uvicorn
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import arena, exchange, forms, server
+from rlhf_jax.people import arena, exchange, forms, network, server
+from rlhf_jax.people.network import listening
 from rlhf_jax.people.store import Item, Store
-from rlhf_jax.settings import Count, Range, Seed, Settings, Share, Whole
+from rlhf_jax.settings import Count, Seed, Settings, Share, Whole
 
 QUICKSTART = Path("runs/quickstart/sft/model")
-Port = Annotated[int, Range(least=0, below=2**16)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +65,15 @@ class Serve(Tasks):
     guidelines: Path | None = None  # Markdown file that people acknowledge before they begin
     ratings: forms.Ratings | None = None  # that each answer needs before the ranking; without it, as before, or all
     host: str = "127.0.0.1"  # address to listen at
-    port: Port = 8000  # port to listen at; 0: any that is free
+    port: network.Port = 8000  # port to listen at; 0: any that is free
     behind_proxy: bool = False  # a reverse proxy on this machine serves https and hands requests on
     certificate: Path | None = None  # PEM file of a certificate, to serve https
     key: Path | None = None  # PEM file of its private key, unless it is in the same file
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_loopback(self.host) and not (self.behind_proxy or self.certificate):
-            raise InputError(
-                f"host={self.host}: without https, links and answers would cross the network readable: keep the default"
-                " and use an SSH tunnel (ssh -L 8000:127.0.0.1:8000 HOST), or give --behind-proxy or --certificate"
-                " (docs/people.md)"
-            )
+        protected = self.behind_proxy or self.certificate is not None
+        network.check_host(self.host, protected, "links and answers", "docs/people.md", 8000)
         for name in ("certificate", "key", "guidelines"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
@@ -117,11 +112,9 @@ def serve(cfg: Serve) -> None:
         if items:
             print(f"{cfg.responses}: {_told(items, added, present)}")
         models = _models(cfg, store)
-        port = listener.getsockname()[1]
-        host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-        scheme = "https" if cfg.certificate else "http"
+        url = network.url("https" if cfg.certificate else "http", cfg.host, listener)
         token = store.invite("administrator", "administrator")
-        print(f"administrator: {scheme}://{host}:{port}/enter#{token}", flush=True)
+        print(f"administrator: {url}/enter#{token}", flush=True)
         with _answering(cfg, models):
             _run(cfg, store, listener)
 
@@ -130,7 +123,7 @@ def _run(cfg: Serve, store: Store, listener: socket.socket) -> None:
     options = server.Options(
         cookie=f"session-{listener.getsockname()[1]}",
         secure=bool(cfg.certificate) or cfg.behind_proxy,
-        hosts=server.Options.hosts if _is_loopback(cfg.host) and not cfg.behind_proxy else None,
+        hosts=server.Options.hosts if network.is_loopback(cfg.host) and not cfg.behind_proxy else None,
     )
     config = uvicorn.Config(
         server.app(store, options),
@@ -146,20 +139,6 @@ def _run(cfg: Serve, store: Store, listener: socket.socket) -> None:
     )
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(uvicorn.Server(config).serve([listener]))
-
-
-@contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens at an address; InputError where it cannot."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=256)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or an answer waits 40 ms; asyncio misses it
-    except OSError as error:
-        what = error.strerror or error
-        raise InputError(f"host={host}, port={port}: cannot listen there ({what}); choose another --port") from error
-    with listener:
-        yield listener
 
 
 def _models(cfg: Serve, store: Store) -> tuple[Path, ...]:
@@ -202,13 +181,6 @@ def _answering(cfg: Serve, models: Sequence[Path]) -> Iterator[None]:
     finally:
         process.terminate()
         process.wait()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _text(path: Path) -> str:

@@ -7,10 +7,12 @@ copies or converts weights.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -52,6 +54,22 @@ class Config(Settings):
     def stops(self) -> tuple[int, ...]:
         """The tokens after which nothing more is sampled."""
         return self.ends if self.stop_at_eos else ()
+
+
+class ByRow(struct.PyTreeNode):
+    """How a token of each row is drawn: settings of `Config` as arrays, so that one program serves rows that differ."""
+
+    temperature: Leaf  # [B] float32, 0 is greedy
+    top_k: Leaf  # [B] int32, 0: all
+    top_p: Leaf  # [B] float32, 1: all
+
+    @classmethod
+    def of(cls, rows: Sequence[Config]) -> "ByRow":
+        return cls(
+            temperature=np.array([cfg.temperature for cfg in rows], np.float32),
+            top_k=np.array([cfg.top_k for cfg in rows], np.int32),
+            top_p=np.array([cfg.top_p for cfg in rows], np.float32),
+        )
 
 
 class Sample(struct.PyTreeNode):
@@ -151,6 +169,28 @@ def choose(logits: Array, uniform: Array, cfg: Config) -> tuple[Array, Array]:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
     return draw(uniform, truncate_logits(logits / cfg.temperature, cfg.top_k, cfg.top_p))
+
+
+def choose_by_row(logits: Float[Array, "B V"], uniform: Float[Array, "B"], rows: ByRow) -> Int[Array, "B"]:
+    """A token of each row, the one that `choose` gives with the row's settings; it sorts only where a row needs it."""
+    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    truncates = jnp.any((rows.temperature > 0) & ((rows.top_k > 0) | (rows.top_p < 1)))
+    scaled = jax.lax.cond(truncates, lambda: _truncate_by_row(scaled, rows), lambda: scaled)
+    return jnp.where(rows.temperature > 0, draw(uniform, scaled)[0], jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def _truncate_by_row(logits: Array, rows: ByRow) -> Array:
+    """`truncate_logits` with each row's own `top_k` and `top_p`."""
+    vocab = logits.shape[-1]
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    count = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab), vocab)
+    kth = jnp.take_along_axis(ordered, count[:, None] - 1, axis=-1)
+    ordered = jnp.where(ordered < kth, -jnp.inf, ordered)
+    prob = jax.nn.softmax(ordered, axis=-1)
+    top_p = rows.top_p[:, None]
+    inside = (jnp.cumsum(prob, axis=-1) - prob < top_p) | (top_p >= 1)
+    lowest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < jnp.maximum(kth, lowest), -jnp.inf, logits)
 
 
 # The loop of `generate` ---------------------------------------------------------------------------------------------

@@ -481,3 +481,10 @@ def test_an_end_that_is_no_id_is_refused(ends, tmp_path):
         InputError, match=r"eos_token_id=.* in generation_config.json.*: expected an id .* from 0 to \d+"
     ):
         lib.stop_ids(tokenizer, {"eos_token_id": ends})
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(style, tokenizer):
+    written, text = lib.token_bytes(tokenizer), "ab 12 [naïve] \n\N{GRINNING FACE} " + tokenizer.eos_token
+    (ids,) = lib.encode(tokenizer, [text], special=False)
+    joined = b"".join(written[i] for i in ids)
+    assert joined.removeprefix(b" " * (STYLES[style][1] == "sentencepiece")) == text.encode()

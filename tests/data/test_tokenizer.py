@@ -186,3 +186,10 @@ def test_bad_directories_and_sizes(tokenizer, tmp_path):
     with pytest.raises(InputError, match="at least 257"):
         lib.train(TEXTS, 256, tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer):
+    written = lib.token_bytes(tokenizer)
+    for text in ("naïve, 12  \n\tx", "\N{GRINNING FACE} \x00\x7f\xad\u0100", "a" + lib.EOS + "b"):
+        ids = lib.encode(tokenizer, [text], special=False)[0]
+        assert b"".join(written[i] for i in ids) == text.encode()

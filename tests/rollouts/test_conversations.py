@@ -110,10 +110,10 @@ def test_conversations_that_answer_together_do_not_see_each_other():
         for n, (name, prompt) in enumerate(prompts.items()):  # each joins while the others are answering
             talk.ask(name, prompt, keys[3 * turn + n])
             for other, token in talk.step().items():
-                answers[other].append(token)
+                answers[other].append(token.id)
         while talk.answering:
             for other, token in talk.step().items():
-                answers[other].append(token)
+                answers[other].append(token.id)
         for n, (name, prompt) in enumerate(prompts.items()):
             row = jax.random.wrap_key_data(jax.random.key_data(keys[3 * turn + n])[None])
             assert answers[name] == generated(config, prompt, row, SAMPLED)
@@ -185,12 +185,136 @@ def test_an_interrupted_program_costs_only_time(monkeypatch):
 def test_a_mesh_answers_the_same():
     layout = parallel.layout(parallel.Config(fsdp=2, tensor=2), jax.devices()[:4])
     params = layout.state(tiny.policy(LLAMA))
-    talk = Conversations(models.Transformer(LLAMA), params, GREEDY, rows=2, layout=layout)
+    talk = Conversations(models.Transformer(LLAMA), params, None, rows=2, layout=layout)
     prompt = said(0, 9)
     for turn in range(2):
-        answer = list(talk.stream("a", prompt, KEY))
+        talk.ask("a", prompt, KEY, GREEDY, scored="answer")
+        answer = []
+        while talk.answering:
+            token = talk.step()["a"]
+            assert token.likeliest[0] == (token.id, token.logp)
+            answer.append(token.id)
         assert answer == generated(LLAMA, prompt, KEY)
         prompt = [*prompt, *answer, *said(turn, 4)]
     assert talk.prefilled < len(prompt)
     shards = talk._state.cache.key.sharding.shard_shape(talk._state.cache.key.shape)
     assert shards[1:3] == (1, 1)  # of two rows and two heads
+
+
+# Each answer its own settings -----------------------------------------------------------------------------------------
+
+EVERY = (
+    GREEDY,
+    SAMPLED,
+    dataclasses.replace(SAMPLED, top_k=0, top_p=0.6),
+    dataclasses.replace(SAMPLED, temperature=0.4, top_p=0.9, max_new_tokens=3),
+)
+
+
+@pytest.mark.slow
+def test_answers_that_are_drawn_otherwise_share_their_steps():
+    keys = jax.random.split(KEY, len(EVERY))
+    talk, answers = talks(LLAMA, None, rows=len(EVERY)), {n: [] for n in range(len(EVERY))}
+    for n, cfg in enumerate(EVERY):
+        talk.ask(n, said(n, 5 + n), keys[n], cfg)
+    steps = 0
+    while talk.answering:
+        steps += 1
+        for n, token in talk.step().items():
+            assert token.logp is None and token.likeliest == ()
+            answers[n].append(token.id)
+    for n, cfg in enumerate(EVERY):
+        row = jax.random.wrap_key_data(jax.random.key_data(keys[n])[None])
+        assert answers[n] == generated(LLAMA, said(n, 5 + n), row, cfg)
+    assert steps == max(map(len, answers.values()))
+
+
+def test_tokens_come_with_log_probabilities_before_temperature():
+    config = CONFIGS["gemma2"]
+    talk, prompt = talks(config, None, rows=2), said(0, 40)
+    cfg = sampling.Config(max_new_tokens=4, temperature=0.5, top_k=3)
+    told = talk.ask("a", prompt, KEY, cfg, scored="prompt")
+    talk.ask("b", prompt[:7], KEY, cfg, scored="answer")
+    whole_logits = jax.jit(models.bind(models.Transformer(config)))
+    tokens = {"a": told, "b": []}
+    while talk.answering:
+        for which, token in talk.step().items():
+            tokens[which].append(token)
+    for which, first in (("a", prompt[:1]), ("b", prompt[:7])):
+        ids = [*first, *(token.id for token in tokens[which])]
+        assert which == "b" or ids[:40] == prompt
+        whole = jnp.array([[*ids, *[0] * (44 - len(ids))]])
+        logits = whole_logits(tiny.policy(config), whole, whole >= 0)[:, : len(ids)]
+        logp = np.asarray(jax.nn.log_softmax(logits[0]))[len(first) - 1 : -1]
+        order = np.argsort(-logp, axis=-1)[:, : conversations.LIKELIEST]
+        for token, row, likeliest in zip(tokens[which], logp, order, strict=True):
+            np.testing.assert_allclose(token.logp, row[token.id], atol=2e-5)
+            assert [i for i, _ in token.likeliest] == likeliest.tolist()
+            np.testing.assert_allclose([value for _, value in token.likeliest], row[likeliest], atol=2e-5)
+            assert token.logp == dict(token.likeliest).get(token.id, token.logp)
+
+
+def test_a_prompt_is_read_in_parts_that_are_scored_as_one(monkeypatch):
+    prompt = said(0, 40)
+    whole = talks(LLAMA, None).ask("a", prompt, KEY, GREEDY, scored="prompt")
+    monkeypatch.setattr(conversations, "WIDEST", 16)
+    parts = talks(LLAMA, None).ask("a", prompt, KEY, GREEDY, scored="prompt")
+    assert [token.id for token in parts] == [token.id for token in whole] == prompt[1:]
+    np.testing.assert_allclose([t.logp for t in parts], [t.logp for t in whole], atol=2e-5)
+
+
+def test_what_another_row_has_read_is_copied():
+    talk, prompt = talks(LLAMA, SAMPLED, rows=3), said(0, 40)
+    row = lambda n: jax.random.wrap_key_data(jax.random.key_data(jax.random.fold_in(KEY, n))[None])
+    for n in range(3):  # three answers to one prompt
+        talk.ask(n, prompt, jax.random.fold_in(KEY, n))
+    assert talk.prefilled == 40 + 2
+    answers = {n: [] for n in range(3)}
+    while talk.answering:
+        for n, token in talk.step().items():
+            answers[n].append(token.id)
+    assert answers == {n: generated(LLAMA, prompt, row(n), SAMPLED) for n in range(3)}
+    other = [*prompt[:30], *said(5, 6)]
+    assert list(talk.stream("other", other, KEY)) == generated(LLAMA, other, KEY, SAMPLED)
+    assert talk.prefilled == 42 + 6
+
+
+def test_the_conversation_that_a_prompt_continues_is_found():
+    talk, prompt = talks(LLAMA, rows=3), said(0, 9)
+    assert talk.continued(prompt) is None
+    answer = list(talk.stream("a", prompt, KEY))
+    list(talk.stream("b", prompt[:4], KEY))
+    assert talk.continued(prompt[:4]) == "b" and talk.continued(prompt) == "a"
+    assert talk.continued([*prompt, *answer, 3]) == "a"
+    assert talk.continued([*prompt[:8], prompt[8] + 1]) == "b"  # it departs from what "a" was asked
+    assert talk.continued(said(7, 9)) is None
+    talk.ask("a", prompt, KEY)
+    assert talk.continued(prompt) == "b"  # "a" answers
+
+
+@pytest.mark.slow
+def test_few_answers_compute_few_rows():
+    """Any number of answers among many rows, beside rows that are full, is that of reading it all anew."""
+    cfg = dataclasses.replace(SAMPLED, eos_id=None)
+    talk, keys = talks(LLAMA, cfg, rows=8), jax.random.split(KEY, 8)
+    for n in range(8):
+        talk.ask(n, said(n, 74), keys[n])
+    while talk.answering:
+        talk.step()
+    assert {len(row.read) for row in talk._rows} >= {79}
+    for some in ([6], [1, 7], [0, 2, 5], [3, 4, 5, 6, 7]):
+        answers = {n: [] for n in some}
+        for n in some:
+            talk.ask(n, said(n, 30), keys[n])
+            assert talk._some() is None or n in talk._some()
+        while talk.answering:
+            for n, token in talk.step().items():
+                answers[n].append(token.id)
+        for n in some:
+            row = jax.random.wrap_key_data(jax.random.key_data(keys[n])[None])
+            assert answers[n] == generated(LLAMA, said(n, 30), row, cfg)
+    before = talk.prefilled  # what the others have read is as it was
+    again = {n: list(talk.stream(n, [*said(n, 30), 4], keys[n])) for n in range(8)}
+    assert talk.prefilled - before == 8
+    for n in range(8):
+        assert again[n] == generated(LLAMA, [*said(n, 30), 4], keys[n], cfg)

@@ -236,3 +236,23 @@ def test_bad_settings_are_refused():
         generate(tiny.GPT, tokens, mask, top_p=0.0)
     with pytest.raises(InputError, match="max_new_tokens=0"):
         generate(tiny.GPT, tokens, mask, n=0)
+
+
+def test_each_row_is_drawn_by_settings_of_its_own():
+    """Temperature, top_k and top_p of each row, alone and together, as `choose` has them for all rows."""
+    cfgs = [
+        sampling.Config(max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
+        for temperature, top_k, top_p in (
+            (0.0, 5, 0.5), (0.3, 0, 0.7), (1.7, 5, 1.0), (1.7, 5, 0.7), (1.7, 99, 0.999), (0.9, 1, 1.0), (1.7, 0, 1.0),
+        )
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    choose = jax.jit(sampling.choose, static_argnums=2)
+    for kept in (len(cfgs), 1):  # the last one alone truncates nothing that it would sort
+        some = cfgs[-kept:]
+        logits = jnp.array(rng.normal(0, 2, (kept, 40)), jnp.float32)
+        logits = logits.at[:, 3].set(logits[:, 7])  # a tie
+        uniform = jnp.array(rng.uniform(size=kept), jnp.float32)
+        tokens = jax.jit(sampling.choose_by_row)(logits, uniform, sampling.ByRow.of(some))
+        expected = [choose(logits[n : n + 1], uniform[n : n + 1], cfg)[0][0] for n, cfg in enumerate(some)]
+        assert tokens.tolist() == [int(token) for token in expected]

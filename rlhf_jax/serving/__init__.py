@@ -1,0 +1,1 @@
+"""Model directories behind the chat and completion routes of the OpenAI protocol."""
