@@ -5,6 +5,8 @@
     compare       which of two is better, and by how much                       "strength": from -4 to 4
     best          which of K is best                                            "best": a response
     demonstrate   write a response, or edit one of those given                  "text", perhaps "edited": a response
+    chat          talk: two answers a turn, the chosen one continues            its turns, each of which is a comparison
+    thumb         whether one response is good                                  "thumb": "up" or "down"
 
 Every answer may also hold "prompt_flags", "confidence" (1-9) and "note". Instead of an answer a person may skip the
 task, with a reason. A page shows the responses in an order of its own; `restored` undoes that order before anything is
@@ -18,9 +20,10 @@ from typing import Any, Literal
 
 from rlhf_jax.errors import InputError
 
-Task = Literal["rank", "compare", "best", "demonstrate"]
+Task = Literal["rank", "compare", "best", "demonstrate", "chat", "thumb"]
 Ratings = Literal["all", "overall", "none"]
-TASKS: tuple[Task, ...] = ("rank", "compare", "best", "demonstrate")
+TASKS: tuple[Task, ...] = ("rank", "compare", "best", "demonstrate", "chat", "thumb")
+THUMBS = ("up", "down")
 SCALES = ("overall", "helpful", "honest", "harmless")
 FLAGS = (
     "fails_instruction",
@@ -81,6 +84,12 @@ def checked(task: str, count: int, answer: Any, ratings: Ratings) -> dict[str, A
                 raise InputError("text: expected an answer, got nothing")
             edited = None if answer.get("edited") is None else _whole(answer, "edited", 0, count - 1)
             return {"text": text, "edited": edited, **_common(answer)}
+        case "chat":
+            return _common(answer)
+        case "thumb":
+            if answer.get("thumb") not in THUMBS:
+                raise InputError(f"thumb: expected one of {', '.join(THUMBS)}")
+            return {"thumb": answer["thumb"], **_common(answer)}
     raise InputError(f"task {task}: expected one of {', '.join(TASKS)}")
 
 
@@ -124,9 +133,10 @@ def ranks_of(task: str, answer: dict[str, Any], count: int) -> list[int] | None:
 
 
 def rows(task: str, prompt: Any, responses: list[str], answer: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows that training reads from an answer, each after its kind, "rankings" or "demonstrations".
+    """The rows that training reads from an answer, each after its kind: "rankings", "demonstrations" or "thumbs".
 
-    An edited response also is a ranking: what was written, then the one that was edited, then all others, tied.
+    An edited response also is a ranking: what was written, then the one that was edited, then all others, tied. A
+    conversation is read as the comparisons of its turns; as a whole it is one of "dialogues".
     """
     ranks = ranks_of(task, answer, len(responses))
     if task == "compare" and ranks is not None and ranks[0] != ranks[1]:
@@ -141,6 +151,10 @@ def rows(task: str, prompt: Any, responses: list[str], answer: dict[str, Any]) -
             others = [response for k, response in enumerate(responses) if k != edited]
             ordered = [answer["text"], responses[edited], *others]
             yield "rankings", {"prompt": prompt, "responses": ordered, "ranks": [0, 1] + [2] * len(others)}
+    elif "thumb" in answer:
+        yield "thumbs", {"prompt": prompt, "response": responses[0], "label": answer["thumb"] == "up"}
+    elif "messages" in answer:
+        yield "dialogues", {"topic": prompt, "messages": answer["messages"]}
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
