@@ -214,7 +214,8 @@ def _talking(cfg: Serve) -> tuple[str, list[list[str]]]:
         return "", []
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.serve", "--port", str(port), "--model", *map(str, models)]
+    command = [sys.executable, "-m", "experiments.serve", "--port", str(port), "--model"]
+    command += dict.fromkeys(map(str, models))  # each once
     return f"http://127.0.0.1:{port}", [command]
 
 

@@ -213,6 +213,9 @@ class Chat:
                     queue.put_nowait((n, piece))
         except Failure as failure:
             queue.put_nowait((n, failure))
+        except Exception as error:  # a fault of ours: the page would wait for ever
+            queue.put_nowait((n, Failure("malformed", type(error).__name__)))
+            raise
 
     async def _recorded(self, person: Person, question: _Question, texts: list[str], ends: list[str]) -> dict[str, Any]:
         item = question.item([whole(text) for text in texts], [end == "stop" for end in ends])

@@ -71,7 +71,8 @@ class Endpoint:
             import httpx  # slow to import, and needed where there is an endpoint alone
 
             timeout = httpx.Timeout(self._patience, connect=self._connect)
-            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+            headers = {"Accept-Encoding": "identity"}  # so that what comes is no larger than what was sent
+            headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
             limits = httpx.Limits(max_connections=None)
             self._client = httpx.AsyncClient(
                 timeout=timeout, headers=headers, limits=limits, trust_env=False, follow_redirects=False
@@ -84,9 +85,10 @@ class Endpoint:
             import httpx
 
             try:
-                response = await self._http().get(f"{self.url}/v1/models", timeout=10.0)
-                await _check(response)
-                names = [one["id"] for one in response.json()["data"]]
+                async with self._http().stream("GET", f"{self.url}/v1/models", timeout=10.0) as response:
+                    await _check(response)
+                    text = await _text(response)
+                names = [one["id"] for one in json.loads(text)["data"]]
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise _broken(error, begun=False) from error
             except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -135,11 +137,7 @@ async def _check(response: "httpx.Response") -> None:
     """Raise the Failure that a status stands for."""
     if response.status_code == 200:
         return
-    text = ""
-    async for part in response.aiter_text():
-        text += part
-        if len(text) > 10_000:
-            break
+    text = await _text(response)
     message, code = f"status {response.status_code}", None
     try:
         error = json.loads(text)["error"]
@@ -151,6 +149,16 @@ async def _check(response: "httpx.Response") -> None:
     if code == "context_length_exceeded" or response.status_code == 413:
         raise Failure("long", message)
     raise Failure("refused", message)
+
+
+async def _text(response: "httpx.Response") -> str:
+    """The body of an answer, up to `_LONGEST_LINE`."""
+    text = ""
+    async for part in response.aiter_text():
+        text += part
+        if len(text) > _LONGEST_LINE:
+            break
+    return text
 
 
 async def _lines(response: "httpx.Response") -> AsyncIterator[str]:

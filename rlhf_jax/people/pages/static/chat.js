@@ -161,7 +161,7 @@ export function talk(boot) {
         return draw();
       }
       if (body.error === "guidelines") return location.assign("/guidelines");
-      banner(body.error === "chat_away" ? t("chat_waiting") : why(words, body));
+      banner(["chat_away", "chat_slow"].includes(body.error) ? t("chat_waiting") : why(words, body));
       if (response.status < 500) return;
     } catch {
       banner(t("chat_waiting"));
@@ -191,7 +191,6 @@ export function talk(boot) {
     editing = null;
     state.messages.push(message);
     draw();
-    const started = Date.now();
     const last = await ask(
       {
         name,
@@ -209,7 +208,7 @@ export function talk(boot) {
       },
     );
     message.growing = false;
-    message.seconds = (Date.now() - started) / 1000;
+    message.at = Date.now();
     if ("turn" in last) message.turn = last.turn;
     else message.failed = last;
     running = null;
@@ -224,6 +223,9 @@ export function talk(boot) {
     answer();
   }
 
+  // Seconds for which the person may have looked at an answer.
+  const since = (message) => Math.min((Date.now() - message.at) / 1000, 600);
+
   // Thumbs may change; the former one is withdrawn.
   async function thumb(message, which) {
     if (message.busy) return;
@@ -233,7 +235,7 @@ export function talk(boot) {
     draw();
     if (before) await deliver("/api/chat/withdraw", { assignment: message.turn });
     if (message.thumb) {
-      const label = { assignment: message.turn, submission: newName(), answer: { thumb: message.thumb }, seconds: 0 };
+      const label = { assignment: message.turn, submission: newName(), answer: { thumb: message.thumb }, seconds: since(message) };
       const [status, body] = await deliver("/api/submit", label);
       if (status !== 200) {
         message.thumb = null;
@@ -245,7 +247,7 @@ export function talk(boot) {
   }
 
   async function better(message, text) {
-    const body = { assignment: message.turn, text, submission: newName(), seconds: 0 };
+    const body = { assignment: message.turn, text, submission: newName(), seconds: since(message) };
     const [status, found] = await deliver("/api/chat/better", body);
     if (status !== 200) return banner(why(words, found));
     Object.assign(message, { content: text, better: true, cut: false });
@@ -444,7 +446,7 @@ export function talk(boot) {
 
 // The task: two answers a turn, and the chosen one continues the conversation ---------------------------------------------
 
-export function conversation({ task, answer, words, t, choices, changed, reload, refused, say, strongest, looked }) {
+export function conversation({ task, answer, words, t, choices, changed, clear, reload, refused, say, strongest, looked }) {
   const node = el("div", { className: "conversation" });
   let found = null; // as the server has it
   let running = null; // the name of the question that is being answered
@@ -504,7 +506,8 @@ export function conversation({ task, answer, words, t, choices, changed, reload,
     (firstOpen() || node).focus?.({ preventScroll: true });
     node.lastElementChild.scrollIntoView({ block: "end" });
     const read = node.querySelector(".cards"); // from its beginning, if not all of it can be seen
-    if (read && read.getBoundingClientRect().top < 64) read.scrollIntoView({ block: "start" });
+    const above = (read?.getBoundingClientRect().top ?? Infinity) - document.querySelector(".top").offsetHeight - 8;
+    if (above < 0) scrollBy(0, above);
   }
 
   function pair(bodies) {
@@ -529,6 +532,7 @@ export function conversation({ task, answer, words, t, choices, changed, reload,
   async function send(message) {
     if (running || !message.trim()) return;
     running = newName();
+    clear();
     const lives = [growing(t), growing(t)];
     const halt = button(t("chat_stop"), () => stop(running), { id: "stop" });
     draw(message, lives.map((live) => live.box), el("div", { className: "composer" }, halt));

@@ -222,7 +222,7 @@ function work(boot) {
   }
 
   function drawConversation() {
-    talking = conversation({ task, answer, words, t, choices, changed, reload: load, refused, say, strongest: boot.strongest, looked: () => looked });
+    talking = conversation({ task, answer, words, t, choices, changed, clear: () => banner(""), reload: load, refused, say, strongest: boot.strongest, looked: () => looked });
     $("task").replaceChildren(talking.node, drawBar());
     $("task").dataset.task = "chat";
     $("submit").textContent = t("chat_finish");
@@ -744,6 +744,8 @@ function work(boot) {
       ["↑ ↓", "key_move"],
       ["A – I", "key_letter"],
       ["Ctrl Enter", "key_submit"],
+      ["Enter", "key_send"],
+      ["Esc", "key_stop"],
       ["X", "key_expand"],
       ["S", "key_skip"],
       ["U", "key_undo"],
