@@ -26,6 +26,7 @@ class Stub:
         self.keys: set[str] = set()
         self.pause = 0.0  # seconds between the words
         self.text = "{model} heard: {message}"
+        self.said: dict[tuple[str, str], str] = {}  # by model and message, in the place of `text`
         self.cancelled = 0  # answers that nobody waited for any more
 
     async def models(self, request: Request) -> Response:
@@ -50,7 +51,8 @@ class Stub:
         return StreamingResponse(self._events(body), media_type="text/event-stream; charset=utf-8")
 
     async def _events(self, body: dict[str, Any]) -> AsyncIterator[str]:
-        text = self.text.format(model=body["model"], message=body["messages"][-1]["content"])
+        model, message = body["model"], body["messages"][-1]["content"]
+        text = self.said.get((model, message)) or self.text.format(model=model, message=message)
         yield ": a comment\n\n" + _event({"role": "assistant", "content": ""})
         words = text.split(" ")
         try:

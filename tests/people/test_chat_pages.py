@@ -25,6 +25,11 @@ SAID = {
     " what is left is orange and red.",
     THIRD: "Nearly the other way round: fine dust makes the day butterscotch, and the sunset blue.",
 }
+WORSE = {
+    FIRST: "Rayleigh scattering: the cross-section goes with the inverse fourth power of the wavelength.",
+    SECOND: "The sky is red in the evening because the sun gets colder. It warms up again at night.",
+    THIRD: "Yes.",
+}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +203,7 @@ def test_an_answer_is_stopped_or_breaks(site: Site, stub: Stub):
     page.fill("#message", "More")
     page.click("#send")
     page.wait_for_selector(".failed")
-    assert "longer than the model can read" in page.inner_text(".failed")
+    assert "longer than the model can hold" in page.inner_text(".failed")
     stub.fault = ""
     page.click(".retry")
     answered(page, 3)
@@ -265,26 +270,27 @@ def test_three_turns_by_mouse(site: Site, stub: Stub):
     assert "needs more turns" in page.inner_text("#banner")
     wanted = []
     for n, message in enumerate(SAID):
-        stub.text = "{model}, who knows: " + SAID[message]
+        stub.said = {("ada", message): SAID[message], ("bob", message): WORSE[message]}
         page.fill("#text", message)
         page.click("#send")
         labels = choices(page)
         assert labels.count() == 8 and page.locator("#choose").is_disabled()
         first, second = page.locator(".card .text").all_inner_texts()
-        labels.nth(1 if n != 1 else 7).click()
+        better = [first, second].index(SAID[message])
+        labels.nth([1, 6][better]).click()
         if n == 1:
-            assert page.inner_text("#choose") == "Go on with B"
+            labels.nth([0, 7][better]).click()
+            assert page.inner_text("#choose") == f"Go on with {'AB'[better]}"
             picture(page, "people-choose")
             check_access(page)
             page.click("#theme")
-            picture(page, "people-choose-dark")
             check_access(page)
             page.click("#theme")
             page.reload()  # the choice was not stored, the pair was
             choices(page)
             assert page.locator(".card .text").all_inner_texts() == [first, second]
-            choices(page).nth(7).click()
-        wanted.append(second if n == 1 else first)
+            choices(page).nth([0, 7][better]).click()
+        wanted.append(SAID[message])
         page.click("#choose")
         stored(page, n + 1)
         page.wait_for_selector("#text")
@@ -294,7 +300,7 @@ def test_three_turns_by_mouse(site: Site, stub: Stub):
     until(page, "document.getElementById('ask').textContent.startsWith('Nothing to do')")
     rows = site.exported()
     assert [row["chosen"].split() for row in rows if "chosen" in row] == [text.split() for text in wanted]
-    assert [row["strength"] * (1 if row["shown"] == [0, 1] else -1) for row in rows[:3]] == [-3, 4, -3]
+    assert [row["strength"] for row in rows[:3]] == [-3, -4, -3]
     assert all(row["models"] == ["ada", "bob"] and row["person"] == "ann" for row in rows[:3])
     assert [message["content"] for message in rows[2]["prompt"]][::2] == list(SAID)
     assert rows[3]["turns"] == 3 and len(rows[3]["messages"]) == 6
