@@ -15,6 +15,7 @@ import io
 import ipaddress
 import os
 import re
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -158,6 +159,8 @@ def _run(cfg: Serve, store: Store, listener: socket.socket, parts: Sequence[serv
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=2**16,
     )
+    if threading.current_thread() is threading.main_thread():  # or uvicorn ends the process, and others outlive it
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(uvicorn.Server(config).serve([listener]))
 

@@ -273,7 +273,7 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
                                                                 ended[responses.index(row["rejected"])]]  # fmt: skip
             if kind == "thumbs":  # whose `label` is what was said
                 row |= {"number": about["label"]} | ({"ended": ended[0]} if ended else {})
-            yield kind, about | row
+            yield kind, row | about | row
 
 
 def _about(label: sqlite3.Row, answer: dict[str, Any]) -> dict[str, Any]:

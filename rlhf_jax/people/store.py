@@ -702,8 +702,10 @@ class Store:
         _check_item(item)
         key = hashlib.sha256(json.dumps([person, name]).encode()).digest()
         with self._write() as db:
-            query = "SELECT assignments.id FROM items JOIN assignments ON assignments.item = items.id WHERE key = ?"
+            query = "SELECT assignments.id, responses FROM items JOIN assignments ON item = items.id WHERE key = ?"
             if row := db.execute(query, (key,)).fetchone():
+                if row["responses"] != _json(item.responses):
+                    raise Refused("moved", "other answers have been recorded under this name")
                 return row["id"]
             now, about = self._clock(), None
             if chat is not None:

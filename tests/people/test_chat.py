@@ -1,6 +1,7 @@
 """Talking to models: what is recorded of it, who may do it, what is read from it, and what an endpoint may do wrong."""
 
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from rlhf_jax.people.endpoint import Endpoint
 from rlhf_jax.people.store import Item, Refused, Rules, Store
 from tests.people import test_server
 from tests.people.endpoints import Stub, answering
+from tests.people.serving import ROOT
 
 RULES = Rules(ratings="none", gold_share=0.0, repeat_share=0.0, turns=2)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -119,6 +121,8 @@ def test_another_pair_and_another_tab(store: Store):
     assert task
     before = say(store, ann, task.id, "one", None)
     assert say(store, ann, task.id, "one", None) == before  # the same name: sent twice
+    with pytest.raises(Refused, match="other answers"):
+        store.turn(ann, f"name/one/{ann}", Item(HELLO, ("a", "b"), "compare"), [0, 1])
     after = say(store, ann, task.id, "another", None)
     with pytest.raises(Refused) as refused:
         store.submit(ann, before, "submission", {"strength": 1}, 1.0)
@@ -435,7 +439,7 @@ def test_a_slow_answer_is_stopped_and_no_more_than_two_run_at_once(store: Store,
         answer = ann.post("/api/chat/answer", name=name, model=0, messages=[{"role": "user", "content": "x " * 50}])
         found[name] = [json.loads(line) for line in answer.text.splitlines()]
 
-    asking = [threading.Thread(target=ask, args=(f"question {n}",)) for n in range(2)]
+    asking = [threading.Thread(target=ask, args=(f"slow question {n}",)) for n in range(2)]
     for thread in asking:
         thread.start()
     until = time.monotonic() + 5
@@ -446,15 +450,15 @@ def test_a_slow_answer_is_stopped_and_no_more_than_two_run_at_once(store: Store,
         "message": server.words.of("en")["error_chat_busy"],
         "status": 429,
     }
-    assert ann.post("/api/chat/stop", name="question 0").json() == {"stopped": True}  # before the first word
+    assert ann.post("/api/chat/stop", name="slow question 0").json() == {"stopped": True}  # before the first word
     time.sleep(0.4)
-    ann.post("/api/chat/stop", name="question 1")
+    ann.post("/api/chat/stop", name="slow question 1")
     assert ann.post("/api/chat/stop", name="question nobody asked").json() == {"stopped": True}
     for thread in asking:
         thread.join()
-    assert found["question 0"] == [{"n": 0, "end": "length"}, {"error": "chat_stopped", "message": ""}]
-    assert text(found["question 1"]).startswith("ada ") and "turn" in found["question 1"][-1]
-    assert store.turned(1, found["question 1"][-1]["turn"]).ended == (False,)
+    assert found["slow question 0"] == [{"n": 0, "end": "length"}, {"error": "chat_stopped", "message": ""}]
+    assert text(found["slow question 1"]).startswith("ada ") and "turn" in found["slow question 1"][-1]
+    assert store.turned(1, found["slow question 1"][-1]["turn"]).ended == (False,)
     stub.pause = 0.0
     assert "turn" in ann.ask(model=0, messages=HELLO)[-1]
     assert stub.cancelled == 2
@@ -509,3 +513,24 @@ def test_processes_run_one_after_another_and_end_with_the_server(tmp_path: Path)
     with command._beside([[sys.executable, "-Sc", "import time; time.sleep(60)"], [sys.executable, "-Sc", touch]]):
         first.unlink()
     assert not first.exists() and time.monotonic() - start < 10
+
+
+def test_a_terminated_server_ends_what_it_started(tmp_path: Path):
+    child = [sys.executable, "-Sc", "import time; print('child', flush=True); time.sleep(60)"]
+    script = (
+        "from rlhf_jax.people import __main__ as command\n"
+        f"command._talking = lambda cfg: ('', [{child!r}])\n"
+        f"command.main(['--chat', 'http://127.0.0.1:9', '--db', {str(tmp_path / 'x.db')!r}, '--port', '0',"
+        f" '--responses', {str(tmp_path / 'r.jsonl')!r}])\n"
+    )
+    (tmp_path / "r.jsonl").write_text('{"prompt": "p"}')
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout
+    with process.stdout as out:
+        for line in out:
+            if line == "child\n":
+                break
+        time.sleep(0.3)  # the server's own handler of signals is there
+        process.terminate()
+        assert out.read() is not None  # ends when the last process that may write does
+    assert process.wait(10) == 128 + 15

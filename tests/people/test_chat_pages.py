@@ -222,6 +222,11 @@ def test_an_answer_is_stopped_or_breaks(site: Site, stub: Stub):
     page.reload()
     page.wait_for_selector(".failed")
     assert "word" in page.locator(".said").last.inner_text()
+    for _ in range(100):  # the endpoint is told that nobody waits any more: of the first, of that offline, of this
+        if stub.cancelled >= 2:
+            break
+        page.wait_for_timeout(20)
+    assert stub.cancelled >= 2
 
 
 def test_hostile_answers_run_nothing(site: Site, stub: Stub):

@@ -35,15 +35,19 @@ async function ask(body, on) {
 
 const stop = (name) => post("/api/chat/stop", { name }).catch(() => {});
 
-// Send until there is an answer: what has one name is stored once.
-async function deliver(path, body, wait = 500) {
-  for (;;) {
+// Send until there is an answer: what has one name is stored once. `waiting` is told whether that takes time.
+async function deliver(path, body, waiting) {
+  for (let wait = 500; ; ) {
     try {
       const [status, found] = await post(path, body);
-      if (status !== 429 && status < 500) return [status, found];
+      if (status !== 429 && status < 500) {
+        if (wait > 500) waiting(false);
+        return [status, found];
+      }
     } catch {
       // again
     }
+    waiting(true);
     await new Promise((resolve) => setTimeout(resolve, wait));
     wait = Math.min(2 * wait, 15000);
   }
@@ -135,7 +139,10 @@ export function talk(boot) {
   } catch {
     // what is kept there is of no use
   }
-  for (const message of state.messages) if (message.growing) Object.assign(message, { growing: false, failed: { error: "chat_cut" } });
+  for (const message of state.messages) {
+    delete message.busy;
+    if (message.growing) Object.assign(message, { growing: false, failed: { error: "chat_cut" } });
+  }
 
   function save() {
     saved = Date.now();
@@ -150,6 +157,8 @@ export function talk(boot) {
     $("banner").replaceChildren(text, ...more);
     $("banner").hidden = !text;
   };
+
+  const waiting = (long) => banner(long ? t("offline") : "");
 
   async function findModels() {
     try {
@@ -233,10 +242,10 @@ export function talk(boot) {
     message.busy = true;
     message.thumb = before === which ? null : which;
     draw();
-    if (before) await deliver("/api/chat/withdraw", { assignment: message.turn });
+    if (before) await deliver("/api/chat/withdraw", { assignment: message.turn }, waiting);
     if (message.thumb) {
       const label = { assignment: message.turn, submission: newName(), answer: { thumb: message.thumb }, seconds: since(message) };
-      const [status, body] = await deliver("/api/submit", label);
+      const [status, body] = await deliver("/api/submit", label, waiting);
       if (status !== 200) {
         message.thumb = null;
         banner(why(words, body));
@@ -248,7 +257,7 @@ export function talk(boot) {
 
   async function better(message, text) {
     const body = { assignment: message.turn, text, submission: newName(), seconds: since(message) };
-    const [status, found] = await deliver("/api/chat/better", body);
+    const [status, found] = await deliver("/api/chat/better", body, waiting);
     if (status !== 200) return banner(why(words, found));
     Object.assign(message, { content: text, better: true, cut: false });
     editing = null;
@@ -446,7 +455,7 @@ export function talk(boot) {
 
 // The task: two answers a turn, and the chosen one continues the conversation ---------------------------------------------
 
-export function conversation({ task, answer, words, t, choices, changed, clear, reload, refused, say, strongest, looked }) {
+export function conversation({ task, answer, words, t, choices, changed, banner, reload, refused, say, strongest, looked }) {
   const node = el("div", { className: "conversation" });
   let found = null; // as the server has it
   let running = null; // the name of the question that is being answered
@@ -532,7 +541,7 @@ export function conversation({ task, answer, words, t, choices, changed, clear, 
   async function send(message) {
     if (running || !message.trim()) return;
     running = newName();
-    clear();
+    banner("");
     const lives = [growing(t), growing(t)];
     const halt = button(t("chat_stop"), () => stop(running), { id: "stop" });
     draw(message, lives.map((live) => live.box), el("div", { className: "composer" }, halt));
@@ -587,7 +596,8 @@ export function conversation({ task, answer, words, t, choices, changed, clear, 
     running = newName();
     $("choose").disabled = $("others").disabled = true;
     const seconds = Math.max(0, looked() - since) / 1000;
-    const [status, body] = await deliver("/api/submit", { assignment: turn.id, submission: running, answer: { strength }, seconds });
+    const label = { assignment: turn.id, submission: running, answer: { strength }, seconds };
+    const [status, body] = await deliver("/api/submit", label, (long) => (long ? banner(t("offline"), "warn") : banner("")));
     running = null;
     if (closed) return;
     if (status !== 200) refused(status, body);

@@ -222,7 +222,7 @@ function work(boot) {
   }
 
   function drawConversation() {
-    talking = conversation({ task, answer, words, t, choices, changed, clear: () => banner(""), reload: load, refused, say, strongest: boot.strongest, looked: () => looked });
+    talking = conversation({ task, answer, words, t, choices, changed, banner, reload: load, refused, say, strongest: boot.strongest, looked: () => looked });
     $("task").replaceChildren(talking.node, drawBar());
     $("task").dataset.task = "chat";
     $("submit").textContent = t("chat_finish");
