@@ -274,7 +274,7 @@ class Talker(test_server.Browser):
 
 @pytest.fixture
 def ann(store: Store, stub: Stub, served: tuple[Stub, str]) -> Iterator[Talker]:
-    talker = Talker(store, served[1], patience=0.5)
+    talker = Talker(store, served[1])
     with talker.client:
         yield talker
 
@@ -353,11 +353,11 @@ def test_one_model_answers_twice(store: Store, stub: Stub, ann: Talker):
     assert text(events, 0) == text(events, 1) == "ada heard: Hi" and "turn" in events[-1]
 
 
-@pytest.mark.parametrize("fault", ["cut", "silent", "malformed", "error", "number"])
+@pytest.mark.parametrize("fault", ["cut", "malformed", "error", "number"])
 def test_what_breaks_in_the_middle_is_told_and_nothing_recorded(store: Store, stub: Stub, ann: Talker, fault: str):
     stub.fault = fault
     events = ann.ask(model=0, messages=HELLO)
-    codes = {"cut": "cut", "silent": "slow", "error": "refused"}
+    codes = {"cut": "cut", "error": "refused"}
     assert text(events) == "ada " and events[-1] == {"error": f"chat_{codes.get(fault, 'malformed')}", "message": ""}
     store.add([Item("", task="chat")])
     number = ann.task()["id"]
@@ -365,6 +365,14 @@ def test_what_breaks_in_the_middle_is_told_and_nothing_recorded(store: Store, st
     assert ann.client.get(f"/api/chat/conversation?assignment={number}").json()["turns"] == []
     stub.fault = ""
     assert "turn" in ann.ask(model=0, messages=HELLO)[-1]
+
+
+def test_a_silent_model_is_waited_for_so_long_and_no_longer(store: Store, stub: Stub, served: tuple[Stub, str]):
+    stub.fault = "silent"
+    ann = Talker(store, served[1], patience=0.2)
+    with ann.client:
+        events = ann.ask(model=0, messages=HELLO)
+    assert text(events) == "ada " and events[-1] == {"error": "chat_slow", "message": ""}
 
 
 def test_refusals_of_the_endpoint(store: Store, stub: Stub, served: tuple[Stub, str], ann: Talker):
@@ -515,6 +523,7 @@ def test_processes_run_one_after_another_and_end_with_the_server(tmp_path: Path)
     assert not first.exists() and time.monotonic() - start < 10
 
 
+@pytest.mark.slow
 def test_a_terminated_server_ends_what_it_started(tmp_path: Path):
     child = [sys.executable, "-Sc", "import time; print('child', flush=True); time.sleep(60)"]
     script = (
