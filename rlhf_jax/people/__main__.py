@@ -135,9 +135,10 @@ def serve(cfg: Serve) -> None:
         scheme = "https" if cfg.certificate else "http"
         token = store.invite("administrator", "administrator")
         print(f"administrator: {scheme}://{host}:{port}/enter#{token}", flush=True)
-        url, talking = _talking(cfg)
+        address, talking = _talking(cfg)
         with _beside([*_answering(cfg, models), *talking]):
-            parts = [chat.Chat(store, endpoint.Endpoint(url, os.environ.get("PEOPLE_CHAT_KEY", "")))] if url else []
+            key = os.environ.get("PEOPLE_CHAT_KEY", "")
+            parts = [chat.Chat(store, endpoint.Endpoint(address, key))] if address else []
             _run(cfg, store, listener, parts)
 
 
