@@ -4,6 +4,7 @@ scripts/people.sh                                            the quickstart's mo
 scripts/people.sh --responses answers.jsonl                  no model: {"prompt", "responses"} a line
 scripts/people.sh --model runs/a/model runs/b/model --data prompts.jsonl --k 4
 scripts/people.sh --task arena --model runs/a/model runs/b/model --data prompts.jsonl
+scripts/people.sh --chat http://127.0.0.1:8001               people talk to the models of an OpenAI-compatible server
 scripts/people.sh export --db runs/people/people.db --out labels.jsonl
 scripts/people.sh import --db runs/people/people.db --responses more.jsonl
 """
@@ -12,11 +13,15 @@ import asyncio
 import contextlib
 import dataclasses
 import io
+import os
 import re
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +30,7 @@ import tyro
 import uvicorn
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import arena, exchange, forms, network, server
+from rlhf_jax.people import arena, chat, endpoint, exchange, forms, network, server
 from rlhf_jax.people.network import listening
 from rlhf_jax.people.store import Item, Store
 from rlhf_jax.settings import Count, Seed, Settings, Share, Whole
@@ -66,6 +71,8 @@ class Serve(Tasks):
     ratings: forms.Ratings | None = None  # that each answer needs before the ranking; without it, as before, or all
     host: str = "127.0.0.1"  # address to listen at
     port: network.Port = 8000  # port to listen at; 0: any that is free
+    chat: str = ""  # address of a server of the OpenAI protocol, whose models people talk to (its key: PEOPLE_CHAT_KEY)
+    talk: bool = True  # without --chat, people talk to the models that answer the prompts, or to the quickstart's
     behind_proxy: bool = False  # a reverse proxy on this machine serves https and hands requests on
     certificate: Path | None = None  # PEM file of a certificate, to serve https
     key: Path | None = None  # PEM file of its private key, unless it is in the same file
@@ -78,6 +85,14 @@ class Serve(Tasks):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise InputError(f"--{name} {path}: no such file")
+        address = urllib.parse.urlsplit(self.chat)
+        if self.chat and (address.scheme not in ("http", "https") or not address.hostname):
+            raise InputError(f"--chat {self.chat}: expected an address such as http://127.0.0.1:8001")
+        if self.task == "chat" and self.responses is None:
+            raise InputError(
+                "--task chat: no model answers before people talk to it: give topics by --responses FILE.jsonl, or add"
+                " conversations on the administrator's page"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,18 +130,21 @@ def serve(cfg: Serve) -> None:
         url = network.url("https" if cfg.certificate else "http", cfg.host, listener)
         token = store.invite("administrator", "administrator")
         print(f"administrator: {url}/enter#{token}", flush=True)
-        with _answering(cfg, models):
-            _run(cfg, store, listener)
+        address, talking = _talking(cfg)
+        with _beside([*_answering(cfg, models), *talking]):
+            key = os.environ.get("PEOPLE_CHAT_KEY", "")
+            parts = [chat.Chat(store, endpoint.Endpoint(address, key))] if address else []
+            _run(cfg, store, listener, parts)
 
 
-def _run(cfg: Serve, store: Store, listener: socket.socket) -> None:
+def _run(cfg: Serve, store: Store, listener: socket.socket, parts: Sequence[server.Part]) -> None:
     options = server.Options(
         cookie=f"session-{listener.getsockname()[1]}",
         secure=bool(cfg.certificate) or cfg.behind_proxy,
         hosts=server.Options.hosts if network.is_loopback(cfg.host) and not cfg.behind_proxy else None,
     )
     config = uvicorn.Config(
-        server.app(store, options),
+        server.app(store, options, *parts),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -137,6 +155,8 @@ def _run(cfg: Serve, store: Store, listener: socket.socket) -> None:
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=2**16,
     )
+    if threading.current_thread() is threading.main_thread():  # or uvicorn ends the process, and others outlive it
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(uvicorn.Server(config).serve([listener]))
 
@@ -164,23 +184,58 @@ def _models(cfg: Serve, store: Store) -> tuple[Path, ...]:
     return (QUICKSTART,)
 
 
-@contextlib.contextmanager
-def _answering(cfg: Serve, models: Sequence[Path]) -> Iterator[None]:
-    """Within, a process of its own, with JAX, samples the models' answers into the store."""
+def _answering(cfg: Serve, models: Sequence[Path]) -> list[list[str]]:
+    """The command that samples the models' answers into the store, if there are models."""
     if not models:
-        yield
-        return
+        return []
     command = [sys.executable, "-m", "experiments.answers", "--db", str(cfg.db), "--data", cfg.data, "--model"]
     command += [*map(str, models), "--prompts", str(cfg.prompts), "--k", str(cfg.k), "--seed", str(cfg.seed)]
     command += ["--overlap", str(cfg.overlap), "--overlap-share", str(cfg.overlap_share), "--pairs", str(cfg.pairs)]
     if cfg.task:
         command += ["--task", cfg.task]
-    process = subprocess.Popen(command)
+    return [command]
+
+
+def _talking(cfg: Serve) -> tuple[str, list[list[str]]]:
+    """The address at which people talk to models, "" if nowhere, and the command that serves them, if one must."""
+    if cfg.chat or not cfg.talk:
+        return cfg.chat, []
+    models = cfg.model or ((QUICKSTART,) if cfg.responses is None and (QUICKSTART / "config.json").is_file() else ())
+    if not models:
+        return "", []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "experiments.serve", "--port", str(port), "--model"]
+    command += dict.fromkeys(map(str, models))  # each once
+    return f"http://127.0.0.1:{port}", [command]
+
+
+@contextlib.contextmanager
+def _beside(commands: Sequence[Sequence[str]]) -> Iterator[None]:
+    """Within, the commands run in processes of their own, with JAX, one after another.
+
+    So a model is in memory once, and of an accelerator that has room for one process the next finds it free.
+    """
+    lock, running, ended = threading.Lock(), list[subprocess.Popen[bytes]](), threading.Event()
+
+    def run() -> None:
+        for command in commands:
+            with lock:
+                if ended.is_set():
+                    return
+                running.append(subprocess.Popen(command))
+            running[-1].wait()
+
+    thread = threading.Thread(target=run)
+    thread.start()
     try:
         yield
     finally:
-        process.terminate()
-        process.wait()
+        with lock:
+            ended.set()
+            for process in running:
+                process.terminate()
+        thread.join()
 
 
 def _text(path: Path) -> str:

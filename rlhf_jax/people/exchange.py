@@ -79,7 +79,9 @@ def _item(row: Any, task: forms.Task | None, overlap: Overlap) -> Item:
         if type(row[name]) is not int or not 0 <= row[name] < 2**31:
             raise InputError(f"field {name}: expected a whole number, got {str(row[name])[:60]}")
     responses = tuple(_text(one, f"responses[{k}]") for k, one in enumerate(_listed(row, "responses") or ()))
-    asked = row.get("task") or (task if task and responses else "rank" if responses else "demonstrate")
+    asked = row.get("task") or (
+        task if task and (responses or task == "chat") else "rank" if responses else "demonstrate"
+    )
     if asked not in forms.TASKS:
         raise InputError(f"field task: expected one of {', '.join(forms.TASKS)}, got {str(asked)[:60]}")
     models, ended, gold = (_listed(row, name) for name in ("models", "ended", "gold"))
@@ -90,7 +92,7 @@ def _item(row: Any, task: forms.Task | None, overlap: Overlap) -> Item:
     if gold is not None and not all(type(one) is int and one >= 0 for one in gold):
         raise InputError("field gold: expected ranks, one per response")
     item = Item(
-        prompt=_prompt(row),
+        prompt=_opening(row) if asked == "chat" else _prompt(row),
         responses=responses,
         task=asked,
         models=None if models is None else tuple(models),
@@ -120,6 +122,18 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
+def _opening(row: dict[str, Any]) -> Any:
+    """The topic of a conversation, for the person alone, or the messages that it begins with."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") != "user":
+        return [*_prompt({"prompt": [*prompt, {"role": "user", "content": ""}]})][:-1]
+    if isinstance(prompt, list):
+        raise InputError(
+            "field prompt: expected the last message of a chat's beginning to be no user's: people write it"
+        )
+    return _prompt(row)
+
+
 def _prompt(row: dict[str, Any]) -> Any:
     prompt = row.get("prompt")
     if isinstance(prompt, str):
@@ -147,7 +161,7 @@ class Filter:
     task: str | None = None
     gold: float = 0.0  # only people with at least this gold accuracy
     aside: bool = False  # also labels of people who were set aside
-    kind: Kind = "slot"  # "gold" and "repeat" are answers that check a person
+    kind: Kind = "slot"  # also "turn", what is said of a model in a chat; "gold" and "repeat" check a person
 
     @classmethod
     def parse(cls, text: str) -> "Filter":
@@ -180,7 +194,9 @@ class Filter:
 
 
 def read(path: str | Path, wanted: Filter | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a store's labels, oldest first, each after its kind: "rankings" or "demonstrations".
+    """Yield the rows of a store's labels, oldest first, each after its kind.
+
+    The kinds are "rankings", "demonstrations", "thumbs" and "dialogues".
 
     Withdrawn labels and skipped tasks give no row. Raises InputError where there is no such store or person.
     """
@@ -188,13 +204,22 @@ def read(path: str | Path, wanted: Filter | None = None) -> Iterator[tuple[str, 
         yield from labels(db, wanted or Filter())
 
 
-_LEARNT = ("prompt", "responses", "ranks", "ended", "ratings", "chosen", "rejected", "completion")
+_LEARNT = {  # fields of a row of each kind
+    "rankings": ("prompt", "responses", "ranks", "ended", "ratings", "chosen", "rejected"),
+    "demonstrations": ("prompt", "completion"),
+    "thumbs": ("prompt", "response", "label", "ended"),
+}
 
 
 def learnt(path: str | Path, wanted: Filter | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield the kind and the place of each row of `read`, and those of its fields that training reads."""
+    """Yield the kind and the place of each row of `read`, and those of its fields that training reads.
+
+    A dialogue is none of them: its turns are.
+    """
     for kind, row in read(path, wanted):
-        yield kind, f"label {row['label']}", {name: row[name] for name in _LEARNT if name in row}
+        if kind != "dialogues":
+            number = row["number" if kind == "thumbs" else "label"]
+            yield kind, f"label {number}", {name: row[name] for name in _LEARNT[kind] if name in row}
 
 
 def split(spec: str) -> tuple[str, Filter]:
@@ -221,7 +246,7 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
         "SELECT labels.*, items.round, items.task, items.prompt, items.responses, items.models, items.ended,"
         " people.name, shown FROM labels JOIN items ON items.id = labels.item JOIN people ON people.id = labels.person"
         " JOIN assignments ON assignments.id = labels.assignment"
-        " WHERE labels.id NOT IN (SELECT label FROM withdrawals) AND labels.kind = ?"
+        " WHERE labels.id NOT IN (SELECT label FROM withdrawals) AND labels.kind IN (?, ?)"
         " AND (assignments.state = 'done' OR (assignments.state = 'aside' AND ?))"
         " AND (? OR people.aside IS NULL)"
         " AND (? IS NULL OR items.round = ?) AND (? IS NULL OR people.name = ?) AND (? IS NULL OR items.task = ?)"
@@ -231,6 +256,7 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
     )
     values = (
         wanted.kind,
+        "turn" if wanted.kind == "slot" else wanted.kind,
         wanted.aside,
         wanted.aside,
         *(wanted.round, wanted.round),
@@ -247,13 +273,15 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
             if ended and label["task"] != "demonstrate" and kind == "rankings":
                 row["ended"] = ended if "responses" in row else [ended[responses.index(row["chosen"])],
                                                                 ended[responses.index(row["rejected"])]]  # fmt: skip
-            yield kind, row | about
+            if kind == "thumbs":  # whose `label` is what was said
+                row |= {"number": about["label"]} | ({"ended": ended[0]} if ended else {})
+            yield kind, row | about | row
 
 
 def _about(label: sqlite3.Row, answer: dict[str, Any]) -> dict[str, Any]:
     """What is known of a label beside its row."""
     said = dict[str, Any]()
-    for name in ("strength", "verdict", "prompt_flags", "confidence", "note", "edited"):
+    for name in ("strength", "verdict", "prompt_flags", "confidence", "note", "edited", "turns"):
         if name in answer:
             said[name] = answer[name]
     if any(answer.get("ratings", ())):
@@ -276,13 +304,13 @@ def _about(label: sqlite3.Row, answer: dict[str, Any]) -> dict[str, Any]:
 
 def export(path: Path, out: Path, wanted: Filter | None = None) -> dict[str, int]:
     """Write the rows of a store to a JSON Lines file, whole or not at all; returns how many there are of each kind."""
-    counts = {"rankings": 0, "demonstrations": 0}
+    counts = {"rankings": 0, "demonstrations": 0}  # and what else there is
     partial = out.with_name(out.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             for kind, row in read(path, wanted):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                counts[kind] += 1
+                counts[kind] = counts.get(kind, 0) + 1
             file.flush()
             os.fsync(file.fileno())
         partial.replace(out)

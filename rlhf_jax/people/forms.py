@@ -6,6 +6,8 @@
     best          which of K is best                                            "best": a response
     arena         which of two models' answers is better                        "verdict": first, second, tie or bad
     demonstrate   write a response, or edit one of those given                  "text", perhaps "edited": a response
+    chat          talk: two answers a turn, the chosen one continues            its turns, each of which is a comparison
+    thumb         whether one response is good                                  "thumb": "up" or "down"
 
 Every answer may also hold "prompt_flags", "confidence" (1-9) and "note". Instead of an answer a person may skip the
 task, with a reason. A page shows the responses in an order of its own; `restored` undoes that order before anything is
@@ -19,10 +21,11 @@ from typing import Any, Literal
 
 from rlhf_jax.errors import InputError
 
-Task = Literal["rank", "compare", "best", "demonstrate", "arena"]
+Task = Literal["rank", "compare", "best", "demonstrate", "arena", "chat", "thumb"]
 Ratings = Literal["all", "overall", "none"]
-TASKS: tuple[Task, ...] = ("rank", "compare", "best", "demonstrate", "arena")
+TASKS: tuple[Task, ...] = ("rank", "compare", "best", "demonstrate", "arena", "chat", "thumb")
 VERDICTS = ("first", "second", "tie", "bad")  # of an arena; bad: neither answer will do, which is a tie otherwise
+THUMBS = ("up", "down")
 SCALES = ("overall", "helpful", "honest", "harmless")
 FLAGS = (
     "fails_instruction",
@@ -87,6 +90,12 @@ def checked(task: str, count: int, answer: Any, ratings: Ratings) -> dict[str, A
             if answer.get("verdict") not in VERDICTS:
                 raise InputError(f"verdict: expected one of {', '.join(VERDICTS)}")
             return {"verdict": answer["verdict"], **_common(answer)}
+        case "chat":
+            return _common(answer)
+        case "thumb":
+            if answer.get("thumb") not in THUMBS:
+                raise InputError(f"thumb: expected one of {', '.join(THUMBS)}")
+            return {"thumb": answer["thumb"], **_common(answer)}
     raise InputError(f"task {task}: expected one of {', '.join(TASKS)}")
 
 
@@ -134,9 +143,10 @@ def ranks_of(task: str, answer: dict[str, Any], count: int) -> list[int] | None:
 
 
 def rows(task: str, prompt: Any, responses: list[str], answer: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows that training reads from an answer, each after its kind, "rankings" or "demonstrations".
+    """The rows that training reads from an answer, each after its kind: "rankings", "demonstrations" or "thumbs".
 
-    An edited response also is a ranking: what was written, then the one that was edited, then all others, tied.
+    An edited response also is a ranking: what was written, then the one that was edited, then all others, tied. A
+    conversation is read as the comparisons of its turns; as a whole it is one of "dialogues".
     """
     ranks = ranks_of(task, answer, len(responses))
     if task == "compare" and ranks is not None and ranks[0] != ranks[1]:
@@ -151,6 +161,10 @@ def rows(task: str, prompt: Any, responses: list[str], answer: dict[str, Any]) -
             others = [response for k, response in enumerate(responses) if k != edited]
             ordered = [answer["text"], responses[edited], *others]
             yield "rankings", {"prompt": prompt, "responses": ordered, "ranks": [0, 1] + [2] * len(others)}
+    elif "thumb" in answer:
+        yield "thumbs", {"prompt": prompt, "response": responses[0], "label": answer["thumb"] == "up"}
+    elif "messages" in answer:
+        yield "dialogues", {"topic": prompt, "messages": answer["messages"]}
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

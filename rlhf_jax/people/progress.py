@@ -50,7 +50,9 @@ class Overview:
 
 def overview(db: sqlite3.Connection, now: float) -> Overview:
     """How labelling stands at `now`, in seconds since 1970."""
-    items, slots = db.execute("SELECT COUNT(*), COALESCE(SUM(overlap), 0) FROM items WHERE gold IS NULL").fetchone()
+    items, slots = db.execute(
+        "SELECT COUNT(*), COALESCE(SUM(overlap), 0) FROM items WHERE gold IS NULL AND overlap > 0"
+    ).fetchone()
     states = dict(db.execute("SELECT state, COUNT(*) FROM assignments WHERE kind = 'slot' GROUP BY state").fetchall())
     held = db.execute("SELECT COUNT(*) FROM assignments WHERE state = 'open' AND expires > ?", (now,)).fetchone()[0]
     hourly = [0] * _HOURS

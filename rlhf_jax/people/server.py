@@ -17,7 +17,7 @@ import time
 import urllib.parse
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jinja2
 from starlette.applications import Starlette
@@ -25,7 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -62,11 +62,23 @@ class Denied(Exception):
         self.status, self.code = status, code
 
 
-def app(store: Store, options: Options | None = None) -> ASGIApp:
+@runtime_checkable
+class Part(Protocol):
+    """Further pages, beside those of every server."""
+
+    def routes(self, pages: "Pages") -> list[BaseRoute]:
+        """The routes, which go before all others; `pages.links` may be added to."""
+
+    async def close(self) -> None:
+        """Let go of what is held open, at the end."""
+
+
+def app(store: Store, options: Options | None = None, *parts: Part) -> ASGIApp:
     """The application that serves `store`."""
     options = options or Options()
     pages = Pages(store, options)
     routes = [
+        *(route for part in parts for route in part.routes(pages)),
         Route("/", pages.home),
         Route("/enter", pages.entrance, methods=["GET"]),
         Route("/enter", pages.enter, methods=["POST"]),
@@ -100,6 +112,8 @@ def app(store: Store, options: Options | None = None) -> ASGIApp:
             yield
         finally:
             tidying.cancel()
+            for part in parts:
+                await part.close()
 
     return Guard(Starlette(routes=routes, exception_handlers=errors, lifespan=lifespan), options)
 
@@ -206,6 +220,7 @@ class Pages:
 
     def __init__(self, store: Store, options: Options):
         self._store, self._options = store, options
+        self.links: dict[str, str] = {}  # further entries of the menu, and the names of their words
         self._attempts = Buckets(options.attempts / 60, options.attempts)
         self._templates = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True)
 
@@ -479,6 +494,7 @@ class Pages:
             language=language,
             languages=words.LANGUAGES,
             person=person,
+            links=self.links,
             csrf=_csrf(request.cookies.get(self._options.cookie, "")) if person else "",
         )
         return HTMLResponse(page)

@@ -7,6 +7,9 @@ page reported as stored survives a killed server and a power cut. Several proces
 A person answers through an *assignment*: an item, the order in which its responses were shown, and a lease. An item
 with overlap n has n slots, each held by one person at a time; a slot whose lease ran out goes to whoever asks next.
 Gold and repeated items are assigned beside the slots.
+
+What a model answers to a person is an item of overlap 0, with an assignment of the kind "turn" which that person may
+judge. The `slot` of a turn is the item of the chat task that it belongs to, so a conversation is what these say.
 """
 
 import contextlib
@@ -35,7 +38,7 @@ _SESSION = 30 * 86400.0  # seconds that a browser stays signed in
 _RECENT = 5  # answers of a person that are not yet repeated
 
 Role = Literal["labeler", "administrator"]
-Kind = Literal["slot", "gold", "repeat"]
+Kind = Literal["slot", "gold", "repeat", "turn"]
 
 _SCHEMA = """
 CREATE TABLE rules (id INTEGER PRIMARY KEY, body TEXT NOT NULL, created REAL NOT NULL);
@@ -56,7 +59,7 @@ CREATE TABLE freed (item INTEGER PRIMARY KEY REFERENCES items);  -- items with a
 CREATE TABLE assignments (
     id INTEGER PRIMARY KEY, item INTEGER NOT NULL REFERENCES items, person INTEGER NOT NULL REFERENCES people,
     kind TEXT NOT NULL, slot INTEGER, shown TEXT NOT NULL, created REAL NOT NULL, expires REAL NOT NULL,
-    state TEXT NOT NULL  -- open, done, skipped, expired, aside
+    state TEXT NOT NULL  -- open, done, skipped, expired, aside; asked: a turn that is not judged
 );
 CREATE UNIQUE INDEX slot_has_one_person ON assignments(item, slot) WHERE kind = 'slot' AND state IN ('open', 'done');
 CREATE UNIQUE INDEX person_has_one_slot ON assignments(item, person)
@@ -111,6 +114,7 @@ class Rules(Settings):
     gold_count: Count = 5  # gold answers before that is decided
     self_least: Fraction = 0.0  # agreement with oneself below which a person gets no more tasks; 0 turns this off
     self_count: Count = 5  # repeated answers before that is decided
+    turns: Count = 3  # that a conversation has at least
     reading: NonNegative = 15.0  # words a second; who answers sooner than in words / reading is noted as too fast
 
 
@@ -126,10 +130,11 @@ class Item:
     gold: tuple[int, ...] | None = None  # the known ranks of the responses
     round: int = 0
     overlap: int = 1  # number of people who answer
+    number: int = 0  # tells apart items that ask the same
 
     def key(self) -> bytes:
         """The hash that tells whether the same is being asked twice."""
-        asked = [self.round, self.task, self.prompt, self.responses, self.gold]
+        asked = [self.round, self.task, self.prompt, self.responses, self.gold, *filter(None, [self.number])]
         if self.task == "arena":  # other models may have said the same
             asked.append(self.models)
         return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).digest()
@@ -155,6 +160,38 @@ class Assignment:
     prompt: Any
     responses: list[str]
     draft: Any  # what the page last saved, or None
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What a person wrote, and the answers, in the order in which the page shows them."""
+
+    id: int  # of its assignment
+    message: str
+    responses: list[str]
+    strength: int | None = None  # that of the comparison, as shown; None: not compared yet
+
+    def chosen(self) -> str:
+        """The answer with which the conversation goes on."""
+        return self.responses[(self.strength or 0) > 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """How a chat task stands."""
+
+    opening: str | list[dict[str, str]]  # a topic for the person, or messages
+    turns: list[Turn]
+    least: int  # number of turns
+
+    def messages(self) -> list[dict[str, str]]:
+        """The dialogue so far; a turn that is not compared yet is no part of it."""
+        found = [] if isinstance(self.opening, str) else list(self.opening)
+        for turn in self.turns:
+            if turn.strength is not None:
+                found.append({"role": "user", "content": turn.message})
+                found.append({"role": "assistant", "content": turn.chosen()})
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,7 +457,7 @@ class Store:
 
     def has_items(self) -> bool:
         """Whether there is anything to ask about."""
-        return self._one("SELECT 1 FROM items LIMIT 1") is not None
+        return self._one("SELECT 1 FROM items WHERE overlap > 0 LIMIT 1") is not None
 
     # -- assignments ---------------------------------------------------------------------------------------------------
 
@@ -521,7 +558,7 @@ class Store:
             raise Refused("foreign", "this task was given to somebody else")
         if row["state"] in ("done", "skipped", "aside"):
             raise Refused("answered", "this task has been answered already, perhaps in another tab")
-        if row["state"] == "open":
+        if row["state"] in ("open", "asked"):
             return row
         other = db.execute("SELECT 1 FROM assignments WHERE person = ? AND state = 'open'", (person,)).fetchone()
         item = db.execute("SELECT taken < overlap FROM items WHERE id = ?", (row["item"],)).fetchone()
@@ -565,6 +602,8 @@ class Store:
             shown = json.loads(held["shown"])
             answer = forms.restored(forms.checked(item["task"], len(shown), answer, rules.ratings), shown)
             seconds = min(max(0.0, seconds), now - held["created"])
+            if item["task"] == "chat" and "skip" not in answer:
+                answer |= self._dialogue(db, person, item)
             agreed = pairs = None
             if "skip" not in answer and (known := self._known(db, held, item)):
                 ranks = forms.ranks_of(item["task"], answer, len(shown))
@@ -602,7 +641,7 @@ class Store:
         """The ranks that an answer is held against: gold, or those that the person gave before."""
         if held["kind"] == "gold":
             return json.loads(item["gold"])
-        if held["kind"] == "slot":
+        if held["kind"] in ("slot", "turn"):
             return None
         row = db.execute(
             "SELECT answer FROM labels WHERE item = ? AND person = ? AND kind = 'slot'"
@@ -627,16 +666,25 @@ class Store:
                 self._set_aside(db, person, f"{kind} {share:.2f} < {least:.2f}")
 
     def undo(self, person: int) -> None:
-        """Withdraw a person's last label and open its task again, with the answer as a draft."""
+        """Withdraw a person's last label and open its task again, with the answer as a draft.
+
+        Within a conversation that is its last turn; what was said of a model outside of it stays.
+        """
         with self._write() as db:
             label = db.execute(
-                "SELECT * FROM labels WHERE person = ? AND id NOT IN (SELECT label FROM withdrawals)"
-                " ORDER BY created DESC, id DESC LIMIT 1",
-                (person,),
+                "SELECT labels.* FROM labels JOIN assignments ON assignments.id = labels.assignment"
+                " WHERE labels.person = ? AND labels.id NOT IN (SELECT label FROM withdrawals)"
+                " AND (labels.kind != 'turn' OR assignments.slot IN"
+                " (SELECT item FROM assignments WHERE person = ? AND state = 'open'))"
+                " ORDER BY labels.created DESC, labels.id DESC LIMIT 1",
+                (person, person),
             ).fetchone()
             if label is None:
                 raise Refused("nothing", "there is nothing to undo")
             held = db.execute("SELECT * FROM assignments WHERE id = ?", (label["assignment"],)).fetchone()
+            if held["kind"] == "turn":
+                self._withdraw(db, held, label["id"])
+                return
             if held["state"] not in ("done", "skipped"):
                 raise Refused("nothing", "the last answer was set aside and cannot be undone")
             for row in db.execute(
@@ -653,6 +701,132 @@ class Store:
             db.execute("UPDATE assignments SET state = 'open', expires = ? WHERE id = ?", (lease, held["id"]))
             values = (person, held["item"], _json(draft), self._clock())
             db.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?, ?, ?)", values)
+
+    # -- turns ---------------------------------------------------------------------------------------------------------
+
+    def turn(self, person: int, name: str, item: Item, shown: Sequence[int], chat: int | None = None) -> int:
+        """Record what models answered to a person; returns the number of the assignment by which they may judge it.
+
+        `name` is the page's: what comes twice under one name is recorded once. With the assignment of a `chat` task the
+        answers are its next turn, in the place of one that is not judged; Refused if it has gone on in the meantime.
+        """
+        check_item(item)
+        key = hashlib.sha256(json.dumps([person, name]).encode()).digest()
+        with self._write() as db:
+            query = "SELECT assignments.id, responses FROM items JOIN assignments ON item = items.id WHERE key = ?"
+            if row := db.execute(query, (key,)).fetchone():
+                if row["responses"] != _json(item.responses):
+                    raise Refused("moved", "other answers have been recorded under this name")
+                return row["id"]
+            now, about = self._clock(), None
+            if chat is not None:
+                held = self._held(db, person, chat)
+                about = held["item"]
+                if item.prompt[:-1] != self._conversation(db, person, about).messages():
+                    raise Refused("moved", "the conversation has gone on, perhaps in another tab")
+                self._drop(db, person, about, 0)
+                db.execute("UPDATE assignments SET expires = ? WHERE id = ?", (now + self.rules().lease, chat))
+            words = sum(len(text.split()) for text in (item.prompt[-1]["content"], *item.responses))
+            models, ended = _json_or_null(item.models), _json_or_null(item.ended)
+            asked = (key, item.round, item.task, _json(item.prompt), _json(item.responses), models, ended, words, now)
+            number = db.execute(
+                "INSERT INTO items (key, round, task, prompt, responses, models, ended, words, overlap, created)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?)",
+                asked,
+            ).lastrowid
+            assignment = db.execute(
+                "INSERT INTO assignments (item, person, kind, slot, shown, created, expires, state)"
+                " VALUES (?, ?, 'turn', ?, ?, ?, ?, 'asked')",
+                (number, person, about, json.dumps(list(shown)), now, now),
+            ).lastrowid
+            assert assignment is not None
+            return assignment
+
+    def turned(self, person: int, number: int) -> Item:
+        """The answers that were recorded as a turn of a person's."""
+        row = self._one(
+            "SELECT items.* FROM assignments JOIN items ON items.id = assignments.item"
+            " WHERE assignments.id = ? AND person = ? AND kind = 'turn'",
+            number,
+            person,
+        )
+        if row is None:
+            raise Refused("foreign", "this answer was given to somebody else")
+        return Item(
+            prompt=json.loads(row["prompt"]),
+            responses=tuple(json.loads(row["responses"])),
+            task=row["task"],
+            models=tuple(json.loads(row["models"])) if row["models"] else None,
+            ended=tuple(json.loads(row["ended"])) if row["ended"] else None,
+            round=row["round"],
+        )
+
+    def withdraw(self, person: int, number: int) -> None:
+        """Take back what a person said of a turn, if anything, which they may then judge anew."""
+        with self._write() as db:
+            query = (
+                "SELECT labels.id, assignments.* FROM labels JOIN assignments ON assignments.id = labels.assignment"
+                " WHERE assignment = ? AND labels.person = ? AND assignments.kind = 'turn' AND assignments.slot IS NULL"
+                " AND labels.id NOT IN (SELECT label FROM withdrawals)"
+            )
+            for row in db.execute(query, (number, person)).fetchall():
+                held = db.execute("SELECT * FROM assignments WHERE id = ?", (number,)).fetchone()
+                self._withdraw(db, held, row[0])
+
+    def _withdraw(self, db: sqlite3.Connection, held: sqlite3.Row, label: int) -> None:
+        """Withdraw the label of a turn; what came after it in its conversation is no part of that any more."""
+        if held["slot"] is not None:
+            self._drop(db, held["person"], held["slot"], held["id"])
+        db.execute("INSERT INTO withdrawals VALUES (?, ?, ?)", (label, held["person"], self._clock()))
+        db.execute("UPDATE assignments SET state = 'asked' WHERE id = ?", (held["id"],))
+
+    def _drop(self, db: sqlite3.Connection, person: int, item: int, after: int) -> None:
+        """End the turns of a conversation that are not judged."""
+        db.execute(
+            "UPDATE assignments SET state = 'skipped' WHERE person = ? AND kind = 'turn' AND slot = ? AND id > ?"
+            " AND state = 'asked'",
+            (person, item, after),
+        )
+
+    def conversation(self, person: int, number: int) -> Conversation:
+        """How the conversation of a chat task stands, which a person holds."""
+        with self._write(lasting=False) as db:
+            return self._conversation(db, person, self._held(db, person, number)["item"])
+
+    def _conversation(self, db: sqlite3.Connection, person: int, item: int) -> Conversation:
+        row = db.execute("SELECT task, prompt FROM items WHERE id = ?", (item,)).fetchone()
+        if row["task"] != "chat":
+            raise Refused("foreign", "this task is no conversation")
+        found = db.execute(
+            "SELECT turn.id, turn.shown, turn.state, prompt, responses, (SELECT answer FROM labels WHERE assignment ="
+            " turn.id AND labels.id NOT IN (SELECT label FROM withdrawals)) AS answer FROM assignments AS turn"
+            " JOIN items ON items.id = turn.item WHERE turn.person = ? AND turn.kind = 'turn' AND turn.slot = ?"
+            " AND turn.state IN ('asked', 'done') AND turn.id >"
+            " (SELECT MIN(id) FROM assignments WHERE item = ? AND person = ?) ORDER BY turn.id",
+            (person, item, item, person),
+        )
+        turns = []
+        for turn in found:
+            shown, responses = json.loads(turn["shown"]), json.loads(turn["responses"])
+            answer = forms.displayed(json.loads(turn["answer"]), shown) if turn["answer"] else {}
+            turns.append(
+                Turn(
+                    id=turn["id"],
+                    message=json.loads(turn["prompt"])[-1]["content"],
+                    responses=[responses[k] for k in shown],
+                    strength=answer.get("strength"),
+                )
+            )
+        return Conversation(json.loads(row["prompt"]), turns, self.rules().turns)
+
+    def _dialogue(self, db: sqlite3.Connection, person: int, item: sqlite3.Row) -> dict[str, Any]:
+        """The whole of a conversation that a person ends; InputError for one that is too short."""
+        conversation = self._conversation(db, person, item["id"])
+        done = sum(turn.strength is not None for turn in conversation.turns)
+        if done < conversation.least:
+            raise InputError(f"turns: expected at least {conversation.least} in a conversation, got {done}")
+        self._drop(db, person, item["id"], 0)
+        return {"turns": done, "messages": conversation.messages()}
 
     # -- progress ------------------------------------------------------------------------------------------------------
 
@@ -748,9 +922,9 @@ def _own_item(db: sqlite3.Connection, person: int, rng: random.Random) -> int | 
         return None
     row = db.execute(
         "SELECT item FROM assignments AS own JOIN items ON items.id = own.item WHERE own.person = ? AND own.id <= ?"
-        " AND own.kind = 'slot' AND own.state = 'done' AND task != 'demonstrate' AND NOT EXISTS (SELECT 1 FROM"
-        " assignments AS again WHERE again.item = own.item AND again.person = own.person AND again.kind = 'repeat')"
-        " ORDER BY own.id DESC LIMIT 1",
+        " AND own.kind = 'slot' AND own.state = 'done' AND task NOT IN ('demonstrate', 'chat') AND NOT EXISTS (SELECT 1"
+        " FROM assignments AS again WHERE again.item = own.item AND again.person = own.person"
+        " AND again.kind = 'repeat') ORDER BY own.id DESC LIMIT 1",
         (person, rng.randint(oldest["id"], newest["id"])),
     ).fetchone()
     return row["item"] if row else None
@@ -770,15 +944,19 @@ def _agreement(known: Sequence[int], ranks: Sequence[int], ties: bool) -> tuple[
 
 def check_item(item: Item) -> None:
     """Raise InputError for an item that cannot be asked about."""
-    least = {"rank": 2, "compare": 2, "best": 2, "demonstrate": 0, "arena": 2}.get(item.task)
+    fewest = {"rank": 2, "compare": 2, "best": 2, "demonstrate": 0, "arena": 2, "chat": 0, "thumb": 1}
+    least = fewest.get(item.task)
     if least is None:
         raise InputError(f"task {item.task}: expected one of {', '.join(forms.TASKS)}")
     count = len(item.responses)
-    of_two = item.task in ("compare", "arena")
-    if count < least or count > 26 or (of_two and count != 2):
-        raise InputError(f"task {item.task}: expected {'2' if of_two else f'{least} to 26'} responses")
+    most = least if item.task in ("compare", "arena", "chat", "thumb") else 26
+    if not least <= count <= most:
+        wanted = str(most) if least == most else f"{least} to {most}"
+        raise InputError(f"task {item.task}: expected {wanted} responses")
     if item.task == "arena" and (not item.models or len(set(item.models)) != 2):
         raise InputError(f"task arena: expected models, the names of 2 that differ, got {item.models}")
+    if item.gold is not None and item.task in ("chat", "thumb"):
+        raise InputError(f"gold: a task {item.task} has no known order")
     for name, given in (("models", item.models), ("ended", item.ended), ("gold", item.gold)):
         if given is not None and len(given) != count:
             raise InputError(f"{name}: expected {count}, one per response, got {len(given)}")

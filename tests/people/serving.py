@@ -16,6 +16,8 @@ import uvicorn
 
 from rlhf_jax.people import __main__ as command
 from rlhf_jax.people import server
+from rlhf_jax.people.chat import Chat
+from rlhf_jax.people.endpoint import Endpoint
 from rlhf_jax.people.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +77,7 @@ def serving(db: Path, *flags: Any, port: int = 0) -> Iterator[Server]:
 class Thread:
     """A server in a thread of the test, which starts many times faster than a process."""
 
-    def __init__(self, db: Path):
+    def __init__(self, db: Path, endpoint: str = ""):
         self._store = Store(db)
         self.said: list[str] = []
         self.token = self._store.invite("administrator", "administrator")
@@ -83,7 +85,7 @@ class Thread:
         self._listener = self._listening.__enter__()
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = server.app(self._store)
+        app = server.app(self._store, None, *([Chat(self._store, Endpoint(endpoint))] if endpoint else []))
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._listener],))

@@ -1,28 +1,7 @@
-// The script of all pages. What models and people wrote is put on the page as text, never as HTML.
+// The script of all pages: the head, the entrance, administration, and work.
 
-const $ = (id) => document.getElementById(id);
-const csrf = document.querySelector('meta[name="csrf"]').content;
-
-// An element with properties, attributes (those with a dash, and role), and children: nodes or text.
-function el(tag, props = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(props)) {
-    if (name.includes("-") || name === "role" || name === "for") node.setAttribute(name, value);
-    else if (name === "data") Object.assign(node.dataset, value);
-    else node[name] = value;
-  }
-  node.append(...children.filter((child) => child !== null));
-  return node;
-}
-
-async function post(path, body) {
-  const response = await fetch(path, {
-    method: "POST",
-    headers: { "Content-Type": "application/json", "X-CSRF": csrf },
-    body: JSON.stringify(body),
-  });
-  return [response.status, await response.json().catch(() => ({}))];
-}
+import { $, CONTROL, el, letter, newName, post, shownText as textShown, speaker } from "./common.js";
+import { conversation, talk } from "./chat.js";
 
 // Light or dark ------------------------------------------------------------------------------------------------------
 
@@ -89,12 +68,12 @@ if (document.querySelector("[data-live]")) {
 // Work -----------------------------------------------------------------------------------------------------------------
 
 if ($("boot")) work(JSON.parse($("boot").textContent));
+if ($("chat-boot")) talk(JSON.parse($("chat-boot").textContent));
 
 function work(boot) {
   const words = boot.words;
-  const t = (name, values = {}) => words[name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
-  const letter = (n) => String.fromCharCode(65 + n);
-  const SHOWN = 20000; // characters of a text that are shown at first
+  const t = speaker(words);
+  const shownText = (text) => textShown(text, t);
   const IDLE = 120000; // milliseconds without a sign of life, after which time no longer counts
 
   let task = null; // what the server gave
@@ -102,6 +81,7 @@ function work(boot) {
   let looked = 0; // milliseconds spent on the task
   let sign = Date.now(); // last sign of life
   let busy = false;
+  let talking = null; // the conversation, where that is the task
   let timer = 0; // of the next draft, or of the next question for a task
   let selected = null; // chip that a click on a place will put there
   let waiting = false; // nothing was left to do
@@ -128,36 +108,6 @@ function work(boot) {
   addEventListener("visibilitychange", () => {
     if (!document.hidden) document.title = title;
   });
-
-  // Text of a model: control characters that would reorder or hide it are shown by their number ------------------------
-
-  const CONTROL = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
-
-  function shownText(text) {
-    const box = el("div", { className: "text", dir: "auto" });
-    const fill = (part) => {
-      let from = 0;
-      for (const match of part.matchAll(CONTROL)) {
-        const code = match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-        if (code === "000D" && part[match.index + 1] === "\n") continue;
-        box.append(part.slice(from, match.index));
-        box.append(el("span", { className: "control", title: t("control") }, `U+${code}`));
-        from = match.index + 1;
-      }
-      box.append(part.slice(from));
-    };
-    if (!text) box.append(el("span", { className: "muted" }, t("empty_answer")));
-    fill(text.slice(0, SHOWN));
-    if (text.length > SHOWN) {
-      const more = el("button", { type: "button", className: "more" }, t("show_all", { n: text.length }));
-      more.addEventListener("click", () => {
-        more.remove();
-        fill(text.slice(SHOWN));
-      });
-      box.append(more);
-    }
-    return box;
-  }
 
   // Radio buttons in a row ---------------------------------------------------------------------------------------------
 
@@ -195,6 +145,7 @@ function work(boot) {
       ratings: Array.from({ length: count }, () => ({ flags: [] })),
       strength: null,
       verdict: null,
+      thumb: null,
       best: null,
       text: "",
       edited: null,
@@ -269,12 +220,16 @@ function work(boot) {
   function draw() {
     const kind = task.task;
     $("ask").textContent = t(`task_${kind}`);
+    talking?.close();
+    talking = null;
+    if (kind === "chat") return drawConversation();
     const parts = [drawPrompt()];
     const cards = el("section", { className: "cards", "aria-label": t("answers") }, ...task.responses.map(drawCard));
     cards.dataset.count = task.responses.length;
     if (kind === "rank") parts.push(el("div", { className: "bench" }, cards, drawPanel()));
     else if (kind === "compare") parts.push(cards, drawStrength());
     else if (kind === "arena") parts.push(...drawVerdict(cards));
+    else if (kind === "thumb") parts.push(cards, drawThumbs());
     else if (kind === "demonstrate") parts.push(...(task.responses.length ? [cards] : []), drawEditor());
     else parts.push(cards);
     parts.push(drawBar());
@@ -283,6 +238,22 @@ function work(boot) {
     if (kind === "rank") drawLevels();
     if (kind === "best") drawBest();
     if (kind === "arena") lightBetter();
+  }
+
+  function drawConversation() {
+    talking = conversation({ task, answer, words, t, choices, changed, banner, reload: load, refused, say, strongest: boot.strongest, looked: () => looked });
+    $("task").replaceChildren(talking.node, drawBar());
+    $("task").dataset.task = "chat";
+    $("submit").textContent = t("chat_finish");
+  }
+
+  function drawThumbs() {
+    const group = choices("thumb", t("task_thumb"), ["up", "down"], answer.thumb, (value) => {
+      answer.thumb = value;
+      changed();
+    }, (value) => t(`thumb_${value}`));
+    group.classList.add("strength");
+    return group;
   }
 
   function drawPrompt() {
@@ -653,7 +624,7 @@ function work(boot) {
   function lost(body) {
     banner(words[`error_${body.error}`] || body.message, "warn");
     localStorage.removeItem(key("draft"));
-    if (task?.task === "demonstrate" && answer.text.trim()) {
+    if (["demonstrate", "chat"].includes(task?.task) && answer.text.trim()) {
       const close = el("button", { type: "button", autofocus: true }, t("close"));
       const box = dialog(t("lost_text"), el("textarea", { rows: 8, readOnly: true, value: answer.text, "aria-label": t("your_answer") }), close);
       close.addEventListener("click", () => box.close());
@@ -685,6 +656,12 @@ function work(boot) {
       case "arena":
         if (answer.verdict === null) return missing("missing_choice", firstOpen());
         return send({ verdict: answer.verdict, ...common() });
+      case "thumb":
+        if (answer.thumb === null) return missing("missing_choice", firstOpen());
+        return send({ thumb: answer.thumb, ...common() });
+      case "chat":
+        if (!talking.enough()) return missing("chat_short", firstOpen());
+        return send(common());
       case "best":
         if (answer.best === null) return missing("missing_choice", firstOpen());
         return send({ best: answer.best, ...common() });
@@ -692,10 +669,6 @@ function work(boot) {
         if (!answer.text.trim()) return missing("missing_text", $("text"));
         return send({ text: answer.text, edited: answer.edited, ...common() });
     }
-  }
-
-  function newName() {
-    return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   }
 
   function send(content) {
@@ -781,6 +754,8 @@ function work(boot) {
       const n = answer.ranks.indexOf(null);
       return n < 0 ? $("submit") : $(`chip-${n}`);
     }
+    if (kind === "chat") return talking.firstOpen() || $("submit");
+    if (kind === "thumb") return document.querySelector(answer.thumb === null ? ".strength input" : "#submit");
     if (kind === "compare") return document.querySelector(answer.strength === null ? ".strength input" : "#submit");
     if (kind === "arena") return document.querySelector(answer.verdict === null ? ".strength input:enabled" : "#submit");
     if (kind === "best") return document.querySelector(answer.best === null ? ".pick input" : "#submit");
@@ -812,6 +787,8 @@ function work(boot) {
       ["↑ ↓", "key_move"],
       ["A – I", "key_letter"],
       ["Ctrl Enter", "key_submit"],
+      ["Enter", "key_send"],
+      ["Esc", "key_stop"],
       ["X", "key_expand"],
       ["S", "key_skip"],
       ["U", "key_undo"],
@@ -831,7 +808,7 @@ function work(boot) {
     if (!task) return event.key === "u" && !event.ctrlKey && !event.metaKey ? undo() : undefined;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
-      return finish();
+      return talking ? talking.next() : finish();
     }
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
     const at = document.activeElement;
@@ -855,12 +832,12 @@ function work(boot) {
       return $(`chip-${focused}`).focus({ preventScroll: true });
     }
     if (digit && !event.shiftKey) {
-      if (task.task === "compare" || task.task === "arena") {
+      if (["compare", "arena", "thumb", "chat"].includes(task.task)) {
         const input = document.querySelectorAll(".strength input")[Number(digit) - 1];
         if (!input || input.disabled) return;
         done();
         input.click();
-        return $("submit").focus({ preventScroll: true });
+        return ($("choose") || $("submit")).focus({ preventScroll: true });
       }
       if (task.task === "best") {
         const input = document.querySelectorAll(".pick input")[Number(digit) - 1];

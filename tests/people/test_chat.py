@@ -1,0 +1,545 @@
+"""Talking to models: what is recorded of it, who may do it, what is read from it, and what an endpoint may do wrong."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("httpx", reason="needs the extra people: pip install -e .[people]")
+pytest.importorskip("httpx2", reason="needs httpx2: pip install httpx2")
+pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
+
+from starlette.testclient import TestClient
+
+from rlhf_jax.data import sources
+from rlhf_jax.errors import InputError
+from rlhf_jax.people import __main__ as command
+from rlhf_jax.people import exchange, server
+from rlhf_jax.people.chat import Chat
+from rlhf_jax.people.endpoint import Endpoint
+from rlhf_jax.people.store import Item, Refused, Rules, Store
+from tests.people import test_server
+from tests.people.endpoints import Stub, answering
+from tests.people.serving import ROOT
+
+RULES = Rules(ratings="none", gold_share=0.0, repeat_share=0.0, turns=2)
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    with Store(tmp_path / "people.db", clock=clock) as store:
+        store.set_rules(RULES)
+        yield store
+
+
+def person(store: Store, name: str) -> int:
+    found = store.person(store.enter(store.invite(name)) or "")
+    assert found
+    return found.id
+
+
+def say(store: Store, who: int, chat: int, message: str, strength: int | None) -> int:
+    """A turn of a conversation, with a choice if `strength` is one."""
+    prompt = [*store.conversation(who, chat).messages(), {"role": "user", "content": message}]
+    answers = (f"{message} first", f"{message} second")
+    item = Item(prompt, answers, "compare", models=("ada", "bob"), ended=(True, True))
+    turn = store.turn(who, f"name/{message}/{who}", item, [1, 0], chat)
+    if strength is not None:
+        store.submit(who, turn, f"submission/{message}", {"strength": strength}, 1.0)
+    return turn
+
+
+# The store ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_what_its_turns_say(store: Store, tmp_path: Path):
+    ann = person(store, "ann")
+    store.add([Item("About birds", task="chat"), Item([{"role": "system", "content": "Be brief."}], task="chat")])
+    task = store.task(ann)
+    assert task and (task.task, task.prompt, task.responses) == ("chat", "About birds", [])
+    say(store, ann, task.id, "one", -4)  # the first on the page, which is the second of the item
+    say(store, ann, task.id, "two", None)
+    found = store.conversation(ann, task.id)
+    assert [(turn.message, turn.responses, turn.strength) for turn in found.turns] == [
+        ("one", ["one second", "one first"], -4),
+        ("two", ["two second", "two first"], None),
+    ]
+    assert found.messages() == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "one second"},
+    ]
+    with pytest.raises(InputError, match="turns: expected at least 2 in a conversation, got 1"):
+        store.submit(ann, task.id, "submission", {}, 1.0)
+    store.submit(ann, found.turns[1].id, "submission/two", {"strength": 1}, 1.0)
+    store.submit(ann, task.id, "submission", {"note": "nice"}, 1.0)
+    second = store.task(ann)
+    assert second and second.item != task.item
+    say(store, ann, second.id, "three", 2)
+    rows = list(exchange.read(store.path))
+    assert [kind for kind, _ in rows] == ["rankings", "rankings", "dialogues", "rankings"]
+    first, other, dialogue, third = (row for _, row in rows)
+    assert (first["chosen"], first["rejected"], first["strength"]) == ("one second", "one first", 4)
+    assert (first["models"], first["shown"], first["ended"]) == (["ada", "bob"], [1, 0], [True, True])
+    assert other["prompt"] == [*found.messages(), {"role": "user", "content": "two"}] and other["chosen"] == "two first"
+    assert (dialogue["turns"], dialogue["topic"], dialogue["note"]) == (2, "About birds", "nice")
+    assert [message["content"] for message in dialogue["messages"]] == ["one", "one second", "two", "two first"]
+    assert third["prompt"][0] == {"role": "system", "content": "Be brief."}
+    read = list(sources.rows(f"people:{store.path}", "rankings", data_dir=tmp_path / "data"))
+    assert len(read) == 3 and read[1]["prompt"] == other["prompt"]
+    assert len(list(sources.rows(f"people:{store.path}?kind=turn", "prompts", data_dir=tmp_path / "data"))) == 3
+    assert exchange.export(store.path, tmp_path / "out.jsonl") == {
+        "rankings": 3,
+        "demonstrations": 0,
+        "dialogues": 1,
+    }
+
+
+def test_another_pair_and_another_tab(store: Store):
+    ann = person(store, "ann")
+    store.add([Item("", task="chat")])
+    task = store.task(ann)
+    assert task
+    before = say(store, ann, task.id, "one", None)
+    assert say(store, ann, task.id, "one", None) == before  # the same name: sent twice
+    with pytest.raises(Refused, match="other answers"):
+        store.turn(ann, f"name/one/{ann}", Item(HELLO, ("a", "b"), "compare"), [0, 1])
+    after = say(store, ann, task.id, "another", None)
+    with pytest.raises(Refused) as refused:
+        store.submit(ann, before, "submission", {"strength": 1}, 1.0)
+    assert refused.value.code == "answered"
+    stale = Item([{"role": "user", "content": "late"}], ("a", "b"), "compare")
+    store.submit(ann, after, "submission", {"strength": 1}, 1.0)
+    with pytest.raises(Refused) as refused:
+        store.turn(ann, "too late", stale, [0, 1], task.id)
+    assert refused.value.code == "moved"
+    bob = person(store, "bob")
+    for what in (lambda: store.conversation(bob, task.id), lambda: store.turned(bob, after)):
+        with pytest.raises(Refused) as refused:
+            what()
+        assert refused.value.code == "foreign"
+
+
+def test_an_undo_goes_back_turn_by_turn(store: Store):
+    ann = person(store, "ann")
+    store.add([Item("a", ("x", "y"), "compare"), Item("", task="chat")])
+    task = store.task(ann)
+    assert task
+    store.submit(ann, task.id, "comparison", {"strength": 1}, 1.0)
+    task = store.task(ann)
+    assert task
+    thumb = store.turn(ann, "elsewhere", Item(HELLO, ("Hi",), "thumb"), [0])
+    store.submit(ann, thumb, "thumbs up", {"thumb": "up"}, 1.0)
+    for message in ("one", "two"):
+        say(store, ann, task.id, message, 3)
+    store.submit(ann, task.id, "submission", {}, 1.0)
+    store.undo(ann)  # of the end
+    again = store.task(ann)
+    assert again and again.id == task.id and len(store.conversation(ann, task.id).turns) == 2
+    say(store, ann, task.id, "three", None)
+    store.undo(ann)  # of turn two, and what came after it goes
+    assert [turn.strength for turn in store.conversation(ann, task.id).turns] == [3, None]
+    store.undo(ann)
+    assert [(turn.message, turn.strength) for turn in store.conversation(ann, task.id).turns] == [("one", None)]
+    assert [row["thumb"] for row in _answers(store)] == ["up"]
+    store.undo(ann)  # of the comparison before; the thumb stays
+    found = store.task(ann)
+    assert found and found.task == "compare" and [row["thumb"] for row in _answers(store)] == ["up"]
+
+
+def _answers(store: Store) -> list[Any]:
+    with store.reader() as db:
+        found = db.execute("SELECT answer FROM labels WHERE id NOT IN (SELECT label FROM withdrawals)")
+        return [answer for row in found if "thumb" in (answer := json.loads(row["answer"]))]
+
+
+def test_a_conversation_is_taken_up_where_it_was(store: Store, clock: Clock):
+    ann, bob = person(store, "ann"), person(store, "bob")
+    store.add([Item("", task="chat")])
+    task = store.task(ann)
+    assert task
+    say(store, ann, task.id, "one", 1)
+    clock.now += 2000  # the lease runs out; nobody takes it
+    assert len(store.conversation(ann, task.id).turns) == 1
+    say(store, ann, task.id, "two", 1)
+    clock.now += 2000
+    other = store.task(bob)
+    assert other and store.conversation(bob, other.id).turns == []
+    with pytest.raises(Refused) as refused:
+        say(store, ann, task.id, "three", 1)
+    assert refused.value.code == "expired"
+    assert len(list(exchange.read(store.path))) == 2
+    clock.now += 2000
+    again = store.task(ann)
+    assert again and len(store.conversation(ann, again.id).turns) == 2
+
+
+def test_turns_are_asked_of_nobody_and_count_as_no_items(store: Store):
+    ann, bob = person(store, "ann"), person(store, "bob")
+    thumb = store.turn(ann, "some name", Item(HELLO, ("Hi",), "thumb", models=("ada",)), [0])
+    assert store.task(bob) is None and not store.has_items() and store.pace(bob).left == 0
+    store.submit(ann, thumb, "submission", {"thumb": "up"}, 1.0)
+    store.withdraw(ann, thumb)
+    store.withdraw(ann, thumb)  # nothing is left
+    store.submit(ann, thumb, "submission2", {"thumb": "down"}, 1.0)
+    ((kind, row),) = exchange.read(store.path)
+    assert kind == "thumbs" and (row["prompt"], row["response"], row["label"]) == (HELLO, "Hi", False)
+    assert row["models"] == ["ada"] and row["number"] == 2 and row["person"] == "ann"
+    with pytest.raises(InputError, match="thumb: expected one of up, down"):
+        store.submit(ann, store.turn(ann, "x", Item(HELLO, ("Hi",), "thumb"), [0]), "submission3", {"thumb": 1}, 1.0)
+    assert [kind for kind, _, _ in exchange.learnt(store.path)] == ["thumbs"]
+
+
+def test_conversations_out_of_a_file(tmp_path: Path, store: Store):
+    path = tmp_path / "chats.jsonl"
+    system = [{"role": "system", "content": "Be brief."}]
+    path.write_text(
+        "\n".join(
+            json.dumps(row)
+            for row in (
+                {"task": "chat", "prompt": "About birds"},
+                {"task": "chat", "prompt": ""},
+                {"task": "chat", "prompt": system, "overlap": 2},
+            )
+        )
+    )
+    items = list(exchange.read_items(path))
+    assert [item.prompt for item in items] == ["About birds", "", system] and store.add(items) == (3, 0)
+    path.write_text('{"prompt": "x"}')
+    assert [item.task for item in exchange.read_items(path, "chat")] == ["chat"]
+    for row, message in (
+        ({"prompt": HELLO}, "no user's"),
+        ({"prompt": [{"role": "odd", "content": ""}]}, r"prompt\[0\]"),
+        ({"prompt": 3}, "field prompt"),
+    ):
+        path.write_text(json.dumps(row | {"task": "chat"}))
+        with pytest.raises(InputError, match=message):
+            list(exchange.read_items(path))
+    for item in (Item("x", ("a",), "chat"), Item("x", (), "chat", gold=()), Item("x", ("a", "b"), "thumb")):
+        with pytest.raises(InputError):
+            store.add([item])
+
+
+# The server -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Stub, str]]:
+    with answering() as found:
+        yield found
+
+
+@pytest.fixture
+def stub(served: tuple[Stub, str]) -> Stub:
+    served[0].__init__()  # type: ignore[misc]
+    return served[0]
+
+
+class Talker(test_server.Browser):
+    """Somebody who talks to the stub's models."""
+
+    def __init__(self, store: Store, url: str, name: str = "ann", role: Any = "labeler", **options: Any):
+        app = server.app(store, None, Chat(store, Endpoint(url, **options)))
+        self.client = TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False)
+        assert self.client.post("/enter", json={"token": store.invite(name, role)}).status_code == 200
+        self.csrf = self.client.get("/guidelines").text.split('name="csrf" content="')[1][:64]
+        self.headers = {"X-CSRF": self.csrf}
+        self._names = iter(range(10**6))
+
+    def ask(self, **body: Any) -> list[dict[str, Any]]:
+        found = self.post("/api/chat/answer", name=f"question {next(self._names)}", **body)
+        if found.status_code != 200:
+            return [found.json() | {"status": found.status_code}]
+        return [json.loads(line) for line in found.text.splitlines()]
+
+
+@pytest.fixture
+def ann(store: Store, stub: Stub, served: tuple[Stub, str]) -> Iterator[Talker]:
+    talker = Talker(store, served[1])
+    with talker.client:
+        yield talker
+
+
+def text(events: list[dict[str, Any]], n: int = 0) -> str:
+    return "".join(event.get("text", "") for event in events if event.get("n") == n)
+
+
+def test_a_labeler_talks_and_judges(store: Store, stub: Stub, ann: Talker):
+    assert "/chat" in ann.client.get("/").text and ann.client.get("/chat").status_code == 200
+    assert ann.client.get("/api/chat/models").json() == {"models": [None, None]}
+    system = {"role": "system", "content": "Be brief."}
+    events = ann.ask(model=1, messages=[system, *HELLO], temperature=0.3, max_tokens=40)
+    assert text(events) == "bob heard: Hello" and events[-2] == {"n": 0, "end": "stop"}
+    assert "bob" not in str([event for event in events if "text" not in event])
+    (asked,) = stub.asked
+    assert (asked["model"], asked["temperature"], asked["max_tokens"]) == ("bob", 0.3, 40)
+    turn = events[-1]["turn"]
+    assert ann.submit(turn, {"thumb": "down"}).status_code == 200
+    assert ann.post("/api/chat/withdraw", assignment=turn).json() == {"withdrawn": True}
+    assert ann.submit(turn, {"thumb": "up"}, "another one").status_code == 200
+    better = {"assignment": turn, "text": "Good day.", "submission": "a better one", "seconds": 3}
+    label = ann.post("/api/chat/better", **better).json()
+    assert ann.post("/api/chat/better", **better).json() == label  # sent twice
+    assert ann.post("/api/chat/better", **better | {"text": " ", "submission": "another two"}).status_code == 422
+    assert ann.post("/api/chat/better", **better | {"assignment": 99}).status_code == 409
+    rows = list(exchange.read(store.path))
+    assert [kind for kind, _ in rows] == ["thumbs", "demonstrations", "rankings"]
+    assert all(row["models"] == ["bob"] and row["prompt"] == [system, *HELLO] for _, row in rows)
+    assert rows[0][1]["label"] is True and rows[1][1]["completion"] == "Good day."
+    assert rows[2][1]["responses"] == ["Good day.", "bob heard: Hello"] and rows[2][1]["ranks"] == [0, 1]
+
+
+def test_an_administrator_sees_names_and_adds_conversations(store: Store, served: tuple[Stub, str], stub: Stub):
+    with Talker(store, served[1], "administrator", "administrator").client as client:
+        admin = Talker(store, served[1], "administrator", "administrator")
+        admin.client = client
+        csrf = client.get("/guidelines").text.split('name="csrf" content="')[1][:64]
+        admin.headers, admin.csrf = {"X-CSRF": csrf}, csrf
+        assert client.get("/api/chat/models").json() == {"models": ["ada", "bob"]}
+        for count in ("0", "x", "1001", "-1", ""):
+            assert "count=" in admin.act("chats", count=count, topic="t").text
+        assert admin.act("chats", count="3", topic=" About birds ").status_code == 303
+        assert admin.act("chats", count="2", topic="").status_code == 303
+        assert store.pace(1).left == 5
+
+
+def test_a_pair_streams_and_the_chosen_one_goes_on(store: Store, stub: Stub, ann: Talker):
+    store.add([Item([{"role": "system", "content": "Be brief."}], task="chat")])
+    task = ann.task()
+    where = f"/api/chat/conversation?assignment={task['id']}"
+    for n in range(2):
+        events = ann.ask(assignment=task["id"], message=f"message {n}")
+        texts = [text(events, n) for n in range(2)]
+        assert sorted(texts) == [f"{model} heard: message {n}" for model in ("ada", "bob")]
+        assert {event["n"] for event in events if "end" in event} == {0, 1}
+        found = ann.client.get(where).json()["turns"][-1]
+        assert (found["id"], found["responses"], found["strength"]) == (events[-1]["turn"], texts, None)
+        place = [t.startswith("bob") for t in texts].index(True)
+        assert ann.submit(events[-1]["turn"], {"strength": 3 if place else -3}, f"choice {n} of ann").status_code == 200
+    assert stub.asked[-1]["messages"][1:3] == [
+        {"role": "user", "content": "message 0"},
+        {"role": "assistant", "content": "bob heard: message 0"},
+    ]
+    assert len({asked["seed"] for asked in stub.asked}) == 4
+    assert ann.submit(task["id"], {}, "the end of it").status_code == 200
+    rows = [row for kind, row in exchange.read(store.path) if kind == "rankings"]
+    assert [row["chosen"] for row in rows] == ["bob heard: message 0", "bob heard: message 1"]
+    assert all(row["strength"] == 3 and row["models"] == ["ada", "bob"] for row in rows)
+
+
+def test_one_model_answers_twice(store: Store, stub: Stub, ann: Talker):
+    stub.names = ["ada"]
+    store.add([Item("", task="chat")])
+    events = ann.ask(assignment=ann.task()["id"], message="Hi")
+    assert text(events, 0) == text(events, 1) == "ada heard: Hi" and "turn" in events[-1]
+
+
+@pytest.mark.parametrize("fault", ["cut", "malformed", "error", "number"])
+def test_what_breaks_in_the_middle_is_told_and_nothing_recorded(store: Store, stub: Stub, ann: Talker, fault: str):
+    stub.fault = fault
+    events = ann.ask(model=0, messages=HELLO)
+    codes = {"cut": "cut", "error": "refused"}
+    assert text(events) == "ada " and events[-1] == {"error": f"chat_{codes.get(fault, 'malformed')}", "message": ""}
+    store.add([Item("", task="chat")])
+    number = ann.task()["id"]
+    assert "error" in ann.ask(assignment=number, message="Hi")[-1]
+    assert ann.client.get(f"/api/chat/conversation?assignment={number}").json()["turns"] == []
+    stub.fault = ""
+    assert "turn" in ann.ask(model=0, messages=HELLO)[-1]
+
+
+def test_a_silent_model_is_waited_for_so_long_and_no_longer(store: Store, stub: Stub, served: tuple[Stub, str]):
+    stub.fault = "silent"
+    ann = Talker(store, served[1], patience=0.2)
+    with ann.client:
+        events = ann.ask(model=0, messages=HELLO)
+    assert text(events) == "ada " and events[-1] == {"error": "chat_slow", "message": ""}
+
+
+def test_refusals_of_the_endpoint(store: Store, stub: Stub, served: tuple[Stub, str], ann: Talker):
+    for fault, code in (("busy", "busy"), ("long", "long"), ("broken", "refused"), ("no stream", "malformed")):
+        stub.fault = fault
+        assert ann.ask(model=0, messages=HELLO) == [{"error": f"chat_{code}", "message": ""}]
+    stub.fault = "length"
+    assert ann.ask(model=0, messages=HELLO)[-2:-1] == [{"n": 0, "end": "length"}]
+    away = Talker(store, "http://127.0.0.1:9", "bob")
+    with away.client:
+        assert away.client.get("/api/chat/models").json() == {"error": "chat_away", "message": ""}
+        assert away.ask(model=0, messages=HELLO) == [{"error": "chat_away", "message": "", "status": 502}]
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ({}, "model: expected"),
+        ({"model": True}, "model: expected"),
+        ({"model": 2}, "from 0 to 1"),
+        ({"model": 0}, "messages: expected a list"),
+        ({"model": 0, "messages": []}, "messages: expected a list"),
+        ({"model": 0, "messages": ["x"]}, r"messages[0]"),
+        ({"model": 0, "messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
+        ({"model": 0, "messages": [{"role": "user", "content": 3}]}, "messages[0].content: expected text"),
+        ({"model": 0, "messages": [{"role": "user", "content": "\ud800"}]}, "surrogate"),
+        ({"model": 0, "messages": [{"role": "user", "content": " "}]}, "got nothing"),
+        ({"model": 0, "messages": [{"role": "system", "content": "x"}]}, "in turn"),
+        ({"model": 0, "messages": HELLO * 2}, "in turn"),
+        ({"model": 0, "messages": HELLO, "temperature": 3}, "temperature"),
+        ({"model": 0, "messages": HELLO, "temperature": float("nan")}, "temperature"),
+        ({"model": 0, "messages": HELLO, "temperature": True}, "temperature"),
+        ({"model": 0, "messages": HELLO, "max_tokens": 0}, "max_tokens"),
+        ({"assignment": "x", "message": "x"}, "assignment: expected a number"),
+        ({"assignment": 1, "message": ""}, "got nothing"),
+    ],
+)
+def test_wrong_questions_are_named(ann: Talker, body: dict[str, Any], message: str):
+    (found,) = ann.ask(**body)
+    assert found["status"] == 422 and message in found["message"]
+
+
+def test_who_may_talk(store: Store, stub: Stub, ann: Talker, served: tuple[Stub, str]):
+    for path in ("answer", "stop", "withdraw", "better"):
+        found = ann.client.post(f"/api/chat/{path}", json={"name": "some name"})
+        assert found.status_code == 403 and found.json()["error"] == "foreign_page"
+    assert ann.act("chats", count="1", topic="x").status_code == 403
+    assert ann.ask(assignment=99, message="x")[0]["error"] == "foreign"
+    assert ann.client.get("/api/chat/conversation?assignment=99").status_code == 409
+    assert ann.client.get("/api/chat/conversation?assignment=x").status_code == 422
+    assert ann.post("/api/chat/answer", name="short", model=0, messages=HELLO).status_code == 422
+    store.set_guidelines("Be kind")
+    assert ann.client.get("/chat").headers["location"] == "/guidelines"
+    assert ann.ask(model=0, messages=HELLO)[0]["error"] == "guidelines"
+    ann.client.post("/guidelines", data={"csrf": ann.csrf, "version": "1"})
+    store.set_aside(person(store, "ann"), "a test")
+    assert ann.ask(model=0, messages=HELLO)[0]["error"] == "aside"
+    ann.client.cookies.clear()
+    for path in ("/chat", "/api/chat/models", "/api/chat/conversation?assignment=1"):
+        assert ann.client.get(path).status_code in (303, 401)
+    assert ann.ask(model=0, messages=HELLO)[0]["status"] == 401
+    assert not stub.asked
+    plain = test_server.Browser(store, "eve")
+    assert plain.client.get("/chat").status_code == 404 and "/chat" not in plain.client.get("/guidelines").text
+
+
+def test_a_slow_answer_is_stopped_and_no_more_than_two_run_at_once(store: Store, stub: Stub, ann: Talker):
+    stub.pause = 0.3
+    found: dict[str, list[dict[str, Any]]] = {}
+
+    def ask(name: str) -> None:
+        answer = ann.post("/api/chat/answer", name=name, model=0, messages=[{"role": "user", "content": "x " * 50}])
+        found[name] = [json.loads(line) for line in answer.text.splitlines()]
+
+    asking = [threading.Thread(target=ask, args=(f"slow question {n}",)) for n in range(2)]
+    for thread in asking:
+        thread.start()
+    until = time.monotonic() + 5
+    while len(stub.asked) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert ann.ask(model=0, messages=HELLO)[0] == {
+        "error": "chat_busy",
+        "message": server.words.of("en")["error_chat_busy"],
+        "status": 429,
+    }
+    assert ann.post("/api/chat/stop", name="slow question 0").json() == {"stopped": True}  # before the first word
+    time.sleep(0.4)
+    ann.post("/api/chat/stop", name="slow question 1")
+    assert ann.post("/api/chat/stop", name="question nobody asked").json() == {"stopped": True}
+    for thread in asking:
+        thread.join()
+    assert found["slow question 0"] == [{"n": 0, "end": "length"}, {"error": "chat_stopped", "message": ""}]
+    assert text(found["slow question 1"]).startswith("ada ") and "turn" in found["slow question 1"][-1]
+    assert store.turned(1, found["slow question 1"][-1]["turn"]).ended == (False,)
+    stub.pause = 0.0
+    assert "turn" in ann.ask(model=0, messages=HELLO)[-1]
+    assert stub.cancelled == 2
+
+
+def test_what_came_in_halves_is_whole_in_the_store(store: Store, stub: Stub, ann: Talker):
+    stub.text = "\ud83d \ude00 \ud83d"
+    events = ann.ask(model=0, messages=HELLO)
+    assert store.turned(1, events[-1]["turn"]).responses == ("\ufffd \ufffd \ufffd",)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def test_where_people_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    db = tmp_path / "people.db"
+    models = tuple(tmp_path / name for name in "ab")
+    for path in models:
+        path.mkdir()
+        (path / "config.json").touch()
+    monkeypatch.setattr(command, "QUICKSTART", tmp_path / "none")
+    assert command._talking(command.Serve(db=db)) == ("", [])
+    assert command._talking(command.Serve(db=db, chat="http://h:1/v1", model=models)) == ("http://h:1/v1", [])
+    assert command._talking(command.Serve(db=db, model=models, talk=False)) == ("", [])
+    url, ((*_, module, flag, port, _, first, second),) = command._talking(command.Serve(db=db, model=models))
+    assert (module, flag, first, second) == ("experiments.serve", "--port", *map(str, models)) and url.endswith(port)
+    monkeypatch.setattr(command, "QUICKSTART", models[0])
+    assert command._talking(command.Serve(db=db))[1][0][-1] == str(models[0])
+    assert command._talking(command.Serve(db=db, responses=tmp_path / "x.jsonl")) == ("", [])
+    for args, message in (
+        (["--chat", "ftp://x"], "--chat ftp://x: expected an address"),
+        (["--chat", "localhost:8000"], "--chat localhost:8000: expected an address"),
+        (["--task", "chat"], "--task chat: no model answers before"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(args)
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+def test_processes_run_one_after_another_and_end_with_the_server(tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    touch = f"import pathlib, time; time.sleep(0.1); pathlib.Path({str(first)!r}).touch()"
+    wait = f"import pathlib, time; found = pathlib.Path({str(first)!r}).exists()"
+    wait += f"; pathlib.Path({str(second)!r}).write_text(str(found)); time.sleep(60)"
+    start = time.monotonic()
+    with command._beside([[sys.executable, "-Sc", touch], [sys.executable, "-Sc", wait]]):
+        while not second.exists() or not second.read_text():
+            time.sleep(0.01)
+            assert time.monotonic() - start < 10
+    assert second.read_text() == "True" and time.monotonic() - start < 10
+    with command._beside([[sys.executable, "-Sc", "import time; time.sleep(60)"], [sys.executable, "-Sc", touch]]):
+        first.unlink()
+    assert not first.exists() and time.monotonic() - start < 10
+
+
+@pytest.mark.slow
+def test_a_terminated_server_ends_what_it_started(tmp_path: Path):
+    child = [sys.executable, "-Sc", "import time; print('child', flush=True); time.sleep(60)"]
+    script = (
+        "from rlhf_jax.people import __main__ as command\n"
+        f"command._talking = lambda cfg: ('', [{child!r}])\n"
+        f"command.main(['--chat', 'http://127.0.0.1:9', '--db', {str(tmp_path / 'x.db')!r}, '--port', '0',"
+        f" '--responses', {str(tmp_path / 'r.jsonl')!r}])\n"
+    )
+    (tmp_path / "r.jsonl").write_text('{"prompt": "p"}')
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout
+    with process.stdout as out:
+        for line in out:
+            if line == "child\n":
+                break
+        time.sleep(0.3)  # the server's own handler of signals is there
+        process.terminate()
+        assert out.read() is not None  # ends when the last process that may write does
+    assert process.wait(10) == 128 + 15
