@@ -134,11 +134,14 @@ export function talk(boot) {
   let editing = null; // {n, better}: the message that is being changed
   let saved = 0;
 
-  try {
-    state = { ...empty, ...JSON.parse(localStorage.getItem(kept) || "{}") };
-  } catch {
-    // what is kept there is of no use
+  function read() {
+    try {
+      state = { ...empty, ...JSON.parse(localStorage.getItem(kept) || "{}") };
+    } catch {
+      // what is kept there is of no use
+    }
   }
+  read();
   for (const message of state.messages) {
     delete message.busy;
     if (message.growing) Object.assign(message, { growing: false, failed: { error: "chat_cut" } });
@@ -447,6 +450,13 @@ export function talk(boot) {
 
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && running) stop(running);
+  });
+
+  // Another tab has gone on with the conversation.
+  addEventListener("storage", (event) => {
+    if (event.key !== kept || running || editing) return;
+    read();
+    draw();
   });
 
   draw();
