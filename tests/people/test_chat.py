@@ -320,6 +320,8 @@ def test_an_administrator_sees_names_and_adds_conversations(store: Store, served
         assert admin.act("chats", count="3", topic=" About birds ").status_code == 303
         assert admin.act("chats", count="2", topic="").status_code == 303
         assert store.pace(1).left == 5
+        stub.fault = "busy"
+        assert admin.ask(model=0, messages=HELLO) == [{"error": "chat_busy", "message": "slow down"}]
 
 
 def test_a_pair_streams_and_the_chosen_one_goes_on(store: Store, stub: Stub, ann: Talker):

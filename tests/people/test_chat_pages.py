@@ -128,7 +128,13 @@ def test_a_chat_by_mouse(site: Site, stub: Stub):
     page.reload()
     until(page, "document.getElementById('model')?.options.length === 2")
     assert "shadow of the Earth" in page.inner_text(".talk") and page.input_value("#model") == "1"
+    other = page.context.new_page()
+    other.goto(page.url)
+    answered(other, 2)
+    page.bring_to_front()
     page.locator(".thumb.down").last.click()
+    until(other, "document.querySelectorAll('.thumb.down[aria-pressed=true]').length === 1")
+    other.close()
     until(page, "document.querySelectorAll('.thumb.down[aria-pressed=true]').length === 1")
     page.wait_for_timeout(100)
     page.click("#new")

@@ -134,11 +134,14 @@ export function talk(boot) {
   let editing = null; // {n, better}: the message that is being changed
   let saved = 0;
 
-  try {
-    state = { ...empty, ...JSON.parse(localStorage.getItem(kept) || "{}") };
-  } catch {
-    // what is kept there is of no use
+  function read() {
+    try {
+      state = { ...empty, ...JSON.parse(localStorage.getItem(kept) || "{}") };
+    } catch {
+      // what is kept there is of no use
+    }
   }
+  read();
   for (const message of state.messages) {
     delete message.busy;
     if (message.growing) Object.assign(message, { growing: false, failed: { error: "chat_cut" } });
@@ -449,6 +452,13 @@ export function talk(boot) {
     if (event.key === "Escape" && running) stop(running);
   });
 
+  // Another tab has gone on with the conversation.
+  addEventListener("storage", (event) => {
+    if (event.key !== kept || running || editing) return;
+    read();
+    draw();
+  });
+
   draw();
   findModels();
 }
@@ -544,7 +554,7 @@ export function conversation({ task, answer, words, t, choices, changed, banner,
     banner("");
     const lives = [growing(t), growing(t)];
     const halt = button(t("chat_stop"), () => stop(running), { id: "stop" });
-    draw(message, lives.map((live) => live.box), el("div", { className: "composer" }, halt));
+    draw(message, lives.map((live) => live.box), el("div", { className: "row choosing" }, halt));
     const last = await ask({ name: running, assignment: task.id, message }, (n, text, end) => {
       lives[n].set(text);
       if (end) lives[n].end();
@@ -608,8 +618,9 @@ export function conversation({ task, answer, words, t, choices, changed, banner,
 
   function firstOpen() {
     if (!found) return null;
-    if (pending() && !$("choose")?.disabled) return $("choose");
-    return $("retry") || node.querySelector(".strength input, #text") || $("stop");
+    if ($("choose")?.disabled === false) return $("choose");
+    const open = node.querySelector(".strength input, #text");
+    return $("retry") || open || node.querySelector(".card .body"); // not what stops: Enter may come twice
   }
 
   // What Ctrl+Enter does: the next step.
