@@ -4,6 +4,7 @@ Set SCREENSHOTS to a folder, such as docs, to have the pictures of docs/people.m
 axe-core's axe.min.js to check the pages for accessibility.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -170,6 +171,7 @@ def test_a_ranking_by_mouse(site: Site):
     page.click("text=Enter")
     page.wait_for_url("**/guidelines")
     check_access(page)
+    until(page, "document.activeElement.matches('button')")
     page.keyboard.press("Enter")
     page.wait_for_url(site.server.url + "/")
     page.keyboard.press("?")
@@ -628,3 +630,23 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
         assert (row["prompt"], row["responses"], row["ranks"], row["labeler"]) in known
     assert len(lines) == 2 * 8
     until(pages[0], "document.getElementById('ask').textContent.startsWith('Nothing to do')")
+
+
+def test_three_people_at_once_by_mouse(site: Site):
+    """They take turns, so that all hold a task at the same time; no item has more answers than are wanted of it."""
+    with Store(site.db) as store:
+        store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.0))
+    site.add({"prompt": "of all", "responses": ["a", "b"], "overlap": 3})
+    site.add(*({"prompt": f"of one: {n}", "responses": [f"{n} a", f"{n} b"]} for n in range(5)))
+    pages = {name: site.person(name, viewport={"width": 1280, "height": 860}) for name in ("ann", "ben", "cleo")}
+    for done in range(1, 4):
+        for page in pages.values():
+            for n in range(len(shown(page))):
+                drag(page, n, '.level[data-place="1"]')
+        for page in pages.values():
+            page.click("#submit")
+        for page in pages.values():
+            stored(page, done)
+    answered = collections.Counter((json.dumps(row["prompt"]), row["person"]) for row in site.exported())
+    assert set(answered.values()) == {1} and len(answered) == 9
+    assert sorted(collections.Counter(prompt for prompt, _ in answered).values()) == [1] * 6 + [3]
