@@ -23,6 +23,7 @@ DRAWS = {"all": 1000, "person": 400}  # of each interval
 _HIGHEST = 7  # rating
 _FRESH = 1.0  # seconds in which no new look is taken
 _REST = 10.0  # times as long as a look took, before the next
+_AT_ONCE = 1000  # labels that are read before others have a turn
 _ORDERS = "('rank', 'compare', 'best')"  # tasks whose answers order the responses
 Found = TypeVar("Found")
 
@@ -39,10 +40,6 @@ class Block:
 
     def __getitem__(self, rows: np.ndarray) -> "Block":
         return Block(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
-
-    def __add__(self, other: "Block") -> "Block":
-        parts = ((getattr(self, field.name), getattr(other, field.name)) for field in dataclasses.fields(self))
-        return Block(*map(np.concatenate, parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +97,12 @@ class Book:
             f" WHERE labels.id > ? AND labels.id <= ? AND labels.kind = 'slot' AND task IN {_ORDERS}",
             (self._last, newest),
         )
-        found: dict[int, list[tuple]] = {}
-        for label, person, item, text, task, shown in rows:
-            answer, count = json.loads(text), len(json.loads(shown))
-            ranks = forms.ranks_of(task, answer, count)
-            if ranks is not None:  # no skip
-                given = answer.get("ratings") or [{}] * count
-                ratings = [[rating.get(scale, 0) for scale in forms.SCALES] for rating in given]
-                found.setdefault(count, []).append((label, person, item, ranks, ratings))
-        for count, listed in found.items():
-            label, person, item, *said = zip(*listed, strict=True)
-            block = Block(*map(np.array, (label, person, item)), *(np.array(each, np.int8) for each in said))
-            self._blocks[count] = self._blocks[count] + block if count in self._blocks else block
+        parts: dict[int, list[Block]] = {}
+        while some := rows.fetchmany(_AT_ONCE):
+            for count, block in _blocks(some).items():
+                parts.setdefault(count, []).append(block)
+        for count, each in parts.items():
+            self._blocks[count] = _joined([self._blocks[count], *each] if count in self._blocks else each)
         self._last = newest
 
     def counting(self, withdrawn: np.ndarray, people: np.ndarray) -> list[Block]:
@@ -122,6 +113,28 @@ class Book:
             _, number, times = np.unique(kept.item, return_inverse=True, return_counts=True)
             found.append(kept[times[number] > 1])
         return [block for block in found if len(block.label)]
+
+
+def _blocks(rows: list[sqlite3.Row]) -> dict[int, Block]:
+    """The answers that order responses, by the number of responses."""
+    found: dict[int, list[tuple]] = {}
+    for label, person, item, text, task, shown in rows:
+        answer, count = json.loads(text), len(json.loads(shown))
+        ranks = forms.ranks_of(task, answer, count)
+        if ranks is not None:  # no skip
+            given = answer.get("ratings") or [{}] * count
+            ratings = [[rating.get(scale, 0) for scale in forms.SCALES] for rating in given]
+            found.setdefault(count, []).append((label, person, item, ranks, ratings))
+    blocks = {}
+    for count, listed in found.items():
+        label, person, item, *said = zip(*listed, strict=True)
+        blocks[count] = Block(*map(np.array, (label, person, item)), *(np.array(each, np.int8) for each in said))
+    return blocks
+
+
+def _joined(blocks: list[Block]) -> Block:
+    fields = (field.name for field in dataclasses.fields(Block))
+    return Block(*(np.concatenate([getattr(block, name) for block in blocks]) for name in fields))
 
 
 def look(db: sqlite3.Connection, book: Book, now: float) -> Snapshot:

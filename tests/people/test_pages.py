@@ -501,11 +501,12 @@ def test_an_administrator_decides_by_keyboard_alone_and_by_mouse(site: Site):
     places = order(page, ANSWERS)
     assert page.locator(".orders tbody th").all_inner_texts() == ["ann", "bob"]
     letters = [["ABCD"[places.index(k)] for k in range(4) if said["bob"][k] == place] for place in range(3)]
-    cells = [page.locator(".orders tbody tr").nth(1).locator("td").nth(place) for place in range(3)]
+    cells = [page.locator(".orders tbody tr").nth(1).locator("td").nth(1 + place) for place in range(3)]
     assert [sorted(cell.locator(".letter").all_inner_texts()) for cell in cells] == [sorted(one) for one in letters]
     picture(page, "people-adjudicate")
     check_access(page)
     page.click("#theme")
+    page.wait_for_timeout(200)  # colours change slowly
     check_access(page)
     page.click("#theme")
 

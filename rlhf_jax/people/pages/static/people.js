@@ -489,9 +489,9 @@ function work(boot) {
       const button = el("button", { type: "button", className: "take", "aria-label": t("take_of", { name: order.person }) }, t("take"));
       button.addEventListener("click", () => take(order));
       const cells = columns.map(([, cell]) => el("td", {}, cell(order) || ""));
-      return el("tr", {}, el("th", { scope: "row" }, order.person), ...cells, el("td", {}, button));
+      return el("tr", {}, el("th", { scope: "row" }, order.person), el("td", {}, button), ...cells);
     });
-    const head = el("tr", {}, el("td"), ...columns.map(([heading]) => el("th", { scope: "col" }, heading)), el("td"));
+    const head = el("tr", {}, el("td"), el("td"), ...columns.map(([heading]) => el("th", { scope: "col" }, heading)));
     const table = el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows));
     const scroll = el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": t("their_orders") }, table);
     return el("section", { className: "orders" }, el("h2", {}, t("their_orders")), scroll);
