@@ -106,13 +106,16 @@ class Book:
         self._last = newest
 
     def counting(self, withdrawn: np.ndarray, people: np.ndarray) -> list[Block]:
-        """The answers of `people` that were not withdrawn, on items that two of them ordered."""
-        found = []
-        for block in self._blocks.values():
-            kept = block[np.isin(block.person, people) & ~np.isin(block.label, withdrawn)]
-            _, number, times = np.unique(kept.item, return_inverse=True, return_counts=True)
-            found.append(kept[times[number] > 1])
-        return [block for block in found if len(block.label)]
+        """The answers of `people` that were not withdrawn."""
+        return [
+            block[np.isin(block.person, people) & ~np.isin(block.label, withdrawn)] for block in self._blocks.values()
+        ]
+
+
+def _shared(block: Block) -> Block:
+    """The answers on items that two people ordered."""
+    _, number, times = np.unique(block.item, return_inverse=True, return_counts=True)
+    return block[times[number] > 1]
 
 
 def _blocks(rows: list[sqlite3.Row]) -> dict[int, Block]:
@@ -144,7 +147,9 @@ def look(db: sqlite3.Connection, book: Book, now: float) -> Snapshot:
     rows = db.execute("SELECT id, name FROM people WHERE aside IS NULL").fetchall()
     names = {row["id"]: row["name"] for row in rows}
     withdrawn = np.array([row["label"] for row in db.execute("SELECT label FROM withdrawals")], int)
-    blocks = book.counting(withdrawn, np.array(list(names), int))
+    counting = book.counting(withdrawn, np.array(list(names), int))
+    answered = {person for block in counting for person in np.unique(block.person).tolist()}
+    blocks = [block for block in map(_shared, counting) if len(block.label)]
     items = np.concatenate([np.empty(0, int), *(np.unique(block.item) for block in blocks)])
     said = {"pairs": _pairs(blocks)} | {scale: _rated(blocks, n) for n, scale in enumerate(forms.SCALES)}
     counts = {name: one.counts() for name, one in said.items()}
@@ -153,7 +158,7 @@ def look(db: sqlite3.Connection, book: Book, now: float) -> Snapshot:
     people = {
         name: _measures(said, counts, person, checks[person])
         for person, name in sorted(names.items(), key=lambda pair: pair[1])
-        if any(checks[person]) or any(np.any(block.person == person) for block in blocks)
+        if person in answered or any(checks[person])
     }
     shares = agreement.agreement_by(counts["pairs"], said["pairs"].item, len(items))
     order = np.lexsort((items, shares))
