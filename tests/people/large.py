@@ -1,11 +1,14 @@
 """A store with many labels, made many times faster than by answering."""
 
 import json
+import os
 import random
 from pathlib import Path
 
 from rlhf_jax.people import forms
 from rlhf_jax.people.store import Rules, Store
+
+FULL_SIZE = "FULL_SIZE" in os.environ  # long tests take the sizes of docs/people.md instead of small ones
 
 
 def fill(path: Path, labels: int, people: int = 8, overlap: int = 2, responses: int = 4) -> None:

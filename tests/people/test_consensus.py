@@ -11,7 +11,7 @@ from rlhf_jax.people import agreement, consensus
 from rlhf_jax.people.agreement import Agreement, Estimate, Share, Undefined
 from rlhf_jax.people.forms import SCALES
 from rlhf_jax.people.store import Item, Rules, Store
-from tests.people.large import fill
+from tests.people.large import FULL_SIZE, fill
 
 RULES = Rules(ratings="all", gold_share=0.0, repeat_share=0.0)
 
@@ -176,10 +176,10 @@ def test_a_watch_looks_in_the_background(store: Store, monkeypatch: pytest.Monke
     assert third is not second
 
 
-@pytest.mark.parametrize("labels", [1000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_a_large_store_is_measured_beside_the_work(labels: int, tmp_path: Path):
+@pytest.mark.slow
+def test_a_large_store_is_measured_beside_the_work(tmp_path: Path):
     """While 100,000 labels are measured, a task and a submission take their usual time; the next look is quicker."""
-    path = tmp_path / "large.db"
+    path, labels = tmp_path / "large.db", 100_000 if FULL_SIZE else 5000
     fill(path, labels)
     with Store(path) as store:
         store.add(Item(f"more {n}", ("a", "b")) for n in range(500))

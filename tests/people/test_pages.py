@@ -24,6 +24,7 @@ from rlhf_jax.data.world import World, labelers
 from rlhf_jax.people import __main__ as command
 from rlhf_jax.people import forms
 from rlhf_jax.people.store import Rules, Store
+from tests.people.large import FULL_SIZE
 from tests.people.serving import Server, Thread, browsing, serving
 
 ANSWERS = [
@@ -631,9 +632,9 @@ def label(page: Any, ranks: Callable[[list[str]], list[int]]) -> None:
     assert before
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(60, marks=pytest.mark.slow)])
-def test_simulated_labelers_drive_the_page(count: int, site: Site, request: pytest.FixtureRequest):
+def test_simulated_labelers_drive_the_page(done: tuple[Any, dict], site: Site):
     """The export is what they would have written, and the reward model the same as from their file, to the bit."""
+    count = 60 if FULL_SIZE else 10
     world = World.generate(0)
     people = labelers.labelers(seed=1)
     rows = list(labelers.rankings(world, count, seed=1, people=people))
@@ -647,17 +648,17 @@ def test_simulated_labelers_drive_the_page(count: int, site: Site, request: pyte
         wanted.append({"prompt": row["prompt"], "responses": row["responses"]})
     site.add(*wanted)
     pages = [site.person(f"labeler {person.id}") for person in people]
-    done = 0
-    while done < count:
+    sent = 0
+    while sent < count:
         for person, page in zip(people, pages, strict=True):
             until(page, "!document.querySelector('#ask').textContent.startsWith('Loading')")
-            if done == count:
+            if sent == count:
                 break
             text = page.inner_text(".turns .turn:last-child .text")
             number = int(page.inner_text("#pace-done"))
             label(page, lambda texts, text=text, person=person: person.rank(world, text, texts, 1))  # type: ignore[misc]
             assert int(page.inner_text("#pace-done")) == number + 1
-            done += 1
+            sent += 1
     exported = site.exported()
     assert len(exported) == count
     for row in exported:
@@ -673,15 +674,13 @@ def test_simulated_labelers_drive_the_page(count: int, site: Site, request: pyte
     ]
     assert read[0] == read[1] and len(read[0]) == count
     assert set(forms.SCALES[:1]) == set(exported[0]["ratings"][0])
-    if count < 60:
-        return
     written = site.folder / "written.jsonl"
     with written.open("w") as file:
         for row in exported:
             person = people[int(row["person"].split()[-1])]
             ranks = person.rank(world, row["prompt"][-1]["content"], row["responses"], 1)
             file.write(json.dumps({"prompt": row["prompt"], "responses": row["responses"], "ranks": ranks}) + "\n")
-    cfg, _ = request.getfixturevalue("done")
+    cfg, _ = done
     learnt = dataclasses.replace(
         cfg.reward, init=cfg.out / "sft" / "model", data_dir=site.folder / "data", held_out=None
     )
