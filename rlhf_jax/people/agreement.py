@@ -2,11 +2,13 @@
 
 Labels are a table of ratings, a row a person and a column a unit; NaN marks a unit that the person did not rate. Units
 of rankings are pairs of responses (`comparisons`), labelled FIRST, SECOND or TIE; ratings from 1 to 7 are a table as
-they are.
+they are. A table has a cell for each person and unit, so a large store is summed up in counts instead, the number of
+people by unit and value [U, V] (`agreement_of`, `estimate_alpha`, `estimate_kappa`).
 A measure that these labels leave undefined raises `Undefined`, so that no NaN is ever shown as a number.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -15,16 +17,22 @@ import numpy as np
 
 FIRST, SECOND, TIE = 0, 1, 2  # which response of a pair is better
 NORMAL_95 = 1.959963984540054  # quantile of the normal distribution at 97.5 %: intervals of 95 %
+GROUPS = 500  # at most, that are drawn again for an interval, so that its cost does not grow with the labels
 
 Level = Literal["nominal", "ordinal", "interval"]
 Weights = Literal["none", "linear", "quadratic"]
 Ranks = Sequence[int]  # the rank of each response: smaller is better, equal is a tie, -1 is absent
 Rankings = Mapping[str, Mapping[str, Ranks]]  # by person and item
 Table = np.ndarray  # [R, U] float: what person r says of unit u, NaN where nothing
+Why = Literal["no_overlap", "all_same", "no_repeat", "no_gold", "no_cases", "not_rated"]  # a measure is undefined
 
 
 class Undefined(ValueError):
     """A measure has no value for these labels. The message is one line: the measure, the reason, what would help."""
+
+    def __init__(self, message: str, why: Why = "no_cases"):
+        super().__init__(message)
+        self.why = why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,15 @@ class Share:
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} % ({100 * self.lower:.1f} to {100 * self.upper:.1f} %, n={self.n})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A coefficient, 1 at full agreement and 0 at that of chance, with its interval of 95 %."""
+
+    value: float
+    lower: float
+    upper: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,28 +142,58 @@ def pairwise_agreement(ratings: Sequence[Sequence[Any]] | np.ndarray, person: in
     person and one other. Raises Undefined if there is no case.
     """
     labels = table(ratings)
-    counts = np.stack([np.sum(labels == label, axis=0) for label in (FIRST, SECOND, TIE)])  # [3, U] people
+    counts = np.stack([np.sum(labels == label, axis=0) for label in (FIRST, SECOND, TIE)], axis=1)  # [U, 3] people
     if np.sum(counts) != np.sum(~np.isnan(labels)):
         raise ValueError(f"labels of pairs: expected {FIRST} (first), {SECOND} (second), {TIE} (tie) or NaN")
     if person is None:
-        same = counts * (counts - 1) // 2  # cases in which both say so
-        tied_once = counts[TIE] * (counts[FIRST] + counts[SECOND])
-        opposite = counts[FIRST] * counts[SECOND]
-    else:
-        own = np.stack([labels[person] == label for label in (FIRST, SECOND, TIE)])
-        others = counts - own
-        same = own * others
-        tied_once = own[TIE] * (others[FIRST] + others[SECOND]) + (own[FIRST] | own[SECOND]) * others[TIE]
-        opposite = own[FIRST] * others[SECOND] + own[SECOND] * others[FIRST]
-    strict, both_tie = int(np.sum(same[[FIRST, SECOND]])), int(np.sum(same[TIE]))
-    halves, against = int(np.sum(tied_once)), int(np.sum(opposite))
+        return agreement_of(counts)
+    said = ~np.isnan(labels[person])
+    return agreement_of(counts[said], labels[person, said].astype(int))
+
+
+def agreement_of(counts: np.ndarray, own: np.ndarray | None = None) -> Agreement:
+    """`pairwise_agreement` from the number of people by pair of responses and label, [U, 3].
+
+    With `own` [U], one person's labels, which the counts include, only the cases of this person and one other.
+    """
+    strict, both_tie, halves, against = (int(np.sum(found)) for found in _cases(counts, own))
     n = strict + both_tie + halves + against
     if not n:
-        raise Undefined("agreement is undefined: no pair of responses was compared by two people; raise the overlap")
+        raise Undefined(
+            "agreement is undefined: no pair of responses was compared by two people; raise the overlap", "no_overlap"
+        )
     return Agreement(
         without_ties=wilson(strict, strict + against) if strict + against else None,
         ties_as_label=wilson(strict + both_tie, n),
         ties_as_half=wilson(strict + both_tie + halves / 2, n),
+    )
+
+
+def agreement_by(counts: np.ndarray, item: np.ndarray, items: int) -> np.ndarray:
+    """The share of cases in which two people agree, a tie as half, by item [I]; NaN where there is no case.
+
+    `counts` [U, 3] are of pairs of responses, `item` [U] is the number of the item of each.
+    """
+    strict, both_tie, halves, against = _cases(counts)
+    agreed = np.bincount(item, strict + both_tie + halves / 2, items)
+    total = np.bincount(item, strict + both_tie + halves + against, items)
+    return np.divide(agreed, total, out=np.full(items, np.nan), where=total > 0)
+
+
+def _cases(counts: np.ndarray, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The cases by unit in which two people choose the same, both tie, exactly one ties, and choose opposite ones."""
+    first, second, tie = np.asarray(counts).T
+    if own is None:
+        same, both_tie = (first * (first - 1) + second * (second - 1)) // 2, tie * (tie - 1) // 2
+        return same, both_tie, tie * (first + second), first * second
+    theirs = np.where(own == FIRST, first, np.where(own == SECOND, second, tie)) - 1  # others who say the same
+    ties = own == TIE
+    strict = np.where(own == FIRST, second, first)  # others who choose the opposite
+    return (
+        np.where(ties, 0, theirs),
+        np.where(ties, theirs, 0),
+        np.where(ties, first + second, tie),
+        np.where(ties, 0, strict),
     )
 
 
@@ -158,9 +205,23 @@ def self_agreement(first: Sequence[Ranks], second: Sequence[Ranks]) -> Agreement
     if len(first) != len(second):
         raise ValueError(f"{len(first)} rankings and {len(second)} repeats: expected a repeat of each")
     if not first:
-        raise Undefined("self-agreement is undefined: the person was shown no item twice")
+        raise Undefined("self-agreement is undefined: the person was shown no item twice", "no_repeat")
     times = {when: {str(item): ranks for item, ranks in enumerate(each)} for when, each in enumerate((first, second))}
     return pairwise_agreement(comparisons({"first": times[0], "second": times[1]})[1])
+
+
+def matched(known: Ranks, said: Ranks, ties: bool) -> tuple[float, int]:
+    """How many pairs of responses are ordered as is known, a tie on one side as half, and out of how many.
+
+    Pairs that the known ranking ties count only with `ties`.
+    """
+    if len(known) != len(said):
+        raise ValueError(f"{len(said)} ranks, {len(known)} are known: expected as many ranks as the known ranking has")
+    wanted, given = compare(known), compare(said)
+    counted = ~np.isnan(wanted) & ~np.isnan(given) & (ties | (wanted != TIE))
+    wanted, given = wanted[counted], given[counted]
+    halves = (wanted == TIE) ^ (given == TIE)
+    return float(np.sum(wanted == given) + np.sum(halves) / 2), len(wanted)
 
 
 def gold_accuracy(rankings: Sequence[Ranks], gold: Sequence[Ranks]) -> Share:
@@ -168,14 +229,13 @@ def gold_accuracy(rankings: Sequence[Ranks], gold: Sequence[Ranks]) -> Share:
 
     Pairs that the known ranking ties are left out. Raises Undefined if none is left.
     """
-    if [len(ranks) for ranks in rankings] != [len(ranks) for ranks in gold]:
-        raise ValueError("gold accuracy needs as many ranks of each item as its known ranking has")
-    said, known = (np.concatenate([np.empty(0), *map(compare, each)]) for each in (rankings, gold))
-    counted = (known != TIE) & ~np.isnan(known) & ~np.isnan(said)
-    said, known = said[counted], known[counted]
-    if not len(known):
-        raise Undefined("gold accuracy is undefined: the person was shown no gold item that orders its responses")
-    return wilson(float(np.sum(said == known) + np.sum(said == TIE) / 2), len(known))
+    found = [matched(known, said, ties=False) for said, known in zip(rankings, gold, strict=True)]
+    pairs = sum(n for _, n in found)
+    if not pairs:
+        raise Undefined(
+            "gold accuracy is undefined: the person was shown no gold item that orders its responses", "no_gold"
+        )
+    return wilson(sum(agreed for agreed, _ in found), pairs)
 
 
 def fleiss_kappa(counts: Sequence[Sequence[int]] | np.ndarray) -> float:
@@ -192,14 +252,40 @@ def fleiss_kappa(counts: Sequence[Sequence[int]] | np.ndarray) -> float:
         raise ValueError(f"counts of shape {given.shape}: expected a row a unit and a column a category")
     given = given[given.sum(axis=1) >= 2]
     if not len(given):
-        raise Undefined("Fleiss' kappa is undefined: no unit was rated by two people; raise the overlap")
+        raise Undefined("Fleiss' kappa is undefined: no unit was rated by two people; raise the overlap", "no_overlap")
+    kappa = _kappas(_kappa_sums(given)[None].sum(axis=1))[0]
+    if np.isnan(kappa):
+        raise Undefined("Fleiss' kappa is undefined: all ratings are the same", "all_same")
+    return float(kappa)
+
+
+def estimate_kappa(
+    counts: Sequence[Sequence[int]] | np.ndarray,
+    cluster: np.ndarray | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """`fleiss_kappa` with the interval that `estimate_alpha` describes."""
+    value, given = fleiss_kappa(counts), np.asarray(counts, float)
+    kept = given.sum(axis=1) >= 2
+    group, groups = _groups(np.arange(len(given)) if cluster is None else cluster, kept, seed)
+    sums = np.stack([np.bincount(group, column, groups) for column in _kappa_sums(given[kept]).T], axis=1)
+    return Estimate(value, *_interval(_kappas(_drawn(sums, draws, seed))))
+
+
+def _kappa_sums(given: np.ndarray) -> np.ndarray:
+    """What Fleiss' kappa adds up over units: [U, 2 + V], one each, the share of agreeing pairs, the counts."""
     people = given.sum(axis=1)
-    share = given.sum(axis=0) / people.sum()
-    if np.max(share) == 1:
-        raise Undefined("Fleiss' kappa is undefined: all ratings are the same")
-    observed = np.mean(np.sum(given * (given - 1), axis=1) / (people * (people - 1)))
-    chance = float(np.sum(share**2))
-    return float((observed - chance) / (1 - chance))
+    share = np.sum(given * (given - 1), axis=1) / (people * (people - 1))
+    return np.column_stack([np.ones(len(given)), share, given])
+
+
+def _kappas(sums: np.ndarray) -> np.ndarray:
+    """Fleiss' kappa from each of [D, 2 + V] sums; NaN where all ratings are the same."""
+    observed, total = sums[:, 1] / sums[:, 0], sums[:, 2:]
+    chance = np.sum((total / total.sum(axis=1, keepdims=True)) ** 2, axis=1)
+    varied = np.count_nonzero(total, axis=1) > 1
+    return np.where(varied, (observed - chance) / np.where(varied, 1 - chance, 1), np.nan)
 
 
 def count_labels(ratings: Sequence[Sequence[Any]] | np.ndarray) -> np.ndarray:
@@ -223,20 +309,62 @@ def krippendorff_alpha(ratings: Sequence[Sequence[Any]] | np.ndarray, level: Lev
 def alpha_interval(
     ratings: Sequence[Sequence[Any]] | np.ndarray, level: Level, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The interval of 95 % of `krippendorff_alpha`, from units drawn again with replacement (percentiles).
+    """The interval of 95 % of `krippendorff_alpha`, see `estimate_alpha`. Raises Undefined as that does."""
+    found = estimate_alpha(*_rated(ratings), level, draws=draws, seed=seed)
+    return found.lower, found.upper
 
-    Draws in which all ratings are the same are left out. Raises Undefined as `krippendorff_alpha` does.
+
+def estimate_alpha(
+    counts: np.ndarray,
+    values: np.ndarray,
+    level: Level,
+    cluster: np.ndarray | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """`krippendorff_alpha` from the number of ratings by unit and value [U, V] and the values [V], with an interval.
+
+    The interval is that of a bootstrap: clusters of units are drawn again with replacement, and their percentiles
+    taken, those left out in which all ratings are the same. `cluster` [U] numbers what is drawn as one, such as the
+    item that pairs belong to, because pairs of one ranking depend on each other; without it, each unit by itself. Of
+    more than GROUPS clusters, GROUPS sums over clusters are drawn, which have the same spread. Raises Undefined as
+    `krippendorff_alpha` does.
     """
-    counts, values = _rated(ratings)
-    _alpha(counts, values, level)  # undefined before anything is drawn
-    rng, found = np.random.default_rng(seed), []
-    for _ in range(draws):
-        times = np.bincount(rng.integers(0, len(counts), len(counts)), minlength=len(counts))
-        try:
-            found.append(_alpha(counts, values, level, times))
-        except Undefined:
-            continue
-    lower, upper = np.percentile(found, (2.5, 97.5))
+    counts = np.asarray(counts, float)
+    value, kept = _alpha(counts, values, level), counts.sum(axis=1) >= 2
+    group, groups = _groups(np.arange(len(counts)) if cluster is None else cluster, kept, seed)
+    sums = _coincidences(counts[kept], group, groups)
+    drawn = _drawn(sums.reshape(groups, -1), draws, seed).reshape(-1, *sums.shape[1:])
+    return Estimate(value, *_interval(_alphas(drawn, values, level)))
+
+
+def _groups(cluster: np.ndarray, kept: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
+    """The group of each unit that is kept, and their number: its cluster, or one of GROUPS that clusters are dealt to.
+
+    Clusters without a unit that is kept are none.
+    """
+    found, number = np.unique(cluster[kept], return_inverse=True)
+    if len(found) <= GROUPS:
+        return number, len(found)
+    return (np.random.default_rng(seed).permutation(len(found)) % GROUPS)[number], GROUPS
+
+
+def _drawn(sums: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Sums over as many groups as there are, drawn with replacement, from the sums of each group. [D, F]."""
+    return _times(len(sums), draws, seed) @ sums
+
+
+@functools.lru_cache(maxsize=4)  # the measures of one person have the same number of groups
+def _times(groups: int, draws: int, seed: int) -> np.ndarray:
+    """How often each group is drawn, by draw. [D, G]."""
+    drawn = np.random.default_rng(seed).integers(0, groups, (draws, groups)) + groups * np.arange(draws)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=draws * groups).reshape(draws, groups).astype(float)
+    times.setflags(write=False)
+    return times
+
+
+def _interval(found: np.ndarray) -> tuple[float, float]:
+    lower, upper = np.percentile(found[~np.isnan(found)], (2.5, 97.5))
     return float(lower), float(upper)
 
 
@@ -294,37 +422,63 @@ def least_agreed(rankings: Rankings) -> list[tuple[str, float]]:
 
 
 def _rated(ratings: Sequence[Sequence[Any]] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The number of ratings by unit and value [U, V], of units with two or more, and the values [V] in order."""
+    """The number of ratings by unit and value [U, V], and the values [V] in order."""
     found = table(ratings)
-    found = found[:, np.sum(~np.isnan(found), axis=0) >= 2]
-    if not found.size:
-        raise Undefined("Krippendorff's alpha is undefined: no unit was rated by two people; raise the overlap")
     values = np.unique(found[~np.isnan(found)])
-    return np.sum(found[:, :, None] == values, axis=0).astype(float), values
+    return np.sum(found[:, :, None] == values, axis=0), values
 
 
-def _alpha(counts: np.ndarray, values: np.ndarray, level: Level, times: np.ndarray | None = None) -> float:
-    """Krippendorff's alpha from the number of ratings [U, V], each unit taken so many `times`."""
-    weight = (1.0 if times is None else times) / (counts.sum(axis=1) - 1)
-    coincidence = (counts * weight[:, None]).T @ counts - np.diag(weight @ counts)
-    total = coincidence.sum(axis=1)
-    n = total.sum()
+def _alpha(counts: np.ndarray, values: np.ndarray, level: Level) -> float:
+    """Krippendorff's alpha from the number of ratings by unit and value [U, V]."""
+    counts = np.asarray(counts, float)
+    counts = counts[counts.sum(axis=1) >= 2]
+    if not counts.size:
+        raise Undefined(
+            "Krippendorff's alpha is undefined: no unit was rated by two people; raise the overlap", "no_overlap"
+        )
+    alpha = _alphas(_coincidences(counts, np.zeros(len(counts), int), 1), values, level)[0]
+    if np.isnan(alpha):
+        raise Undefined("Krippendorff's alpha is undefined: all ratings are the same", "all_same")
+    return float(alpha)
+
+
+def _coincidences(counts: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+    """How often two people's ratings of a unit are a value and another, by group of units; [G, V, V].
+
+    A unit with m ratings adds 1 / (m - 1) for each ordered pair of them.
+    """
+    weight, size = 1 / (counts.sum(axis=1) - 1), counts.shape[1]
+    found = np.empty((groups, size, size))
+    for v in range(size):
+        for w in range(v + 1):
+            pairs = counts[:, v] * (counts[:, w] - (v == w))
+            found[:, v, w] = found[:, w, v] = np.bincount(group, weight * pairs, groups)
+    return found
+
+
+def _alphas(coincidence: np.ndarray, values: np.ndarray, level: Level) -> np.ndarray:
+    """Krippendorff's alpha of each of [D, V, V] coincidences; NaN where all ratings are the same."""
+    total = coincidence.sum(axis=2)
+    n = total.sum(axis=1)
     distance = _distance(level)(values, total)
-    expected = float(total @ distance @ total) / (n * (n - 1))
-    if expected <= 0:
-        raise Undefined("Krippendorff's alpha is undefined: all ratings are the same")
-    return 1 - float(np.sum(coincidence * distance)) / n / expected
+    expected = np.einsum("dv,dvw,dw->d", total, distance, total) / (n * (n - 1))
+    observed = np.sum(coincidence * distance, axis=(1, 2)) / n
+    varied = expected > 0
+    return np.where(varied, 1 - observed / np.where(varied, expected, 1), np.nan)
 
 
 def _distance(level: Level) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The disagreement [V, V] of each two values, as a function of the values and of their numbers of ratings."""
+    """The disagreement [D, V, V] of each two values, from the values [V] and their numbers of ratings [D, V]."""
 
     def ordinal(values: np.ndarray, total: np.ndarray) -> np.ndarray:
-        place = np.cumsum(total) - total / 2
-        return np.subtract.outer(place, place) ** 2
+        place = np.cumsum(total, axis=1) - total / 2
+        return (place[:, :, None] - place[:, None, :]) ** 2
+
+    def same(distance: np.ndarray, total: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(distance, (len(total), *distance.shape))
 
     return {
-        "nominal": lambda values, total: 1.0 - np.eye(len(values)),
+        "nominal": lambda values, total: same(1.0 - np.eye(len(values)), total),
         "ordinal": ordinal,
-        "interval": lambda values, total: np.subtract.outer(values, values) ** 2,
+        "interval": lambda values, total: same(np.subtract.outer(values, values) ** 2, total),
     }[level]

@@ -13,11 +13,13 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import forms
+from rlhf_jax.people import adjudication, forms
 from rlhf_jax.people.store import Item, Kind, Store, check_item
+
+Adjudicated = Literal["yes", "no", "only"]
 
 _ROLES = ("system", "user", "assistant")
 _FIELDS = ("prompt", "responses", "task", "models", "ended", "round", "overlap", "gold")
@@ -162,6 +164,7 @@ class Filter:
     gold: float = 0.0  # only people with at least this gold accuracy
     aside: bool = False  # also labels of people who were set aside
     kind: Kind = "slot"  # also "turn", what is said of a model in a chat; "gold" and "repeat" check a person
+    adjudicated: Adjudicated = "yes"  # a decision in place of people's answers; "no" decision, or decisions "only"
 
     @classmethod
     def parse(cls, text: str) -> "Filter":
@@ -173,7 +176,7 @@ class Filter:
                 names = ", ".join(field.name for field in dataclasses.fields(cls))
                 raise InputError(f"filter {part!r}: expected, for instance, person=ann&round=2, of {names}")
             values[name] = value
-        kind, task = values.get("kind", "slot"), values.get("task")
+        kind, task, adjudicated = values.get("kind", "slot"), values.get("task"), values.get("adjudicated", "yes")
         try:
             number, gold = int(values.get("round", 0)), float(values.get("gold", 0))
         except ValueError:
@@ -183,6 +186,10 @@ class Filter:
                 f"filter {text!r}: expected kind in {', '.join(get_args(Kind))}, task in {', '.join(forms.TASKS)},"
                 " gold from 0 to 1"
             )
+        if adjudicated not in get_args(Adjudicated):
+            raise InputError(f"filter {text!r}: expected adjudicated in {', '.join(get_args(Adjudicated))}")
+        if kind != "slot" and adjudicated == "only":
+            raise InputError(f"filter {text!r}: kind={kind} has no decisions; leave one of the two out")
         return cls(
             round=number if "round" in values else None,
             person=values.get("person"),
@@ -190,6 +197,7 @@ class Filter:
             gold=gold,
             aside=values.get("aside", "0") not in ("0", "no", "false"),
             kind=cast(Kind, kind),
+            adjudicated=cast(Adjudicated, adjudicated),
         )
 
 
@@ -242,15 +250,23 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
         found = db.execute("SELECT 1 FROM people WHERE name = ?", (wanted.person,)).fetchone()
         if not found:
             raise InputError(f"person {wanted.person}: the store has nobody of that name")
+    chosen = {
+        "no": "labels.kind IN (?, ?)",
+        "yes": "(labels.kind IN (?, ?) AND labels.item NOT IN (SELECT item FROM standing)"
+        " OR labels.id IN (SELECT label FROM standing))",
+        "only": "'slot' IN (?, ?) AND labels.id IN (SELECT label FROM standing)",
+    }["no" if wanted.kind != "slot" else wanted.adjudicated]
     query = (
-        "SELECT labels.*, items.round, items.task, items.prompt, items.responses, items.models, items.ended,"
+        f"WITH standing AS ({adjudication.STANDING})"
+        " SELECT labels.*, items.round, items.task, items.prompt, items.responses, items.models, items.ended,"
         " people.name, shown FROM labels JOIN items ON items.id = labels.item JOIN people ON people.id = labels.person"
         " JOIN assignments ON assignments.id = labels.assignment"
-        " WHERE labels.id NOT IN (SELECT label FROM withdrawals) AND labels.kind IN (?, ?)"
+        f" WHERE labels.id NOT IN (SELECT label FROM withdrawals) AND {chosen}"
         " AND (assignments.state = 'done' OR (assignments.state = 'aside' AND ?))"
         " AND (? OR people.aside IS NULL)"
         " AND (? IS NULL OR items.round = ?) AND (? IS NULL OR people.name = ?) AND (? IS NULL OR items.task = ?)"
-        " AND (? <= 0 OR people.id IN (SELECT person FROM labels WHERE kind = 'gold' AND pairs IS NOT NULL"
+        " AND (? <= 0 OR labels.kind = 'adjudicate' OR people.id IN"
+        " (SELECT person FROM labels WHERE kind = 'gold' AND pairs IS NOT NULL"
         " AND id NOT IN (SELECT label FROM withdrawals) GROUP BY person HAVING SUM(agreed) >= ? * SUM(pairs)))"
         " ORDER BY labels.id"
     )
@@ -288,6 +304,9 @@ def _about(label: sqlite3.Row, answer: dict[str, Any]) -> dict[str, Any]:
         said["ratings"] = answer["ratings"]
     if label["models"]:
         said["models"] = json.loads(label["models"])
+    if label["kind"] == "adjudicate":
+        said["decided_by"] = label["name"]
+        said |= {"taken": answer["taken"]} if "taken" in answer else {}
     return said | {
         "task": label["task"],
         "person": label["name"],
@@ -303,14 +322,18 @@ def _about(label: sqlite3.Row, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def export(path: Path, out: Path, wanted: Filter | None = None) -> dict[str, int]:
-    """Write the rows of a store to a JSON Lines file, whole or not at all; returns how many there are of each kind."""
-    counts = {"rankings": 0, "demonstrations": 0}  # and what else there is
+    """Write the rows of a store to a JSON Lines file, whole or not at all; returns how many there are of each kind.
+
+    Decisions, of which there may be none, are rankings and are counted again.
+    """
+    counts, decided = {"rankings": 0, "demonstrations": 0}, 0
     partial = out.with_name(out.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             for kind, row in read(path, wanted):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 counts[kind] = counts.get(kind, 0) + 1
+                decided += "decided_by" in row
             file.flush()
             os.fsync(file.fileno())
         partial.replace(out)
@@ -318,4 +341,4 @@ def export(path: Path, out: Path, wanted: Filter | None = None) -> dict[str, int
         raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     finally:
         partial.unlink(missing_ok=True)
-    return counts
+    return counts | ({"decisions among them": decided} if decided else {})

@@ -8,9 +8,9 @@ _HOURS = 24
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """A count out of a total."""
+    """A count out of a total; a tie is half."""
 
-    count: int
+    count: int | float
     total: int
 
     def __str__(self) -> str:

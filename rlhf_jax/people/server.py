@@ -30,7 +30,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import arena, exchange, forms, markdown, progress, words
+from rlhf_jax.people import arena, exchange, forms, markdown, oversight, progress, words
 from rlhf_jax.people.store import Person, Refused, Rules, Store
 
 PAGES = Path(__file__).parent / "pages"
@@ -93,6 +93,7 @@ def app(store: Store, options: Options | None = None, *parts: Part) -> ASGIApp:
         Route("/admin", pages.admin),
         Route("/admin/export", pages.export),
         Route("/admin/arena", pages.arena),
+        *oversight.routes(store, oversight.Frame(pages._administrator, pages._page, pages._boot, _json, _form)),
         Route("/admin/{action}", pages.act, methods=["POST"]),
         Mount("/static", StaticFiles(directory=PAGES / "static")),
     ]
@@ -314,7 +315,11 @@ class Pages:
         return await run_in_threadpool(self._work_page, request, person)
 
     def _work_page(self, request: Request, person: Person) -> Response:
-        boot = {
+        return self._page(request, "work.html", person, boot=self._boot(request, person))
+
+    def _boot(self, request: Request, person: Person) -> dict[str, Any]:
+        """What the script of the page on which people work must know."""
+        return {
             "words": words.of(_language(request)),
             "person": person.id,
             "ratings": self._store.rules().ratings,
@@ -325,7 +330,6 @@ class Pages:
             "strongest": forms.STRONGEST,
             "verdicts": forms.VERDICTS,
         }
-        return self._page(request, "work.html", person, boot=boot)
 
     async def guidelines(self, request: Request) -> Response:
         """Show the guidelines."""

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import forms
+from rlhf_jax.people import agreement, forms
 from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Rate, Settings
 
 VERSION = 1  # of the schema
@@ -72,7 +72,7 @@ CREATE TABLE labels (
     id INTEGER PRIMARY KEY, assignment INTEGER NOT NULL REFERENCES assignments, item INTEGER NOT NULL REFERENCES items,
     person INTEGER NOT NULL REFERENCES people, kind TEXT NOT NULL, submission TEXT NOT NULL, answer TEXT NOT NULL,
     started REAL NOT NULL, created REAL NOT NULL, seconds REAL NOT NULL, fast INTEGER NOT NULL,
-    agreed INTEGER, pairs INTEGER,  -- with gold, or with the person's own earlier answer
+    agreed INTEGER, pairs INTEGER,  -- with gold, or with the person's own earlier answer; agreed may be half a pair
     UNIQUE (person, submission)
 );
 CREATE INDEX labels_item ON labels(item);
@@ -293,6 +293,14 @@ class Store:
             yield db
         finally:
             db.close()
+
+    def writer(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        """One transaction that may change the store, on the disk when the context ends, or else undone as a whole."""
+        return self._write()
+
+    def now(self) -> float:
+        """The time, in seconds since 1970."""
+        return self._clock()
 
     def _one(self, query: str, *values: Any) -> sqlite3.Row | None:
         with self._lock:
@@ -589,8 +597,7 @@ class Store:
         the time that the person looked at the task. Raises InputError for an answer that is not whole, Contradiction
         for one that needs to be confirmed, and Refused for a task that the person does not hold.
         """
-        if not 8 <= len(submission) <= 64 or not submission.isascii():
-            raise InputError("submission: expected a name of 8 to 64 ASCII characters")
+        check_submission(submission)
         with self._write() as db:
             query = "SELECT id, assignment FROM labels WHERE person = ? AND submission = ?"
             if row := db.execute(query, (person, submission)).fetchone():
@@ -607,7 +614,9 @@ class Store:
             agreed = pairs = None
             if "skip" not in answer and (known := self._known(db, held, item)):
                 ranks = forms.ranks_of(item["task"], answer, len(shown))
-                agreed, pairs = _agreement(known, ranks, ties=held["kind"] == "repeat") if ranks else (None, None)
+                agreed, pairs = (
+                    agreement.matched(known, ranks, ties=held["kind"] == "repeat") if ranks else (None, None)
+                )
             values = (
                 number,
                 held["item"],
@@ -622,12 +631,7 @@ class Store:
                 agreed,
                 pairs,
             )
-            label = db.execute(
-                "INSERT INTO labels (assignment, item, person, kind, submission, answer, started, created, seconds,"
-                f" fast, agreed, pairs) VALUES ({', '.join('?' * len(values))})",
-                values,
-            ).lastrowid
-            assert label is not None
+            label = append_label(db, values)
             if "skip" in answer:
                 self._release(db, held, "skipped")
             else:
@@ -674,7 +678,7 @@ class Store:
             label = db.execute(
                 "SELECT labels.* FROM labels JOIN assignments ON assignments.id = labels.assignment"
                 " WHERE labels.person = ? AND labels.id NOT IN (SELECT label FROM withdrawals)"
-                " AND (labels.kind != 'turn' OR assignments.slot IN"
+                " AND labels.kind != 'adjudicate' AND (labels.kind != 'turn' OR assignments.slot IN"
                 " (SELECT item FROM assignments WHERE person = ? AND state = 'open'))"
                 " ORDER BY labels.created DESC, labels.id DESC LIMIT 1",
                 (person, person),
@@ -837,7 +841,7 @@ class Store:
         with self._lock:
             counts = self._db.execute(
                 "SELECT COUNT(*) AS done, COALESCE(SUM(created >= ?), 0) AS today FROM labels WHERE person = ?"
-                " AND id NOT IN (SELECT label FROM withdrawals)",
+                " AND kind != 'adjudicate' AND id NOT IN (SELECT label FROM withdrawals)",
                 (midnight, person),
             ).fetchone()
             query = "SELECT seconds FROM labels WHERE person = ? ORDER BY created DESC LIMIT 20"
@@ -930,16 +934,21 @@ def _own_item(db: sqlite3.Connection, person: int, rng: random.Random) -> int | 
     return row["item"] if row else None
 
 
-def _agreement(known: Sequence[int], ranks: Sequence[int], ties: bool) -> tuple[int, int]:
-    """The number of pairs ordered alike, and of all pairs; without `ties`, only of those that `known` orders."""
-    agreed = pairs = 0
-    for j in range(len(known)):
-        for i in range(j):
-            wanted = (known[i] > known[j]) - (known[i] < known[j])
-            if wanted or ties:
-                pairs += 1
-                agreed += wanted == (ranks[i] > ranks[j]) - (ranks[i] < ranks[j])
-    return agreed, pairs
+def check_submission(name: str) -> None:
+    """Raise InputError for a name that no page would give its answer."""
+    if not 8 <= len(name) <= 64 or not name.isascii():
+        raise InputError("submission: expected a name of 8 to 64 ASCII characters")
+
+
+def append_label(db: sqlite3.Connection, values: Sequence[Any]) -> int:
+    """Append a label, given by its columns from assignment to pairs; returns its number."""
+    label = db.execute(
+        "INSERT INTO labels (assignment, item, person, kind, submission, answer, started, created, seconds, fast,"
+        f" agreed, pairs) VALUES ({', '.join('?' * len(values))})",
+        values,
+    ).lastrowid
+    assert label is not None
+    return label
 
 
 def check_item(item: Item) -> None:

@@ -8,19 +8,25 @@ import pytest
 
 from rlhf_jax.people.agreement import (
     FIRST,
+    GROUPS,
     SECOND,
     TIE,
     Undefined,
+    agreement_by,
+    agreement_of,
     alpha_interval,
     cohen_kappa,
     compare,
     comparisons,
     count_labels,
+    estimate_alpha,
+    estimate_kappa,
     fleiss_kappa,
     gold_accuracy,
     kendall_tau,
     krippendorff_alpha,
     least_agreed,
+    matched,
     pairwise_agreement,
     self_agreement,
     wilson,
@@ -135,6 +141,71 @@ def test_gold_accuracy():
         gold_accuracy([], [])
     with pytest.raises(ValueError, match="as many ranks"):
         gold_accuracy([[0, 1]], [[0, 1, 2]])
+
+
+def test_matched():
+    assert matched([0, 1, 2], [0, 1, 1], ties=False) == (2.5, 3)
+    assert matched([0, 0, 1], [0, 1, 2], ties=False) == (2.0, 2)
+    assert matched([0, 0, 1], [0, 1, 2], ties=True) == (2.5, 3)
+    assert matched([0, 0], [1, 1], ties=True) == (1.0, 1) and matched([0, 0], [1, 1], ties=False) == (0.0, 0)
+    with pytest.raises(ValueError, match="as many ranks"):
+        matched([0, 1], [0, 1, 2], ties=True)
+
+
+def test_counts_say_what_the_table_says():
+    rng = np.random.default_rng(0)
+    labels = np.where(rng.random((7, 60)) < 0.4, rng.integers(0, 3, (7, 60)).astype(float), NAN)
+    counts = np.stack([np.sum(labels == label, axis=0) for label in (FIRST, SECOND, TIE)], axis=1)
+    assert agreement_of(counts) == pairwise_agreement(labels)
+    for person in range(7):
+        pairs = [agreement_of(counts_of(labels[[person, other]])) for other in range(7) if other != person]
+        found = pairwise_agreement(labels, person)
+        n = [pair.ties_as_half.n for pair in pairs]
+        assert found.ties_as_half.n == sum(n)
+        mean = sum(pair.ties_as_half.value * m for pair, m in zip(pairs, n, strict=True)) / sum(n)
+        assert found.ties_as_half.value == pytest.approx(mean)
+    by_item = agreement_by(counts, np.arange(60) // 6, 10)
+    assert by_item[3] == pytest.approx(pairwise_agreement(labels[:, 18:24]).ties_as_half.value)
+    assert np.isnan(agreement_by(counts, np.zeros(60, int), 2)[1])
+
+
+def counts_of(labels: np.ndarray) -> np.ndarray:
+    return np.stack([np.sum(labels == label, axis=0) for label in (FIRST, SECOND, TIE)], axis=1)
+
+
+def test_intervals_draw_clusters_and_their_cost_is_bounded():
+    """Units that repeat each other say nothing new: drawn by cluster, the interval stays as wide."""
+    rng = np.random.default_rng(2)
+    truth = rng.integers(1, 8, 300)
+    counts = count_labels(truth + rng.integers(-1, 2, (2, 300)))
+    values, item = np.arange(counts.shape[1]), np.arange(300)
+    for estimate in (lambda counts, cluster: estimate_alpha(counts, values, "ordinal", cluster), estimate_kappa):
+        once, twice = estimate(counts, item), estimate(np.repeat(counts, 4, axis=0), np.repeat(item, 4))
+        assert once.lower < once.value < once.upper
+        assert twice.upper - twice.lower == pytest.approx(once.upper - once.lower, rel=0.01)
+        alone = estimate(np.repeat(counts, 4, axis=0), None)
+        assert alone.upper - alone.lower == pytest.approx((once.upper - once.lower) / 2, rel=0.15)
+    many = np.tile(counts, (10, 1))  # more clusters than are drawn
+    assert len(many) > GROUPS
+    found = estimate_alpha(many, values, "ordinal")
+    assert found.value == pytest.approx(estimate_alpha(counts, values, "ordinal").value, abs=1e-3)
+    once = estimate_alpha(counts, values, "ordinal")
+    assert found.upper - found.lower == pytest.approx((once.upper - once.lower) / 10**0.5, rel=0.15)
+
+
+def test_the_reason_of_what_is_undefined_has_a_name():
+    for why, measure in (
+        ("no_overlap", lambda: agreement_of(np.array([[1, 0, 0]]))),
+        ("no_overlap", lambda: estimate_alpha(np.array([[1, 0]]), np.arange(2), "ordinal")),
+        ("no_overlap", lambda: estimate_kappa([[0, 1]])),
+        ("all_same", lambda: estimate_alpha(np.array([[2, 0]]), np.arange(2), "nominal")),
+        ("all_same", lambda: estimate_kappa([[2, 0]])),
+        ("no_gold", lambda: gold_accuracy([], [])),
+        ("no_repeat", lambda: self_agreement([], [])),
+    ):
+        with pytest.raises(Undefined) as caught:
+            measure()
+        assert caught.value.why == why
 
 
 def test_wilson_by_hand():

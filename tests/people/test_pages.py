@@ -4,6 +4,7 @@ Set SCREENSHOTS to a folder, such as docs, to have the pictures of docs/people.m
 axe-core's axe.min.js to check the pages for accessibility.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -23,6 +24,7 @@ from rlhf_jax.data.world import World, labelers
 from rlhf_jax.people import __main__ as command
 from rlhf_jax.people import forms
 from rlhf_jax.people.store import Rules, Store
+from tests.people.large import FULL_SIZE
 from tests.people.serving import Server, Thread, browsing, serving
 
 ANSWERS = [
@@ -170,6 +172,7 @@ def test_a_ranking_by_mouse(site: Site):
     page.click("text=Enter")
     page.wait_for_url("**/guidelines")
     check_access(page)
+    until(page, "document.activeElement.matches('button')")
     page.keyboard.press("Enter")
     page.wait_for_url(site.server.url + "/")
     page.keyboard.press("?")
@@ -450,6 +453,106 @@ def test_a_text_that_comes_too_late_can_be_copied(site: Site):
     assert "ran out" in page.inner_text("#banner") and page.input_value("dialog textarea") == "A long story."
 
 
+def disputed(site: Site) -> dict[str, list[int]]:
+    """A second item, more disputed than the first, which ann and bob have ordered in their own ways."""
+    pair = {"prompt": "Greet me.", "responses": ["Hello!", "what", "<b>Hi</b>"], "overlap": 2}
+    site.add(pair, {"prompt": PROMPT, "responses": ANSWERS, "overlap": 2, "round": 1})
+    said = {"ann": [0, 2, 1, 3], "bob": [1, 1, 0, 2]}
+    with Store(site.db) as store:
+        for name in ("somebody else", *said):
+            found = store.person(store.enter(store.invite(name)) or "")
+            assert found
+            if name not in said:
+                store.task(found.id)  # the one that is there already
+                continue
+            for n in (1, 2):
+                task = store.task(found.id)
+                assert task
+                texts = pair["responses"] if len(task.responses) == 3 else ANSWERS
+                shown = [texts.index(text) for text in task.responses]  # type: ignore[attr-defined]
+                ranks = said[name] if len(shown) == 4 else [[0, 1, 2], [2, 1, 0]][name == "bob"]
+                ratings = [{"overall": RATED[k]} for k in shown]
+                answer = {"ranks": [ranks[k] for k in shown], "ratings": ratings, "confirmed": True}
+                if name == "bob":
+                    answer |= {"confidence": 6, "note": "The first is a list of steps."}
+                store.submit(found.id, task.id, f"submission-{n}", answer, 30.0)
+    return said
+
+
+def test_an_administrator_decides_by_keyboard_alone_and_by_mouse(site: Site):
+    said = disputed(site)
+    page = site.page(viewport={"width": 1440, "height": 900})
+    page.goto(f"{site.server.url}/enter#{site.server.token}")
+    page.wait_for_url("**/admin")
+    page.goto(f"{site.server.url}/admin/agreement")
+    until(page, "document.querySelector('.measures .everybody')")
+    picture(page, "people-agreement")
+    check_access(page)
+    page.goto(f"{site.server.url}/admin/adjudication")
+    until(page, "document.querySelectorAll('.listed tbody tr').length === 2")
+    check_access(page)
+
+    page.focus(".start")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".chip")
+    assert "2 people agree to 0 %" in page.inner_text("#ask")  # the most disputed first
+    shown(page)
+    page.keyboard.press("?")
+    assert "go to the orders to take" in page.inner_text("dialog")
+    page.keyboard.press("Escape")
+    for place in "213":
+        page.keyboard.press(place)
+    page.keyboard.press("Enter")  # the focus is on the button
+    until(page, "document.querySelector('.turns').textContent.includes('plants')")
+    places = order(page, ANSWERS)
+    assert page.locator(".orders tbody th").all_inner_texts() == ["ann", "bob"]
+    letters = [["ABCD"[places.index(k)] for k in range(4) if said["bob"][k] == place] for place in range(3)]
+    cells = [page.locator(".orders tbody tr").nth(1).locator("td").nth(1 + place) for place in range(3)]
+    assert [sorted(cell.locator(".letter").all_inner_texts()) for cell in cells] == [sorted(one) for one in letters]
+    picture(page, "people-adjudicate")
+    check_access(page)
+    page.click("#theme")
+    page.wait_for_timeout(200)  # colours change slowly
+    check_access(page)
+    page.click("#theme")
+
+    page.locator(".take").nth(1).click()  # bob's order, as it is
+    until(page, "document.querySelector('#badge-0').textContent !== ''")
+    page.click("#submit")
+    until(page, "document.getElementById('ask').textContent.startsWith('There is nothing to decide')")
+    rows = site.exported("--filter", "adjudicated=only")
+    assert [row["decided_by"] for row in rows] == ["administrator"] * 2
+    assert rows[1]["ranks"] == said["bob"] and [one["overall"] for one in rows[1]["ratings"]] == RATED
+    assert "taken" in rows[1] and "taken" not in rows[0] and sorted(rows[0]["ranks"]) == [0, 1, 2]
+
+    page.keyboard.press("u")  # and now ann's, by keyboard, with one change
+    page.wait_for_selector(".orders")
+    assert page.inner_text("#badge-0") == f"#{said['bob'][places[0]] + 1}"
+    page.keyboard.press("t")
+    page.keyboard.press("Enter")
+    until(page, f"document.querySelector('#badge-0').textContent === '#{said['ann'][places[0]] + 1}'")
+    page.keyboard.press("abcd"[places.index(1)])
+    page.keyboard.press("4")
+    page.keyboard.press("Control+Enter")
+    until(page, "document.getElementById('ask').textContent.startsWith('There is nothing to decide')")
+    rows = site.exported("--filter", "adjudicated=only")
+    assert rows[1]["ranks"] == [0, 2, 1, 2] and "taken" not in rows[1]
+    page.goto(f"{site.server.url}/admin/adjudication")
+    assert page.locator("text=administrator").count() >= 2
+    check_access(page)
+    page.locator("button.danger").first.click()
+    until(page, "document.querySelectorAll('table').length === 2")
+
+    narrow = page.context.new_page()
+    narrow.set_viewport_size({"width": 360, "height": 740})
+    for path in ("/admin/agreement", "/admin/adjudication", "/admin/adjudicate"):
+        narrow.goto(site.server.url + path)
+        narrow.wait_for_timeout(300)
+        assert narrow.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
+        check_access(narrow)
+    narrow.close()
+
+
 HOSTILE = [
     "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><style>body{display:none}</style>",
     "\u202eevil\u202c \u2066x \u0000\u0007 \u200b zero",
@@ -529,9 +632,9 @@ def label(page: Any, ranks: Callable[[list[str]], list[int]]) -> None:
     assert before
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(60, marks=pytest.mark.slow)])
-def test_simulated_labelers_drive_the_page(count: int, site: Site, request: pytest.FixtureRequest):
+def test_simulated_labelers_drive_the_page(done: tuple[Any, dict], site: Site):
     """The export is what they would have written, and the reward model the same as from their file, to the bit."""
+    count = 60 if FULL_SIZE else 10
     world = World.generate(0)
     people = labelers.labelers(seed=1)
     rows = list(labelers.rankings(world, count, seed=1, people=people))
@@ -545,17 +648,17 @@ def test_simulated_labelers_drive_the_page(count: int, site: Site, request: pyte
         wanted.append({"prompt": row["prompt"], "responses": row["responses"]})
     site.add(*wanted)
     pages = [site.person(f"labeler {person.id}") for person in people]
-    done = 0
-    while done < count:
+    sent = 0
+    while sent < count:
         for person, page in zip(people, pages, strict=True):
             until(page, "!document.querySelector('#ask').textContent.startsWith('Loading')")
-            if done == count:
+            if sent == count:
                 break
             text = page.inner_text(".turns .turn:last-child .text")
             number = int(page.inner_text("#pace-done"))
             label(page, lambda texts, text=text, person=person: person.rank(world, text, texts, 1))  # type: ignore[misc]
             assert int(page.inner_text("#pace-done")) == number + 1
-            done += 1
+            sent += 1
     exported = site.exported()
     assert len(exported) == count
     for row in exported:
@@ -571,15 +674,13 @@ def test_simulated_labelers_drive_the_page(count: int, site: Site, request: pyte
     ]
     assert read[0] == read[1] and len(read[0]) == count
     assert set(forms.SCALES[:1]) == set(exported[0]["ratings"][0])
-    if count < 60:
-        return
     written = site.folder / "written.jsonl"
     with written.open("w") as file:
         for row in exported:
             person = people[int(row["person"].split()[-1])]
             ranks = person.rank(world, row["prompt"][-1]["content"], row["responses"], 1)
             file.write(json.dumps({"prompt": row["prompt"], "responses": row["responses"], "ranks": ranks}) + "\n")
-    cfg, _ = request.getfixturevalue("done")
+    cfg, _ = done
     learnt = dataclasses.replace(
         cfg.reward, init=cfg.out / "sft" / "model", data_dir=site.folder / "data", held_out=None
     )
@@ -628,3 +729,23 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
         assert (row["prompt"], row["responses"], row["ranks"], row["labeler"]) in known
     assert len(lines) == 2 * 8
     until(pages[0], "document.getElementById('ask').textContent.startsWith('Nothing to do')")
+
+
+def test_three_people_at_once_by_mouse(site: Site):
+    """They take turns, so that all hold a task at the same time; no item has more answers than are wanted of it."""
+    with Store(site.db) as store:
+        store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.0))
+    site.add({"prompt": "of all", "responses": ["a", "b"], "overlap": 3})
+    site.add(*({"prompt": f"of one: {n}", "responses": [f"{n} a", f"{n} b"]} for n in range(5)))
+    pages = {name: site.person(name, viewport={"width": 1280, "height": 860}) for name in ("ann", "ben", "cleo")}
+    for done in range(1, 4):
+        for page in pages.values():
+            for n in range(len(shown(page))):
+                drag(page, n, '.level[data-place="1"]')
+        for page in pages.values():
+            page.click("#submit")
+        for page in pages.values():
+            stored(page, done)
+    answered = collections.Counter((json.dumps(row["prompt"]), row["person"]) for row in site.exported())
+    assert set(answered.values()) == {1} and len(answered) == 9
+    assert sorted(collections.Counter(prompt for prompt, _ in answered).values()) == [1] * 6 + [3]

@@ -86,6 +86,8 @@ function work(boot) {
   let selected = null; // chip that a click on a place will put there
   let waiting = false; // nothing was left to do
   const title = document.title;
+  const api = boot.api || { task: "/api/task", draft: "/api/draft", submit: "/api/submit", undo: "/api/undo" };
+  let wanted = boot.api ? new URLSearchParams(location.search).get("item") : null; // item to decide next
   const tabs = "BroadcastChannel" in window ? new BroadcastChannel("people") : null;
 
   const key = (what) => `${what}/${boot.person}`;
@@ -152,6 +154,7 @@ function work(boot) {
       prompt_flags: [],
       confidence: null,
       note: "",
+      taken: null,
     };
   }
 
@@ -169,7 +172,7 @@ function work(boot) {
   async function load(focus = !document.querySelector("dialog[open]")) {
     let body;
     try {
-      const response = await fetch("/api/task");
+      const response = await fetch(wanted ? `${api.task}?item=${encodeURIComponent(wanted)}` : api.task);
       body = await response.json();
       if (!response.ok) return refused(response.status, body);
     } catch {
@@ -185,10 +188,13 @@ function work(boot) {
     $("pace-seconds").textContent = pace.seconds ? `${Math.round(pace.seconds)} s` : "–";
     $("undo").disabled = !pace.done;
     task = body.task;
+    wanted = null;
+    if (body.gone) banner(t(`error_${body.gone}`), "warn");
+    if (boot.api) history.replaceState(null, "", task ? `?item=${task.item}` : location.pathname);
     if (!task) {
-      $("ask").textContent = body.aside ? t("aside") : t("nothing_left");
+      $("ask").textContent = body.aside ? t("aside") : t(boot.nothing || "nothing_left");
       if (body.aside || !waiting) $("task").replaceChildren();
-      if (!body.aside && !waiting) {
+      if (!body.aside && !waiting && !boot.nothing) {
         const dot = el("span", { className: "pulse", "aria-hidden": "true" });
         $("task").append(el("p", { className: "resting" }, dot, t("resting")));
       }
@@ -219,11 +225,13 @@ function work(boot) {
 
   function draw() {
     const kind = task.task;
-    $("ask").textContent = t(`task_${kind}`);
+    const share = task.orders && Math.round(100 * task.share);
+    $("ask").textContent = task.orders ? t("decide_ask", { n: task.orders.length, share }) : t(`task_${kind}`);
     talking?.close();
     talking = null;
     if (kind === "chat") return drawConversation();
     const parts = [drawPrompt()];
+    if (task.orders) parts.push(drawOrders());
     const cards = el("section", { className: "cards", "aria-label": t("answers") }, ...task.responses.map(drawCard));
     cards.dataset.count = task.responses.length;
     if (kind === "rank") parts.push(el("div", { className: "bench" }, cards, drawPanel()));
@@ -319,8 +327,8 @@ function work(boot) {
   function drawPanel() {
     return el(
       "aside",
-      { className: task.responses.length > 6 ? "panel many" : "panel", "aria-label": t("step_rank") },
-      el("h2", {}, t("step_rank")),
+      { className: task.responses.length > 6 ? "panel many" : "panel", "aria-label": t(task.orders ? "step_order" : "step_rank") },
+      el("h2", {}, t(task.orders ? "step_order" : "step_rank")),
       el("p", { className: "hint", id: "rank-hint" }),
       el("div", { className: "levels", id: "levels" }),
       el("h3", {}, t("tray")),
@@ -452,6 +460,66 @@ function work(boot) {
     node.addEventListener("pointermove", onMove);
     node.addEventListener("pointerup", onEnd);
     node.addEventListener("pointercancel", onEnd);
+  }
+
+  // The orders of others, of which one may be taken ------------------------------------------------------------------
+
+  function drawOrders() {
+    const columns = []; // [heading, the cell of an order]; one that no order fills is left out
+    const add = (heading, cell) => task.orders.some(cell) && columns.push([heading, cell]);
+    task.responses.forEach((_, place) => add(t("place", { n: place + 1 }), (order) => inPlace(order, place)));
+    add(t("by_how_much"), (order) =>
+      order.strength === undefined ? null
+        : order.strength === 0 ? t("strength_0")
+        : t("strength_of", { a: letter(order.strength < 0 ? 0 : 1), how: t(`strength_${Math.abs(order.strength)}`) }),
+    );
+    add(t("confidence"), (order) => order.confidence && String(order.confidence));
+    add(t("note"), (order) => order.note && el("span", { className: "said", dir: "auto" }, order.note.replace(CONTROL, "·")));
+    const rows = task.orders.map((order) => {
+      const button = el("button", { type: "button", className: "take", "aria-label": t("take_of", { name: order.person }) }, t("take"));
+      button.addEventListener("click", () => take(order));
+      const cells = columns.map(([, cell]) => el("td", {}, cell(order) || ""));
+      return el("tr", {}, el("th", { scope: "row" }, order.person), el("td", {}, button), ...cells);
+    });
+    const head = el("tr", {}, el("td"), el("td"), ...columns.map(([heading]) => el("th", { scope: "col" }, heading)));
+    const table = el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows));
+    const scroll = el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": t("their_orders") }, table);
+    return el("section", { className: "orders" }, el("h2", {}, t("their_orders")), scroll);
+  }
+
+  // The responses that a person put in a place, with the overall ratings.
+  function inPlace(order, place) {
+    const found = order.ranks.flatMap((rank, n) => (rank === place ? [n] : []));
+    if (!found.length) return null;
+    const mark = (n) => {
+      const rating = order.ratings?.[n]?.overall;
+      return el("span", { className: "placed" }, el("span", { className: "letter" }, letter(n)), rating ? el("small", { title: t("scale_overall") }, String(rating)) : null);
+    };
+    return el("span", { className: "marks" }, ...found.map(mark));
+  }
+
+  function take(order) {
+    answer.ranks = [...order.ranks];
+    answer.strength = order.strength ?? null;
+    answer.best = task.task === "best" ? order.ranks.indexOf(0) : null;
+    answer.taken = order.label;
+    draw();
+    changed();
+    say(t("taken", { name: order.person }));
+    banner(t("taken", { name: order.person }));
+    $("submit").focus();
+  }
+
+  // The label that is taken, if the answer still is as it says.
+  function taken() {
+    const order = task.orders?.find((one) => one.label === answer.taken);
+    if (!order) return {};
+    const same = {
+      rank: () => String(answer.ranks) === String(order.ranks),
+      compare: () => answer.strength === order.strength,
+      best: () => answer.best === order.ranks.indexOf(0),
+    };
+    return same[task.task]() ? { taken: order.label } : {};
   }
 
   // Compare, choose, write ---------------------------------------------------------------------------------------------
@@ -606,7 +674,7 @@ function work(boot) {
     const number = task.id;
     const status = $("draft");
     try {
-      const [code, body] = await post("/api/draft", { assignment: number, draft: answer });
+      const [code, body] = await post(api.draft, { assignment: number, draft: answer });
       if (code === 200) {
         status.textContent = t("draft_saved");
         if (!$("banner").hidden && $("banner").textContent === t("offline")) banner("");
@@ -624,6 +692,7 @@ function work(boot) {
   function lost(body) {
     banner(words[`error_${body.error}`] || body.message, "warn");
     localStorage.removeItem(key("draft"));
+    if (body.error === "taken_back") wanted = task?.item;
     if (["demonstrate", "chat"].includes(task?.task) && answer.text.trim()) {
       const close = el("button", { type: "button", autofocus: true }, t("close"));
       const box = dialog(t("lost_text"), el("textarea", { rows: 8, readOnly: true, value: answer.text, "aria-label": t("your_answer") }), close);
@@ -648,11 +717,11 @@ function work(boot) {
         if (unrated()) return missing("missing_ratings", firstOpen());
         if (answer.ranks.includes(null)) return missing("missing_places", firstOpen());
         const ratings = boot.ratings === "none" ? null : answer.ratings;
-        return send({ ranks: answer.ranks, ratings, ...common() });
+        return send({ ranks: answer.ranks, ratings, ...common(), ...taken() });
       }
       case "compare":
         if (answer.strength === null) return missing("missing_choice", firstOpen());
-        return send({ strength: answer.strength, ...common() });
+        return send({ strength: answer.strength, ...common(), ...taken() });
       case "arena":
         if (answer.verdict === null) return missing("missing_choice", firstOpen());
         return send({ verdict: answer.verdict, ...common() });
@@ -664,7 +733,7 @@ function work(boot) {
         return send(common());
       case "best":
         if (answer.best === null) return missing("missing_choice", firstOpen());
-        return send({ best: answer.best, ...common() });
+        return send({ best: answer.best, ...common(), ...taken() });
       case "demonstrate":
         if (!answer.text.trim()) return missing("missing_text", $("text"));
         return send({ text: answer.text, edited: answer.edited, ...common() });
@@ -685,7 +754,7 @@ function work(boot) {
     if ($("submit")) $("submit").disabled = true;
     let code, body;
     try {
-      [code, body] = await post("/api/submit", pending);
+      [code, body] = await post(api.submit, pending);
     } catch {
       code = 0;
     }
@@ -722,7 +791,9 @@ function work(boot) {
   }
 
   tabs?.addEventListener("message", ({ data }) => {
-    if (data.person === boot.person && task && (data.assignment === task.id || data.assignment === null) && !busy) load(false);
+    if (data.person !== boot.person || !task || (data.assignment !== task.id && data.assignment !== null) || busy) return;
+    if (boot.api) wanted = task.item;
+    load(false);
   });
 
   $("undo").addEventListener("click", undo);
@@ -731,9 +802,10 @@ function work(boot) {
     if (busy) return;
     clearTimeout(timer);
     try {
-      if (task) await post("/api/draft", { assignment: task.id, draft: answer });
-      const [code, body] = await post("/api/undo", {});
+      if (task) await post(api.draft, { assignment: task.id, draft: answer });
+      const [code, body] = await post(api.undo, {});
       if (code !== 200) return refused(code, body);
+      wanted = body.item ?? null;
       localStorage.removeItem(key("draft"));
       banner(t("undone"));
       tabs?.postMessage({ person: boot.person, assignment: null });
@@ -795,6 +867,7 @@ function work(boot) {
       ["N", "key_note"],
       ["?", "key_help"],
     ];
+    if (task?.orders) keys.splice(5, 0, ["T", "key_take"]);
     const list = el("dl", { className: "keys" }, ...keys.flatMap(([name, what]) => [el("dt", {}, el("kbd", {}, name)), el("dd", {}, t(what))]));
     const close = el("button", { type: "button", className: "primary", autofocus: true }, t("close"));
     const box = dialog(t("help"), list, close);
@@ -864,6 +937,7 @@ function work(boot) {
       return $(`card-${n}`).scrollIntoView({ block: "nearest" });
     }
     const acts = { x: expand, s: askSkip, u: undo, n: () => $("note").focus() };
+    if (task.orders) acts.t = () => document.querySelector(".take").focus();
     if (acts[name]) {
       done();
       acts[name]();

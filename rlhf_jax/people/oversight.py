@@ -1,0 +1,246 @@
+"""The administrator's other pages: how far people agree, and the queue of items that somebody has to decide."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.people import adjudication, forms
+from rlhf_jax.people.agreement import Estimate, Share, Undefined
+from rlhf_jax.people.consensus import Measures, Snapshot, Watch
+from rlhf_jax.people.store import Person, Refused, Store
+
+_LISTED = 50  # items of the queue, and decisions
+_SOON = 0.5  # seconds that a page waits for numbers that are fresh
+_FIRST = 30.0  # seconds that the queue waits for its first numbers
+_SNIPPET = 120  # characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What every page of the server has: who asks, how a page is made, and what a request holds."""
+
+    administrator: Callable[..., Person]
+    page: Callable[..., Response]
+    boot: Callable[[Request, Person], dict[str, Any]]
+    json: Callable[[Request], Awaitable[dict[str, Any]]]
+    form: Callable[[Request], Awaitable[dict[str, str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A measure as a table shows it."""
+
+    text: str = ""
+    interval: str = ""
+    title: str = ""
+    why: str = ""  # the name of the reason for which there is no number
+
+
+def routes(store: Store, frame: Frame) -> list[Route]:
+    """The routes of these pages."""
+    pages = Oversight(store, frame)
+    return [
+        Route("/admin/agreement", pages.agreement),
+        Route("/admin/adjudication", pages.queue),
+        Route("/admin/adjudicate", pages.decide),
+        Route("/admin/withdraw", pages.withdraw, methods=["POST"]),
+        Route("/api/adjudicate/task", pages.task),
+        Route("/api/adjudicate/draft", pages.draft, methods=["POST"]),
+        Route("/api/adjudicate/submit", pages.submit, methods=["POST"]),
+        Route("/api/adjudicate/undo", pages.undo, methods=["POST"]),
+    ]
+
+
+class Oversight:
+    """The handlers of the routes."""
+
+    def __init__(self, store: Store, frame: Frame):
+        self._store, self._frame, self._watch = store, frame, Watch(store)
+
+    async def agreement(self, request: Request) -> Response:
+        """Show how far people agree."""
+        return await run_in_threadpool(self._agreement, request)
+
+    def _agreement(self, request: Request) -> Response:
+        person = self._frame.administrator(request)
+        found = self._watch.latest(_SOON)
+        rows = [("", found.everybody), *found.people.items()] if found else []
+        return self._frame.page(
+            request,
+            "agreement.html",
+            person,
+            rows=[(name, cells(measures)) for name, measures in rows],
+            scales=forms.SCALES,
+            computed=found and {"at": time.strftime("%H:%M:%S", time.localtime(found.at)), "took": f"{found.took:.2f}"},
+        )
+
+    async def queue(self, request: Request) -> Response:
+        """Show the queue and what was decided."""
+        return await run_in_threadpool(self._queue, request)
+
+    def _queue(self, request: Request) -> Response:
+        person, found = self._frame.administrator(request), self._watch.latest(_SOON)
+        listed = []
+        with self._store.reader() as db:
+            left = _left(found, adjudication.settled(db, person.id)) if found else []
+            for item, share in left[:_LISTED]:
+                names = [order.person for order in adjudication.orders(db, item)]
+                prompt = db.execute("SELECT prompt FROM items WHERE id = ?", (item,)).fetchone()["prompt"]
+                listed.append({"item": item, "share": share, "names": names, "prompt": _snippet(json.loads(prompt))})
+            decided = [
+                {
+                    "label": decision.label,
+                    "name": decision.person,
+                    "at": time.strftime("%Y-%m-%d %H:%M", time.localtime(decision.at)),
+                    "prompt": _snippet(decision.prompt),
+                }
+                for decision in adjudication.decisions(db, _LISTED)
+            ]
+        return self._frame.page(
+            request,
+            "adjudication.html",
+            person,
+            ready=found is not None,
+            left=len(left),
+            listed=listed,
+            decided=decided,
+        )
+
+    async def decide(self, request: Request) -> Response:
+        """Show the page on which items are decided."""
+        return await run_in_threadpool(self._decide, request)
+
+    def _decide(self, request: Request) -> Response:
+        person = self._frame.administrator(request)
+        boot = self._frame.boot(request, person) | {
+            "person": f"{person.id}/adjudication",  # drafts in the browser are apart from those of other work
+            "ratings": "none",
+            "nothing": "nothing_to_decide",
+            "api": {name: f"/api/adjudicate/{name}" for name in ("task", "draft", "submit", "undo")},
+        }
+        return self._frame.page(request, "adjudicate.html", person, boot=boot)
+
+    async def task(self, request: Request) -> Response:
+        """The item that is asked for, or the first of the queue, as JSON."""
+        content = json.dumps(await run_in_threadpool(self._task, request))  # in ASCII: a draft may be no Unicode yet
+        return Response(content, media_type="application/json")
+
+    def _task(self, request: Request) -> dict[str, Any]:
+        person, wanted = self._frame.administrator(request), request.query_params.get("item", "")
+        found = self._watch.latest() or self._watch.latest(_FIRST)
+        gone: Refused | None = None
+        with self._store.reader() as db:
+            left = _left(found, adjudication.settled(db, person.id)) if found and not person.aside else []
+            pace = adjudication.pace(db, person.id, self._store.now(), len(left))
+            items = [item for item, _ in left]
+            if wanted.isdecimal() and len(wanted) < 18 and not person.aside:
+                gone = adjudication.refusal(db, int(wanted))
+                items = items if gone else [int(wanted), *items]
+            # What was found may be older than an answer that somebody took back.
+            item = next((item for item in items if adjudication.refusal(db, item) is None), None)
+            task = None if item is None else adjudication.task(db, person.id, item)
+        return {"task": task, "gone": gone and gone.code, "aside": person.aside, "pace": dataclasses.asdict(pace)}
+
+    async def draft(self, request: Request) -> Response:
+        """Keep a draft."""
+        body = await self._frame.json(request)
+
+        def save() -> None:
+            person = self._frame.administrator(request, body)
+            adjudication.save_draft(self._store, person.id, _item(body), body.get("draft") or {})
+
+        await run_in_threadpool(save)
+        return JSONResponse({"saved": True})
+
+    async def submit(self, request: Request) -> Response:
+        """Store a decision."""
+        body = await self._frame.json(request)
+
+        def save() -> int:
+            person, seconds = self._frame.administrator(request, body), body.get("seconds")
+            if not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
+                raise InputError("seconds: expected a number")
+            name = body.get("submission")
+            if not isinstance(name, str):
+                raise InputError("submission: expected a name")
+            item, answer = _item(body), body.get("answer")
+            return adjudication.decide(self._store, person.id, item, name, answer, float(seconds))
+
+        return JSONResponse({"label": await run_in_threadpool(save)})
+
+    async def undo(self, request: Request) -> Response:
+        """Withdraw the administrator's last decision."""
+        body = await self._frame.json(request)
+
+        def withdraw() -> int:
+            return adjudication.withdraw(self._store, self._frame.administrator(request, body).id)
+
+        return JSONResponse({"undone": True, "item": await run_in_threadpool(withdraw)})
+
+    async def withdraw(self, request: Request) -> Response:
+        """Withdraw a decision of the list."""
+        form = await self._frame.form(request)
+
+        def withdraw() -> None:
+            person, label = self._frame.administrator(request, form), form.get("label", "")
+            if not label.isdecimal() or len(label) > 18:
+                raise InputError("label: expected a number")
+            with contextlib.suppress(Refused):  # it was withdrawn already
+                adjudication.withdraw(self._store, person.id, int(label))
+
+        await run_in_threadpool(withdraw)
+        return RedirectResponse("/admin/adjudication", 303)
+
+
+def _left(found: Snapshot, settled: set[int]) -> list[tuple[int, float]]:
+    """The items of the queue and their agreement, lowest first, without those that are settled."""
+    return [
+        (item, share)
+        for item, share in zip(found.items.tolist(), found.shares.tolist(), strict=True)
+        if item not in settled
+    ]
+
+
+def cells(measures: Measures) -> list[Cell]:
+    """The measures in the order of the columns: agreement in three ways, alphas, kappa, with oneself, gold."""
+    agreed = measures.agreement
+    if isinstance(agreed, Undefined):
+        three: list[Any] = [agreed] * 3
+    else:
+        only_ties = Undefined("agreement without ties is undefined: every case has a tie", "no_cases")
+        three = [agreed.without_ties or only_ties, agreed.ties_as_label, agreed.ties_as_half]
+    return [_cell(one) for one in (*three, *measures.alpha.values(), measures.kappa, measures.own, measures.gold)]
+
+
+def _cell(found: Share | Estimate | Undefined) -> Cell:
+    match found:
+        case Undefined():
+            return Cell(why=found.why, title=str(found))
+        case Share():
+            interval = f"{100 * found.lower:.0f} … {100 * found.upper:.0f}"
+            return Cell(f"{100 * found.value:.0f} %", interval, f"n = {found.n}")
+    value, lower, upper = (
+        f"{number:.2f}".replace("-", "\N{MINUS SIGN}") for number in (found.value, found.lower, found.upper)
+    )
+    return Cell(value, f"{lower} … {upper}")
+
+
+def _snippet(prompt: Any) -> str:
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return text if len(text) <= _SNIPPET else text[: _SNIPPET - 1] + "…"
+
+
+def _item(body: dict[str, Any]) -> int:
+    item = body.get("assignment")
+    if type(item) is not int or not 0 <= item < 2**62:
+        raise InputError("assignment: expected the number of an item")
+    return item
