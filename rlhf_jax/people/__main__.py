@@ -178,7 +178,7 @@ def _models(cfg: Serve, store: Store) -> tuple[Path, ...]:
         return ()
     if not (QUICKSTART / "config.json").is_file():
         raise InputError(
-            f"nothing to ask: no model at {QUICKSTART}, which scripts/quickstart.sh makes in about ten minutes;"
+            f"nothing to ask: no model at {QUICKSTART}, which scripts/quickstart.sh makes in a few minutes;"
             " or name one by --model, or answers by --responses FILE.jsonl"
         )
     return (QUICKSTART,)

@@ -156,7 +156,9 @@ def run(cfg=CFG, mix=None, rollout_seed=0, steps=1):
 
 
 def difference(a, b) -> float:
-    return max(float(jnp.max(jnp.abs(x - y))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return max(
+        float(np.max(np.abs(np.subtract(x, y)))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 # What each setting does. A change is undone by the test's own arithmetic, or seen in what the function returns; that it

@@ -35,8 +35,8 @@ def test_auxiliary_losses_are_means_over_the_whole_minibatch_to_which_shares_add
     tiny.assert_close(jax.tree.map(jnp.add, share(0, 1), share(1, 4)), (whole, metrics), atol=1e-5)
 
 
-@pytest.mark.parametrize("step", [0, 3])
-def test_minibatches_are_drawn_anew_in_each_step_and_epoch(step):
+@pytest.mark.parametrize(("step", "microbatches"), [(0, 1), (3, 2)])
+def test_minibatches_are_drawn_anew_in_each_step_and_epoch(step, microbatches):
     """Of the rows x, a least-squares loss 1/2 (w - x)^2, whose result depends on the order of the updates."""
     x, rng, cfg = np.arange(6.0, dtype=np.float32) ** 2, jax.random.key(7), updates.Config(epochs=2, minibatches=3)
 
@@ -50,7 +50,7 @@ def test_minibatches_are_drawn_anew_in_each_step_and_epoch(step):
     tx = optax.sgd(0.5)
     before = updates.init({"policy": jnp.float32(0.0)}, tx, cfg, rng)
     state = before.replace(step=jnp.int32(step))
-    apply = functools.partial(updates.apply, objective=objective, tx=tx, cfg=cfg, microbatches=1, axis=None)
+    apply = functools.partial(updates.apply, objective=objective, tx=tx, cfg=cfg, microbatches=microbatches, axis=None)
     after, metrics = jax.jit(lambda state: apply(state, jnp.array(x), None))(state)
 
     weight, losses = 0.0, []
