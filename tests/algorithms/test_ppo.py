@@ -156,9 +156,7 @@ def run(cfg=CFG, mix=None, rollout_seed=0, steps=1):
 
 
 def difference(a, b) -> float:
-    return max(
-        float(np.max(np.abs(np.subtract(x, y)))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
+    return max(float(np.max(np.abs(np.subtract(*xs)))) for xs in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
 # What each setting does. A change is undone by the test's own arithmetic, or seen in what the function returns; that it

@@ -8,7 +8,7 @@ import weakref
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import (

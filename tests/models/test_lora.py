@@ -137,10 +137,8 @@ def test_generation_says_what_merged_does(config):
 )
 def test_each_setting_changes_the_model(setting, value):
     merged = lambda cfg: lora.merge(*reversed(parts(tiny.policy(), cfg)), cfg)
-    one, other = merged(CFG), merged(dataclasses.replace(CFG, **{setting: value}))
-    assert (
-        max(float(np.max(np.abs(np.subtract(a, b)))) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
-        > 0.1
+    leaves = zip(*map(jax.tree.leaves, (merged(CFG), merged(dataclasses.replace(CFG, **{setting: value})))), strict=True)
+    assert max(float(np.max(np.abs(np.subtract(*pair)))) for pair in leaves) > 0.1
     )
 
 
