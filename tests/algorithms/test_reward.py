@@ -12,7 +12,7 @@ from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
 from rlhf_jax.types import InputError, Rankings
 from tests import tiny
-from tests.oracles import cases
+from tests.oracles import Case, cases
 
 SCORE = heads.score_fn(tiny.GPT)
 SCORES = jax.jit(functools.partial(reward.scores, score_fn=SCORE))
@@ -236,3 +236,67 @@ def test_normalize_changes_the_scores_as_it_says():
     score = SCORES(tiny.scalar(), rows)
     changed = SCORES(reward.normalize(tiny.scalar(), 0.5, 2.0), rows)
     np.testing.assert_allclose(changed, (score - 0.5) / 2.0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_cost_loss_oracle():
+    case = Case("cost_model_loss")
+    cost = jnp.stack([case["cost_lower"], case["cost_higher"]], axis=1)
+    rank = jnp.tile(jnp.array([[0, 1]]), (len(cost), 1))  # the less harmful one is the better
+    harmful = jnp.stack([case["sign_lower"], case["sign_higher"]], axis=1) > 0
+    value, grad = jax.value_and_grad(reward.cost_loss)(cost, rank, harmful)
+    each = [reward.cost_loss(cost[b : b + 1], rank[b : b + 1], harmful[b : b + 1]) for b in range(len(cost))]
+    correct, signs = reward.correct_signs(cost, rank, harmful)
+    case.check(
+        loss=value,
+        pair_loss=each,
+        grad_cost_higher=grad[:, 1],
+        grad_cost_lower=grad[:, 0],
+        accuracy=reward.pairwise_accuracy(-cost, rank),
+        sign_accuracy=correct / signs,
+    )
+
+
+def test_cost_loss_of_a_ranking_by_hand():
+    """Three responses and a gap: the pairs (0, 1) and (2, 1); the second prompt, all ties, is left out."""
+    cost = jnp.array([[-0.5, 1.5, 0.25, 9.0], [5.0, 5.0, 5.0, 5.0]])
+    rank = jnp.array([[0, 1, 0, -1], [2, 2, 2, 2]])
+    harmful = jnp.array([[False, True, True, True], [True, False, True, False]])
+    ln = lambda x: np.log1p(np.exp(-x))  # -ln sigmoid(x)
+    expected = (ln(2.0) + ln(1.25)) / 2 + 2 * (ln(0.5) + ln(1.5) + ln(0.25)) / 3
+    value, grad = jax.value_and_grad(reward.cost_loss)(cost, rank, harmful)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert grad[0, 3] == 0 and not np.any(grad[1])
+
+
+@pytest.mark.slow
+def test_a_cost_model_learns_on_one_device_and_eight():
+    cfg, rng = reward.Config(loss="cost"), np.random.default_rng(0)
+    ranks = rng.integers(0, 3, (8, 3)).astype(np.int32)
+    tokens = tiny.random_tokens(3, 24, 12).reshape(8, 3, 12)
+    batch = Rankings(
+        tokens=tokens,
+        mask=tiny.ragged(4, 24, 12).reshape(8, 3, 12),
+        start=np.full(8, 2, np.int32),
+        rank=ranks,
+        harmful=rng.random((8, 3)) < 0.5,
+    )
+    results = []
+    for devices, microbatches in ((jax.devices()[:1], 4), (jax.devices(), 1)):
+        layout = parallel.layout(devices=devices)
+        step = functools.partial(
+            reward.train_step, score_fn=heads.score_fn(tiny.GPT), tx=TX, cfg=cfg, microbatches=microbatches
+        )
+        state = layout.state(optim.init(tiny.scalar(), TX, jax.random.key(0)))
+        state, metrics = layout.step(step)(state, layout.rows(batch))
+        results.append(jax.tree.map(np.asarray, layout.get((state.params, metrics))))
+    tiny.assert_close(*results, atol=1e-5)
+    metrics = results[0][1]
+    assert {"loss/cost", "reward/accuracy", "cost/sign_accuracy"} <= metrics.keys()
+    batch = tiny.arrays(batch)
+    cost = reward.scores(tiny.scalar(), batch, heads.score_fn(tiny.GPT))
+    np.testing.assert_allclose(metrics["loss/cost"], reward.cost_loss(cost, batch.rank, batch.harmful), rtol=1e-5)
+    with pytest.raises(InputError, match="needs labels of harmful responses"):
+        reward.loss(cost, batch.rank, cfg)
+    with pytest.raises(InputError, match="have no effect with loss=cost"):
+        reward.Config(loss="cost", centring=0.1)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import grpo, optim, ppo, reward, rewards, rloo, updates
+from rlhf_jax.algorithms import grpo, optim, ppo, rewards, rloo, updates
 from rlhf_jax.algorithms.advantages import gae
 from rlhf_jax.algorithms.rewards import Config
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
-from rlhf_jax.types import InputError, Rankings
+from rlhf_jax.types import InputError
 from tests import tiny
 from tests.algorithms.test_ppo import episodes
 from tests.oracles import Case
@@ -180,67 +180,3 @@ def test_every_algorithm_learns_from_the_combination_on_one_device_and_eight(nam
     assert "rewards" not in alone.opt_state
     with pytest.raises(AssertionError):
         tiny.assert_close(alone.params, results[0][0], atol=1e-5)
-
-
-@pytest.mark.slow
-def test_cost_loss_oracle():
-    case = Case("cost_model_loss")
-    cost = jnp.stack([case["cost_lower"], case["cost_higher"]], axis=1)
-    rank = jnp.tile(jnp.array([[0, 1]]), (len(cost), 1))  # the less harmful one is the better
-    harmful = jnp.stack([case["sign_lower"], case["sign_higher"]], axis=1) > 0
-    value, grad = jax.value_and_grad(reward.cost_loss)(cost, rank, harmful)
-    each = [reward.cost_loss(cost[b : b + 1], rank[b : b + 1], harmful[b : b + 1]) for b in range(len(cost))]
-    correct, signs = reward.correct_signs(cost, rank, harmful)
-    case.check(
-        loss=value,
-        pair_loss=each,
-        grad_cost_higher=grad[:, 1],
-        grad_cost_lower=grad[:, 0],
-        accuracy=reward.pairwise_accuracy(-cost, rank),
-        sign_accuracy=correct / signs,
-    )
-
-
-def test_cost_loss_of_a_ranking_by_hand():
-    """Three responses and a gap: the pairs (0, 1) and (2, 1); the second prompt, all ties, is left out."""
-    cost = jnp.array([[-0.5, 1.5, 0.25, 9.0], [5.0, 5.0, 5.0, 5.0]])
-    rank = jnp.array([[0, 1, 0, -1], [2, 2, 2, 2]])
-    harmful = jnp.array([[False, True, True, True], [True, False, True, False]])
-    ln = lambda x: np.log1p(np.exp(-x))  # -ln sigmoid(x)
-    expected = (ln(2.0) + ln(1.25)) / 2 + 2 * (ln(0.5) + ln(1.5) + ln(0.25)) / 3
-    value, grad = jax.value_and_grad(reward.cost_loss)(cost, rank, harmful)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    assert grad[0, 3] == 0 and not np.any(grad[1])
-
-
-@pytest.mark.slow
-def test_a_cost_model_learns_on_one_device_and_eight():
-    cfg = reward.Config(loss="cost")
-    ranks = RNG.integers(0, 3, (8, 3)).astype(np.int32)
-    tokens = tiny.random_tokens(3, 24, 12).reshape(8, 3, 12)
-    batch = Rankings(
-        tokens=tokens,
-        mask=tiny.ragged(4, 24, 12).reshape(8, 3, 12),
-        start=np.full(8, 2, np.int32),
-        rank=ranks,
-        harmful=RNG.random((8, 3)) < 0.5,
-    )
-    results = []
-    for devices, microbatches in ((jax.devices()[:1], 4), (jax.devices(), 1)):
-        layout = parallel.layout(devices=devices)
-        step = functools.partial(
-            reward.train_step, score_fn=heads.score_fn(tiny.GPT), tx=TX, cfg=cfg, microbatches=microbatches
-        )
-        state = layout.state(optim.init(tiny.scalar(), TX, jax.random.key(0)))
-        state, metrics = layout.step(step)(state, layout.rows(batch))
-        results.append(jax.tree.map(np.asarray, layout.get((state.params, metrics))))
-    tiny.assert_close(*results, atol=1e-5)
-    metrics = results[0][1]
-    assert {"loss/cost", "reward/accuracy", "cost/sign_accuracy"} <= metrics.keys()
-    batch = tiny.arrays(batch)
-    cost = reward.scores(tiny.scalar(), batch, heads.score_fn(tiny.GPT))
-    np.testing.assert_allclose(metrics["loss/cost"], reward.cost_loss(cost, batch.rank, batch.harmful), rtol=1e-5)
-    with pytest.raises(InputError, match="needs labels of harmful responses"):
-        reward.loss(cost, batch.rank, cfg)
-    with pytest.raises(InputError, match="have no effect with loss=cost"):
-        reward.Config(loss="cost", centring=0.1)
