@@ -1,4 +1,4 @@
-"""Who may come in: people, their links, and the sessions of their browsers. Tokens are stored as hashes alone."""
+"""People, their links, and the sessions of their browsers. Tokens are stored as hashes alone."""
 
 import dataclasses
 import hashlib

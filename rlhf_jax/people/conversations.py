@@ -1,4 +1,4 @@
-"""A conversation is what the turns of a chat task say.
+"""Conversations, each of which is what the turns of a chat task say.
 
 What a model answers to a person is an item of overlap 0, with an assignment of the kind "turn" which that person may
 judge. The `slot` of a turn is the item of the chat task that it belongs to. The functions are steps of a transaction
@@ -76,7 +76,7 @@ def read(db: sqlite3.Connection, person: int, item: int) -> Conversation:
 
 
 def end(db: sqlite3.Connection, person: int, item: int) -> dict[str, Any]:
-    """What the label of a conversation holds, which the person ends; InputError for one that is too short."""
+    """The fields of the label of a conversation, which the person ends; InputError for one that is too short."""
     conversation = read(db, person, item)
     done = sum(turn.strength is not None for turn in conversation.turns)
     if done < conversation.least:

@@ -1,8 +1,9 @@
 """JSON Lines in and out of a store: what to ask, and what people answered in the shapes that training reads.
 
 In, a row is {"prompt"} (somebody writes the response) or {"prompt", "responses": [K]}, perhaps with "task", "models",
-"ended", "round", "overlap" and, where the answer is known, "gold": [K] ranks. Out, a row is one of a ranking or a
-demonstration (`forms.rows`), with who answered, when, how long it took, what was shown in which order, and the ratings.
+"ended", "round", "overlap" and, where the answer is known, "gold": [K] ranks. Out, a row is a ranking, a demonstration,
+a thumb or a dialogue (`forms.rows`), with who answered, when, how long it took, what was shown in which order, and the
+ratings.
 """
 
 import dataclasses

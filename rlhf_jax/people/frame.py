@@ -1,4 +1,4 @@
-"""What every page has: who asks, the token of our own pages, how a page is made, and what a request holds."""
+"""The frame of every page: who asks, by which token of our own pages, how a page is made, and what a request holds."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ PAGES = Path(__file__).parent / "pages"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the server must know of how it is reached."""
+    """How a server is reached, and by how many requests at most."""
 
     cookie: str = "session"  # name of the cookie; servers on other ports of the same machine need others
     secure: bool = False  # by https, so that cookies are for https alone
@@ -43,7 +43,7 @@ class Denied(Exception):
 
 
 class Frame:
-    """What the pages of one server share."""
+    """The store, the options and the templates that the pages of a server share."""
 
     def __init__(self, store: Store, options: Options):
         self.store, self.options = store, options
@@ -96,7 +96,7 @@ class Frame:
         return HTMLResponse(page)
 
     def boot(self, request: Request, person: Person) -> dict[str, Any]:
-        """What the script of a page must know on which people answer tasks."""
+        """The words, scales and names that the script of a page needs on which people answer tasks."""
         return {
             "words": words.of(language(request)),
             "person": person.id,
@@ -126,6 +126,11 @@ def language(request: Request) -> str:
     chosen = request.cookies.get("language")
     wanted = [part.split(";")[0].strip()[:2].lower() for part in request.headers.get("accept-language", "").split(",")]
     return next((name for name in (chosen, *wanted) if name in words.LANGUAGES), "en")
+
+
+def ascii_json(value: Any) -> Response:
+    """The value as JSON in ASCII, since a draft may hold half of a surrogate pair, which is no Unicode yet."""
+    return Response(json.dumps(value), media_type="application/json")
 
 
 # -- what a request holds: InputError for what it should not -----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is asked: an item, what it must be like, and its row in a store."""
+"""Items, which people are asked about: what one must be like, and its row in a store."""
 
 import dataclasses
 import hashlib

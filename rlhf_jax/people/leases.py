@@ -1,4 +1,4 @@
-"""Who holds which item: the slots of items, the leases on them, and what a person is given next.
+"""Leases on the slots of items: who holds which, and what a person is given next.
 
 The functions are steps of a transaction that is under way. A slot that comes back is noted in the table `freed`, so
 that the next one who asks finds it without a look at all that was answered.

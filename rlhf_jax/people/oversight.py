@@ -119,8 +119,7 @@ class Oversight:
 
     async def task(self, request: Request) -> Response:
         """The item that is asked for, or the first of the queue, as JSON."""
-        content = json.dumps(await run_in_threadpool(self._task, request))  # in ASCII: a draft may be no Unicode yet
-        return Response(content, media_type="application/json")
+        return frame.ascii_json(await run_in_threadpool(self._task, request))
 
     def _task(self, request: Request) -> dict[str, Any]:
         person, wanted = self._frame.administrator(request), request.query_params.get("item", "")

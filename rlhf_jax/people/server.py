@@ -8,7 +8,6 @@ sent as JSON and shown as text, and the policy of every page forbids scripts and
 import asyncio
 import contextlib
 import dataclasses
-import json
 import sqlite3
 import time
 import urllib.parse
@@ -296,8 +295,7 @@ class Pages:
 
     async def task(self, request: Request) -> Response:
         """The person's task, as JSON."""
-        content = json.dumps(await run_in_threadpool(self._task, request))  # in ASCII: a draft may be no Unicode yet
-        return Response(content, media_type="application/json")
+        return frame.ascii_json(await run_in_threadpool(self._task, request))
 
     def _task(self, request: Request) -> dict[str, Any]:
         person = self._frame.person(request)

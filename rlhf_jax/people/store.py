@@ -1,4 +1,4 @@
-"""What people are asked and what they answered, in one SQLite file: the life of a label.
+"""The life of a label: an item is asked about, held by a person, answered, and perhaps withdrawn, in one SQLite file.
 
 Labels are appended and never changed: triggers refuse it. An undo is a row that withdraws a label. Every write is one
 transaction, and a label has reached the disk before it is acknowledged (WAL, synchronous=FULL), so an answer that a

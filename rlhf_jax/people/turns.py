@@ -1,4 +1,4 @@
-"""Turns: what models answered to a person, recorded before the person can judge it, and what becomes of that."""
+"""Turns of a chat: answers of models to a person, recorded before the person can judge them, and taken back."""
 
 import dataclasses
 import hashlib

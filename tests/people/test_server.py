@@ -165,6 +165,8 @@ def test_only_the_administrator_administers(store: Store):
     assert admin.act("guidelines", text="# Be kind").status_code == 303
     assert ann.client.get("/").headers["location"] == "/guidelines"
     assert ann.client.get("/api/task").json()["error"] == "guidelines"
+    for wrong in ("", "x", "9" * 30):
+        assert ann.client.post("/guidelines", data={"csrf": ann.csrf, "version": wrong}).status_code == 422
     ann.client.post("/guidelines", data={"csrf": ann.csrf, "version": "1"})
     assert ann.client.get("/").status_code == 200
     ann.submit(ann.task()["id"], {"ranks": [0, 0]})
