@@ -24,7 +24,8 @@ from rlhf_jax.devices.compute import Compute
 from rlhf_jax.people import arena
 from rlhf_jax.people.exchange import Overlap
 from rlhf_jax.people.forms import Task
-from rlhf_jax.people.store import Item, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.store import Store
 from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.runs import cli
 from rlhf_jax.settings import Count, Positive, Seed, Settings, Share, Whole

@@ -29,7 +29,8 @@ from rlhf_jax.data.builders import Row, Rows
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.people.asking import Asked
-from rlhf_jax.people.store import Item, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.store import Store
 from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.runs import cli, log
 from rlhf_jax.settings import Count, Positive, Seed, Share, Whole

@@ -128,7 +128,10 @@ class People(builders.Builder):
 
 def _people(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
     if kind == "text":
-        raise InputError(f"data 'people:{spec}': people give rankings, demonstrations and prompts, no text")
+        raise InputError(
+            f"data 'people:{spec}': people give rankings, demonstrations and prompts, no text (and thumbs, which"
+            " nothing trains on yet: scripts/people.sh export writes them to a file)"
+        )
     name = f"{kind}-{exchange.digest(spec)}"
     config = PeopleConfig(name=name, kind=kind, spec=spec)
     return builders.stored(lambda: People(config=config, data_dir=data_dir), f"people:{spec}", split)

@@ -30,9 +30,10 @@ import tyro
 import uvicorn
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import arena, chat, endpoint, exchange, forms, network, server
+from rlhf_jax.people import access, arena, chat, endpoint, exchange, forms, frame, guidelines, network, server
+from rlhf_jax.people.items import Item
 from rlhf_jax.people.network import listening
-from rlhf_jax.people.store import Item, Store
+from rlhf_jax.people.store import Store
 from rlhf_jax.settings import Count, Seed, Settings, Share, Whole
 
 QUICKSTART = Path("runs/quickstart/sft/model")
@@ -121,27 +122,27 @@ def serve(cfg: Serve) -> None:
     with Store(cfg.db) as store, listening(cfg.host, cfg.port) as listener:
         added, present = store.add(items)
         if cfg.guidelines:
-            store.set_guidelines(_text(cfg.guidelines))
+            guidelines.add(store, _text(cfg.guidelines))
         if cfg.ratings:
             store.set_rules(dataclasses.replace(store.rules(), ratings=cfg.ratings))
         if items:
             print(f"{cfg.responses}: {_told(items, added, present)}")
         models = _models(cfg, store)
         url = network.url("https" if cfg.certificate else "http", cfg.host, listener)
-        token = store.invite("administrator", "administrator")
+        token = access.invite(store, "administrator", "administrator")
         print(f"administrator: {url}/enter#{token}", flush=True)
         address, talking = _talking(cfg)
         with _beside([*_answering(cfg, models), *talking]):
             key = os.environ.get("PEOPLE_CHAT_KEY", "")
-            parts = [chat.Chat(store, endpoint.Endpoint(address, key))] if address else []
+            parts = [chat.part(endpoint.Endpoint(address, key))] if address else []
             _run(cfg, store, listener, parts)
 
 
-def _run(cfg: Serve, store: Store, listener: socket.socket, parts: Sequence[server.Part]) -> None:
-    options = server.Options(
+def _run(cfg: Serve, store: Store, listener: socket.socket, parts: Sequence[frame.Part]) -> None:
+    options = frame.Options(
         cookie=f"session-{listener.getsockname()[1]}",
         secure=bool(cfg.certificate) or cfg.behind_proxy,
-        hosts=server.Options.hosts if network.is_loopback(cfg.host) and not cfg.behind_proxy else None,
+        hosts=frame.Options.hosts if network.is_loopback(cfg.host) and not cfg.behind_proxy else None,
     )
     config = uvicorn.Config(
         server.app(store, options, *parts),

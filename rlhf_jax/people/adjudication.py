@@ -5,15 +5,17 @@ it is withdrawn or its administrator is set aside. While one stands, the item is
 """
 
 import dataclasses
-import datetime
 import json
 import random
 import sqlite3
 from typing import Any
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import agreement, forms
-from rlhf_jax.people.store import Pace, Refused, Store, append_label, check_submission
+from rlhf_jax.people import agreement, forms, leases, progress
+from rlhf_jax.people.leases import Refused
+from rlhf_jax.people.progress import Pace
+from rlhf_jax.people.schema import encoded
+from rlhf_jax.people.store import Store, append_label, check_name
 
 # The decisions that stand, by item: the newest, where somebody who was set aside has come back.
 STANDING = (
@@ -143,7 +145,7 @@ def decide(store: Store, person: int, item: int, submission: str, answer: Any, s
     InputError for an answer that is not whole, and Refused for an item that was decided, or that no two people's
     orders of are left.
     """
-    check_submission(submission)
+    check_name(submission, "submission")
     with store.writer() as db:
         query = "SELECT id, item FROM labels WHERE person = ? AND submission = ?"
         if row := db.execute(query, (person, submission)).fetchone():
@@ -160,13 +162,8 @@ def decide(store: Store, person: int, item: int, submission: str, answer: Any, s
         if answer.get("taken") is not None and "skip" not in said:
             said = _taken(orders(db, item), answer["taken"], said)
         now, state = store.now(), "skipped" if "skip" in said else "done"
-        values: tuple[Any, ...] = (item, person, json.dumps(shown), now - seconds, now, state)
-        assignment = db.execute(
-            "INSERT INTO assignments (item, person, kind, slot, shown, created, expires, state)"
-            " VALUES (?, ?, 'adjudicate', NULL, ?, ?, ?, ?)",
-            values,
-        ).lastrowid
-        text = json.dumps(said, ensure_ascii=False, separators=(",", ":"))
+        lease = (item, person, "adjudicate", None, json.dumps(shown), now - seconds, now, state)
+        assignment, text = leases.append(db, lease), encoded(said)
         values = (assignment, item, person, "adjudicate", submission, text, now - seconds, now, seconds, 0, None, None)
         label = append_label(db, values)
         db.execute("DELETE FROM drafts WHERE person = ? AND item = ?", (person, -item))
@@ -207,13 +204,12 @@ def withdraw(store: Store, person: int, label: int | None = None) -> int:
 
 
 def pace(db: sqlite3.Connection, person: int, now: float, left: int) -> Pace:
-    """How far an administrator has come with deciding; `left` items are in the queue."""
-    midnight = datetime.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+    """How far an administrator has come with deciding, where `left` items are in the queue."""
     rows = db.execute(
         "SELECT created, seconds FROM labels WHERE person = ? AND kind = 'adjudicate'"
         " AND id NOT IN (SELECT label FROM withdrawals) ORDER BY created DESC",
         (person,),
     ).fetchall()
-    recent = sorted(row["seconds"] for row in rows[:20])
+    midnight = progress.midnight(now)
     today = sum(row["created"] >= midnight for row in rows)
-    return Pace(len(rows), today, recent[len(recent) // 2] if recent else 0.0, left)
+    return Pace(len(rows), today, progress.middle(row["seconds"] for row in rows[:20]), left)

@@ -94,12 +94,16 @@ def wilson(successes: int | float, n: int, z: float = NORMAL_95) -> Share:
     return Share(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def compare(ranks: Ranks) -> np.ndarray:
-    """The label of each pair i < j of responses: FIRST, SECOND, TIE, or NaN where one is absent. [K (K - 1) / 2]."""
+def compare(ranks: Ranks | np.ndarray) -> np.ndarray:
+    """The label of each pair i < j of responses: FIRST, SECOND, TIE, or NaN where one is absent. [..., K (K - 1) / 2].
+
+    `ranks` are those of one ranking, or of many, [..., K].
+    """
     rank = np.asarray(ranks, float)
-    i, j = np.triu_indices(len(rank), 1)
-    label = np.where(rank[i] == rank[j], TIE, np.where(rank[i] < rank[j], FIRST, SECOND)).astype(float)
-    return np.where((rank[i] < 0) | (rank[j] < 0), np.nan, label)
+    i, j = np.triu_indices(rank.shape[-1], 1)
+    first, second = rank[..., i], rank[..., j]
+    label = np.where(first == second, TIE, np.where(first < second, FIRST, SECOND))
+    return np.where((first < 0) | (second < 0), np.nan, label)
 
 
 def comparisons(rankings: Rankings) -> tuple[list[str], Table]:
@@ -290,9 +294,7 @@ def _kappas(sums: np.ndarray) -> np.ndarray:
 
 def count_labels(ratings: Sequence[Sequence[Any]] | np.ndarray) -> np.ndarray:
     """The number of people by unit and value, from a table of ratings: what `fleiss_kappa` takes. [U, V]."""
-    found = table(ratings)
-    values = np.unique(found[~np.isnan(found)])
-    return np.sum(found[:, :, None] == values, axis=0)
+    return _rated(ratings)[0]
 
 
 def krippendorff_alpha(ratings: Sequence[Sequence[Any]] | np.ndarray, level: Level) -> float:

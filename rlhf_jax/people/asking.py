@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rlhf_jax.people import exchange
-from rlhf_jax.people.store import Item, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.store import Store
 
 T = TypeVar("T")
 

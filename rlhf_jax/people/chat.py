@@ -14,6 +14,7 @@ before a person can judge them. Labelers are not told the models' names.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import random
 import secrets
@@ -24,13 +25,15 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import forms, words
+from rlhf_jax.people import forms, frame, turns, words
+from rlhf_jax.people.access import Person
 from rlhf_jax.people.endpoint import LONGEST, Asked, Endpoint, Failure, Piece, whole
-from rlhf_jax.people.server import Denied, Pages, _form, _json, _language, _number
-from rlhf_jax.people.store import Item, Person, Refused, Store
+from rlhf_jax.people.frame import Denied, Frame
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.leases import Refused
 
 AT_ONCE = 2  # requests for answers that a person may have open
 _TEMPERATURE = 1.0  # of the two answers that are compared
@@ -61,39 +64,40 @@ class _Question:
         )
 
 
+def part(endpoint: Endpoint) -> frame.Part:
+    """The pages on which people talk to the models of an endpoint."""
+    return functools.partial(_routes, endpoint)
+
+
+def _routes(endpoint: Endpoint, shared: Frame) -> list[Route]:
+    pages = Chat(endpoint, shared)
+    shared.links["/chat"] = "chat"
+    shared.at_end.append(endpoint.close)
+    return [
+        Route("/chat", pages.page),
+        Route("/api/chat/models", pages.models),
+        Route("/api/chat/conversation", pages.conversation),
+        Route("/api/chat/answer", pages.answer, methods=["POST"]),
+        Route("/api/chat/stop", pages.stop, methods=["POST"]),
+        Route("/api/chat/withdraw", pages.withdraw, methods=["POST"]),
+        Route("/api/chat/better", pages.better, methods=["POST"]),
+        Route("/admin/chats", pages.add, methods=["POST"]),
+    ]
+
+
 class Chat:
-    """The pages' part that talks to the models of an endpoint."""
+    """The handlers of the routes."""
 
-    def __init__(self, store: Store, endpoint: Endpoint):
-        self._store, self._endpoint = store, endpoint
+    def __init__(self, endpoint: Endpoint, shared: Frame):
+        self._endpoint, self._frame, self._store = endpoint, shared, shared.store
         self._open: dict[tuple[int, str], asyncio.Queue[tuple[int, Piece | Failure | None]]] = {}
-
-    def routes(self, pages: Pages) -> list[BaseRoute]:
-        """The routes of the chat page and of what the script in the browser asks for."""
-        self._pages = pages
-        pages.links["/chat"] = "chat"
-        return [
-            Route("/chat", self.page),
-            Route("/api/chat/models", self.models),
-            Route("/api/chat/conversation", self.conversation),
-            Route("/api/chat/answer", self.answer, methods=["POST"]),
-            Route("/api/chat/stop", self.stop, methods=["POST"]),
-            Route("/api/chat/withdraw", self.withdraw, methods=["POST"]),
-            Route("/api/chat/better", self.better, methods=["POST"]),
-            Route("/admin/chats", self.add, methods=["POST"]),
-        ]
-
-    async def close(self) -> None:
-        """Close the connections to the endpoint."""
-        await self._endpoint.close()
 
     async def page(self, request: Request) -> Response:
         """Show the page on which a person talks to a model."""
-        person = await run_in_threadpool(self._pages._person, request)
-        if not await run_in_threadpool(self._store.has_acknowledged, person.id):
-            return RedirectResponse("/guidelines", 303)
-        boot = {"words": words.of(_language(request)), "person": person.id}
-        return self._pages._page(request, "chat.html", person, boot=boot)
+        person = await run_in_threadpool(self._frame.person, request)
+        await run_in_threadpool(self._frame.check_read, person)
+        boot = {"words": words.of(frame.language(request)), "person": person.id}
+        return self._frame.page(request, "chat.html", person, boot=boot)
 
     async def models(self, request: Request) -> Response:
         """The models, by their names for the administrator, and by their number alone for labelers."""
@@ -107,21 +111,19 @@ class Chat:
 
     async def conversation(self, request: Request) -> Response:
         """How a conversation stands, as JSON."""
-        number = request.query_params.get("assignment", "")
-        if not number.isdecimal() or len(number) > 18:
-            raise InputError("assignment: expected a number")
+        number = frame.number(request.query_params.get("assignment", ""), "assignment")
 
         def read() -> dict[str, Any]:
-            found = self._store.conversation(self._worker(request).id, int(number))
+            found = turns.conversation(self._store, self._worker(request).id, number)
             return dataclasses.asdict(found)
 
         return JSONResponse(await run_in_threadpool(read))
 
     async def answer(self, request: Request) -> Response:
         """Stream the answer to a dialogue, or the two answers to the next message of a conversation."""
-        body = await _json(request)
+        body = await frame.read_json(request)
         person = await run_in_threadpool(self._worker, request, body)
-        name = _name(body, "name")
+        name = frame.name(body, "name")
         if sum(key[0] == person.id for key in self._open) >= AT_ONCE or (person.id, name) in self._open:
             raise Denied(429, "chat_busy")
         try:
@@ -138,8 +140,8 @@ class Chat:
         names = await self._endpoint.models()
         if "assignment" in body:
             message = _dialogue([{"role": "user", "content": body.get("message")}])
-            number = _number(body)
-            found = await run_in_threadpool(self._store.conversation, person.id, number)
+            number = frame.assignment(body)
+            found = await run_in_threadpool(turns.conversation, self._store, person.id, number)
             pair = random.sample(range(len(names)), 2) if len(names) > 1 else [0, 0]
             return _Question(
                 name=name,
@@ -221,53 +223,53 @@ class Chat:
         item = question.item([whole(text) for text in texts], [end == "stop" for end in ends])
         try:
             turn = await run_in_threadpool(
-                self._store.turn, person.id, question.name, item, question.shown, question.chat
+                turns.record, self._store, person.id, question.name, item, question.shown, question.chat
             )
         except Refused as error:
             return {"error": error.code, "message": str(error)}
         except sqlite3.Error as error:
-            print(f"error: {self._store.path}: {error}; make room, and answers will be stored again", flush=True)
+            self._frame.report(error)
             return {"error": "disk", "message": str(error)}
         return {"turn": turn}
 
     async def stop(self, request: Request) -> Response:
         """End an answer where it is; what has come so far is recorded as one that was cut."""
-        body = await _json(request)
-        person = await run_in_threadpool(self._pages._person, request, body)
-        if queue := self._open.get((person.id, _name(body, "name"))):
+        body = await frame.read_json(request)
+        person = await run_in_threadpool(self._frame.person, request, body)
+        if queue := self._open.get((person.id, frame.name(body, "name"))):
             queue.put_nowait((-1, None))
         return JSONResponse({"stopped": True})
 
     async def withdraw(self, request: Request) -> Response:
         """Take back what was said of an answer."""
-        body = await _json(request)
-        await run_in_threadpool(lambda: self._store.withdraw(self._worker(request, body).id, _number(body)))
+        body = await frame.read_json(request)
+        await run_in_threadpool(
+            lambda: turns.withdraw(self._store, self._worker(request, body).id, frame.assignment(body))
+        )
         return JSONResponse({"withdrawn": True})
 
     async def better(self, request: Request) -> Response:
         """Store an answer that a person holds for better than the model's."""
-        body = await _json(request)
+        body = await frame.read_json(request)
 
         def save() -> int:
-            person, name, seconds = self._worker(request, body), _name(body, "submission"), body.get("seconds")
-            if not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
-                raise InputError("seconds: expected a number")
-            item = self._store.turned(person.id, _number(body))
+            person, name, seconds = self._worker(request, body), frame.name(body, "submission"), frame.seconds(body)
+            item = turns.recorded(self._store, person.id, frame.assignment(body))
             if item.task != "thumb":
                 raise InputError("assignment: expected that of one answer")
             answer = forms.checked("demonstrate", 1, {"text": body.get("text"), "edited": 0}, "none")
             better = dataclasses.replace(item, task="demonstrate")
-            turn = self._store.turn(person.id, f"better/{name}", better, [0])
-            return self._store.submit(person.id, turn, name, answer, float(seconds))
+            turn = turns.record(self._store, person.id, f"better/{name}", better, [0])
+            return self._store.submit(person.id, turn, name, answer, seconds)
 
         return JSONResponse({"label": await run_in_threadpool(save)})
 
     async def add(self, request: Request) -> Response:
         """Add conversations that people are asked to have."""
-        form = await _form(request)
+        form = await frame.read_form(request)
 
         def save() -> None:
-            self._pages._administrator(request, form)
+            self._frame.administrator(request, form)
             count, topic = form.get("count", ""), form.get("topic", "").strip()
             if not count.isdecimal() or not 1 <= int(count[:9]) <= _MOST_ADDED:
                 raise InputError(f"count={count:.20}: expected a whole number from 1 to {_MOST_ADDED}")
@@ -278,9 +280,8 @@ class Chat:
 
     def _worker(self, request: Request, body: dict[str, Any] | None = None) -> Person:
         """The person who asks, if they may work."""
-        person = self._pages._person(request, body)
-        if not self._store.has_acknowledged(person.id):
-            raise Denied(403, "guidelines")
+        person = self._frame.person(request, body)
+        self._frame.check_read(person)
         if person.aside:
             raise Denied(403, "aside")
         return person
@@ -295,13 +296,6 @@ def _line(event: dict[str, Any]) -> str:
     return json.dumps(event) + "\n"  # in ASCII: half of a surrogate pair may come before the other
 
 
-def _name(body: dict[str, Any], field: str) -> str:
-    name = body.get(field)
-    if not isinstance(name, str) or not 8 <= len(name) <= 64 or not name.isascii():
-        raise InputError(f"{field}: expected a name of 8 to 64 ASCII characters")
-    return name
-
-
 def _dialogue(messages: Any) -> list[dict[str, str]]:
     """The messages of a dialogue, which begins with a system message or the user's, and ends with the user's."""
     if not isinstance(messages, list) or not messages:
@@ -310,7 +304,7 @@ def _dialogue(messages: Any) -> list[dict[str, str]]:
     for n, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
             raise InputError(f'messages[{n}]: expected {{"role", "content"}}')
-        content = forms._text(message.get("content"), f"messages[{n}].content", LONGEST)
+        content = forms.text(message.get("content"), f"messages[{n}].content", LONGEST)
         found.append({"role": message["role"], "content": content})
     turns = [message["role"] for message in found[found[0]["role"] == "system" :]]
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:

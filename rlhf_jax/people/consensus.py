@@ -167,14 +167,7 @@ def look(db: sqlite3.Connection, book: Book, now: float) -> Snapshot:
 
 def _pairs(blocks: list[Block]) -> Said:
     """What people say of pairs of responses."""
-
-    def labels(block: Block) -> np.ndarray:
-        i, j = np.triu_indices(block.ranks.shape[1], 1)
-        first, second = block.ranks[:, i], block.ranks[:, j]
-        better = np.where(first < second, agreement.FIRST, agreement.SECOND)
-        return np.where(first == second, agreement.TIE, better)
-
-    return _said(blocks, labels, 3)
+    return _said(blocks, lambda block: agreement.compare(block.ranks).astype(int), 3)
 
 
 def _rated(blocks: list[Block], scale: int) -> Said:

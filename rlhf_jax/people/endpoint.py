@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 LONGEST = 100_000  # characters of an answer, after which it is cut
 _LONGEST_LINE = 2**20  # characters
@@ -57,7 +57,7 @@ class Endpoint:
         """`patience` is the most seconds between two parts of an answer: the first may wait for a compilation."""
         self.url = url.rstrip("/").removesuffix("/v1")
         self._key, self._connect, self._patience = key, connect, patience
-        self._client: httpx.AsyncClient | None = None
+        self._client: httpx2.AsyncClient | None = None
         self._models: tuple[float, list[str]] = (-1e9, [])
 
     async def close(self) -> None:
@@ -66,15 +66,15 @@ class Endpoint:
             await self._client.aclose()
             self._client = None
 
-    def _http(self) -> "httpx.AsyncClient":
+    def _http(self) -> "httpx2.AsyncClient":
         if self._client is None:
-            import httpx  # slow to import, and needed where there is an endpoint alone
+            import httpx2  # slow to import, and needed where there is an endpoint alone
 
-            timeout = httpx.Timeout(self._patience, connect=self._connect)
+            timeout = httpx2.Timeout(self._patience, connect=self._connect)
             headers = {"Accept-Encoding": "identity"}  # so that what comes is no larger than what was sent
             headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
-            limits = httpx.Limits(max_connections=None)
-            self._client = httpx.AsyncClient(
+            limits = httpx2.Limits(max_connections=None)
+            self._client = httpx2.AsyncClient(
                 timeout=timeout, headers=headers, limits=limits, trust_env=False, follow_redirects=False
             )
         return self._client
@@ -82,14 +82,14 @@ class Endpoint:
     async def models(self) -> list[str]:
         """The names of the models, in the endpoint's order."""
         if time.monotonic() - self._models[0] > _KEPT:
-            import httpx
+            import httpx2
 
             try:
                 async with self._http().stream("GET", f"{self.url}/v1/models", timeout=10.0) as response:
                     await _check(response)
                     text = await _text(response)
                 names = [one["id"] for one in json.loads(text)["data"]]
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                 raise _broken(error, begun=False) from error
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise Failure("malformed", "its list of models is not of the protocol") from error
@@ -100,7 +100,7 @@ class Endpoint:
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Piece, None]:
         """Yield an answer in pieces as they come; the last one, and no other, has an `end`."""
-        import httpx
+        import httpx2
 
         body = {"model": asked.model, "messages": asked.messages, "temperature": asked.temperature, "stream": True}
         body |= {"max_tokens": asked.max_tokens} if asked.max_tokens else {}
@@ -120,20 +120,20 @@ class Endpoint:
                     yield piece
                     if piece.end:
                         return
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise _broken(error, begun) from error
         raise Failure("cut", "the connection ended in the middle of the answer")
 
 
 def _broken(error: Exception, begun: bool) -> Failure:
-    import httpx
+    import httpx2
 
-    if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout | httpx.PoolTimeout):
+    if isinstance(error, httpx2.ReadTimeout | httpx2.WriteTimeout | httpx2.PoolTimeout):
         return Failure("slow", "nothing came for too long")
     return Failure("cut" if begun else "away", str(error) or type(error).__name__)
 
 
-async def _check(response: "httpx.Response") -> None:
+async def _check(response: "httpx2.Response") -> None:
     """Raise the Failure that a status stands for."""
     if response.status_code == 200:
         return
@@ -151,7 +151,7 @@ async def _check(response: "httpx.Response") -> None:
     raise Failure("refused", message)
 
 
-async def _text(response: "httpx.Response") -> str:
+async def _text(response: "httpx2.Response") -> str:
     """The body of an answer, up to `_LONGEST_LINE`."""
     text = ""
     async for part in response.aiter_text():
@@ -161,7 +161,7 @@ async def _text(response: "httpx.Response") -> str:
     return text
 
 
-async def _lines(response: "httpx.Response") -> AsyncIterator[str]:
+async def _lines(response: "httpx2.Response") -> AsyncIterator[str]:
     """The lines of a stream of events, none of which may be longer than `_LONGEST_LINE`."""
     rest = ""
     async for text in response.aiter_text():

@@ -1,8 +1,9 @@
 """JSON Lines in and out of a store: what to ask, and what people answered in the shapes that training reads.
 
 In, a row is {"prompt"} (somebody writes the response) or {"prompt", "responses": [K]}, perhaps with "task", "models",
-"ended", "round", "overlap" and, where the answer is known, "gold": [K] ranks. Out, a row is one of a ranking or a
-demonstration (`forms.rows`), with who answered, when, how long it took, what was shown in which order, and the ratings.
+"ended", "round", "overlap" and, where the answer is known, "gold": [K] ranks. Out, a row is a ranking, a demonstration,
+a thumb or a dialogue (`forms.rows`), with who answered, when, how long it took, what was shown in which order, and the
+ratings.
 """
 
 import dataclasses
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import adjudication, forms
-from rlhf_jax.people.store import Item, Kind, Store, check_item
+from rlhf_jax.people import adjudication, forms, items
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.leases import Kind
+from rlhf_jax.people.store import Store
 
 Adjudicated = Literal["yes", "no", "only"]
 
@@ -103,7 +106,7 @@ def _item(row: Any, task: forms.Task | None, overlap: Overlap) -> Item:
         round=row.get("round", 0),
     )
     item = dataclasses.replace(item, overlap=row.get("overlap") or overlap.of(item))
-    check_item(item)
+    items.check(item)
     return item
 
 
@@ -115,13 +118,7 @@ def _listed(row: dict[str, Any], name: str) -> list[Any] | None:
 
 
 def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"field {name}: expected text, got {str(value)[:60]}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"field {name}: expected Unicode text, got half of a surrogate pair") from None
-    return value
+    return forms.text(value, f"field {name}")
 
 
 def _opening(row: dict[str, Any]) -> Any:

@@ -17,13 +17,13 @@ stored. A rating is {"overall", "helpful", "honest", "harmless": 1-7, "flags": n
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rlhf_jax.errors import InputError
 
 Task = Literal["rank", "compare", "best", "demonstrate", "arena", "chat", "thumb"]
 Ratings = Literal["all", "overall", "none"]
-TASKS: tuple[Task, ...] = ("rank", "compare", "best", "demonstrate", "arena", "chat", "thumb")
+TASKS: tuple[Task, ...] = get_args(Task)
 VERDICTS = ("first", "second", "tie", "bad")  # of an arena; bad: neither answer will do, which is a tie otherwise
 THUMBS = ("up", "down")
 SCALES = ("overall", "helpful", "honest", "harmless")
@@ -81,11 +81,11 @@ def checked(task: str, count: int, answer: Any, ratings: Ratings) -> dict[str, A
         case "best":
             return {"best": _whole(answer, "best", 0, count - 1), **_common(answer)}
         case "demonstrate":
-            text = _text(answer.get("text"), "text", LONGEST)
-            if not text.strip():
+            written = text(answer.get("text"), "text", LONGEST)
+            if not written.strip():
                 raise InputError("text: expected an answer, got nothing")
             edited = None if answer.get("edited") is None else _whole(answer, "edited", 0, count - 1)
-            return {"text": text, "edited": edited, **_common(answer)}
+            return {"text": written, "edited": edited, **_common(answer)}
         case "arena":
             if answer.get("verdict") not in VERDICTS:
                 raise InputError(f"verdict: expected one of {', '.join(VERDICTS)}")
@@ -226,10 +226,11 @@ def _whole(answer: dict[str, Any], name: str, least: int, most: int) -> int:
     return value
 
 
-def _text(value: Any, name: str, longest: int) -> str:
+def text(value: Any, name: str, longest: int | None = None) -> str:
+    """The value, if it is a text that can be stored; InputError, with its name, if it is not, or is too long."""
     if not isinstance(value, str):
-        raise InputError(f"{name}: expected text")
-    if len(value) > longest:
+        raise InputError(f"{name}: expected text, got {str(value)[:60]}")
+    if longest is not None and len(value) > longest:
         raise InputError(f"{name}: expected at most {longest} characters, got {len(value)}")
     try:
         value.encode()
@@ -245,6 +246,6 @@ def _common(answer: dict[str, Any]) -> dict[str, Any]:
         found["prompt_flags"] = flags
     if answer.get("confidence") is not None:
         found["confidence"] = _whole(answer, "confidence", 1, 9)
-    if note := _text(answer.get("note") or "", "note", _LONGEST_NOTE).strip():
+    if note := text(answer.get("note") or "", "note", _LONGEST_NOTE).strip():
         found["note"] = note
     return found

@@ -1,10 +1,9 @@
-"""The administrator's other pages: how far people agree, and the queue of items that somebody has to decide."""
+"""The administrator's pages of agreement: how far people agree, and the queue of items that somebody has to decide."""
 
 import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -12,27 +11,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from rlhf_jax.errors import InputError
-from rlhf_jax.people import adjudication, forms
+from rlhf_jax.people import adjudication, forms, frame
 from rlhf_jax.people.agreement import Estimate, Share, Undefined
 from rlhf_jax.people.consensus import Measures, Snapshot, Watch
-from rlhf_jax.people.store import Person, Refused, Store
+from rlhf_jax.people.frame import Frame
+from rlhf_jax.people.leases import Refused
 
 _LISTED = 50  # items of the queue, and decisions
 _SOON = 0.5  # seconds that a page waits for numbers that are fresh
 _FIRST = 30.0  # seconds that the queue waits for its first numbers
 _SNIPPET = 120  # characters
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """What every page of the server has: who asks, how a page is made, and what a request holds."""
-
-    administrator: Callable[..., Person]
-    page: Callable[..., Response]
-    boot: Callable[[Request, Person], dict[str, Any]]
-    json: Callable[[Request], Awaitable[dict[str, Any]]]
-    form: Callable[[Request], Awaitable[dict[str, str]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +33,9 @@ class Cell:
     why: str = ""  # the name of the reason for which there is no number
 
 
-def routes(store: Store, frame: Frame) -> list[Route]:
+def routes(shared: Frame) -> list[Route]:
     """The routes of these pages."""
-    pages = Oversight(store, frame)
+    pages = Oversight(shared)
     return [
         Route("/admin/agreement", pages.agreement),
         Route("/admin/adjudication", pages.queue),
@@ -63,8 +51,8 @@ def routes(store: Store, frame: Frame) -> list[Route]:
 class Oversight:
     """The handlers of the routes."""
 
-    def __init__(self, store: Store, frame: Frame):
-        self._store, self._frame, self._watch = store, frame, Watch(store)
+    def __init__(self, shared: Frame):
+        self._frame, self._store, self._watch = shared, shared.store, Watch(shared.store)
 
     async def agreement(self, request: Request) -> Response:
         """Show how far people agree."""
@@ -131,8 +119,7 @@ class Oversight:
 
     async def task(self, request: Request) -> Response:
         """The item that is asked for, or the first of the queue, as JSON."""
-        content = json.dumps(await run_in_threadpool(self._task, request))  # in ASCII: a draft may be no Unicode yet
-        return Response(content, media_type="application/json")
+        return frame.ascii_json(await run_in_threadpool(self._task, request))
 
     def _task(self, request: Request) -> dict[str, Any]:
         person, wanted = self._frame.administrator(request), request.query_params.get("item", "")
@@ -152,34 +139,29 @@ class Oversight:
 
     async def draft(self, request: Request) -> Response:
         """Keep a draft."""
-        body = await self._frame.json(request)
+        body = await frame.read_json(request)
 
         def save() -> None:
             person = self._frame.administrator(request, body)
-            adjudication.save_draft(self._store, person.id, _item(body), body.get("draft") or {})
+            adjudication.save_draft(self._store, person.id, frame.assignment(body), body.get("draft") or {})
 
         await run_in_threadpool(save)
         return JSONResponse({"saved": True})
 
     async def submit(self, request: Request) -> Response:
         """Store a decision."""
-        body = await self._frame.json(request)
+        body = await frame.read_json(request)
 
         def save() -> int:
-            person, seconds = self._frame.administrator(request, body), body.get("seconds")
-            if not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
-                raise InputError("seconds: expected a number")
-            name = body.get("submission")
-            if not isinstance(name, str):
-                raise InputError("submission: expected a name")
-            item, answer = _item(body), body.get("answer")
-            return adjudication.decide(self._store, person.id, item, name, answer, float(seconds))
+            person, name = self._frame.administrator(request, body), frame.name(body, "submission")
+            item, seconds = frame.assignment(body), frame.seconds(body)
+            return adjudication.decide(self._store, person.id, item, name, body.get("answer"), seconds)
 
         return JSONResponse({"label": await run_in_threadpool(save)})
 
     async def undo(self, request: Request) -> Response:
         """Withdraw the administrator's last decision."""
-        body = await self._frame.json(request)
+        body = await frame.read_json(request)
 
         def withdraw() -> int:
             return adjudication.withdraw(self._store, self._frame.administrator(request, body).id)
@@ -188,14 +170,12 @@ class Oversight:
 
     async def withdraw(self, request: Request) -> Response:
         """Withdraw a decision of the list."""
-        form = await self._frame.form(request)
+        form = await frame.read_form(request)
 
         def withdraw() -> None:
-            person, label = self._frame.administrator(request, form), form.get("label", "")
-            if not label.isdecimal() or len(label) > 18:
-                raise InputError("label: expected a number")
+            person, label = self._frame.administrator(request, form), frame.number(form.get("label", ""), "label")
             with contextlib.suppress(Refused):  # it was withdrawn already
-                adjudication.withdraw(self._store, person.id, int(label))
+                adjudication.withdraw(self._store, person.id, label)
 
         await run_in_threadpool(withdraw)
         return RedirectResponse("/admin/adjudication", 303)
@@ -237,10 +217,3 @@ def _cell(found: Share | Estimate | Undefined) -> Cell:
 def _snippet(prompt: Any) -> str:
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return text if len(text) <= _SNIPPET else text[: _SNIPPET - 1] + "…"
-
-
-def _item(body: dict[str, Any]) -> int:
-    item = body.get("assignment")
-    if type(item) is not int or not 0 <= item < 2**62:
-        raise InputError("assignment: expected the number of an item")
-    return item

@@ -1,7 +1,9 @@
 """How labelling goes: what is done, how fast, and how each person fares against gold and against themselves."""
 
 import dataclasses
+import datetime
 import sqlite3
+from collections.abc import Iterable
 
 _HOURS = 24
 
@@ -34,6 +36,16 @@ class Standing:
     own: Share  # pairs ordered as the person ordered them before
     aside: str | None  # why the person was set aside
     revoked: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How far a person has come."""
+
+    done: int  # answers
+    today: int  # answers since midnight
+    seconds: float  # the median of the last 20 answers
+    left: int  # answers that are wanted, from anybody
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +104,14 @@ def overview(db: sqlite3.Connection, now: float) -> Overview:
         for row in rows
     ]
     return Overview(items, slots, states.get("done", 0), held, hourly, people)
+
+
+def midnight(now: float) -> float:
+    """The time at which the day of `now` began, here."""
+    return datetime.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+
+
+def middle(seconds: Iterable[float]) -> float:
+    """The median, the upper one of two; 0 of nothing."""
+    ordered = sorted(seconds)
+    return ordered[len(ordered) // 2] if ordered else 0.0

@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 
 from experiments import arena
-from rlhf_jax.people.store import Item, Rules, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
 from rlhf_jax.types import InputError
+from tests.people.labelling import person
 
 
 def test_the_table_is_printed_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture):
     db = tmp_path / "people.db"
     with Store(db) as store:
         store.set_rules(Rules(gold_share=0.0, repeat_share=0.0))
-        ann = store.person(store.enter(store.invite("ann")) or "")
-        assert ann
+        ann = person(store, "ann")
         cfg = arena.Config(db=db, out=tmp_path / "out")
         with pytest.raises(InputError, match="expected votes of an arena that count, got none"):
             arena.main(cfg)
@@ -23,10 +25,10 @@ def test_the_table_is_printed_written_and_drawn(tmp_path: Path, capsys: pytest.C
         pairs = [tuple(f"runs/{name}/model" for name in pair) for pair in wins]
         store.add(Item(f"p{n}", ("better", "worse"), "arena", pair, round=int(n == 5)) for n, pair in enumerate(pairs))
         for n in range(len(wins)):
-            held = store.task(ann.id)
+            held = store.task(ann)
             assert held
             verdict = ("first", "second")[held.responses.index("better")]
-            store.submit(ann.id, held.id, f"submission-{n}", {"verdict": verdict}, 1.0)
+            store.submit(ann, held.id, f"submission-{n}", {"verdict": verdict}, 1.0)
     found = arena.main(cfg)
     assert json.loads((cfg.out / "arena.json").read_text()) == found
     assert (cfg.out / "arena.png").stat().st_size > 10_000

@@ -16,7 +16,8 @@ from experiments import (
 from rlhf_jax import models, runs
 from rlhf_jax.devices import preemption
 from rlhf_jax.people import asking
-from rlhf_jax.people.store import Item, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.store import Store
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import log
 from tests.people import labelling

@@ -1,4 +1,4 @@
-"""People in a thread of the test, who rank what is asked as simulated labelers did."""
+"""People of tests: some come in by themselves, others rank in a thread what is asked, as simulated labelers did."""
 
 import contextlib
 import json
@@ -8,9 +8,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.people.store import Rules, Store
+from rlhf_jax.people import access
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
 
 RULES = Rules(ratings="none", gold_share=0.0, repeat_share=0.0)
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def known(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -41,15 +53,17 @@ def answer(store: Store, people: dict[str, int], rankings: dict[str, dict[str, d
     return count
 
 
+def person(store: Store, name: str, role: access.Role = "labeler") -> int:
+    """The number of a new person, who has come in."""
+    found = access.person(store, access.enter(store, access.invite(store, name, role)) or "")
+    assert found and (found.name, found.role) == (name, role)
+    return found.id
+
+
 def invite(store: Store, names: Iterable[Any]) -> dict[str, int]:
     """The numbers of new people."""
     store.set_rules(RULES)
-    found = {}
-    for name in names:
-        person = store.person(store.enter(store.invite(str(name))) or "")
-        assert person
-        found[str(name)] = person.id
-    return found
+    return {str(name): person(store, str(name)) for name in names}
 
 
 @contextlib.contextmanager

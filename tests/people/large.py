@@ -5,8 +5,9 @@ import os
 import random
 from pathlib import Path
 
-from rlhf_jax.people import forms
-from rlhf_jax.people.store import Rules, Store
+from rlhf_jax.people import access, forms
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
 
 FULL_SIZE = "FULL_SIZE" in os.environ  # long tests take the sizes of docs/people.md instead of small ones
 
@@ -25,7 +26,7 @@ def fill(path: Path, labels: int, people: int = 8, overlap: int = 2, responses: 
     with Store(path) as store:
         store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.0))
         for n in range(people):
-            store.invite(f"person {n}")
+            access.invite(store, f"person {n}")
         asked = json.dumps([f"response {k} " * 20 for k in range(responses)])
         shown = json.dumps(list(range(responses)))
         with store.writer() as db:

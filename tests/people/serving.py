@@ -15,8 +15,7 @@ import pytest
 import uvicorn
 
 from rlhf_jax.people import __main__ as command
-from rlhf_jax.people import server
-from rlhf_jax.people.chat import Chat
+from rlhf_jax.people import access, chat, server
 from rlhf_jax.people.endpoint import Endpoint
 from rlhf_jax.people.store import Store
 
@@ -80,12 +79,12 @@ class Thread:
     def __init__(self, db: Path, endpoint: str = ""):
         self._store = Store(db)
         self.said: list[str] = []
-        self.token = self._store.invite("administrator", "administrator")
+        self.token = access.invite(self._store, "administrator", "administrator")
         self._listening = command.listening("127.0.0.1", 0)
         self._listener = self._listening.__enter__()
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        app = server.app(self._store, None, *([Chat(self._store, Endpoint(endpoint))] if endpoint else []))
+        app = server.app(self._store, None, *([chat.part(Endpoint(endpoint))] if endpoint else []))
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._listener],))

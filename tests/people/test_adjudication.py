@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra people: pip install -e .[people]")
-pytest.importorskip("httpx2", reason="needs httpx2: pip install httpx2")
+pytest.importorskip("httpx2", reason="needs the extra people: pip install -e .[people]")
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import adjudication, consensus, exchange, server, words
 from rlhf_jax.people.exchange import Filter
-from rlhf_jax.people.store import Item, Refused, Rules, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.leases import Refused
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
+from tests.people import labelling
 from tests.people.large import FULL_SIZE, fill
 from tests.people.test_server import Browser
 
@@ -38,11 +42,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         store.set_rules(Rules(ratings="overall", gold_share=0.0, repeat_share=0.0))
         store.add(Item(f"prompt {n}", RESPONSES, overlap=len(said), round=n) for n, said in ORDERS.items())
         for name in ("ann", "bob"):
-            found = store.person(store.enter(store.invite(name)) or "")
-            assert found
+            who = labelling.person(store, name)
             for said in ORDERS.values():
                 if name in said:
-                    answer(store, found.id, said[name])
+                    answer(store, who, said[name])
         yield store
 
 
@@ -55,9 +58,7 @@ def answer(store: Store, person: int, ranks: tuple[int, ...]) -> int:
 
 
 def person(store: Store, name: str, role: Any = "administrator") -> int:
-    found = store.person(store.enter(store.invite(name, role)) or "")
-    assert found
-    return found.id
+    return labelling.person(store, name, role)
 
 
 def decide(store: Store, who: int, item: int, ranks: tuple[int, ...], name: str = "decision-1", **more: Any) -> int:
@@ -261,7 +262,7 @@ def test_labelers_see_none_of_it(store: Store):
     admin = Browser(store, "eve", "administrator")
     for name, wrong, message in (
         ("submit", body | {"answer": {"ranks": [0, 1]}}, "ranks: expected 3"),
-        ("submit", body | {"assignment": "x"}, "expected the number of an item"),
+        ("submit", body | {"assignment": "x"}, "assignment: expected a number"),
         ("submit", body | {"seconds": -1}, "seconds"),
         ("submit", body | {"submission": 3}, "submission"),
     ):

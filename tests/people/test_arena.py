@@ -15,7 +15,10 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.people import arena, strengths
 from rlhf_jax.people.arena import Vote, Votes
 from rlhf_jax.people.exchange import Filter
-from rlhf_jax.people.store import Item, Rules, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
+from tests.people.labelling import person
 
 
 @pytest.mark.parametrize("models, a_prompt", [(2, 1), (3, 1), (3, 2), (3, 3), (6, 4), (7, 1)])
@@ -116,12 +119,6 @@ def test_the_text_has_a_line_a_model():
 
 
 NUMBERS = itertools.count()
-
-
-def person(store: Store, name: str) -> int:
-    found = store.person(store.enter(store.invite(name)) or "")
-    assert found
-    return found.id
 
 
 @pytest.fixture

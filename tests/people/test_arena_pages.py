@@ -11,7 +11,10 @@ import pytest
 pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
 
 from rlhf_jax.people import arena
-from rlhf_jax.people.store import Item, Rules, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
+from tests.people.labelling import person
 from tests.people.serving import Thread, browsing
 from tests.people.test_pages import Site, check_access, order, picture, shown, stored, until
 
@@ -149,9 +152,7 @@ def test_from_the_invitation_to_the_table(site: Site):
 def test_the_table_of_many_votes(site: Site):
     """Models without a finite strength say so; wide, dark, narrow and in Chinese."""
     with Store(site.db) as store:
-        session = store.enter(store.invite("carl"))
-        carl = store.person(session or "")
-        assert carl
+        carl = person(store, "carl")
         wins = {("runs/ppo/model", "runs/sft/model"): 9, ("runs/sft/model", "runs/ppo/model"): 4}
         wins |= {("runs/sft/model", "runs/base/model"): 8, ("runs/base/model", "runs/sft/model"): 3}
         wins |= {("runs/ppo/model", "runs/base/model"): 10, ("runs/base/model", "runs/ppo/model"): 2}
@@ -159,13 +160,13 @@ def test_the_table_of_many_votes(site: Site):
         battles = [pair for pair, count in wins.items() for _ in range(count)]
         store.add(Item(f"p {n}", ("better", "worse"), "arena", pair) for n, pair in enumerate(battles))
         n = 0
-        while held := store.task(carl.id):
+        while held := store.task(carl):
             answer: dict = {"skip": "other"}
             if str(held.prompt).startswith("p "):
                 n += 1
                 said = ("first", "second")[held.responses.index("better")]
                 answer = {"verdict": ("tie", "bad")[n % 2] if n % 7 == 0 and n <= len(battles) - 9 else said}
-            store.submit(carl.id, held.id, f"submission-{held.id}", answer, 1.0)
+            store.submit(carl, held.id, f"submission-{held.id}", answer, 1.0)
     admin = site.page(viewport={"width": 1280, "height": 860})
     admin.goto(f"{site.server.url}/enter#{site.server.token}")
     admin.wait_for_url("**/admin")

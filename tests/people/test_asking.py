@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.people import asking
+from rlhf_jax.people import access, asking
 from rlhf_jax.people.asking import Asked
-from rlhf_jax.people.store import Item, Rules, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
+from tests.people.labelling import person
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +39,6 @@ def groups(*, round: int = 1, overlap: int = 2) -> dict[str, list[Item]]:
     }
 
 
-def invite(store: Store, name: str) -> int:
-    person = store.person(store.enter(store.invite(name)) or "")
-    assert person
-    return person.id
-
-
 numbers = itertools.count()  # of submissions
 
 
@@ -61,8 +58,8 @@ def test_a_run_waits_until_enough_answers_are_in(db: Path, capsys: pytest.Captur
         asked = Asked(store, groups())
         assert "6 tasks added, 0 were there already" in capsys.readouterr().out
         assert asked.standing().people == 0 and asked.standing().hint().startswith("nobody has a link yet")
-        ann, bob = invite(store, "ann"), invite(store, "bob")
-        store.set_aside(invite(store, "eve"), "why not")
+        ann, bob = person(store, "ann"), person(store, "bob")
+        store.set_aside(person(store, "eve"), "why not")
         while answer(store, ann):
             pass
         standing = asked.standing()
@@ -88,7 +85,7 @@ def test_what_does_not_count(db: Path):
         said: list[str] = []
         asked = Asked(store, groups(overlap=1), tell=said.append)
         assert said == [f"{db}: 6 tasks added, 0 were there already; 2 answers to other tasks are wanted there too"]
-        ann, bob = invite(store, "ann"), invite(store, "bob")
+        ann, bob = person(store, "ann"), person(store, "bob")
         assert answer(store, ann) and answer(store, ann)  # those of others
         assert sum(asked.standing().done.values()) == 0
         assert answer(store, ann, skip="unclear")
@@ -99,7 +96,7 @@ def test_what_does_not_count(db: Path):
             pass
         standing = asked.standing()
         assert (sum(standing.done.values()), standing.stuck) == (5, 0)  # bob can give the skipped one
-        store.revoke(bob)
+        access.revoke(store, bob)
         standing = asked.standing()
         assert standing.stuck == 1 and "nobody is left to give 1 of the answers: invite more" in standing.hint()
         assert len([*asked.rows()["train"], *asked.rows()["held_out"]]) == 5
@@ -110,7 +107,7 @@ def test_what_does_not_count(db: Path):
 def test_who_is_killed_asks_nothing_twice(db: Path):
     with Store(db) as store:
         Asked(store, groups())
-        ann = invite(store, "ann")
+        ann = person(store, "ann")
         assert answer(store, ann) and answer(store, ann)
     said: list[str] = []
     with Store(db) as store:
@@ -119,7 +116,7 @@ def test_who_is_killed_asks_nothing_twice(db: Path):
         assert sum(asked.standing().done.values()) == 2
         while answer(store, ann):
             pass
-        bob = invite(store, "bob")
+        bob = person(store, "bob")
         assert answer(store, bob) and answer(store, bob) and not answer(store, bob)
         assert [len(rows) for rows in asked.rows().values()] == [4, 4]
 
@@ -137,7 +134,7 @@ def test_the_same_is_asked_once(db: Path):
 def test_what_is_not_waited_for_is_not_asked_any_more(db: Path):
     with Store(db) as store:
         asked = Asked(store, groups())
-        ann, bob = invite(store, "ann"), invite(store, "bob")
+        ann, bob = person(store, "ann"), person(store, "bob")
         assert answer(store, ann) and store.task(bob)
         asked.retire()
         assert answer(store, bob) and not answer(store, bob) and not answer(store, ann)  # who has one may finish
@@ -153,7 +150,7 @@ def test_what_is_not_waited_for_is_not_asked_any_more(db: Path):
 def test_more_people_may_be_asked(db: Path):
     with Store(db) as store:
         Asked(store, groups(overlap=1))
-        ann, bob = invite(store, "ann"), invite(store, "bob")
+        ann, bob = person(store, "ann"), person(store, "bob")
         while answer(store, ann):
             pass
         assert not answer(store, bob)

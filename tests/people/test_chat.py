@@ -1,4 +1,4 @@
-"""Talking to models: what is recorded of it, who may do it, what is read from it, and what an endpoint may do wrong."""
+"""Talking to models: who may do it, what is recorded of it, and what an endpoint may do wrong."""
 
 import json
 import subprocess
@@ -11,235 +11,30 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("httpx", reason="needs the extra people: pip install -e .[people]")
-pytest.importorskip("httpx2", reason="needs httpx2: pip install httpx2")
+pytest.importorskip("httpx2", reason="needs the extra people: pip install -e .[people]")
 pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
 
 from starlette.testclient import TestClient
 
-from rlhf_jax.data import sources
-from rlhf_jax.errors import InputError
 from rlhf_jax.people import __main__ as command
-from rlhf_jax.people import exchange, server
-from rlhf_jax.people.chat import Chat
+from rlhf_jax.people import access, chat, exchange, guidelines, server, turns
 from rlhf_jax.people.endpoint import Endpoint
-from rlhf_jax.people.store import Item, Refused, Rules, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
 from tests.people import test_server
 from tests.people.endpoints import Stub, answering
+from tests.people.labelling import person
 from tests.people.serving import ROOT
 
 RULES = Rules(ratings="none", gold_share=0.0, repeat_share=0.0, turns=2)
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    with Store(tmp_path / "people.db", clock=clock) as store:
-        store.set_rules(RULES)
-        yield store
-
-
-def person(store: Store, name: str) -> int:
-    found = store.person(store.enter(store.invite(name)) or "")
-    assert found
-    return found.id
-
-
-def say(store: Store, who: int, chat: int, message: str, strength: int | None) -> int:
-    """A turn of a conversation, with a choice if `strength` is one."""
-    prompt = [*store.conversation(who, chat).messages(), {"role": "user", "content": message}]
-    answers = (f"{message} first", f"{message} second")
-    item = Item(prompt, answers, "compare", models=("ada", "bob"), ended=(True, True))
-    turn = store.turn(who, f"name/{message}/{who}", item, [1, 0], chat)
-    if strength is not None:
-        store.submit(who, turn, f"submission/{message}", {"strength": strength}, 1.0)
-    return turn
-
-
-# The store ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_conversation_is_what_its_turns_say(store: Store, tmp_path: Path):
-    ann = person(store, "ann")
-    store.add([Item("About birds", task="chat"), Item([{"role": "system", "content": "Be brief."}], task="chat")])
-    task = store.task(ann)
-    assert task and (task.task, task.prompt, task.responses) == ("chat", "About birds", [])
-    say(store, ann, task.id, "one", -4)  # the first on the page, which is the second of the item
-    say(store, ann, task.id, "two", None)
-    found = store.conversation(ann, task.id)
-    assert [(turn.message, turn.responses, turn.strength) for turn in found.turns] == [
-        ("one", ["one second", "one first"], -4),
-        ("two", ["two second", "two first"], None),
-    ]
-    assert found.messages() == [
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "one second"},
-    ]
-    with pytest.raises(InputError, match="turns: expected at least 2 in a conversation, got 1"):
-        store.submit(ann, task.id, "submission", {}, 1.0)
-    store.submit(ann, found.turns[1].id, "submission/two", {"strength": 1}, 1.0)
-    store.submit(ann, task.id, "submission", {"note": "nice"}, 1.0)
-    second = store.task(ann)
-    assert second and second.item != task.item
-    say(store, ann, second.id, "three", 2)
-    rows = list(exchange.read(store.path))
-    assert [kind for kind, _ in rows] == ["rankings", "rankings", "dialogues", "rankings"]
-    first, other, dialogue, third = (row for _, row in rows)
-    assert (first["chosen"], first["rejected"], first["strength"]) == ("one second", "one first", 4)
-    assert (first["models"], first["shown"], first["ended"]) == (["ada", "bob"], [1, 0], [True, True])
-    assert other["prompt"] == [*found.messages(), {"role": "user", "content": "two"}] and other["chosen"] == "two first"
-    assert (dialogue["turns"], dialogue["topic"], dialogue["note"]) == (2, "About birds", "nice")
-    assert [message["content"] for message in dialogue["messages"]] == ["one", "one second", "two", "two first"]
-    assert third["prompt"][0] == {"role": "system", "content": "Be brief."}
-    read = list(sources.rows(f"people:{store.path}", "rankings", data_dir=tmp_path / "data"))
-    assert len(read) == 3 and read[1]["prompt"] == other["prompt"]
-    assert len(list(sources.rows(f"people:{store.path}?kind=turn", "prompts", data_dir=tmp_path / "data"))) == 3
-    assert exchange.export(store.path, tmp_path / "out.jsonl") == {
-        "rankings": 3,
-        "demonstrations": 0,
-        "dialogues": 1,
-    }
-
-
-def test_another_pair_and_another_tab(store: Store):
-    ann = person(store, "ann")
-    store.add([Item("", task="chat")])
-    task = store.task(ann)
-    assert task
-    before = say(store, ann, task.id, "one", None)
-    assert say(store, ann, task.id, "one", None) == before  # the same name: sent twice
-    with pytest.raises(Refused, match="other answers"):
-        store.turn(ann, f"name/one/{ann}", Item(HELLO, ("a", "b"), "compare"), [0, 1])
-    after = say(store, ann, task.id, "another", None)
-    with pytest.raises(Refused) as refused:
-        store.submit(ann, before, "submission", {"strength": 1}, 1.0)
-    assert refused.value.code == "answered"
-    stale = Item([{"role": "user", "content": "late"}], ("a", "b"), "compare")
-    store.submit(ann, after, "submission", {"strength": 1}, 1.0)
-    with pytest.raises(Refused) as refused:
-        store.turn(ann, "too late", stale, [0, 1], task.id)
-    assert refused.value.code == "moved"
-    bob = person(store, "bob")
-    for what in (lambda: store.conversation(bob, task.id), lambda: store.turned(bob, after)):
-        with pytest.raises(Refused) as refused:
-            what()
-        assert refused.value.code == "foreign"
-
-
-def test_an_undo_goes_back_turn_by_turn(store: Store):
-    ann = person(store, "ann")
-    store.add([Item("a", ("x", "y"), "compare"), Item("", task="chat")])
-    task = store.task(ann)
-    assert task
-    store.submit(ann, task.id, "comparison", {"strength": 1}, 1.0)
-    task = store.task(ann)
-    assert task
-    thumb = store.turn(ann, "elsewhere", Item(HELLO, ("Hi",), "thumb"), [0])
-    store.submit(ann, thumb, "thumbs up", {"thumb": "up"}, 1.0)
-    for message in ("one", "two"):
-        say(store, ann, task.id, message, 3)
-    store.submit(ann, task.id, "submission", {}, 1.0)
-    store.undo(ann)  # of the end
-    again = store.task(ann)
-    assert again and again.id == task.id and len(store.conversation(ann, task.id).turns) == 2
-    say(store, ann, task.id, "three", None)
-    store.undo(ann)  # of turn two, and what came after it goes
-    assert [turn.strength for turn in store.conversation(ann, task.id).turns] == [3, None]
-    store.undo(ann)
-    assert [(turn.message, turn.strength) for turn in store.conversation(ann, task.id).turns] == [("one", None)]
-    assert [row["thumb"] for row in _answers(store)] == ["up"]
-    store.undo(ann)  # of the comparison before; the thumb stays
-    found = store.task(ann)
-    assert found and found.task == "compare" and [row["thumb"] for row in _answers(store)] == ["up"]
-
-
-def _answers(store: Store) -> list[Any]:
-    with store.reader() as db:
-        found = db.execute("SELECT answer FROM labels WHERE id NOT IN (SELECT label FROM withdrawals)")
-        return [answer for row in found if "thumb" in (answer := json.loads(row["answer"]))]
-
-
-def test_a_conversation_is_taken_up_where_it_was(store: Store, clock: Clock):
-    ann, bob = person(store, "ann"), person(store, "bob")
-    store.add([Item("", task="chat")])
-    task = store.task(ann)
-    assert task
-    say(store, ann, task.id, "one", 1)
-    clock.now += 2000  # the lease runs out; nobody takes it
-    assert len(store.conversation(ann, task.id).turns) == 1
-    say(store, ann, task.id, "two", 1)
-    clock.now += 2000
-    other = store.task(bob)
-    assert other and store.conversation(bob, other.id).turns == []
-    with pytest.raises(Refused) as refused:
-        say(store, ann, task.id, "three", 1)
-    assert refused.value.code == "expired"
-    assert len(list(exchange.read(store.path))) == 2
-    clock.now += 2000
-    again = store.task(ann)
-    assert again and len(store.conversation(ann, again.id).turns) == 2
-
-
-def test_turns_are_asked_of_nobody_and_count_as_no_items(store: Store):
-    ann, bob = person(store, "ann"), person(store, "bob")
-    thumb = store.turn(ann, "some name", Item(HELLO, ("Hi",), "thumb", models=("ada",)), [0])
-    assert store.task(bob) is None and not store.has_items() and store.pace(bob).left == 0
-    store.submit(ann, thumb, "submission", {"thumb": "up"}, 1.0)
-    store.withdraw(ann, thumb)
-    store.withdraw(ann, thumb)  # nothing is left
-    store.submit(ann, thumb, "submission2", {"thumb": "down"}, 1.0)
-    ((kind, row),) = exchange.read(store.path)
-    assert kind == "thumbs" and (row["prompt"], row["response"], row["label"]) == (HELLO, "Hi", False)
-    assert row["models"] == ["ada"] and row["number"] == 2 and row["person"] == "ann"
-    with pytest.raises(InputError, match="thumb: expected one of up, down"):
-        store.submit(ann, store.turn(ann, "x", Item(HELLO, ("Hi",), "thumb"), [0]), "submission3", {"thumb": 1}, 1.0)
-    assert [kind for kind, _, _ in exchange.learnt(store.path)] == ["thumbs"]
-
-
-def test_conversations_out_of_a_file(tmp_path: Path, store: Store):
-    path = tmp_path / "chats.jsonl"
-    system = [{"role": "system", "content": "Be brief."}]
-    path.write_text(
-        "\n".join(
-            json.dumps(row)
-            for row in (
-                {"task": "chat", "prompt": "About birds"},
-                {"task": "chat", "prompt": ""},
-                {"task": "chat", "prompt": system, "overlap": 2},
-            )
-        )
-    )
-    items = list(exchange.read_items(path))
-    assert [item.prompt for item in items] == ["About birds", "", system] and store.add(items) == (3, 0)
-    path.write_text('{"prompt": "x"}')
-    assert [item.task for item in exchange.read_items(path, "chat")] == ["chat"]
-    for row, message in (
-        ({"prompt": HELLO}, "no user's"),
-        ({"prompt": [{"role": "odd", "content": ""}]}, r"prompt\[0\]"),
-        ({"prompt": 3}, "field prompt"),
-    ):
-        path.write_text(json.dumps(row | {"task": "chat"}))
-        with pytest.raises(InputError, match=message):
-            list(exchange.read_items(path))
-    for item in (Item("x", ("a",), "chat"), Item("x", (), "chat", gold=()), Item("x", ("a", "b"), "thumb")):
-        with pytest.raises(InputError):
-            store.add([item])
-
-
-# The server -----------------------------------------------------------------------------------------------------------
+def store(store: Store) -> Store:
+    store.set_rules(RULES)
+    return store
 
 
 @pytest.fixture(scope="module")
@@ -258,9 +53,9 @@ class Talker(test_server.Browser):
     """Somebody who talks to the stub's models."""
 
     def __init__(self, store: Store, url: str, name: str = "ann", role: Any = "labeler", **options: Any):
-        app = server.app(store, None, Chat(store, Endpoint(url, **options)))
+        app = server.app(store, None, chat.part(Endpoint(url, **options)))
         self.client = TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False)
-        assert self.client.post("/enter", json={"token": store.invite(name, role)}).status_code == 200
+        assert self.client.post("/enter", json={"token": access.invite(store, name, role)}).status_code == 200
         self.csrf = self.client.get("/guidelines").text.split('name="csrf" content="')[1][:64]
         self.headers = {"X-CSRF": self.csrf}
         self._names = iter(range(10**6))
@@ -426,7 +221,7 @@ def test_who_may_talk(store: Store, stub: Stub, ann: Talker, served: tuple[Stub,
     assert ann.client.get("/api/chat/conversation?assignment=99").status_code == 409
     assert ann.client.get("/api/chat/conversation?assignment=x").status_code == 422
     assert ann.post("/api/chat/answer", name="short", model=0, messages=HELLO).status_code == 422
-    store.set_guidelines("Be kind")
+    guidelines.add(store, "Be kind")
     assert ann.client.get("/chat").headers["location"] == "/guidelines"
     assert ann.ask(model=0, messages=HELLO)[0]["error"] == "guidelines"
     ann.client.post("/guidelines", data={"csrf": ann.csrf, "version": "1"})
@@ -468,7 +263,7 @@ def test_a_slow_answer_is_stopped_and_no_more_than_two_run_at_once(store: Store,
         thread.join()
     assert found["slow question 0"] == [{"n": 0, "end": "length"}, {"error": "chat_stopped", "message": ""}]
     assert text(found["slow question 1"]).startswith("ada ") and "turn" in found["slow question 1"][-1]
-    assert store.turned(1, found["slow question 1"][-1]["turn"]).ended == (False,)
+    assert turns.recorded(store, 1, found["slow question 1"][-1]["turn"]).ended == (False,)
     stub.pause = 0.0
     assert "turn" in ann.ask(model=0, messages=HELLO)[-1]
     assert stub.cancelled == 2
@@ -477,7 +272,7 @@ def test_a_slow_answer_is_stopped_and_no_more_than_two_run_at_once(store: Store,
 def test_what_came_in_halves_is_whole_in_the_store(store: Store, stub: Stub, ann: Talker):
     stub.text = "\ud83d \ude00 \ud83d"
     events = ann.ask(model=0, messages=HELLO)
-    assert store.turned(1, events[-1]["turn"]).responses == ("\ufffd \ufffd \ufffd",)
+    assert turns.recorded(store, 1, events[-1]["turn"]).responses == ("\ufffd \ufffd \ufffd",)
 
 
 # The command line -----------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("httpx", reason="needs the extra people: pip install -e .[people]")
+pytest.importorskip("httpx2", reason="needs the extra people: pip install -e .[people]")
 pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
 
-from rlhf_jax.people.store import Rules, Store
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
 from tests.people.endpoints import Stub, answering
 from tests.people.serving import Thread, browsing
 from tests.people.test_pages import HOSTILE, Site, check_access, picture, stored, until

@@ -10,7 +10,10 @@ import pytest
 from rlhf_jax.people import agreement, consensus
 from rlhf_jax.people.agreement import Agreement, Estimate, Share, Undefined
 from rlhf_jax.people.forms import SCALES
-from rlhf_jax.people.store import Item, Rules, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
+from tests.people.labelling import person
 from tests.people.large import FULL_SIZE, fill
 
 RULES = Rules(ratings="all", gold_share=0.0, repeat_share=0.0)
@@ -21,12 +24,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
     with Store(tmp_path / "people.db") as store:
         store.set_rules(RULES)
         yield store
-
-
-def person(store: Store, name: str) -> int:
-    found = store.person(store.enter(store.invite(name)) or "")
-    assert found
-    return found.id
 
 
 def answer(store: Store, person: int, ranks: tuple[int, ...], ratings: list[dict] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("httpx", reason="needs the extra people: pip install -e .[people]")
+pytest.importorskip("httpx2", reason="needs the extra people: pip install -e .[people]")
 pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
 
 from rlhf_jax.people import endpoint

@@ -14,8 +14,10 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
 
-from rlhf_jax.people import exchange
-from rlhf_jax.people.store import Item, Rules, Store
+from rlhf_jax.people import access, exchange
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
 from tests.people.large import FULL_SIZE
 from tests.people.serving import Server, serving
 
@@ -28,7 +30,7 @@ def prepared(db: Path, people: int, items: int) -> list[str]:
     with Store(db) as store:
         store.set_rules(RULES)
         store.add(Item(f"prompt {n}", ("one", "two", "three", "four")) for n in range(items))
-        return [store.enter(store.invite(f"person {n}")) or "" for n in range(people)]
+        return [access.enter(store, access.invite(store, f"person {n}")) or "" for n in range(people)]
 
 
 def csrf(server: Server, session: str) -> str:

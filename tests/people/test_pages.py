@@ -22,8 +22,10 @@ from experiments import reward, rounds
 from rlhf_jax.data import sources
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.people import __main__ as command
-from rlhf_jax.people import forms
-from rlhf_jax.people.store import Rules, Store
+from rlhf_jax.people import access, forms
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
+from tests.people import labelling
 from tests.people.large import FULL_SIZE
 from tests.people.serving import Server, Thread, browsing, serving
 
@@ -57,7 +59,7 @@ class Site:
     def person(self, name: str = "ann", **options: Any) -> Any:
         """A page on which somebody has followed a link of their own."""
         with Store(self.db) as store:
-            token = store.invite(name)
+            token = access.invite(store, name)
         page = self.page(**options)
         page.goto(f"{self.server.url}/enter#{token}")
         page.wait_for_url(self.server.url + "/")
@@ -460,13 +462,12 @@ def disputed(site: Site) -> dict[str, list[int]]:
     said = {"ann": [0, 2, 1, 3], "bob": [1, 1, 0, 2]}
     with Store(site.db) as store:
         for name in ("somebody else", *said):
-            found = store.person(store.enter(store.invite(name)) or "")
-            assert found
+            who = labelling.person(store, name)
             if name not in said:
-                store.task(found.id)  # the one that is there already
+                store.task(who)  # the one that is there already
                 continue
             for n in (1, 2):
-                task = store.task(found.id)
+                task = store.task(who)
                 assert task
                 texts = pair["responses"] if len(task.responses) == 3 else ANSWERS
                 shown = [texts.index(text) for text in task.responses]  # type: ignore[attr-defined]
@@ -475,7 +476,7 @@ def disputed(site: Site) -> dict[str, list[int]]:
                 answer = {"ranks": [ranks[k] for k in shown], "ratings": ratings, "confirmed": True}
                 if name == "bob":
                     answer |= {"confidence": 6, "note": "The first is a list of steps."}
-                store.submit(found.id, task.id, f"submission-{n}", answer, 30.0)
+                store.submit(who, task.id, f"submission-{n}", answer, 30.0)
     return said
 
 

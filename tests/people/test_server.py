@@ -12,14 +12,16 @@ from typing import Any, get_args
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra people: pip install -e .[people]")
-pytest.importorskip("httpx2", reason="needs httpx2: pip install httpx2")
+pytest.importorskip("httpx2", reason="needs the extra people: pip install -e .[people]")
 
 from starlette.testclient import TestClient
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import __main__ as command
-from rlhf_jax.people import arena, markdown, server, words
-from rlhf_jax.people.store import Item, Rules, Store
+from rlhf_jax.people import access, arena, forms, frame, markdown, server, words
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield store
 
 
-def client(store: Store, options: server.Options | None = None) -> TestClient:
+def client(store: Store, options: frame.Options | None = None) -> TestClient:
     return TestClient(server.app(store, options), base_url="http://127.0.0.1:8000", follow_redirects=False)
 
 
@@ -39,7 +41,7 @@ class Browser:
 
     def __init__(self, store: Store, name: str = "ann", role: Any = "labeler"):
         self.client = client(store)
-        assert self.client.post("/enter", json={"token": store.invite(name, role)}).json() == {"to": "/"}
+        assert self.client.post("/enter", json={"token": access.invite(store, name, role)}).json() == {"to": "/"}
         page = self.client.get("/guidelines").text
         found = re.search(r'name="csrf" content="(\w{64})"', page)
         assert found
@@ -155,7 +157,7 @@ def test_only_the_administrator_administers(store: Store):
     assert "No battles yet" in admin.client.get("/admin/arena").text
     page = admin.act("invite", name="<b>eve</b>").text
     link = re.search(r"http://127.0.0.1:8000/enter#([\w-]+)", page)
-    assert link and store.enter(link[1]) and "<b>eve" not in page and "&lt;b&gt;eve" in page
+    assert link and access.enter(store, link[1]) and "<b>eve" not in page and "&lt;b&gt;eve" in page
     assert admin.act("rules", gold_least="0.8", lease="60").status_code == 303
     assert (store.rules().gold_least, store.rules().lease) == (0.8, 60)
     assert "gold_least=2.0: expected" in admin.act("rules", gold_least="2").text
@@ -163,6 +165,8 @@ def test_only_the_administrator_administers(store: Store):
     assert admin.act("guidelines", text="# Be kind").status_code == 303
     assert ann.client.get("/").headers["location"] == "/guidelines"
     assert ann.client.get("/api/task").json()["error"] == "guidelines"
+    for wrong in ("", "x", "9" * 30):
+        assert ann.client.post("/guidelines", data={"csrf": ann.csrf, "version": wrong}).status_code == 422
     ann.client.post("/guidelines", data={"csrf": ann.csrf, "version": "1"})
     assert ann.client.get("/").status_code == 200
     ann.submit(ann.task()["id"], {"ranks": [0, 0]})
@@ -185,8 +189,8 @@ def test_changes_need_the_token_of_our_page(store: Store):
 
 
 def test_headers_and_cookies(store: Store):
-    ann = client(store, server.Options(secure=True))
-    entered = ann.post("/enter", json={"token": store.invite("ann")})
+    ann = client(store, frame.Options(secure=True))
+    entered = ann.post("/enter", json={"token": access.invite(store, "ann")})
     cookie = entered.headers["set-cookie"].lower()
     assert all(part in cookie for part in ("httponly", "samesite=lax", "secure"))
     for path in ("/enter", "/static/people.js", "/none", "/api/task"):
@@ -198,13 +202,13 @@ def test_headers_and_cookies(store: Store):
 
 
 def test_nothing_comes_from_elsewhere():
-    for path in server.PAGES.rglob("*.*"):
+    for path in frame.PAGES.rglob("*.*"):
         text = path.read_text()
         assert not re.findall(r"(?:src|href|url\(|from|import)\s*[=(]?\s*[\"']?(?:https?:)?//", text), path
         if path.suffix == ".html":
             assert " style=" not in text and not re.search(r"\son\w+=", text)
             assert not re.findall(r"<script(?![^>]*(?:src=|application/json))", text)
-    script = (server.PAGES / "static" / "people.js").read_text()
+    script = (frame.PAGES / "static" / "people.js").read_text()
     assert "innerHTML" not in script and "eval(" not in script
 
 
@@ -218,11 +222,11 @@ def test_too_large_too_many_and_for_another_host(store: Store):
 
     assert ann.client.post("/api/draft", content=pieces(), headers=ann.headers).status_code == 413
     assert ann.client.get("/enter", headers={"Host": "evil.example"}).json()["error"] == "wrong_host"
-    few = client(store, server.Options(rate=0.001, burst=3.0))
+    few = client(store, frame.Options(rate=0.001, burst=3.0))
     assert [few.get("/enter").status_code for _ in range(4)] == [200, 200, 200, 429]
-    guesses = client(store, server.Options(attempts=3.0))
+    guesses = client(store, frame.Options(attempts=3.0))
     assert [guesses.post("/enter", json={"token": "x"}).status_code for _ in range(4)] == [401, 401, 401, 429]
-    assert guesses.post("/enter", json={"token": store.invite("bob")}).status_code == 200
+    assert guesses.post("/enter", json={"token": access.invite(store, "bob")}).status_code == 200
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(store: Store, monkeypatch: pytest.MonkeyPatch):
@@ -244,17 +248,17 @@ def test_a_full_disk_is_told_and_nothing_is_lost(store: Store, monkeypatch: pyte
 
 
 def test_both_languages_have_all_words(store: Store):
-    table = json.loads((server.PAGES / "words.json").read_text())
+    table = json.loads((frame.PAGES / "words.json").read_text())
     assert all(len(said) == len(words.LANGUAGES) and all(said) for said in table.values())
     for name, (english, chinese) in table.items():
         assert set(re.findall(r"\{\w+\}", english)) == set(re.findall(r"\{\w+\}", chinese)), name
-    texts = "".join(path.read_text() for path in server.PAGES.rglob("*.*") if path.suffix in (".html", ".js"))
+    texts = "".join(path.read_text() for path in frame.PAGES.rglob("*.*") if path.suffix in (".html", ".js"))
     used = set(re.findall(r'\bt\("(\w+)"', texts)) | set(re.findall(r"\bt\.(\w+)", texts))
     assert used <= table.keys()
-    for prefix, names in (("flag", server.forms.FLAGS), ("pflag", server.forms.PROMPT_FLAGS)):
+    for prefix, names in (("flag", forms.FLAGS), ("pflag", forms.PROMPT_FLAGS)):
         assert {f"{prefix}_{name}" for name in names} <= table.keys()
-    assert {f"skip_{name}" for name in server.forms.SKIPS} <= table.keys()
-    assert {f"verdict_{name}" for name in server.forms.VERDICTS} | {f"arena_{why}" for why in get_args(arena.Why)} <= (
+    assert {f"skip_{name}" for name in forms.SKIPS} <= table.keys()
+    assert {f"verdict_{name}" for name in forms.VERDICTS} | {f"arena_{why}" for why in get_args(arena.Why)} <= (
         table.keys()
     )
     nobody = client(store)
@@ -282,8 +286,8 @@ def test_a_large_store_is_as_quick(tmp_path: Path):
     with Store(path) as store:
         store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.5))
         for name in ("ann", "bob"):
-            store.invite(name)
-        with store._write() as db:
+            access.invite(store, name)
+        with store.writer() as db:
             items = ((bytes(str(k), "ascii"), "rank", '"p"', '["a","b"]', 3, 1, 1.0) for k in range(n + 100))
             db.executemany(
                 "INSERT INTO items (key, round, task, prompt, responses, words, overlap, created)"
@@ -387,6 +391,6 @@ def test_the_event_loop_is_not_held_up(store: Store):
 
 def test_input_errors_reach_the_page(store: Store):
     with pytest.raises(InputError):
-        store.invite("  ")
+        access.invite(store, "  ")
     admin = Browser(store, "administrator", "administrator")
     assert "name: expected 1 to 80 characters" in admin.act("invite", name=" ").text

@@ -8,8 +8,11 @@ import pytest
 from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import exchange
-from rlhf_jax.people.store import Item, Rules, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Store
 from rlhf_jax.runs import contents, directory
+from tests.people.labelling import person
 
 RULES = Rules(ratings="none", gold_share=0.0, repeat_share=0.0)
 
@@ -29,17 +32,16 @@ def db(tmp_path: Path) -> Path:
     path = tmp_path / "people.db"
     with Store(path) as store:
         store.set_rules(RULES)
-        ann, bob = (store.person(store.enter(store.invite(name)) or "") for name in ("ann", "bob"))
-        assert ann and bob
+        ann, bob = person(store, "ann"), person(store, "bob")
         store.add([Item([{"role": "user", "content": "one"}], ("a", "b"), ended=(True, False))])
-        submit(store, ann.id, ranks=[1, 0])
+        submit(store, ann, ranks=[1, 0])
         store.add([Item("two", ("a", "b"), round=1)])
-        submit(store, bob.id, ranks=[0, 0])
+        submit(store, bob, ranks=[0, 0])
         store.add([Item("three", ("c", "d"), "compare")])
-        submit(store, ann.id, strength=3)
+        submit(store, ann, strength=3)
         store.add([Item("four", ("e",), "demonstrate"), Item("five", (), "demonstrate")])
-        submit(store, bob.id, text="better", edited=0)
-        submit(store, bob.id, skip="unclear")
+        submit(store, bob, text="better", edited=0)
+        submit(store, bob, skip="unclear")
     return path
 
 
@@ -78,7 +80,7 @@ def test_filters_are_in_the_name(db: Path, tmp_path: Path):
         (f"people:{db}?person=ann", "demonstrations", "got 2 labels of other kinds"),
         (f"people:{db}?colour=red", "rankings", "filter 'colour=red'"),
         (f"people:{db}?person=eve", "rankings", "nobody of that name"),
-        (f"people:{db}", "text", "no text"),
+        (f"people:{db}", "text", "no text .and thumbs, which nothing trains on yet"),
         ("people:none.db", "rankings", "no such store"),
     ):
         with pytest.raises(InputError, match=message):
@@ -105,14 +107,13 @@ def test_verdicts_of_an_arena_are_comparisons(tmp_path: Path):
     db, verdicts = tmp_path / "people.db", ("first", "second", "tie", "bad")
     with Store(db) as store:
         store.set_rules(RULES)
-        ann = store.person(store.enter(store.invite("ann")) or "")
-        assert ann
+        ann = person(store, "ann")
         store.add(Item(wanted, ("a", "b"), "arena", ("x", "y"), ended=(True, False)) for wanted in verdicts)
         for wanted in verdicts:
-            held = store.task(ann.id)
+            held = store.task(ann)
             assert held
             swapped = {"first": "second", "second": "first"} if held.responses == ["b", "a"] else {}
-            store.submit(ann.id, held.id, f"submission-{wanted}", {"verdict": swapped.get(wanted, wanted)}, 1.0)
+            store.submit(ann, held.id, f"submission-{wanted}", {"verdict": swapped.get(wanted, wanted)}, 1.0)
     rows = read(f"people:{db}", "rankings", tmp_path)
     assert [(row["prompt"], row["ranks"]) for row in rows] == [
         ("first", [0, 1]),

@@ -1,11 +1,10 @@
-"""The store: leases, slots, replays, undo, gold and repeated items, thresholds, and files that are no store."""
+"""The store: leases, slots, replays, undo, gold and repeated items, and thresholds."""
 
 import json
 import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +13,19 @@ import pytest
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import exchange
 from rlhf_jax.people.exchange import Filter
-from rlhf_jax.people.store import VERSION, Assignment, Item, Refused, Rules, Store
+from rlhf_jax.people.items import Item
+from rlhf_jax.people.leases import Refused
+from rlhf_jax.people.rules import Rules
+from rlhf_jax.people.store import Assignment, Store
+from tests.people.labelling import Clock, person
 
 PLAIN = Rules(ratings="none", gold_share=0.0, repeat_share=0.0, lease=60.0)
 
 
-class Clock:
-    """A clock that a test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    with Store(tmp_path / "people.db", clock) as store:
-        store.set_rules(PLAIN)
-        yield store
-
-
-def person(store: Store, name: str) -> int:
-    session = store.enter(store.invite(name))
-    assert session
-    found = store.person(session)
-    assert found and found.name == name
-    return found.id
+def store(store: Store) -> Store:
+    store.set_rules(PLAIN)
+    return store
 
 
 def task(store: Store, person: int) -> Assignment:
@@ -226,7 +205,7 @@ def test_labels_are_append_only(store: Store):
     answer(store, ann)
     store.undo(ann)
     for statement in ("UPDATE labels SET answer = '{}'", "DELETE FROM labels", "DELETE FROM withdrawals"):
-        with store._write() as db, pytest.raises(sqlite3.IntegrityError, match="append-only"):
+        with store.writer() as db, pytest.raises(sqlite3.IntegrityError, match="append-only"):
             db.execute(statement)
 
 
@@ -306,48 +285,6 @@ def test_filters(store: Store):
             Filter.parse(wrong)
     with pytest.raises(InputError, match="nobody"):
         rows(store, person="carl")
-
-
-def test_links_are_stored_hashed_and_can_be_revoked(store: Store):
-    token = store.invite("ann")
-    session = store.enter(token)
-    assert session and store.person(session)
-    assert store.enter("x" * 43) is None
-    content = b"".join(path.read_bytes() for path in store.path.parent.glob("people.db*"))
-    assert token.encode() not in content and session.encode() not in content
-    newer = store.invite("ann")
-    assert store.enter(token) is None and store.enter(newer)
-    found = store.person(session)
-    assert found
-    store.revoke(found.id)
-    assert store.person(session) is None and store.enter(newer) is None
-
-
-def test_guidelines_have_versions_that_people_acknowledge(store: Store):
-    ann = person(store, "ann")
-    assert store.has_acknowledged(ann)
-    assert store.set_guidelines("Be kind.") == 1 == store.set_guidelines("Be kind.\n")
-    assert not store.has_acknowledged(ann)
-    store.acknowledge(ann, 1)
-    assert store.has_acknowledged(ann)
-    assert store.set_guidelines("Be kind and fair.") == 2
-    assert not store.has_acknowledged(ann)
-
-
-def test_what_is_no_store_is_refused(tmp_path: Path):
-    (tmp_path / "text.db").write_text("not a database, but long enough to have a header" * 10)
-    sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE t (x)").connection.close()
-    with Store(tmp_path / "new.db") as store, store._write() as db:
-        db.execute(f"PRAGMA user_version = {VERSION + 1}")
-    for name, message in (("text.db", "cannot be"), ("other.db", "no store"), ("new.db", "newer version")):
-        before = (tmp_path / name).read_bytes()
-        with pytest.raises(InputError, match=message):
-            Store(tmp_path / name)
-        assert (tmp_path / name).read_bytes() == before or name == "other.db"
-    with pytest.raises(InputError, match="no such store"):
-        Store(tmp_path / "none.db", create=False)
-    with pytest.raises(InputError, match="cannot be opened"):
-        Store(tmp_path / "missing" / "people.db")
 
 
 def test_items_are_read_once_and_bad_rows_are_named(store: Store, tmp_path: Path):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra people: pip install -e .[people]")
-pytest.importorskip("httpx2", reason="needs httpx2: pip install httpx2")
+pytest.importorskip("httpx2", reason="needs the extra people: pip install -e .[people]")
 
 import uvicorn
 from starlette.testclient import TestClient

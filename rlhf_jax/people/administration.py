@@ -1,0 +1,130 @@
+"""The administrator's pages of progress, people and rules, of the arena's table, and the export."""
+
+import dataclasses
+import functools
+import json
+import time
+import urllib.parse
+from collections.abc import Iterator
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.people import access, arena, exchange, guidelines, progress
+from rlhf_jax.people.access import Person
+from rlhf_jax.people.frame import Denied, Frame, read_form
+from rlhf_jax.people.rules import Rules
+
+
+def routes(shared: Frame) -> list[Route]:
+    """The routes of these pages; the last one takes whatever other pages of the administrator do not."""
+    pages = Administration(shared)
+    return [
+        Route("/admin", pages.admin),
+        Route("/admin/export", pages.export),
+        Route("/admin/arena", pages.arena),
+        Route("/admin/{action}", pages.act, methods=["POST"]),
+    ]
+
+
+class Administration:
+    """The handlers of the routes."""
+
+    def __init__(self, shared: Frame):
+        self._frame, self._store = shared, shared.store
+
+    async def admin(self, request: Request) -> Response:
+        """Show progress and people."""
+        return await run_in_threadpool(lambda: self.page(request, self._frame.administrator(request)))
+
+    def page(self, request: Request, person: Person, message: str = "", invited: str = "") -> Response:
+        """The page of progress and people, with a message of what went wrong, or the link of who was invited."""
+        with self._store.reader() as db:
+            overview = progress.overview(db, time.time())
+        return self._frame.page(
+            request,
+            "admin.html",
+            person,
+            overview=overview,
+            rules=self._store.rules(),
+            guidelines=guidelines.newest(self._store),
+            message=message,
+            invited=invited,
+        )
+
+    async def act(self, request: Request) -> Response:
+        """Do what a form of the administrator's page asks for."""
+        form = await read_form(request)
+        return await run_in_threadpool(self._act, request, form)
+
+    def _act(self, request: Request, form: dict[str, str]) -> Response:
+        person, store = self._frame.administrator(request, form), self._store
+        number = int(form["person"]) if form.get("person", "").isdecimal() else -1
+        match request.path_params["action"]:
+            case "invite":
+                token = access.invite(store, form.get("name", ""))
+                base = str(request.base_url).rstrip("/")
+                return self.page(request, person, invited=f"{base}/enter#{token}")
+            case "revoke" if number != person.id:
+                access.revoke(store, number)
+            case "aside" if number != person.id:
+                store.set_aside(number, "by the administrator")
+            case "restore":
+                store.restore(number)
+            case "guidelines":
+                guidelines.add(store, form.get("text", ""))
+            case "rules":
+                store.set_rules(_rules(store.rules(), form))
+            case _:
+                raise Denied(404, "missing")
+        return RedirectResponse("/admin", 303)
+
+    async def export(self, request: Request) -> Response:
+        """Send the labels as JSON Lines."""
+        await run_in_threadpool(self._frame.administrator, request)
+        wanted = _wanted(request)
+
+        def lines() -> Iterator[str]:
+            with self._store.reader() as db:
+                for _, row in exchange.labels(db, wanted):
+                    yield json.dumps(row, ensure_ascii=False) + "\n"
+
+        headers = {"Content-Disposition": 'attachment; filename="labels.jsonl"'}
+        return StreamingResponse(lines(), headers=headers, media_type="application/x-ndjson")
+
+    async def arena(self, request: Request) -> Response:
+        """Show how the models of an arena fare, by the votes that a filter in the address selects."""
+        return await run_in_threadpool(self._arena, request)
+
+    def _arena(self, request: Request) -> Response:
+        person = self._frame.administrator(request)
+        with self._store.reader() as db:
+            table = arena.table(arena.read(db, _wanted(request)))
+        live = f"/admin/arena?{request.url.query}"
+        return self._frame.page(request, "arena.html", person, table=table, live=live)
+
+
+def _wanted(request: Request) -> exchange.Filter:
+    """The filter of labels that stands in the address."""
+    return exchange.Filter.parse(urllib.parse.unquote_plus(request.url.query))
+
+
+@functools.cache
+def _rule_types() -> dict[str, type]:
+    return {field.name: type(field.default) for field in dataclasses.fields(Rules)}
+
+
+def _rules(rules: Rules, form: dict[str, str]) -> Rules:
+    """The rules with the numbers of a form."""
+    for name, kind in _rule_types().items():
+        if name in form:
+            try:
+                rules = dataclasses.replace(rules, **{name: kind(form[name])})
+            except ValueError as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(f"{name}={form[name]:.20}: expected a number") from None
+    return rules
