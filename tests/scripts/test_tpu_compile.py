@@ -133,7 +133,7 @@ def test_nothing_is_written_or_printed(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("experiment", "flags", "message"),
     [
-        ("pppo", (), "experiment 'pppo': expected one of answers, assistant, best_of_n"),
+        ("pppo", (), "experiment 'pppo': expected one of answers, arena, assistant"),
         ("instructgpt", (), "experiment 'instructgpt': expected"),
         ("instructgpt:ppo-2b", (), "experiment 'instructgpt:ppo-2b': expected"),
         ("rounds", (), "no steps of its own"),
