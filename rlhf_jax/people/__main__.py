@@ -65,7 +65,8 @@ class Serve(Tasks):
     model: tuple[Path, ...] = ()  # model directories that answer the prompts, in a process of their own
     data: str = "world"  # prompts for the models, as in every experiment
     prompts: Whole = 200  # number of prompts that the models answer; 0: another program adds what to ask
-    k: Count = 4  # answers to a prompt, over all models; in an arena each answers once
+    # Answers to a prompt, over all models; None: 2 to compare, otherwise 4. In an arena each model answers once.
+    k: Count | None = None
     pairs: Count = 1  # of models that meet over a prompt of an arena; all pairs meet equally often
     seed: Seed = 0  # of sampling
     guidelines: Path | None = None  # Markdown file that people acknowledge before they begin
@@ -93,6 +94,10 @@ class Serve(Tasks):
             raise InputError(
                 "--task chat: no model answers before people talk to it: give topics by --responses FILE.jsonl, or add"
                 " conversations on the administrator's page"
+            )
+        if self.task == "thumb" and self.responses is None:
+            raise InputError(
+                "--task thumb: give the answers by --responses FILE.jsonl; those of models are judged on the chat page"
             )
 
 
@@ -190,7 +195,8 @@ def _answering(cfg: Serve, models: Sequence[Path]) -> list[list[str]]:
     if not models:
         return []
     command = [sys.executable, "-m", "experiments.answers", "--db", str(cfg.db), "--data", cfg.data, "--model"]
-    command += [*map(str, models), "--prompts", str(cfg.prompts), "--k", str(cfg.k), "--seed", str(cfg.seed)]
+    k = cfg.k or (2 if cfg.task == "compare" else 4)
+    command += [*map(str, models), "--prompts", str(cfg.prompts), "--k", str(k), "--seed", str(cfg.seed)]
     command += ["--overlap", str(cfg.overlap), "--overlap-share", str(cfg.overlap_share), "--pairs", str(cfg.pairs)]
     if cfg.task:
         command += ["--task", cfg.task]

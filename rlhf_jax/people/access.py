@@ -26,7 +26,10 @@ class Person:
 
 
 def invite(store: Store, name: str, role: Role = "labeler") -> str:
-    """Add a person, or give one who is there a new link; returns the token of the link."""
+    """Add a person, or give one who is there a new link; returns the token of the link.
+
+    A labeler's new link ends the sessions of the old one. An administrator's do not end: each start has a new link.
+    """
     name = " ".join(name.split())
     if not 1 <= len(name) <= 80:
         raise InputError("name: expected 1 to 80 characters")
@@ -40,6 +43,8 @@ def invite(store: Store, name: str, role: Role = "labeler") -> str:
             raise InputError(f"name {name}: is taken by a person of another role")
         else:
             db.execute("UPDATE people SET token = ?, revoked = NULL WHERE id = ?", (_hash(token), row["id"]))
+            if role == "labeler":
+                db.execute("DELETE FROM sessions WHERE person = ?", (row["id"],))
     return token
 
 

@@ -135,6 +135,8 @@ def held(db: sqlite3.Connection, person: int, number: int) -> sqlite3.Row:
         raise Refused("answered", "this task has been answered already, perhaps in another tab")
     if row["state"] in ("open", "asked"):
         return row
+    if db.execute("SELECT aside FROM people WHERE id = ?", (person,)).fetchone()["aside"] is not None:
+        raise Refused("aside", "you get no more tasks for now: ask the administrator")
     other = db.execute("SELECT 1 FROM assignments WHERE person = ? AND state = 'open'", (person,)).fetchone()
     item = db.execute("SELECT taken < overlap FROM items WHERE id = ?", (row["item"],)).fetchone()
     if other or (row["kind"] == "slot" and not item[0]):

@@ -68,10 +68,14 @@ CREATE TABLE acknowledgements (
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection to the file, which is created if it is not there, and which other people cannot read."""
+    """A connection to the file, which is created if it is not there, and which other people cannot read.
+
+    Raises InputError for a file that is no store, or of a newer version, and leaves it as it is.
+    """
     db = sqlite3.connect(path, timeout=20, isolation_level=None, check_same_thread=False)
     try:
         db.row_factory = sqlite3.Row
+        _check(db, path)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
@@ -85,22 +89,29 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Make the tables if the file is empty; InputError for one that is no store, or of a newer version."""
-    (application,) = db.execute("PRAGMA application_id").fetchone()
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    (tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-    if not tables and not application:
+    """Make the tables if the file is empty."""
+    if _check(db, path):
         for statement in _statements(_SCHEMA):
             db.execute(statement)
         db.execute(f"PRAGMA application_id = {_APPLICATION}")
         db.execute(f"PRAGMA user_version = {VERSION}")
-    elif application != _APPLICATION:
+
+
+def _check(db: sqlite3.Connection, path: Path) -> bool:
+    """Whether the file is empty; InputError for one that is no store, or of a newer version."""
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    if not tables and not application:
+        return True
+    if application != _APPLICATION:
         raise InputError(f"{path}: an SQLite file, but no store of labels; name another by --db")
-    elif version > VERSION:
+    if version > VERSION:
         raise InputError(
             f"{path}: written by a newer version of this project (schema {version}, here {VERSION});"
             " update the project, or name another file by --db"
         )
+    return False
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -77,6 +77,8 @@ def test_the_server_starts_this_with_its_own_settings():
     assert cli.parse(answers.Config(), started[3:]) == answers.Config(
         task="arena", model=models, pairs=3, prompts=7, overlap=2, seed=5, data="world:rows=9"
     )
+    (started,) = command._answering(command.Serve(task="compare", model=models[:1]), models[:1])
+    assert cli.parse(answers.Config(), started[3:]).k == 2
 
 
 def test_numbers_that_do_not_fit_are_refused():

@@ -12,7 +12,9 @@ def test_links_are_stored_hashed_and_can_be_revoked(store: Store):
     content = b"".join(path.read_bytes() for path in store.path.parent.glob("people.db*"))
     assert token.encode() not in content and session.encode() not in content
     newer = access.invite(store, "ann")
-    assert access.enter(store, token) is None and access.enter(store, newer)
+    assert access.enter(store, token) is None and access.person(store, session) is None
+    session = access.enter(store, newer)
+    assert session
     found = access.person(store, session)
     assert found
     access.revoke(store, found.id)

@@ -297,6 +297,7 @@ def test_where_people_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         (["--chat", "ftp://x"], "--chat ftp://x: expected an address"),
         (["--chat", "localhost:8000"], "--chat localhost:8000: expected an address"),
         (["--task", "chat"], "--task chat: no model answers before"),
+        (["--task", "thumb"], "--task thumb: give the answers by --responses"),
     ):
         with pytest.raises(SystemExit):
             command.main(args)

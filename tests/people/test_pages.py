@@ -430,7 +430,9 @@ def test_two_tabs(site: Site):
     assert len(site.exported()) == 1
 
 
-def test_a_text_that_comes_too_late_can_be_copied(site: Site):
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_text_that_comes_too_late_can_be_copied(reload: bool, site: Site):
+    """Also one that was sent while the connection was lost, before the page was loaded again."""
     with Store(site.db) as store:
         store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.0, lease=1.0))
     site.add({"prompt": "Write."})
@@ -450,7 +452,13 @@ def test_a_text_that_comes_too_late_can_be_copied(site: Site):
     other.keyboard.press("s")
     other.keyboard.press("3")
     other.wait_for_selector("#text")
+    if reload:
+        page.route("**/api/submit", lambda route: route.abort())
     page.keyboard.press("Control+Enter")
+    if reload:
+        until(page, "document.getElementById('banner').textContent !== ''")
+        page.unroute("**/api/submit")
+        page.reload()
     page.wait_for_selector("dialog")
     assert "ran out" in page.inner_text("#banner") and page.input_value("dialog textarea") == "A long story."
 

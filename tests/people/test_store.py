@@ -259,6 +259,22 @@ def test_below_the_threshold_a_person_is_set_aside(store: Store):
     assert len(rows(store)) == 20 + done and len(rows(store, gold=0.7)) == 20
 
 
+def test_who_is_set_aside_does_not_take_a_task_back(store: Store):
+    store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.0))
+    ann, bob = person(store, "ann"), person(store, "bob")
+    store.add(items(1))
+    held = store.task(ann)
+    assert held
+    store.set_aside(ann, "why")
+    for late in (
+        lambda: store.save_draft(ann, held.id, {}),
+        lambda: store.submit(ann, held.id, "submission-late", {"ranks": [0, 1, 2]}, 1.0),
+    ):
+        with pytest.raises(Refused, match="no more tasks"):
+            late()
+    assert store.task(bob)
+
+
 def test_too_fast_is_noted(store: Store, clock: Clock):
     ann = person(store, "ann")
     store.add([Item("word " * 300, ("one", "two", "three")) for _ in range(1)])

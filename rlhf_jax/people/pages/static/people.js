@@ -174,7 +174,11 @@ function work(boot) {
     try {
       const response = await fetch(wanted ? `${api.task}?item=${encodeURIComponent(wanted)}` : api.task);
       body = await response.json();
-      if (!response.ok) return refused(response.status, body);
+      if (!response.ok) {
+        clearTimeout(timer);
+        timer = setTimeout(load, 5000);
+        return refused(response.status, body);
+      }
     } catch {
       banner(t("offline"), "warn");
       clearTimeout(timer);
@@ -689,13 +693,13 @@ function work(boot) {
   }
 
   // The task is no longer this person's, or no longer open.
-  function lost(body) {
+  function lost(body, written = ["demonstrate", "chat"].includes(task?.task) ? answer.text : "") {
     banner(words[`error_${body.error}`] || body.message, "warn");
     localStorage.removeItem(key("draft"));
     if (body.error === "taken_back") wanted = task?.item;
-    if (["demonstrate", "chat"].includes(task?.task) && answer.text.trim()) {
+    if (written.trim()) {
       const close = el("button", { type: "button", autofocus: true }, t("close"));
-      const box = dialog(t("lost_text"), el("textarea", { rows: 8, readOnly: true, value: answer.text, "aria-label": t("your_answer") }), close);
+      const box = dialog(t("lost_text"), el("textarea", { rows: 8, readOnly: true, value: written, "aria-label": t("your_answer") }), close);
       close.addEventListener("click", () => box.close());
     }
     load();
@@ -772,8 +776,11 @@ function work(boot) {
       tabs?.postMessage({ person: boot.person, assignment: pending.assignment });
       return load();
     }
-    if (body.error === "contradiction") return contradiction(pending, body.pairs);
-    if (code === 409) return lost(body);
+    if (body.error === "contradiction") {
+      if (!task) await load(false);
+      return task?.id === pending.assignment ? contradiction(pending, body.pairs) : undefined;
+    }
+    if (code === 409) return lost(body, pending.answer.text);
     refused(code, body);
     if (!task) load();
   }
