@@ -125,9 +125,14 @@ def drag(page: Any, n: int, target: str) -> None:
 
 def until(page: Any, expression: str) -> None:
     """Wait until an expression holds; Playwright's own way would need a looser policy of the page."""
+    holds = f"(() => {{ try {{ return Boolean({expression}) }} catch {{ return false }} }})()"
     for _ in range(500):
-        if page.evaluate(expression):
-            return
+        try:
+            if page.evaluate(holds):
+                return
+        except Exception as error:  # one page goes, and the next one comes
+            if "context was destroyed" not in str(error):
+                raise
         page.wait_for_timeout(20)
     raise AssertionError(f"never: {expression}; the page says {page.inner_text('body')[:2000]}")
 
