@@ -148,7 +148,9 @@ def five_steps(stage: Stage, place: parallel.Layout, microbatches: int = 1) -> t
     return place.get(state), history
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("ppo", "reward") else pytest.mark.slow) for name in STAGES]
+)
 def test_one_device_and_its_micro_batches_equal_eight_and_a_mesh(name):
     one = parallel.layout(devices=jax.devices()[:1])
     state, history = five_steps(STAGES[name], one, microbatches=4)

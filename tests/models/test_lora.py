@@ -100,6 +100,7 @@ def test_adapters_begin_as_noise_of_the_size_of_their_input():
     assert not np.allclose(noise["qkv"], noise["up"])  # a key of its own each
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_adapted_computes_and_learns_what_merged_does(config, remat):

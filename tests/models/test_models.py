@@ -80,6 +80,7 @@ def published(shared, name, config, directory):
 LAYOUTS = [("gpt2", "config.json"), *itertools.product(ORACLES, ["config.json", "config_v4.json"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "config"), LAYOUTS)
 def test_published_layouts_oracle(name, config, shared, tmp_path):
     path, expected = published(shared, name, config, tmp_path)

@@ -168,6 +168,7 @@ def test_log_probabilities_are_those_of_the_logits_in_chunks_too(name, dtype):
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 
 
+@pytest.mark.slow
 def test_memory_of_the_loss_is_one_chunk_of_logits():
     """What the vocabulary adds to a compiled gradient's temporaries: logits of a chunk, and the table's gradient."""
 

@@ -39,6 +39,7 @@ def said(seed, count):
     return tiny.random_tokens(seed, count).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cfg"),
     [("gpt", GREEDY), ("mistral", GREEDY), ("llama3", SAMPLED), ("gemma2", SAMPLED)],

@@ -150,6 +150,7 @@ def test_no_step_converts_weights(config, platform, monkeypatch):
     assert not [x for x in converted if x.size >= smallest and x.dtype == jnp.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the compiler for another device lays it out otherwise")
 @pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
 def test_the_cache_is_updated_in_place(config):
