@@ -230,7 +230,7 @@ def ask(cfg: Config, db: Path) -> list[list[Row]]:
 
 
 def _item(cfg: Config, split: str, row: Row) -> Item:
-    """What people are asked about the answers of a row."""
+    """The item by which people are asked about the answers of a row."""
     return Item(
         prompt=row["prompt"],
         responses=tuple(row["responses"]),

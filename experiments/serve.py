@@ -107,18 +107,7 @@ def _serve(cfg: Config, engines: dict[str, Engine], listener: socket.socket) -> 
 
     reached_directly = network.is_loopback(cfg.host) and not cfg.behind_proxy
     options = server.Options(cfg.max_tokens, cfg.api_key, network.LOOPBACK if reached_directly else None)
-    config = uvicorn.Config(
-        server.app(engines, options),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=cfg.behind_proxy,
-        forwarded_allow_ips="127.0.0.1,::1",
-        ssl_certfile=cfg.certificate,
-        ssl_keyfile=cfg.key,
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=2**16,
-    )
+    config = network.config(server.app(engines, options), cfg.behind_proxy, cfg.certificate, cfg.key)
     with contextlib.suppress(KeyboardInterrupt, preemption.Preempted):
         asyncio.run(uvicorn.Server(config).serve([listener]))
 

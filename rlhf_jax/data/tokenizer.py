@@ -320,7 +320,7 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, mask: np.ndarr
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """What each id writes, in UTF-8; it may be a part of a character alone. b"" for an id without a token.
+    """The bytes that each id writes, in UTF-8, perhaps only a part of a character; b"" for an id without a token.
 
     The bytes of a text's tokens together are the text, with the special tokens as they are spelled.
     """

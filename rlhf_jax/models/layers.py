@@ -98,7 +98,7 @@ def positions(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Int[Array, "B 
 
 
 def causal_mask(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Which tokens attend to which: each to itself and the earlier real tokens of its own document."""
+    """The mask of attention: each token sees itself and the earlier real tokens of its own document."""
     columns = jnp.arange(segment.shape[1])
     same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
     return same & (columns[:, None] >= columns[None, :])[None]

@@ -149,18 +149,7 @@ def _run(cfg: Serve, store: Store, listener: socket.socket, parts: Sequence[fram
         secure=bool(cfg.certificate) or cfg.behind_proxy,
         hosts=frame.Options.hosts if network.is_loopback(cfg.host) and not cfg.behind_proxy else None,
     )
-    config = uvicorn.Config(
-        server.app(store, options, *parts),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=cfg.behind_proxy,
-        forwarded_allow_ips="127.0.0.1,::1",
-        ssl_certfile=cfg.certificate,
-        ssl_keyfile=cfg.key,
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=2**16,
-    )
+    config = network.config(server.app(store, options, *parts), cfg.behind_proxy, cfg.certificate, cfg.key)
     if threading.current_thread() is threading.main_thread():  # or uvicorn ends the process, and others outlive it
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with contextlib.suppress(KeyboardInterrupt):

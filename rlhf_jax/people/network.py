@@ -4,10 +4,14 @@ import contextlib
 import ipaddress
 import socket
 from collections.abc import Iterator
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.settings import Range
+
+if TYPE_CHECKING:
+    import uvicorn
 
 Port = Annotated[int, Range(least=0, below=2**16)]
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})  # names by which a server at such an address is asked
@@ -48,3 +52,21 @@ def url(scheme: str, host: str, listener: socket.socket) -> str:
     """The address of a server, with the port at which it listens."""
     name = f"[{host}]" if ":" in host else host
     return f"{scheme}://{name}:{listener.getsockname()[1]}"
+
+
+def config(app: Any, behind_proxy: bool, certificate: Path | None, key: Path | None) -> "uvicorn.Config":
+    """The settings with which uvicorn serves an application, by https with a certificate."""
+    import uvicorn  # which is slow to import
+
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=behind_proxy,
+        forwarded_allow_ips="127.0.0.1,::1",
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=2**16,
+    )
