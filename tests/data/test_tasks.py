@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf_jax.data import builders
-from rlhf_jax.data.tasks import Example, Task, Template, in_words, with_reasoning
+from rlhf_jax.data.tasks import Example, Task, Template, in_words, shots, with_reasoning
 from rlhf_jax.types import InputError
 
 ROW = {"question": "Is ice cold?", "options": ["yes", "no"], "answer": "yes", "rationale": "Ice is frozen water."}
@@ -56,3 +56,15 @@ def test_bad_examples(change, message):
     with pytest.raises(InputError, match=message):
         builders.check("examples", ROW | change, "line 1")
     assert builders.check("examples", ROW | {"answer": 1}, "line 1")["answers"] == ["no"]
+
+
+def test_shots():
+    pairs = [("1 + 1 =", "2"), ("2 + 2 =", "4")]
+    assert shots.text(pairs, "3 + 3 =") == "1 + 1 = 2\n\n2 + 2 = 4\n\n3 + 3 ="
+    assert [(m["role"], m["content"]) for m in shots.messages(pairs[:1], "3 + 3 =")] == [
+        ("user", "1 + 1 ="),
+        ("assistant", "2"),
+        ("user", "3 + 3 ="),
+    ]
+    assert sorted(shots.order(9, 1)) == list(range(9))
+    assert list(shots.order(9, 1)) == list(shots.order(9, 1)) != list(shots.order(9, 2))
