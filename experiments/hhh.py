@@ -6,7 +6,8 @@ world's own, in which the answers of a pair differ in one virtue alone, or out o
 
 Run:     python -m experiments.hhh --model runs/sft/model --reward runs/reward/model
 Parent:  evaluate
-Result:  the table of docs/evaluation.md: of 1,200 comparisons the quickstart's reward model gets 72 % right, its PPO 62 %
+Result:  the table of docs/evaluation.md: the quickstart's reward model is right in 72 % of cases, its PPO
+         in 62 %
 """
 
 import dataclasses
