@@ -1,4 +1,4 @@
-"""The workloads: training, sampling and PPO iterations, on random weights and tokens."""
+"""The workloads: training, sampling, evaluation and PPO iterations, on random weights and tokens."""
 
 import dataclasses
 import functools
@@ -16,10 +16,12 @@ import optax
 from rlhf_jax import models
 from rlhf_jax.algorithms import optim, ppo, reward, sft
 from rlhf_jax.devices import parallel
+from rlhf_jax.evaluation import likelihood
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling, scores
-from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Settings
+from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Settings, Whole
 from rlhf_jax.types import Metrics, Params, Prompts, Rankings, Tokens, TrainState
+from scripts.benchmark import questions
 from scripts.benchmark.limits import Limits, clock
 
 FIRST = 5  # smaller token ids are special
@@ -146,6 +148,20 @@ class Ppo(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class Choice(Settings):
+    """The log-probabilities of the options of all questions a repetition; a request is an option."""
+
+    questions: Count = 32
+    examples: Whole = 5  # in front of each question, its own ones
+    question: Count = 48  # tokens of a question and of an example, on average
+    options: Count = 4  # of a question
+    option: Count = 6  # tokens of an option, on average
+    batch: Count = 16  # rows at a time
+    warmup: Count = 1
+    timed: Count = 3
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(Settings):
     """The model, and the sizes of each workload."""
 
@@ -164,6 +180,9 @@ class Config(Settings):
     reward_ragged: RewardRagged = RewardRagged()
     ppo_ragged: Ppo = Ppo(new=64, eos_fraction=0.03, buckets=8)
     packing: Packing = Packing()
+    choice: Choice = Choice()  # multiple choice with five examples in the prompt
+    # Options that share a long prompt.
+    choice_prefix: Choice = Choice(questions=24, examples=0, question=512, options=8, option=8)
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -462,6 +481,52 @@ def decode_ragged_workload(config: models.Config, cfg: Config) -> Workload:
     )
 
 
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def choice_workload(config: models.Config, cfg: Config) -> Workload:
+    return options_workload(config, cfg.choice)
+
+
+def choice_prefix_workload(config: models.Config, cfg: Config) -> Workload:
+    return options_workload(config, cfg.choice_prefix)
+
+
+def options_workload(config: models.Config, w: Choice) -> Workload:
+    """Each option's log-probability and, in turn with these, those of options that share nothing with each other."""
+    module = models.Transformer(config)
+    model = models.Model(config, random_params(module, 0), None, models.bind(module))
+    read = likelihood.Reader(model, LAYOUT, w.batch)
+    alone = likelihood.Reader(model, LAYOUT, w.batch, share=False)
+    sizes = questions.Sizes(w.questions, w.examples, w.question, w.options, w.option)
+    asked = [likelihood.Request(*pair) for pair in questions.draw(sizes, FIRST, config.vocab_size)]
+    shared = {tuple(request.context) for request in asked}
+    columns = sum(map(len, shared)) + sum(len(request.continuation) - 1 for request in asked)
+    times: list[tuple[float, float]] = []
+
+    def repeat(i: int) -> tuple[float, float]:
+        taken = clock(len(asked), lambda: read(asked))
+        times.append((taken[1], clock(len(asked), lambda: alone(asked))[1]))
+        return taken
+
+    def extra() -> dict[str, float]:
+        ours, one_by_one = (statistics.median(column) for column in zip(*times[w.warmup :], strict=True))
+        return {"times_plain": one_by_one / ours}
+
+    return Workload(
+        unit="requests_per_s",
+        warmup=w.warmup,
+        timed=w.timed,
+        repeat=repeat,
+        least_seconds=lambda limits, count: limits.forward(
+            len(shared),
+            columns / len(shared),
+            sum(len(request.continuation) for request in asked) / len(shared),
+        ),
+        extra=extra,
+    )
+
+
 # PPO ------------------------------------------------------------------------------------------------------------------
 
 
@@ -583,4 +648,6 @@ WORKLOADS: dict[str, Callable[[models.Config, Config], Workload]] = {
     "reward_ragged": reward_ragged_workload,
     "ppo_ragged": ppo_ragged_workload,
     "packing": packing_workload,
+    "choice": choice_workload,
+    "choice_prefix": choice_prefix_workload,
 }
