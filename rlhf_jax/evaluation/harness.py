@@ -165,15 +165,20 @@ class Harness(TemplateLM):
         while going:
             count = min(step, most - done)
             cfg = draw(max_new_tokens=count, eos_id=stops)
-            sampled = self._sample([prompts[n] + answers[n] for n in going], cfg, done)
+            sampled = self._sample([prompts[n] + answers[n] for n in going], np.array(going, np.uint32), cfg, done)
             for n, ids in zip(going, sampled, strict=True):
                 answers[n] += ids
             done, step = done + count, 2 * step
             going = [] if done == most else [n for n in going if not self._ended(answers[n], until, ends)]
         return [postprocess_generated_text(self._text(ids), until, None) for ids in answers]
 
-    def _sample(self, prompts: Sequence[list[int]], cfg: sampling.Config, done: int) -> list[list[int]]:
-        """The next tokens after each of these; after those that end an answer there are none."""
+    def _sample(
+        self, prompts: Sequence[list[int]], names: np.ndarray, cfg: sampling.Config, done: int
+    ) -> list[list[int]]:
+        """The next tokens after each of these; after those that end an answer there are none.
+
+        What is drawn depends on a row's name, its number among all contexts, and on how many tokens are `done`.
+        """
         sizes = np.array([len(prompt) for prompt in prompts])
         key = self._layout.state(jax.random.fold_in(self._key, done))
         step, left = self._collector(cfg), len(prompts)
@@ -182,9 +187,8 @@ class Harness(TemplateLM):
             tokens, mask = np.zeros((len(numbers), width), np.int32), np.zeros((len(numbers), width), bool)
             for row, n in enumerate(numbers):
                 tokens[row, width - sizes[n] :], mask[row, width - sizes[n] :] = prompts[n], True
-            index = numbers.astype(np.int32)
-            rows = Prompts(tokens=tokens, mask=mask, index=index)
-            first = self._layout.rows(hosts.share(index.astype(np.uint32)))
+            rows = Prompts(tokens=tokens, mask=mask, index=numbers.astype(np.int32))
+            first = self._layout.rows(hosts.share(names[numbers]))
             sampled = self._layout.gather(step(self._params, self._layout.rows(hosts.share(rows)), key, first))
             for row, n in enumerate(numbers[:left]):
                 found[n] = sampled.tokens[row, width:][sampled.response_mask[row]].tolist()

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import optim, ppo, reward, sft
+from rlhf_jax.algorithms import best_of_n, optim, ppo, reward, sft
 from rlhf_jax.devices import parallel
 from rlhf_jax.evaluation import likelihood
 from rlhf_jax.models import heads
@@ -76,6 +76,18 @@ class Decode(Settings):
     prompt: Count = 32
     new: Count = 64
     warmup: Count = 2
+    timed: Count = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank(Settings):
+    """Several responses to each of some long prompts a repetition, each prompt read once or, in turn, each time."""
+
+    prompts: Count = 8
+    responses: Count = 9
+    prompt: Count = 256
+    new: Count = 32
+    warmup: Count = 1
     timed: Count = 3
 
 
@@ -181,6 +193,7 @@ class Config(Settings):
     ppo_ragged: Ppo = Ppo(new=64, eos_fraction=0.03, buckets=8)
     packing: Packing = Packing()
     choice: Choice = Choice()  # multiple choice with five examples in the prompt
+    rank_prefix: Rank = Rank()
     # Options that share a long prompt.
     choice_prefix: Choice = Choice(questions=24, examples=0, question=512, options=8, option=8)
 
@@ -428,9 +441,11 @@ def reward_ragged_workload(config: models.Config, cfg: Config) -> Workload:
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
-def sampler(config: models.Config, new: int, ends: tuple[int, ...]) -> Callable[[Prompts, int], sampling.Sample]:
+def sampler(
+    config: models.Config, new: int, ends: tuple[int, ...], group: int = 1
+) -> Callable[[Prompts, int], sampling.Sample]:
     """A function that samples a response to each prompt of a batch, with the noise of a seed."""
-    module, sampled = models.Transformer(config), sampling.Config(max_new_tokens=new, eos_id=ends)
+    module, sampled = models.Transformer(config), sampling.Config(max_new_tokens=new, eos_id=ends, group=group)
 
     def step(params: Params, prompts: Prompts, seed: jax.Array, axis: str | None) -> sampling.Sample:
         keys = parallel.row_keys(jax.random.key(seed), prompts.tokens.shape[0], axis)
@@ -449,6 +464,36 @@ def decode_workload(config: models.Config, cfg: Config) -> Workload:
         timed=w.timed,
         repeat=lambda i: clock(w.batch * w.new, lambda: LAYOUT.gather(sample(prompts, i))),
         least_seconds=lambda limits, count: limits.decoding(w.batch, w.prompt, w.batch * w.new),
+    )
+
+
+def rank_prefix_workload(config: models.Config, cfg: Config) -> Workload:
+    w = cfg.rank_prefix
+    rows = w.prompts * w.responses
+    prompts = best_of_n.repeat(random_prompts(config, w.prompts, w.prompt), w.responses)
+    once, each_time = sampler(config, w.new, (), w.responses), sampler(config, w.new, ())
+    times: list[tuple[float, float]] = []
+
+    def repeat(i: int) -> tuple[float, float]:
+        taken = clock(rows * w.new, lambda: LAYOUT.gather(once(prompts, i)))
+        times.append((taken[1], clock(rows * w.new, lambda: LAYOUT.gather(each_time(prompts, i)))[1]))
+        return taken
+
+    def extra() -> dict[str, float]:
+        ours, plain = (statistics.median(column) for column in zip(*times[w.warmup :], strict=True))
+        return {"times_plain": plain / ours}
+
+    def least_seconds(limits: Limits, count: float) -> float:
+        prefill = limits.forward(w.prompts, w.prompt, 1)
+        return prefill + limits.decoding(rows, w.prompt, rows * w.new) - limits.forward(rows, w.prompt, 1)
+
+    return Workload(
+        unit="tokens_per_s",
+        warmup=w.warmup,
+        timed=w.timed,
+        repeat=repeat,
+        least_seconds=least_seconds,
+        extra=extra,
     )
 
 
@@ -648,6 +693,7 @@ WORKLOADS: dict[str, Callable[[models.Config, Config], Workload]] = {
     "reward_ragged": reward_ragged_workload,
     "ppo_ragged": ppo_ragged_workload,
     "packing": packing_workload,
+    "rank_prefix": rank_prefix_workload,
     "choice": choice_workload,
     "choice_prefix": choice_prefix_workload,
 }
