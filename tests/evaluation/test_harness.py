@@ -3,7 +3,7 @@
 It compares on a model directory and tasks of yours too:
 
     HARNESS_MODEL=DIR HARNESS_TASKS=a.yaml,b.yaml JAX_DISABLE_MOST_OPTIMIZATIONS=false \
-        pytest tests/evaluation/test_harness.py -k "parity and HARNESS" -s
+        pytest tests/evaluation/test_harness.py -k "parity and HARNESS_MODEL" -s
 """
 
 import dataclasses
