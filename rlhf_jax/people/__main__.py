@@ -162,7 +162,7 @@ def serve(cfg: Serve) -> None:
             store.set_rules(dataclasses.replace(store.rules(), ratings=cfg.ratings))
         if items:
             print(f"{cfg.responses or cfg.data}: {_told(items, added, present)}")
-        wanted = None if items and not cfg.model else _sampling(cfg, store)
+        wanted = _sampling(cfg, store)
         url = network.url("https" if cfg.certificate else "http", cfg.host, listener)
         token = access.invite(store, cfg.administrator, "administrator", replaces=False)
         print(f"administrator: {url}/enter#{token}", flush=True)
@@ -220,13 +220,12 @@ def _sampling(cfg: Serve, store: Store) -> Sampling | None:
             raise InputError(f"--model {missing[0]}: expected a model directory, with a config.json")
         return _asked(cfg, cfg.model)
     if cfg.task == "demonstrate" and cfg.data:
-        return _asked(cfg, ())
+        return None if Path(cfg.data).is_file() else _asked(cfg, ())
     begun = record.unfinished(store) if cfg.responses is None else None
-    ignored = [f"--{name}" for name in ("data", "prompts", "k") if getattr(cfg, name) is not None]
-    if ignored and (begun or cfg.responses or store.has_items()):
-        why = "what was begun before is finished first" if begun else "there is something to ask already"
-        print(f"{', '.join(ignored)}: ignored, since {why}; name --model to have its answers to other prompts added")
     if begun or cfg.responses or store.has_items():
+        if ignored := _ignored(cfg, begun):
+            why = "what was begun before is finished first" if begun else "there is something to ask already"
+            print(f"{', '.join(ignored)}: ignored, since {why}; name --model to have its answers to prompts added")
         return begun
     if (QUICKSTART / "config.json").is_file():
         return _asked(cfg, (QUICKSTART,))
@@ -236,6 +235,20 @@ def _sampling(cfg: Serve, store: Store) -> Sampling | None:
         f"nothing to ask: no model at {QUICKSTART}, which scripts/quickstart.sh makes in a few minutes;"
         " or name one by --model, or answers by --responses FILE.jsonl"
     )
+
+
+def _ignored(cfg: Serve, begun: Sampling | None) -> list[str]:
+    """The flags that say what models answer, where they go on with what was `begun` otherwise, or answer nothing."""
+    names = {"data", "prompts", "k", "pairs", "seed"}
+    if cfg.responses is None:
+        names |= {"task", "overlap", "overlap_share"}
+    given = {
+        field.name: getattr(cfg, field.name)
+        for field in dataclasses.fields(cfg)
+        if field.name in names and getattr(cfg, field.name) != field.default
+    }
+    differ = (name for name, value in given.items() if begun is None or getattr(begun, name) != value)
+    return ["--" + name.replace("_", "-") for name in differ]
 
 
 def _asked(cfg: Serve, models: Sequence[Path]) -> Sampling:

@@ -450,14 +450,21 @@ def test_a_restart_finishes_what_was_begun(
         store.add([Item("p", ("a", "b"))])
         (again,) = start()
         assert again.command == first.command and record.done(store, 1) == 12 and not capsys.readouterr().out
-        (again,) = start(prompts=50)
+        (again,) = start(prompts=30, k=3)
+        assert again.command == first.command and not capsys.readouterr().out
+        (again,) = start(prompts=50, k=3)
         assert again.command == first.command
         assert capsys.readouterr().out.startswith("--prompts: ignored, since what was begun before is finished first;")
         record.finish(store, 1)
         assert start() == [] and not capsys.readouterr().out
-        assert start(data="prompts.jsonl", prompts=200, k=4) == []
-        said = capsys.readouterr().out
-        assert said.startswith("--data, --prompts, --k: ignored, since") and "name --model" in said
+        for flags, named in (
+            ({"data": "prompts.jsonl", "prompts": 200, "k": 4}, "--data, --prompts, --k"),
+            ({"task": "compare", "overlap": 2, "overlap_share": 0.5}, "--task, --overlap, --overlap-share"),
+            ({"responses": tmp_path / "r.jsonl", "task": "compare", "overlap": 2, "seed": 3}, "--seed"),
+        ):
+            assert start(**flags) == []
+            said = capsys.readouterr().out
+            assert said.startswith(f"{named}: ignored, since") and "name --model" in said and said.count("\n") == 1
         (other,) = start(model=(tmp_path / "model",))
         assert other.command != first.command and not capsys.readouterr().out
 
