@@ -136,7 +136,8 @@ def settings(name, quick):
     if name == "dpo":
         preferred = dpo.Config(init=tuned, data=ranked, length=64, batch=8)
         beta = dataclasses.replace(preferred.algorithm, beta=0.7)
-        return preferred, {"data": other, "init": base, "algorithm": beta, "virtue": "helpful"}
+        special = {"data": other, "init": base, "algorithm": beta, "virtue": "helpful"}
+        return preferred, special | {"lora": lora.Config(rank=2)}
     sizes = {"prompt_length": 40, "max_new_tokens": 8, "batch": 32, "text": "world:rows=200", "steps": 2, "warmup": 1}
     default = STAGES[name].Config()
     algorithm = dataclasses.replace(default.algorithm, rewards=rewards.Config(threshold=0.0))
