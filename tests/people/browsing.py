@@ -35,7 +35,7 @@ RANKS = [1, 2, 0, 2]  # of ANSWERS
 RATED = [5, 3, 7, 2]
 HOSTILE = [
     "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><style>body{display:none}</style>",
-    "\u202eevil\u202c \u2066x \u0000\u0007 \u200b zero",
+    "\u202eevil\u202c \u2066x \u0000\u0007 \u200b zero \U000e0041",
     "x" * 1_000_000,
     "</script><script>window.pwned = 3</script><!-- \"' ]]> {{ 7 * 7 }} javascript:alert(1)",
 ]

@@ -1,17 +1,17 @@
 """Accessibility of every page, in both themes, wide and narrow, by axe-core; other tests check dialogs and states."""
 
 import os
+from typing import Any
 
 import pytest
 
 pytest.importorskip("httpx2", reason="needs the extra people: pip install -e .[people]")
 pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
 
-from typing import Any
-
 from tests.people.browsing import Site, check_access, until
 
-PAGES = ["/?work", "/guidelines", "/admin", "/admin/agreement", "/admin/adjudication", "/admin/adjudicate", "/admin/arena"]
+ADMIN = ("", "/agreement", "/adjudication", "/adjudicate", "/arena")
+PAGES = ["/?work", "/guidelines", *(f"/admin{path}" for path in ADMIN)]
 
 
 def look(site: Site, **options: Any) -> None:

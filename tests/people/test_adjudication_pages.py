@@ -42,7 +42,6 @@ def test_an_administrator_decides_by_keyboard_alone_and_by_mouse(site: Site):
     page.goto(f"{site.server.url}/admin/agreement")
     until(page, "document.querySelector('.measures .everybody')")
     picture(page, "people-agreement")
-    check_access(page)
     page.goto(f"{site.server.url}/admin/adjudication")
     until(page, "document.querySelectorAll('.listed tbody tr').length === 2")
     check_access(page)

@@ -71,7 +71,6 @@ def test_from_the_invitation_to_the_table(site: Site):
     admin.click("text=How the models fare in the arena")
     admin.wait_for_url("**/admin/arena")
     assert admin.inner_text("tbody").count("no battle yet") == 3
-    check_access(admin)
 
     ann = site.page(viewport={"width": 1280, "height": 860})  # by mouse
     ann.goto(link)

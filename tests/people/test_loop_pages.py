@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[
 from experiments import reward, rounds
 from rlhf_jax.data import sources
 from rlhf_jax.data.world import World, labelers
-from rlhf_jax.people import forms
+from rlhf_jax.people import asking, forms
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
 from tests.people.browsing import Site, shown, stored, until
@@ -95,8 +95,9 @@ def test_simulated_labelers_drive_the_page(done: tuple[Any, dict], site: Site):
     assert weights[0] == weights[1]
 
 
-def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
+def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch: pytest.MonkeyPatch):
     """Labels through the page, reward model, PPO, and the next round's answers on the page, which shows them itself."""
+    monkeypatch.setattr(asking, "POLL", 0.2)
     cfg, _ = done
     site.person("somebody else")  # has the task that is there already
     config = rounds.Config(
@@ -104,7 +105,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
         data_dir=cfg.out / "data",
         init=cfg.out / "sft" / "model",
         rounds=2,
-        rank=dataclasses.replace(cfg.rank, prompts=8, held_out=2, most=5, overlap=4, db=site.db),
+        rank=dataclasses.replace(cfg.rank, prompts=4, held_out=2, most=4, overlap=2, db=site.db),
         reward=cfg.reward,
         ppo=cfg.ppo,
         evaluate=cfg.evaluate,
@@ -112,7 +113,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
     results: list[dict] = []
     run = threading.Thread(target=lambda: results.append(rounds.main(config)))
     run.start()
-    pages = [site.person(f"labeler {n}") for n in range(5)]
+    pages = [site.person(f"labeler {n}") for n in range(3)]
     while run.is_alive():
         for page in pages:
             page.wait_for_timeout(50)
@@ -121,7 +122,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
     run.join()
     assert len(results) == 1 and len(results[0]["online"]) == 2
     exported = [row for row in site.exported() if row["round"]]
-    assert [row["round"] for row in exported] == [1] * 16 + [2] * 16  # 8, and 2 by four people each
+    assert [row["round"] for row in exported] == [1] * 8 + [2] * 8  # 4, and 2 by two people each
     for row in exported:
         assert row["ranks"] == [row["shown"].index(k) for k in range(len(row["shown"]))]
         answered = config.init if row["round"] == 1 else config.out / "online" / "round1" / "ppo" / "model"
@@ -131,5 +132,5 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site):
     for line in lines:
         row = json.loads(line)
         assert (row["prompt"], row["responses"], row["ranks"], row["labeler"]) in known
-    assert len(lines) == 2 * 8
+    assert len(lines) == 2 * 4
     until(pages[0], "document.getElementById('ask').textContent.startsWith('Nothing to do')")

@@ -24,7 +24,6 @@ def test_a_ranking_by_mouse(site: Site):
     page = site.page(viewport={"width": 1440, "height": 900})
     page.goto(f"{site.server.url}/enter#wrong")
     until(page, "document.getElementById('enter-error').textContent.startsWith('This link is not valid')")
-    check_access(page)
     admin.fill("#text", "# Be kind\n\n- to *everybody*")
     admin.click("text=Save as a new version")
     page.fill("#token", link)  # or open it
@@ -76,7 +75,6 @@ def test_a_ranking_by_mouse(site: Site):
     admin.goto(f"{site.server.url}/admin")
     assert "1 of 1 answers" in admin.inner_text("main")
     picture(admin, "people-admin")
-    check_access(admin)
 
 
 def test_a_ranking_by_keyboard_alone(site: Site):
@@ -163,9 +161,9 @@ def test_three_people_at_once_by_mouse(site: Site):
     with Store(site.db) as store:
         store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.0))
     site.add({"prompt": "of all", "responses": ["a", "b"], "overlap": 3})
-    site.add(*({"prompt": f"of one: {n}", "responses": [f"{n} a", f"{n} b"]} for n in range(5)))
+    site.add(*({"prompt": f"of one: {n}", "responses": [f"{n} a", f"{n} b"]} for n in range(2)))
     pages = {name: site.person(name, viewport={"width": 1280, "height": 860}) for name in ("ann", "ben", "cleo")}
-    for done in range(1, 4):
+    for done in range(1, 3):
         for page in pages.values():
             for n in range(len(shown(page))):
                 drag(page, n, '.level[data-place="1"]')
@@ -174,5 +172,5 @@ def test_three_people_at_once_by_mouse(site: Site):
         for page in pages.values():
             stored(page, done)
     answered = collections.Counter((json.dumps(row["prompt"]), row["person"]) for row in site.exported())
-    assert set(answered.values()) == {1} and len(answered) == 9
-    assert sorted(collections.Counter(prompt for prompt, _ in answered).values()) == [1] * 6 + [3]
+    assert set(answered.values()) == {1} and len(answered) == 6
+    assert sorted(collections.Counter(prompt for prompt, _ in answered).values()) == [1] * 3 + [3]

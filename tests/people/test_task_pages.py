@@ -105,7 +105,7 @@ FRESH = {"prompt": "Say hi.", "task": "demonstrate"}
 THUMB = {"prompt": "Say yes.", "responses": ["Yes!"], "task": "thumb"}
 ARENA = {"prompt": "Count to two.", "responses": ["one, two", "1"], "models": ["a/model", "b/model"], "task": "arena"}
 TALK = {"prompt": "Ask about the weather.", "task": "chat"}
-TASKS = (RANK, PAIR, BEST, EDIT, FRESH, THUMB, ARENA, TALK)
+TASKS = (RANK, PAIR, TALK, BEST, EDIT, FRESH, THUMB, ARENA)
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def answer(hand: Mouse, kind: str) -> None:
         page.wait_for_selector(".strength")
         hand.choose(".strength label", [0, 7]["ada" in shown(page)[1]])
         hand.press("#choose")
-        stored(page, len(TASKS))  # the turn; what ends the conversation comes after it
+        stored(page, 3)  # the turn; what ends the conversation comes after it
         page.wait_for_selector("#message")
 
 
@@ -182,41 +182,44 @@ def converse(hand: Mouse, site: Site) -> None:
     until(page, "document.getElementById('stop').hidden")
 
 
-def decide(hand: Mouse, site: Site, n: int) -> None:
-    """Take the order of one of two people who disagree."""
-    page = hand.page
-    site.add({"prompt": f"Disputed {n}.", "responses": ["a", "b"], "overlap": 2})
+def disagree(site: Site, count: int) -> None:
+    """Have two people order the answers to some items in opposite ways."""
+    site.add(*({"prompt": f"Disputed {n}.", "responses": ["a", "b"], "overlap": 2} for n in range(count)))
     with Store(site.db) as store:
         for name in ("carl", "dora"):
             who = labelling.person(store, name)
-            while (task := store.task(who)) and task.prompt != f"Disputed {n}.":
-                store.submit(who, task.id, f"submission-{task.id}", {"skip": "other"}, 1.0)
-            assert task
-            ranks = [int((text == "a") == (name == "carl")) for text in task.responses]
-            said = {"ranks": ranks, "ratings": [{"overall": 4}] * 2}
-            store.submit(who, task.id, f"submission-{task.id}", said, 30.0)
+            while task := store.task(who):
+                ranks = [int((text == "a") == (name == "carl")) for text in task.responses]
+                said: dict[str, Any] = {"ranks": ranks, "ratings": [{"overall": 4}] * 2}
+                store.submit(who, task.id, f"submission-{task.id}", said, 30.0)
+
+
+def decide(hand: Mouse, site: Site, done: int) -> None:
+    """Take the order of one of two people who disagree."""
+    page = hand.page
     page.goto(f"{site.server.url}/enter#{site.server.token}")
     page.wait_for_url("**/admin")
     hand.press("a[href='/admin/adjudication']")
     hand.press(".start")
-    until(page, f"document.querySelector('.turns')?.textContent.includes('Disputed {n}.')")
+    until(page, "document.querySelector('.turns')?.textContent.includes('Disputed')")
     hand.press("tr:has(th:text('dora')) .take")
     until(page, "document.getElementById('badge-0').textContent !== ''")
     hand.press("#submit")
-    until(page, "document.getElementById('ask').textContent.startsWith('There is nothing to decide')")
+    stored(page, done + 1)
 
 
 def told(rows: list[dict]) -> list[dict]:
     """What rows say, without who said it, when and in which order."""
-    known = ("prompt", "responses", "ranks", "ratings", "chosen", "rejected", "strength", "verdict", "label",
-             "response", "completion", "messages")  # fmt: skip
-    found = [{key: row[key] for key in known if key in row} for row in rows]
-    return sorted((row | {"strength": abs(row.get("strength", 0))} for row in found), key=str)
+    known = ("prompt", "responses", "ranks", "ratings", "chosen", "rejected", "verdict", "label", "response",
+             "completion", "messages")  # fmt: skip
+    found = [{key: row[key] for key in known if type(row.get(key)) not in (type(None), int)} for row in rows]
+    return sorted(found, key=str)
 
 
 def test_every_task_by_mouse_by_touch_and_by_keyboard_alone(every: Site):
     found: dict[str, list[dict]] = {}
-    for n, kind in enumerate((Mouse, Touch, Keys)):
+    hands = []
+    for kind in (Mouse, Touch, Keys):
         page = every.person(kind.__name__, **kind.options)
         hand = kind(page)
         for done in range(len(TASKS)):
@@ -228,32 +231,34 @@ def test_every_task_by_mouse_by_touch_and_by_keyboard_alone(every: Site):
                     picture(page, "people-compare")
             answer(hand, task)
             hand.press("#submit")
-            stored(page, done + 1 + (task == "chat"))
+            stored(page, done + 1 + (done >= TASKS.index(TALK)))
         converse(hand, every)
         found[kind.__name__] = told(every.exported("--filter", f"person={kind.__name__}"))
+        hands.append(hand)
+    disagree(every, len(hands))
+    for n, hand in enumerate(hands):
         decide(hand, every, n)
     assert found["Mouse"] == found["Touch"] == found["Keys"]
     said = found["Keys"]
     text = "Air scatters blue. More than red."
     rows: list[dict[str, Any]] = [
-        {"prompt": "Greet me.", "chosen": "Hello!", "rejected": "what", "strength": 3},
-        {"prompt": "Name a cat.", "responses": BEST["responses"], "ranks": [0, 1, 1], "strength": 0},
-        {"prompt": EDIT["prompt"], "completion": text, "strength": 0},
+        {"prompt": "Greet me.", "chosen": "Hello!", "rejected": "what"},
+        {"prompt": "Name a cat.", "responses": BEST["responses"], "ranks": [0, 1, 1]},
+        {"prompt": EDIT["prompt"], "completion": text},
         {
             "prompt": EDIT["prompt"],
             "responses": [text, *reversed(EDIT["responses"])],
             "ranks": [0, 1, 2],
-            "strength": 0,
         },
-        {"prompt": "Say hi.", "completion": "Hi!", "strength": 0},
-        {"prompt": "Say yes.", "response": "Yes!", "label": True, "strength": 0},
+        {"prompt": "Say hi.", "completion": "Hi!"},
+        {"prompt": "Say yes.", "response": "Yes!", "label": True},
     ]
     assert all(row in said for row in rows)
     ranks = {str(row["prompt"]): row["ranks"] for row in said if "ranks" in row}
     assert ranks["Name a dog."] == [0, 1, 2]
     assert {"Mine."} == {row["completion"] for row in said if "two" in str(row["prompt"]) and "completion" in row}
     decided = every.exported("--filter", "adjudicated=only")
-    assert [(row["prompt"], row["ranks"]) for row in decided] == [(f"Disputed {n}.", [0, 1]) for n in range(3)]
+    assert sorted((row["prompt"], row["ranks"]) for row in decided) == [(f"Disputed {n}.", [0, 1]) for n in range(3)]
 
 
 def test_hostile_text_runs_nothing_and_leaves_the_page_standing(site: Site):
@@ -269,7 +274,7 @@ def test_hostile_text_runs_nothing_and_leaves_the_page_standing(site: Site):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     texts = shown(page)
     assert HOSTILE[0] in texts and HOSTILE[3] in texts
-    assert any("U+202E" in text and "U+0000" in text for text in texts)
+    assert any(all(name in text for name in ("U+202E", "U+0000", "U+200B", "U+E0041")) for text in texts)
     assert page.locator("text=Show all 1000000 characters").count() == 1
     for place in "1234":
         page.keyboard.press(place)

@@ -263,12 +263,12 @@ async function load(focus = !document.querySelector("dialog[open]")) {
   $("undo").disabled = !body.pace.done;
   if (body.gone) banner(t(`error_${body.gone}`), "warn");
   task = body.task;
+  talk = null;
   wanted = null;
   if (boot.api) history.replaceState(null, "", task ? `?item=${task.item}` : location.pathname);
   form.hidden = !task;
   $("resting").hidden = Boolean(task || body.aside || boot.nothing);
   if (!task) {
-    talk = null;
     waiting = true;
     $("ask").textContent = t(body.aside ? "aside" : (boot.nothing ?? "nothing_left"));
     return later(load, 5000);
@@ -763,6 +763,7 @@ async function loadTalk() {
 function drawTalk(stage, asked = talk.pending?.message) {
   const { opening, done, pending, least } = talk;
   talk.stage = stage;
+  $("conversation").hidden = false;
   const topic = typeof opening === "string";
   $("topic").hidden = !topic || !opening;
   if (topic) $("topic").lastElementChild.replaceChildren(shown(opening));
@@ -783,8 +784,8 @@ function drawTalk(stage, asked = talk.pending?.message) {
   viewTalk();
   openInTalk().focus({ preventScroll: true });
   $("turns-done").scrollIntoView({ block: "end" });
-  const above = $("pair").getBoundingClientRect().top - document.querySelector(".top").offsetHeight - 8;
-  if (!$("pair").hidden && above < 0) scrollBy(0, above); // from its beginning, if not all of it can be seen
+  const pair = form.querySelector("#pair:not([hidden])");
+  if (pair?.getBoundingClientRect().top < 64) pair.scrollIntoView(); // from its beginning, if not all of it can be seen
 }
 
 // Where the person goes on; while answers come not at what stops them, as Enter may come twice.
@@ -1004,6 +1005,7 @@ async function answer() {
   };
   chat.messages.push(one);
   drawChat();
+  $("message").focus({ preventScroll: true });
   follow(true);
   const last = await ask(question, ([text = ""], [end]) => {
     one.content = text;
