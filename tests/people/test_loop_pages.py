@@ -105,7 +105,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch
         data_dir=cfg.out / "data",
         init=cfg.out / "sft" / "model",
         rounds=2,
-        rank=dataclasses.replace(cfg.rank, prompts=4, held_out=2, most=4, overlap=2, db=site.db),
+        rank=dataclasses.replace(cfg.rank, prompts=8, held_out=2, most=4, overlap=2, db=site.db),
         reward=cfg.reward,
         ppo=cfg.ppo,
         evaluate=cfg.evaluate,
@@ -122,7 +122,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch
     run.join()
     assert len(results) == 1 and len(results[0]["online"]) == 2
     exported = [row for row in site.exported() if row["round"]]
-    assert [row["round"] for row in exported] == [1] * 8 + [2] * 8  # 4, and 2 by two people each
+    assert [row["round"] for row in exported] == [1] * 12 + [2] * 12  # 8, and 2 by two people each
     for row in exported:
         assert row["ranks"] == [row["shown"].index(k) for k in range(len(row["shown"]))]
         answered = config.init if row["round"] == 1 else config.out / "online" / "round1" / "ppo" / "model"
@@ -132,5 +132,5 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch
     for line in lines:
         row = json.loads(line)
         assert (row["prompt"], row["responses"], row["ranks"], row["labeler"]) in known
-    assert len(lines) == 2 * 4
+    assert len(lines) == 2 * 8
     until(pages[0], "document.getElementById('ask').textContent.startsWith('Nothing to do')")

@@ -304,6 +304,7 @@ function draw(answer) {
   $("ask").textContent = orders ? t("decide_ask", { n: orders.length, share }) : t(`task_${kind}`);
   $("prompt").hidden = kind === "chat";
   $("submit").textContent = t(kind === "chat" ? "chat_finish" : "submit");
+  $("submit").className = kind === "chat" ? "quiet" : "primary";
   $("draft").textContent = "";
   const turns = kind === "chat" ? [] : typeof prompt === "string" ? [{ role: "user", content: prompt }] : prompt;
   $("turns").replaceChildren(...turns.map(({ role, content }) => {
