@@ -53,7 +53,7 @@ def test_a_ranking_by_mouse(site: Site):
     drag(page, at[3], '.level[data-place="3"]')
     drag(page, at[1], '.level[data-place="3"]')
     drag(page, at[2], '.gap[data-gap="1"]')  # before place 2: all others move down
-    assert page.inner_text(f"#badge-{at[2]}") == "#1"
+    assert page.inner_text(f"#badge-{at[2]}") == "#1" and page.locator("#banner").is_hidden()
     page.select_option("#confidence", "7")
     page.fill("#note", "a note")
     page.locator(".about summary").click()

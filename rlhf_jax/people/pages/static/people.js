@@ -238,6 +238,7 @@ let sign = Date.now(); // last sign of life
 let busy = false; // an answer is on its way
 let timer = 0; // of the next draft, or of the next question for a task
 let waiting = false; // nothing was left to do
+let missed = false; // the banner says what is missing
 let wanted = boot.api ? new URLSearchParams(location.search).get("item") : null; // the item to decide next
 
 function later(act, time) {
@@ -571,6 +572,8 @@ const written = (answer) => ({ ...answer, at: Date.now() });
 
 function changed() {
   view();
+  if (missed) banner("");
+  missed = false;
   keep("draft", { assignment: task.id, answer: written(read()) });
   later(saveDraft, 500);
 }
@@ -610,6 +613,7 @@ function finish() {
   const open = firstOpen();
   if (task.task === "chat" ? talk?.enough : open === $("submit")) return submit(read());
   banner(task.task === "chat" ? t("chat_short") : open.closest("[data-missing]").dataset.missing, "warn");
+  missed = true;
   open?.focus();
 }
 
