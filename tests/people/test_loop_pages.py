@@ -105,7 +105,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch
         data_dir=cfg.out / "data",
         init=cfg.out / "sft" / "model",
         rounds=2,
-        rank=dataclasses.replace(cfg.rank, prompts=8, held_out=2, most=4, overlap=2, db=site.db),
+        rank=dataclasses.replace(cfg.rank, prompts=8, held_out=2, most=4, overlap=4, db=site.db),
         reward=cfg.reward,
         ppo=cfg.ppo,
         evaluate=cfg.evaluate,
@@ -113,7 +113,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch
     results: list[dict] = []
     run = threading.Thread(target=lambda: results.append(rounds.main(config)))
     run.start()
-    pages = [site.person(f"labeler {n}") for n in range(3)]
+    pages = [site.person(f"labeler {n}") for n in range(4)]
     while run.is_alive():
         for page in pages:
             page.wait_for_timeout(50)
@@ -122,7 +122,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch
     run.join()
     assert len(results) == 1 and len(results[0]["online"]) == 2
     exported = [row for row in site.exported() if row["round"]]
-    assert [row["round"] for row in exported] == [1] * 12 + [2] * 12  # 8, and 2 by two people each
+    assert [row["round"] for row in exported] == [1] * 16 + [2] * 16  # 8, and 2 by four people each
     for row in exported:
         assert row["ranks"] == [row["shown"].index(k) for k in range(len(row["shown"]))]
         answered = config.init if row["round"] == 1 else config.out / "online" / "round1" / "ppo" / "model"
