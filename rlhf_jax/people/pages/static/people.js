@@ -271,6 +271,7 @@ async function load(focus = !document.querySelector("dialog[open]")) {
   $("resting").hidden = Boolean(task || body.aside || boot.nothing);
   if (!task) {
     waiting = true;
+    $("bench").replaceChildren();
     $("ask").textContent = t(body.aside ? "aside" : (boot.nothing ?? "nothing_left"));
     return later(load, 5000);
   }
