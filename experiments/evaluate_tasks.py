@@ -87,10 +87,9 @@ def _write(cfg: Config, results: Sequence[tasks.Result], predicted: text.Result 
         for n, prompt in enumerate(result.pop("prompts"), start=1)
     ]
     runs.write_config(cfg.out, cfg)
-    written = {"model": str(cfg.model), "results": [result | {"questions": len(one.answers)}
-                                                    for result, one in zip(whole, results, strict=True)]}  # fmt: skip
-    if predicted:
-        written["text"] = dataclasses.asdict(predicted)
+    for one, result in zip(whole, results, strict=True):
+        one["questions"] = len(result.answers)
+    written = {"model": str(cfg.model), "results": whole, "text": predicted and dataclasses.asdict(predicted)}
     runs.write(cfg.out / "results.json", json.dumps(written, indent=2) + "\n")
     if results:
         runs.write(cfg.out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
