@@ -5,9 +5,11 @@ import dataclasses
 import hashlib
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -234,7 +236,13 @@ def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
 
 def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.DatasetBuilder]:
     def make() -> tfds.core.DatasetBuilder:
-        return tfds.builder(name, data_dir=data_dir)
+        try:
+            return tfds.builder(name, data_dir=data_dir)
+        except ModuleNotFoundError:
+            # Of TensorFlow, some builders want nothing but the names of types, which NumPy has too.
+            module = tfds.builder_cls(re.split("[/:]", name)[0]).__module__
+            with mock.patch.object(sys.modules[module], "tf", np, create=True):
+                return tfds.builder(name, data_dir=data_dir)
 
     if not re.fullmatch(r"\w+(/[\w.\-]+)?(:[\d.]+)?", name):
         raise InputError(
@@ -253,6 +261,8 @@ def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.Datase
                 make()
     except tfds.core.registered.DatasetNotFoundError as error:
         raise InputError(f"data {spec!r}: neither world nor a {'/'.join(_FILES)} file nor a known TFDS name") from error
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise InputError(f"data {spec!r}: TFDS needs TensorFlow for it; pip install tensorflow") from error
     except ValueError as error:
         raise InputError(f"data {spec!r}: {str(error).strip().partition(chr(10))[0]}") from error
     return make
