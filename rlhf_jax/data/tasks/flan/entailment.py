@@ -233,7 +233,7 @@ TASKS = (
                 "\n\nAnswer:",
                 "Somebody writes: {premise}\nA reader understands: {hypothesis}\nHas the reader understood it?{options}"
                 "\n\nAnswer:",
-                "Given that {premise} Is it right to say so? {hypothesis}{options}\n\nAnswer:",
+                "{premise}\n\nIs it right, then, to say this? {hypothesis}{options}\n\nAnswer:",
                 "Can the first be replaced by the second without saying anything false?\n\n1. {premise}\n"
                 "2. {hypothesis}{options}\n\nAnswer:",
                 'If someone said "{premise}" and meant it, would they agree that "{hypothesis}"?{options}\n\nAnswer:',

@@ -94,7 +94,7 @@ TASKS = (
                 ' you reply? If you do not know, reply "no answer".',
                 "Title: {title}\nSection: {section}\nText: {passage}\nQuestion: {question}\nAnswer (or: no answer):",
                 "An encyclopedia article on {title} has a section called {section}. It says: {passage}\n\nFrom that,"
-                " answer {question} or, if it cannot be answered, say: no answer.",
+                " answer this, or say that there is no answer: {question}",
                 "Q: {question}\nSource: {title}, {section}: {passage}\nA (the words of the source, or no answer):",
             ),
             Template(

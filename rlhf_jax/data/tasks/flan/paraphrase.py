@@ -61,8 +61,8 @@ TASKS = (
                 "Old question: {first}\nNew question: {second}\n\nHas the new one been asked before?{options}"
                 "\n\nAnswer:",
                 '"{first}" - in other words, "{second}" Is that right?{options}\n\nAnswer:',
-                'Whoever knows the reply to "{first}", do they know the reply to "{second}" too, since it is the same'
-                " question?{options}\n\nAnswer:",
+                'Would somebody who has answered "{first}" thereby have answered "{second}" as well?{options}'
+                "\n\nAnswer:",
             ),
             Template(
                 "Question: {first}\n\nThink of another question. Does it ask the same? It should be: {answer}."
@@ -96,8 +96,8 @@ TASKS = (
                 "\n\nAnswer:",
                 "Original: {first}\nRewritten: {second}\n\nIs the rewritten sentence faithful?{options}\n\nAnswer:",
                 'Check whether "{first}" and "{second}" state the same fact.{options}\n\nAnswer:',
-                "{first}\n\nOnly words were moved to make this of it:\n\n{second}\n\nIs it still true if the first"
-                " was?{options}\n\nAnswer:",
+                "{first}\n\nSomebody has rearranged the words:\n\n{second}\n\nDoes it still say the same?{options}"
+                "\n\nAnswer:",
                 "Do these two lines agree in everything they say?\n\n{first}\n{second}{options}\n\nThey agree:",
             ),
             Template(

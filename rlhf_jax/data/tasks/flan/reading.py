@@ -94,7 +94,7 @@ TASKS = (
                 "Work out the answer from the passage. You may have to count, add or compare.\n\nPassage: {passage}\n\n"
                 "{question}",
                 "{question}\n\nFind out from this text.\n\n{passage}\n\nResult:",
-                "Report: {passage}\n\nGiven the report, {question}",
+                "Report: {passage}\n\nGiven the report: {question}",
                 "Read the account below. Then answer this: {question}\n\n{passage}\n\nAnswer:",
                 "{passage}\n\nWith the facts above, what is the answer to the following? {question}",
                 "The question is: {question} What is needed to answer it stands here: {passage}\n\nThe answer:",
@@ -138,8 +138,8 @@ TASKS = (
                 target="{candidate}",
             ),
             Template(
-                '{passage}\n\nIs "{candidate}" the right answer to a certain question on this text? It is so: {answer}.'
-                " What is the question?",
+                '{passage}\n\nA pupil was asked a question on this text and replied "{candidate}". Was that right? The'
+                " teacher's verdict: {answer}.\n\nQuestion:",
                 target="{question}",
             ),
         ),
@@ -178,7 +178,10 @@ TASKS = (
         metric="f1",
         templates=(
             *_SQUAD_ASKED,
-            Template("{passage}\n\nWhat question about this text is answered by: {answer}?", target="{question}"),
+            Template(
+                "{passage}\n\nHere is the answer to a question about this text: {answer}\n\nQuestion:",
+                target="{question}",
+            ),
             Template(
                 'Write a paragraph in which one finds that the answer to "{question}" is "{answer}".',
                 target="{passage}",
@@ -264,8 +267,8 @@ TASKS = (
                 " {passage}{options}"
                 "\n\nName:",
                 "Read the article, then complete the sentence below it.\n\n{passage}\n\n{query}{options}\n\n___ is:",
-                "An editor has lost a word of this sentence: {query}\nThe rest of the story: {passage}{options}"
-                "\n\nThe word:",
+                "An editor has lost a name in this sentence: {query}\nThe rest of the story: {passage}{options}"
+                "\n\nThe name:",
                 "{passage}\n\nAccording to this report, what should stand for ___?\n\n{query}{options}\n\nAnswer:",
                 "Choose what makes the sentence true.{options}\n\nReport: {passage}\n\nSentence: {query}\n\nChoice:",
                 "{query}\n\nThe gap is one of those who or which are named in the following news."
