@@ -40,7 +40,7 @@ def test_a_file_of_questions(tmp_path, capsys):
 
 
 def test_nothing_to_evaluate():
-    with pytest.raises(InputError, match="nothing to evaluate: name files of questions by --task, or documents by --t"):
+    with pytest.raises(InputError, match="nothing to evaluate: name tasks or files of questions by --task, or doc"):
         evaluate_tasks.main(evaluate_tasks.Config())
 
 
