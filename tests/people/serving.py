@@ -79,7 +79,7 @@ class Thread:
     def __init__(self, db: Path, endpoint: str = ""):
         self._store = Store(db)
         self.said: list[str] = []
-        self.token = access.invite(self._store, "administrator", "administrator")
+        self.token = access.invite(self._store, "administrator", "administrator", replaces=False)
         self._listening = command.listening("127.0.0.1", 0)
         self._listener = self._listening.__enter__()
         self.port = self._listener.getsockname()[1]
