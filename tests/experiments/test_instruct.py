@@ -1,0 +1,114 @@
+"""Instruction tuning: what it learns from and is tested on, how it goes on, and what it refuses."""
+
+import dataclasses
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import instruct
+from rlhf_jax import models
+from rlhf_jax.data import tokenizer
+from rlhf_jax.devices import parallel
+from rlhf_jax.evaluation import likelihood, probe
+from rlhf_jax.runs import checkpoint
+from rlhf_jax.types import InputError
+from tests import tiny
+from tests.quickstart import ADAPTERS, metrics_of, refused
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model directory, and two clusters in files."""
+    home = tmp_path_factory.mktemp("instruct")
+    tok = tokenizer.train(["Question: Is it even, odd, or neither?\nAnswer: yes\nno 0123456789"] * 9, 290, home / "tok")
+    config = dataclasses.replace(tiny.LLAMA, vocab_size=len(tok), max_length=96)
+    models.save(models.Model(config, None, tok, lambda: None), tiny.policy(config), home / "model")
+    for name, first in (("even", 10), ("odd", 50)):
+        rows = [
+            {"question": f"Is {n} {name}?", "options": ["yes", "no"], "answer": (n + first // 50) % 2}
+            for n in range(first, first + 40)
+        ]
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return instruct.Config(
+        init=home / "model",
+        out=home / "run",
+        data_dir=home / "data",
+        tasks=tuple(str(home / f"{name}.jsonl") for name in ("even", "odd")),
+        held_out=("odd",),
+        held_out_every=2,
+        length=96,
+        batch=8,
+        steps=3,
+    )
+
+
+def test_it_is_tested_as_it_learns_and_goes_on_where_it_was(base, capsys):
+    cfg = dataclasses.replace(base, lora=ADAPTERS, saves=checkpoint.Config(every=2))
+    rows = instruct.main(cfg)["tasks"]
+    assert json.loads((cfg.out / "results.json").read_text())["tasks"] == rows
+    assert [(row["task"], row["unseen"], row["questions"], row["chance"]) for row in rows] == [
+        ("odd", True, 8, 0.5),
+        ("even", False, 8, 0.5),
+    ]
+    said = capsys.readouterr().out
+    assert "mixture: 1 tasks of 1 clusters (even), 32 rows" in said and "rows learnt" in said
+    recorded = metrics_of(cfg.out)
+    assert [row["step"] for row in recorded if "accuracy/unseen" in row] == [2, 3]
+    assert recorded[-1]["unseen/odd"] == recorded[-1]["accuracy/unseen"] == rows[0]["after"]
+    assert (cfg.out / "curves.png").is_file() and models.load(cfg.out / "model").tokenizer is not None
+    whole = dataclasses.replace(cfg, out=base.out.parent / "whole", saves=checkpoint.Config(every=9))
+    assert instruct.main(whole)["tasks"] == rows
+    shutil.rmtree(cfg.out / "checkpoints" / "3")  # as if the first run had ended after its second step
+    assert instruct.main(cfg)["tasks"] == rows
+    again = metrics_of(cfg.out)
+    assert [row["loss/next_token"] for row in again] == [row["loss/next_token"] for row in recorded]
+
+
+def test_wrong_input_is_refused(base, capsys):
+    said = lambda *flags: refused(capsys, instruct.main, dataclasses.replace(base, out=base.out.parent / "x"), *flags)
+    assert "held out: no task is of cluster 'evn'; there are even, odd" in said("--held-out", "evn")
+    assert "without even, odd and what is like them no task is left" in said("--held-out", "even", "odd")
+    assert "no task 'worlds'; did you mean world?" in said("--tasks", "worlds")
+    assert "32 rows are fewer than a batch of 64" in said("--batch", "64")
+    assert "forms: all weights are 0" in said("--mixture.forms.zero-shot", "0")
+
+
+def test_a_probe_by_hand(base, tmp_path):
+    """The likeliest option is the answer, each in the next template; without options, the likeliest tokens are."""
+    model = models.load(base.init)
+    tok = models.tokenizer_of(model)
+    split = instruct.split_tasks(base)
+    (task,) = split.held_out
+    asked = probe.prepare([task], tok, probe.Config(questions=3, length=96), data_dir=base.data_dir)
+    layout = parallel.layout()
+    found = asked.ask(likelihood.Reader(model, layout, 8), layout.state(model.params))
+    right = []
+    for question in asked.questions:
+        totals = []
+        for request in question.requests:
+            ids = jnp.array([[*request.context, *request.continuation]], jnp.int32)
+            logits = np.asarray(model.apply(model.params, ids, jnp.ones(ids.shape, bool)), np.float64)[0]
+            logp = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+            start = len(request.context)
+            totals.append(sum(logp[start + n - 1, token] for n, token in enumerate(request.continuation)))
+        right.append(question.right[int(np.argmax(totals))])
+    assert found["odd"] == probe.Answered(np.mean(right), 0.5, 3)
+    assert asked.questions[0].requests[0].continuation[-1] == tok.eos_token_id
+    rows = [{"question": "Is it?", "answer": "yes"}]
+    (tmp_path / "free.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 5))
+    (free,) = instruct.split_tasks(dataclasses.replace(base, tasks=(str(tmp_path / "free.jsonl"),), held_out=())).train
+    written = probe.prepare([free], tok, probe.Config(), data_dir=tmp_path / "data")
+    assert written.questions[0].right == () and len(written.questions[0].requests) == 1
+    unasked = dataclasses.replace(
+        task, templates=tuple(dataclasses.replace(t, target="{question}") for t in task.templates)
+    )
+    with pytest.raises(InputError, match="no template asks"):
+        probe.prepare([unasked], tok, probe.Config(), data_dir=base.data_dir)
+    with pytest.raises(InputError, match="can be asked with 9 tokens"):
+        probe.prepare([task], tok, probe.Config(length=9), data_dir=base.data_dir)
+    missing = dataclasses.replace(task, held_out="validation")
+    with pytest.raises(InputError, match=r"task odd has no held-out rows: .* no rows in split 'validation'"):
+        probe.prepare([missing], tok, probe.Config(), data_dir=base.data_dir)
