@@ -147,17 +147,17 @@ def report(cfg: Config, results: dict[str, list[dict]]) -> None:
         + [tables.mean_sd(values[key]) for key in shown]
         for name, values in columns.items()
     ]
-    parameters = lambda preset: float(np.log2(PRESETS[preset].d_model))
+    width = lambda preset: PRESETS[preset].d_model
     panels = {
-        "training clusters": points(
+        "accuracy by training clusters": points(
             columns, {count: f"{count}-clusters" for count in cfg.clusters} | {clusters: "all"}
         ),
-        "templates a task": points(
+        "accuracy by templates a task": points(
             columns, {count: f"{count}-templates" for count in cfg.templates} | {templates: "all"}
         ),
-        "log2 of the model's width": points(
+        "accuracy by width of the model": points(
             columns,
-            {parameters(preset): preset for preset in cfg.presets} | {parameters(cfg.pretrain.preset): "all"},
+            {width(preset): preset for preset in cfg.presets} | {width(cfg.pretrain.preset): "all"},
         ),
     }
     header = ["run", *(key.replace("/", ", ") for key in shown)]

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import instruct
+from experiments import instruct, pretrain
+from experiments.studies import instruct as study_of_instruct
+from experiments.studies import study
 from rlhf_jax import models
 from rlhf_jax.data import tokenizer
 from rlhf_jax.devices import parallel
@@ -112,3 +114,40 @@ def test_a_probe_by_hand(base, tmp_path):
     missing = dataclasses.replace(task, held_out="validation")
     with pytest.raises(InputError, match=r"task odd has no held-out rows: .* no rows in split 'validation'"):
         probe.prepare([missing], tok, probe.Config(), data_dir=base.data_dir)
+
+
+@pytest.mark.slow
+def test_the_study_makes_each_run_once_and_renews_its_page(base, tmp_path, capsys):
+    (tmp_path / "instruct.md").write_text(f"# Mine\n\n{study.BEGIN}\nearlier\n{study.END}\n")
+    preset = pretrain.Config(data="world:rows=200", preset="llama-micro", vocab_size=300, batch=8, steps=1)
+    cfg = study_of_instruct.Config(
+        out=tmp_path / "studies",
+        docs=tmp_path,
+        seeds=2,
+        clusters=(1,),
+        templates=(1,),
+        presets=("llama-tiny",),
+        pretrain=preset,
+        instruct=dataclasses.replace(
+            instruct.Config(),
+            tasks=("arithmetic", "counting", "more"),
+            held_out=("comparison",),
+            questions=2,
+            batch=8,
+            steps=1,
+        ),
+    )
+    results = study_of_instruct.main(cfg)
+    assert list(results) == ["all", "1-clusters", "1-templates", "llama-tiny"]
+    assert all(
+        set(found) == set(results["all"][0]) and len(seeds) == 2 for seeds in results.values() for found in seeds
+    )
+    one = json.loads((cfg.out / "seed0" / "instruct-1-clusters" / "results.json").read_text())["tasks"]
+    assert len({row["cluster"] for row in one if not row["unseen"]}) == 1
+    assert "| all: 2 clusters, 10 templates, llama-micro |" in (tmp_path / "instruct.md").read_text()
+    assert (tmp_path / "instruct.png").is_file()
+    capsys.readouterr()
+    assert study_of_instruct.main(cfg) == results
+    assert "step/s" not in capsys.readouterr().err  # everything was found
+    with pytest.raises(InputError, match="clusters=2: expected fewer than all 2"):
+        study_of_instruct.main(dataclasses.replace(cfg, clusters=(2,)))
