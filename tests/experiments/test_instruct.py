@@ -4,8 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments import instruct, pretrain
@@ -13,18 +11,14 @@ from experiments.studies import instruct as study_of_instruct
 from experiments.studies import study
 from rlhf_jax import models
 from rlhf_jax.data import tokenizer
-from rlhf_jax.devices import parallel
-from rlhf_jax.evaluation import likelihood, probe
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.types import InputError
 from tests import tiny
 from tests.quickstart import ADAPTERS, metrics_of, refused
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A model directory, and two clusters in files."""
-    home = tmp_path_factory.mktemp("instruct")
+def write_base(home):
+    """A configuration with a model directory and two clusters, in files of a folder."""
     tok = tokenizer.train(["Question: Is it even, odd, or neither?\nAnswer: yes\nno 0123456789"] * 9, 290, home / "tok")
     config = dataclasses.replace(tiny.LLAMA, vocab_size=len(tok), max_length=96)
     models.save(models.Model(config, None, tok, lambda: None), tiny.policy(config), home / "model")
@@ -45,6 +39,11 @@ def base(tmp_path_factory):
         batch=8,
         steps=3,
     )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("instruct"))
 
 
 def test_it_is_tested_as_it_learns_and_goes_on_where_it_was(base, capsys):
@@ -76,44 +75,6 @@ def test_wrong_input_is_refused(base, capsys):
     assert "no task 'worlds'; did you mean world?" in said("--tasks", "worlds")
     assert "32 rows are fewer than a batch of 64" in said("--batch", "64")
     assert "forms: all weights are 0" in said("--mixture.forms.zero-shot", "0")
-
-
-def test_a_probe_by_hand(base, tmp_path):
-    """The likeliest option is the answer, each in the next template; without options, the likeliest tokens are."""
-    model = models.load(base.init)
-    tok = models.tokenizer_of(model)
-    split = instruct.split_tasks(base)
-    (task,) = split.held_out
-    asked = probe.prepare([task], tok, probe.Config(questions=3, length=96), data_dir=base.data_dir)
-    layout = parallel.layout()
-    found = asked.ask(likelihood.Reader(model, layout, 8), layout.state(model.params))
-    right = []
-    for question in asked.questions:
-        totals = []
-        for request in question.requests:
-            ids = jnp.array([[*request.context, *request.continuation]], jnp.int32)
-            logits = np.asarray(model.apply(model.params, ids, jnp.ones(ids.shape, bool)), np.float64)[0]
-            logp = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
-            start = len(request.context)
-            totals.append(sum(logp[start + n - 1, token] for n, token in enumerate(request.continuation)))
-        right.append(question.right[int(np.argmax(totals))])
-    assert found["odd"] == probe.Answered(np.mean(right), 0.5, 3)
-    assert asked.questions[0].requests[0].continuation[-1] == tok.eos_token_id
-    rows = [{"question": "Is it?", "answer": "yes"}]
-    (tmp_path / "free.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 5))
-    (free,) = instruct.split_tasks(dataclasses.replace(base, tasks=(str(tmp_path / "free.jsonl"),), held_out=())).train
-    written = probe.prepare([free], tok, probe.Config(), data_dir=tmp_path / "data")
-    assert written.questions[0].right == () and len(written.questions[0].requests) == 1
-    unasked = dataclasses.replace(
-        task, templates=tuple(dataclasses.replace(t, target="{question}") for t in task.templates)
-    )
-    with pytest.raises(InputError, match="no template asks"):
-        probe.prepare([unasked], tok, probe.Config(), data_dir=base.data_dir)
-    with pytest.raises(InputError, match="can be asked with 9 tokens"):
-        probe.prepare([task], tok, probe.Config(length=9), data_dir=base.data_dir)
-    missing = dataclasses.replace(task, held_out="validation")
-    with pytest.raises(InputError, match=r"task odd has no held-out rows: .* no rows in split 'validation'"):
-        probe.prepare([missing], tok, probe.Config(), data_dir=base.data_dir)
 
 
 @pytest.mark.slow
