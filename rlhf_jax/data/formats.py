@@ -17,7 +17,7 @@
     sst:PATH.csv              Stanford Sentiment Treebank: label, sentence   examples
 
 Rankings and demonstrations give prompts too, those of gsm8k with their "answer". PATH ends in .json (lines, or one
-list), .jsonl, .tsv or .csv, or any with .gz. TEMPLATES is such a file, of {"prompt", "target"} in which {name} stands
+list) or .jsonl, or as above, or any with .gz. TEMPLATES is such a file, of {"prompt", "target"} in which {name} stands
 for the field of that name; the rows take the templates in turn. The options of cot and bbh stand in the question,
 behind "Options:", and stay there: their templates need no {options}. bbh has the splits "held_out" and, for prompts,
 "shots": the examples of the file PATH.cot.txt beside it.
@@ -42,7 +42,8 @@ from rlhf_jax.data.builders import Kind, Row, Rows, field, json_object, short, t
 from rlhf_jax.data.tokenizer import Message
 from rlhf_jax.types import InputError
 
-FILES = tuple(f".{name}{gz}" for name in ("json", "jsonl", "tsv", "csv") for gz in ("", ".gz"))
+FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+TABLES = {"cot": (".tsv", ".tsv.gz"), "sst": (".csv", ".csv.gz")}  # in place of JSON
 
 # (row, where, counts) to a ranking or demonstration, or to None, counted.
 Reader = Callable[[Any, str, Counter[str]], Row | None]
@@ -397,6 +398,12 @@ class FormatFile(builders.Builder):
         self.info.metadata.update(counts)
 
 
+def is_one(spec: str) -> bool:
+    """Whether a spec names a format and a file of it."""
+    name, _, rest = spec.partition(":")
+    return name in NAMES and rest.endswith(TABLES.get(name, FILES))
+
+
 def kinds(name: str) -> tuple[Kind, ...]:
     """The kinds of rows that a format has."""
     other: tuple[Kind, ...] = ("rankings", "prompts") if name in RANKINGS else ("demonstrations", "prompts")
@@ -416,7 +423,10 @@ def source(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
     if name == "template" and not colon:
         raise InputError(f"data {spec!r}: expected template:TEMPLATES:PATH")
     paths = [builders.file_path(file) for file in (first, last) if file]
-    read = [*paths, _bbh_file(paths[0])] if base == SHOTS and name == "bbh" else paths
+    read = paths
+    if name == "bbh" and base == SHOTS:
+        _bbh_prompt(paths[0])
+        read = [*paths, _bbh_file(paths[0])]
     config = FormatConfig(
         name="-".join([name, kind, *map(builders.file_digest, read)]),
         kind=kind,

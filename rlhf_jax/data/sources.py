@@ -56,7 +56,7 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
         return _world(spec, kind, Path(data_dir), split)
     if name == "people":
         return _people(rest, kind, Path(data_dir), split)
-    if name in formats.NAMES and rest.endswith(formats.FILES):
+    if formats.is_one(spec):
         return formats.source(spec, kind, Path(data_dir), split)
     if spec.endswith(_FILES):
         return _file(builders.file_path(spec), kind, Path(data_dir), split)
