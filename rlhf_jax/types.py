@@ -146,6 +146,14 @@ class LogprobsFn(Protocol):
 
 
 @runtime_checkable
+class LogitsFn(Protocol):
+    """A language model's distributions over the N = T - 1 - start tokens after column `start`."""
+
+    def __call__(self, params: Params, tokens: jax.Array, segment: jax.Array, *, start: int = 0) -> jax.Array:
+        """The logits of each of these tokens. [B, N, V] float32."""
+
+
+@runtime_checkable
 class ScoreFn(Protocol):
     """A reward model, which gives a scalar score to each row."""
 

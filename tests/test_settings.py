@@ -29,7 +29,7 @@ from rlhf_jax.runs import plots, run
 from tests.experiments import test_sentiment
 from tests.quickstart import LENGTHS
 
-LATER = {"out", "saves", "samples_every", "samples", "held_out_every"}
+LATER = {"out", "saves", "samples_every", "samples", "held_out_every", "resample"}  # of these the loop asks
 WITH_PEOPLE = {"db", "data", "overlap", "enough", "round"}  # settings of `rank`, which tests/experiments has
 ASKED = {
     sources: ["rows"],
@@ -136,7 +136,8 @@ def settings(name, quick):
     if name == "dpo":
         preferred = dpo.Config(init=tuned, data=ranked, length=64, batch=8)
         beta = dataclasses.replace(preferred.algorithm, beta=0.7)
-        return preferred, {"data": other, "init": base, "algorithm": beta, "virtue": "helpful"}
+        special = {"data": other, "init": base, "algorithm": beta, "virtue": "helpful"}
+        return preferred, special | {"lora": lora.Config(rank=2)}
     sizes = {"prompt_length": 40, "max_new_tokens": 8, "batch": 32, "text": "world:rows=200", "steps": 2, "warmup": 1}
     default = STAGES[name].Config()
     algorithm = dataclasses.replace(default.algorithm, rewards=rewards.Config(threshold=0.0))

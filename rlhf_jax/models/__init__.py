@@ -12,7 +12,15 @@ from rlhf_jax.models.directory import (
     stop_ids,
     tokenizer_of,
 )
-from rlhf_jax.models.transformer import Transformer, bind, logprobs_fn, parameter_count, parameter_shapes, part
+from rlhf_jax.models.transformer import (
+    Transformer,
+    bind,
+    logits_fn,
+    logprobs_fn,
+    parameter_count,
+    parameter_shapes,
+    part,
+)
 
 __all__ = [
     "PRESETS",
@@ -29,6 +37,7 @@ __all__ = [
     "llama",
     "load",
     "load_reward",
+    "logits_fn",
     "logprobs_fn",
     "parameter_count",
     "parameter_shapes",

@@ -40,7 +40,7 @@ from rlhf_jax.models.layers import (
     whole_view,
 )
 from rlhf_jax.models.rope import rotary_table
-from rlhf_jax.types import InputError, LogprobsFn, Params, Tree
+from rlhf_jax.types import InputError, LogitsFn, LogprobsFn, Params, Tree
 
 LAST = slice(-1, None)  # the last column of each row
 
@@ -268,6 +268,10 @@ class Transformer(nn.Module):
 
         return map_columns(read, self.config.compute.chunk, hidden, targets)
 
+    def logits(self, tokens: Int[Array, "B T"], segment: Array, *, start: int = 0) -> Float[Array, "B N V"]:
+        """Logits of each token after column `start`, N = T - 1 - start."""
+        return self.unembed(self.hidden(tokens, segment, None, slice(start, -1)), vocab_axis="tensor")
+
     def __call__(self, tokens: Array, segment: Array | Tree, keys: Array | None = None) -> Float[Array, "B T V"]:
         """Logits at each column, which predict the token at the next."""
         return self.unembed(self.hidden(tokens, segment, keys))
@@ -290,6 +294,11 @@ def bind(module: Any, method: Callable | None = None) -> Callable:
 def logprobs_fn(config: Config) -> LogprobsFn:
     """`Transformer.logprobs` as a function of parameters: the network of `sft`, `dpo` and, as a `part`, of PPO."""
     return bind(Transformer(config), Transformer.logprobs)
+
+
+def logits_fn(config: Config) -> LogitsFn:
+    """`Transformer.logits` as a function of parameters: the networks of `distillation`."""
+    return bind(Transformer(config), Transformer.logits)
 
 
 def part(name: str, network: Callable) -> Callable:
