@@ -36,11 +36,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from experiments import assistant, dpo, evaluate, grpo, ppo, pretrain, rank, rejection, reward, sft
+from experiments import assistant, dpo, evaluate, grpo, instruct, ppo, pretrain, rank, rejection, reward, sft
 from experiments.published import gsm8k_evaluate, paths
 from rlhf_jax import models, runs
 from rlhf_jax.analysis import flops, shapes, tpu
 from rlhf_jax.data import builders, pipeline, sources, tokenizer
+from rlhf_jax.data.tasks import mixture
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import families, heads, lora
@@ -205,6 +206,25 @@ def prompt_batches(rows: Any, tokenizer: Any, *, length: int, batch: int, seed: 
     return Batches(prompts(batch, length), once=False)
 
 
+def mixed_batches(mixed: Any, tokenizer: Any, sizes: mixture.Sizes) -> Batches:
+    return token_batches(None, tokenizer, length=sizes.length, batch=sizes.batch, seed=0)
+
+
+class NoTests:
+    """Tests of no questions, which are no part of a step."""
+
+    def __init__(self, *_: Any): ...
+
+    def __call__(self, *_: Any) -> dict:
+        return {}
+
+    def metrics(self, *_: Any) -> dict:
+        return {}
+
+    def report(self, *_: Any) -> list:
+        return []
+
+
 class OneStep(contextlib.nullcontext):
     """A `runs.Run` of one step, which records nothing."""
 
@@ -267,6 +287,10 @@ def nothing_but_steps(layout: shapes.Shapes, config_of: ConfigOf, chips: int, re
         (sources, "rows", ExampleRows),
         (pipeline, "text", token_batches),
         (pipeline, "demonstrations", token_batches),
+        (mixture, "open_mixture", nothing),
+        (mixture, "Stream", mixed_batches),
+        (mixture, "counts", nothing),
+        (instruct, "Tests", NoTests),
         (pipeline, "rankings", functools.partial(ranking_batches, responses)),
         (pipeline, "prompts", prompt_batches),
         (pipeline, "every_prompt", every_prompt),
@@ -336,7 +360,7 @@ def with_count(step: tpu.Program, cfg: pretrain.Config | sft.Config, config: mod
 
 WITH_STEPS = (
     *(pretrain.Config, sft.Config, reward.Config, dpo.Config, ppo.Config, grpo.Config),
-    *(rank.Config, evaluate.Config, rejection.Config, gsm8k_evaluate.Config),
+    *(rank.Config, evaluate.Config, rejection.Config, gsm8k_evaluate.Config, instruct.Config),
 )
 
 

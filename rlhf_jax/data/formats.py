@@ -632,7 +632,7 @@ _VALUES: dict[str, Callable[[Origin, str], Values]] = {
     "cot": lambda origin, split: (value for path in origin.paths for value in files.lines(path)),
     "helpsteer": lambda origin, split: grouped(origin.values()),
 }
-_LOCAL = ("bbh", "cot")  # formats of files alone
+_ENDINGS = {"bbh": ".json", "cot": ".tsv"}  # of the files that these formats are of; they are nothing else
 
 
 @dataclasses.dataclass(eq=False)
@@ -676,8 +676,9 @@ def source(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
         raise InputError(f"data {spec!r}: expected template:TEMPLATES:PATH")
     beside = builders.file_path(first) if first else None
     origin = find(last)
-    if name in _LOCAL and not origin.paths:
-        raise InputError(f"data {spec!r}: {name} is read from files: name a path")
+    ending = _ENDINGS.get(name, "")
+    if ending and not (origin.paths and all(builders.uncompressed(path).endswith(ending) for path in origin.paths)):
+        raise InputError(f"data {spec!r}: {name} is read from {ending} files")
     read = [beside] if beside else []
     for path in origin.paths if base == SHOTS and name == "bbh" else ():
         _bbh_prompt(path)

@@ -26,7 +26,7 @@ needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None
         ("hub:../b", "expected hub:OWNER/NAME@REVISION"),
         ("hub:a/b?colour=red", "expected, for instance, .config=main&split=train, got 'colour=red'"),
         ("hub:a/b?split=", "got 'split='"),
-        ("cot:hub:a/b", "cot is read from files"),
+        ("cot:hub:a/b", "cot is read from .tsv files"),
     ],
 )
 def test_names_that_are_wrong(tmp_path, spec, message):

@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from rlhf_jax.data import builders, tokenizer
-from rlhf_jax.data.tasks import Example, Task, Template, mixture
+from rlhf_jax.data.tasks import Example, Task, Template, catalog, mixture, world
 from rlhf_jax.types import InputError
 
 ASK = Template("{question}{options}")
@@ -152,6 +153,7 @@ def test_leave_out():
     assert [one.name for one in found.held_out] == ["0"] and [one.name for one in found.left_out] == ["2", "5"]
     with pytest.raises(InputError, match="no task is of cluster 'maths'; there are commonsense, entailment"):
         mixture.leave_out(tasks, ["maths"])
+    assert found.templates == 3 and {one.templates for one in found.train} == {(ASK,)}  # the turned one has words
     with pytest.raises(InputError, match="no task is left"):
         mixture.leave_out(tasks[3:5], ["entailment"])
 
@@ -249,7 +251,7 @@ def test_what_is_too_long_loses_examples_or_is_skipped(tmp_path, tok, monkeypatc
     packing = mixture.Packing(stream(mix, tok))
     for batch in itertools.islice(packing, 9):
         assert batch.tokens.shape == (4, 96)
-    counts = mixture.counts(packing.get_state())
+    counts = mixture.counts(packing)
     assert counts.too_long and counts.shortened and counts.learnt and counts.unusable == 0
     assert counts.learnt + counts.too_long == packing.get_state()["next"]
     assert f"{counts.too_long} too long" in str(counts) and "behind fewer examples than drawn" in str(counts)
@@ -268,7 +270,7 @@ def test_unusable_rows_are_counted(tmp_path, tok):
     )
     packing = mixture.Packing(stream(mixture.open_mixture([half], mixture.Config(), seed=0, data_dir=tmp_path), tok))
     next(packing)
-    counts = mixture.counts(packing.get_state())
+    counts = mixture.counts(packing)
     assert counts.unusable and counts.learnt + counts.unusable == packing.get_state()["next"]
 
 
@@ -283,3 +285,49 @@ def test_wrong_tasks_are_refused(tmp_path, opened, tok):
     with pytest.raises(InputError, match="36 rows are fewer than a batch of 64"):
         stream(opened(), tok, batch=64)
     assert str(opened(most_rows=10)) == "2 tasks of 1 clusters (facts), 16 rows (1 tasks with only 10 of their rows)"
+
+
+# The tasks that there are ---------------------------------------------------------------------------------------------
+
+COLLECTIONS = catalog.COLLECTIONS
+
+
+@pytest.mark.parametrize(
+    ("collection", "cluster"),
+    [(of, cluster) for of, tasks in COLLECTIONS.items() for cluster in dict.fromkeys(task.cluster for task in tasks)],
+)
+def test_nothing_of_a_held_out_cluster_reaches_training(collection, cluster):
+    """Neither a task, nor its data, nor a template: of any draw."""
+    split = mixture.leave_out(COLLECTIONS[collection], [cluster])
+    assert {task.cluster for task in split.held_out} == {cluster}
+    data = {task.data.partition("[")[0] for task in split.held_out}
+    templates = {template.prompt for task in split.held_out for template in task.templates}
+    templates = {prompt for prompt in templates if re.search(r"\w", re.sub(r"\{\w+\}", "", prompt))}  # says something
+    assert templates
+    chosen = mixture.Plan(split.train, (1000,) * len(split.train), mixture.Config(), 0)
+    drawn = [(chosen.tasks[draw.task], draw.template) for draw in map(chosen.draw, range(1024))]
+    assert {task.name for task, _ in drawn} == {task.name for task in split.train}
+    away = {cluster, *(x for pair in mixture.ALIKE if cluster in pair for x in pair)}
+    for task, template in drawn:
+        assert task.cluster not in away and task.data.partition("[")[0] not in data
+        assert task.templates[template].prompt not in templates
+
+
+def test_clusters_that_are_alike_are_clusters():
+    assert {x for pair in mixture.ALIKE for x in pair} <= {task.cluster for task in COLLECTIONS["flan"]}
+
+
+def test_select(tmp_path):
+    names = lambda *wanted: [task.name for task in catalog.select(wanted)]
+    assert names("world") == [task.name for task in world.TASKS]
+    assert names("entailment", "follows", "plus") == ["follows", "order", "plus"]  # the world's, and each once
+    assert names("flan/paraphrase", "rte")[-1] == "rte"
+    assert catalog.select([str(tmp_path / "mine.jsonl")])[0].cluster == "mine"
+    with pytest.raises(
+        InputError, match=r"no task 'entailmnt'; did you mean entailment\?: expected a file of questions"
+    ):
+        names("entailmnt")
+    with pytest.raises(InputError, match="no tasks: name collections"):
+        names()
+    with pytest.raises(InputError, match="several tasks have the name 'mine'"):
+        names(str(tmp_path / "mine.jsonl"), str(tmp_path / "a" / "mine.jsonl"))

@@ -79,12 +79,12 @@ def test_options_are_ranked_by_the_network(tmp_path, chat):
 
 @pytest.mark.slow
 def test_layouts_agree(tmp_path):
-    some = [task(tmp_path, ROWS), task(tmp_path, OPEN, "sums", metric="number")]
-    one = evaluate(tmp_path, some, shots=(1,), batch=8, max_new_tokens=4)
-    mesh = evaluate(tmp_path, some, parallel.layout(parallel.Config(fsdp=4, tensor=2)), shots=(1,), batch=8,
-                    max_new_tokens=4)  # fmt: skip
+    """Ranked as well as written."""
+    some = [task(tmp_path, OPEN, "sums", metric="number"), task(tmp_path, ROWS)]
+    place = parallel.layout(parallel.Config(fsdp=4, tensor=2))
+    one, mesh = (evaluate(tmp_path, some, layout, batch=8, max_new_tokens=2) for layout in (parallel.PMAP, place))
     assert [result.answers for result in one] == [result.answers for result in mesh]
-    assert [result.task for result in one] == ["even", "sums"]
+    assert [(result.task, result.ranked) for result in one] == [("sums", False), ("even", True)]
 
 
 def said(monkeypatch, *texts):
@@ -115,12 +115,13 @@ def test_written_answers(tmp_path, monkeypatch):
 
 
 def test_a_chain_of_thought_is_written_also_where_there_are_options(tmp_path, monkeypatch):
+    some = task(tmp_path, ROWS, hint="Think.")
     said(monkeypatch, "It is. So the answer is yes.", "yes? certainly not", "Hm.", "So the answer is certainly not")
-    (result,) = evaluate(tmp_path, [task(tmp_path, ROWS)], reasoning=True, shots=(1,), max_new_tokens=8)
+    (result,) = evaluate(tmp_path, [some], reasoning=True, shots=(1,), max_new_tokens=8)
     assert [answer.score for answer in result.answers] == [1.0, 1.0, 0.0, 1.0] and result.metric == "extracted"
-    assert "is it. So the answer is" in result.prompts[0] and result.prompts[0].count("Let's think step by step.") == 2
-    (result,) = evaluate(tmp_path, [task(tmp_path, ROWS)], by="write")
-    assert result.metric == "exact" and "Let's think" not in result.prompts[0]
+    assert "is it. So the answer is" in result.prompts[0] and result.prompts[0].count("Think.") == 2
+    (result,) = evaluate(tmp_path, [some], by="write")
+    assert result.metric == "exact" and "Think." not in result.prompts[0]
 
 
 def test_several_samples_vote(tmp_path, monkeypatch):

@@ -14,18 +14,15 @@ from tests.evaluation.models import model
 
 @pytest.mark.slow
 def test_answers_of_the_sampler():
-    tokenizer = model().tokenizer
-    prompts = tokenizers.encode(tokenizer, ["Is it?", "So it is, is it?"], special=False)
-    found = writing.answers(model(), prompts, writing.Config(max_new_tokens=6, batch=8))
-    eos = sampling.Config(max_new_tokens=6, temperature=0.0, eos_id=tokenizer.eos_token_id)
-    for ids, text in zip(prompts, found, strict=True):
-        prompt = jnp.asarray(ids)[None]
-        one = sampling.generate(model(), model().params, prompt, jnp.ones_like(prompt, bool), jax.random.key(0), eos)
-        assert tokenizers.decode(tokenizer, np.asarray(one.tokens[0]), np.asarray(one.mask[0])).strip() == text
-    drawn = writing.Config(max_new_tokens=6, batch=8, temperature=1.0)
-    first, second = writing.answers(model(), [prompts[0]] * 2, drawn)
-    assert first != second  # two samples of one prompt
-    assert [first, second] == writing.answers(model(), [prompts[0]] * 2, drawn)
+    """Each row draws by its own key, so that one prompt has several answers."""
+    tokenizer, one = model().tokenizer, model()
+    (ids,) = tokenizers.encode(tokenizer, ["Is it?"], special=False)
+    found = writing.answers(one, [ids, ids], writing.Config(max_new_tokens=6, batch=8, temperature=1.0))
+    cfg = sampling.Config(max_new_tokens=6, eos_id=tokenizer.eos_token_id)
+    prompts = jnp.asarray([ids, ids])
+    drawn = sampling.generate(one, one.params, prompts, prompts >= 0, named_key(0, "evaluation/writing"), cfg)
+    texts = [tokenizers.decode(tokenizer, *map(np.asarray, row)) for row in zip(drawn.tokens, drawn.mask, strict=True)]
+    assert found == [text.strip() for text in texts] and found[0] != found[1]
 
 
 def test_where_answers_end(monkeypatch):

@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import functools
 import math
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -92,12 +93,14 @@ class Split:
     train: tuple[Task, ...]
     held_out: tuple[Task, ...]
     left_out: tuple[Task, ...]
+    templates: int = 0  # taken from tasks to learn from, because the others have them too
 
 
 def leave_out(tasks: Sequence[Task], held_out: Sequence[str]) -> Split:
     """The tasks without the clusters that are held out, the clusters like these (ALIKE), and tasks of the same data.
 
-    Raises InputError for a cluster that none of the tasks is of, and if no task is left to learn from.
+    What is left loses the templates that held-out tasks have too, unless these are fields without a word. Raises
+    InputError for a cluster that none of the tasks is of, and if no task is left to learn from.
     """
     names = {task.cluster for task in tasks}
     if unknown := [name for name in held_out if name not in names]:
@@ -105,11 +108,25 @@ def leave_out(tasks: Sequence[Task], held_out: Sequence[str]) -> Split:
     held = tuple(task for task in tasks if task.cluster in held_out)
     alike = {other for pair in ALIKE for one, other in (pair, pair[::-1]) if one in held_out}
     sources = {_source(task) for task in held}
-    others = [task for task in tasks if task.cluster not in held_out]
-    train = tuple(task for task in others if task.cluster not in alike and _source(task) not in sources)
+    wordings = {template.prompt for task in held for template in task.templates if _has_words(template)}
+    train, left_out, taken = list[Task](), list[Task](), 0
+    for task in tasks:
+        if task in held:
+            continue
+        templates = tuple(template for template in task.templates if template.prompt not in wordings)
+        if task.cluster in alike or _source(task) in sources or not templates:
+            left_out.append(task)
+        else:
+            train.append(dataclasses.replace(task, templates=templates))
+            taken += len(task.templates) - len(templates)
     if not train:
         raise InputError(f"held out: without {', '.join(held_out)} and what is like them no task is left to learn from")
-    return Split(train, held, tuple(task for task in others if task not in train))
+    return Split(tuple(train), held, tuple(left_out), taken)
+
+
+def _has_words(template: Template) -> bool:
+    """Whether the template says something of its own, beside the fields."""
+    return bool(re.sub(r"\{\w+\}", "", template.prompt).strip())
 
 
 def _source(task: Task) -> str:
@@ -439,7 +456,7 @@ class Packing:
     def set_state(self, state: dict[str, int]) -> None:
         """Go on from where a state was taken."""
         self._next = state["next"]
-        self._counts = counts(state)
+        self._counts = Counts(*(state[field.name] for field in dataclasses.fields(Counts)))
 
     def _count(self, one: "_Rendered | str") -> None:
         found = self._counts
@@ -484,6 +501,7 @@ class Packing:
         return within and prompt + target <= sizes.length
 
 
-def counts(state: Any) -> Counts:
-    """The counts in the state of a stream's iterator."""
+def counts(batches: Any) -> Counts:
+    """What became of the draws of a stream's iterator so far."""
+    state = batches.get_state()
     return Counts(*(state[field.name] for field in dataclasses.fields(Counts)))
