@@ -1,7 +1,7 @@
 """What does a model answer to the questions of tasks, with examples in the prompt and without?
 
-A task is a file: JSON Lines of {"question", "options", "answer", "rationale"} (the last two and the options where there
-are any), or cot:PATH.tsv, bbh:PATH.json, gsm8k:PATH, sst:PATH.csv (docs/evaluation.md). The run directory gets
+A task is a name, or a file: JSON Lines of {"question", "options", "answer", "rationale"} (options and rationale where
+there are any), or cot:PATH.tsv, bbh:PATH.json, gsm8k:PATH, sst:PATH.csv (docs/evaluation.md). The run directory gets
 results.json, answers.jsonl, the prompts as the model read them (prompts.txt), and shots.png, accuracy against examples.
 
 Run:     python -m experiments.evaluate_tasks --model DIR --task questions.jsonl --shots 0 1 4 --out runs/evaluation
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlhf_jax import models, runs
 from rlhf_jax.data import sources
-from rlhf_jax.data.tasks import files
+from rlhf_jax.data.tasks import catalog
 from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.evaluation import prompts, tasks, text
 from rlhf_jax.runs import cli, plots
@@ -30,7 +30,7 @@ class Config(runs.Stage, tasks.Config):
     """The settings of the experiment; the defaults suit a small model on two CPU cores."""
 
     model: Path = Path("runs/sft/model")  # model directory
-    task: tuple[str, ...] = ()  # files of questions
+    task: tuple[str, ...] = ()  # files of questions, and tasks, clusters or collections by name, such as world
     text: str | None = None  # documents whose perplexity and bits a byte are measured: any source of text
     texts: Count = 200  # number of documents, at most
     out: Path = Path("runs/evaluation")  # run directory, for all results
@@ -41,8 +41,8 @@ class Config(runs.Stage, tasks.Config):
 def main(cfg: Config) -> list[tasks.Result]:
     """Evaluate, print a table, and write the results."""
     if not cfg.task and cfg.text is None:
-        raise InputError("nothing to evaluate: name files of questions by --task, or documents by --text")
-    found = [files.task(name) for name in cfg.task]
+        raise InputError("nothing to evaluate: name tasks or files of questions by --task, or documents by --text")
+    found = catalog.select(cfg.task) if cfg.task else ()
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.model, compute=cfg.compute, place=layout.sharding)
     if cfg.chat is None:
@@ -87,10 +87,9 @@ def _write(cfg: Config, results: Sequence[tasks.Result], predicted: text.Result 
         for n, prompt in enumerate(result.pop("prompts"), start=1)
     ]
     runs.write_config(cfg.out, cfg)
-    written = {"model": str(cfg.model), "results": [result | {"questions": len(one.answers)}
-                                                    for result, one in zip(whole, results, strict=True)]}  # fmt: skip
-    if predicted:
-        written["text"] = dataclasses.asdict(predicted)
+    for one, result in zip(whole, results, strict=True):
+        one["questions"] = len(result.answers)
+    written = {"model": str(cfg.model), "results": whole, "text": predicted and dataclasses.asdict(predicted)}
     runs.write(cfg.out / "results.json", json.dumps(written, indent=2) + "\n")
     if results:
         runs.write(cfg.out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

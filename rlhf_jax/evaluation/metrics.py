@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from rlhf_jax.data import gsm8k
 from rlhf_jax.types import InputError
 
-Numbers = Sequence[float] | np.ndarray
+Numbers = Sequence[int | float] | np.ndarray
 
 # -- options, by log-probability ---------------------------------------------------------------------------------------
 

@@ -322,16 +322,15 @@ def measure(task: Task, example: Example, text: str, reasoning: bool) -> Measure
     names last.
     """
     line = text.strip().partition("\n")[0]
-    match task.metric:
-        case "number":
-            strict, flexible = metrics.number(text, "strict"), metrics.number(text, "flexible")
-            gold = [metrics.number(answer, "flexible") for answer in example.answers]
-            values = {"number_strict": strict in gold, "number_flexible": flexible in gold}
-            return Measured({name: float(right) for name, right in values.items()}, strict or flexible)
-        case "rouge":
-            return Measured({"rouge": metrics.rouge(text, example.answers)}, text or None)
-        case "bleu":
-            return Measured({"bleu": metrics.bleu(text, example.answers)}, text or None)
+    if task.metric == "number":
+        strict, flexible = metrics.number(text, "strict"), metrics.number(text, "flexible")
+        gold = [metrics.number(answer, "flexible") for answer in example.answers]
+        right = {"number_strict": float(strict in gold), "number_flexible": float(flexible in gold)}
+        return Measured(right, flexible if strict is None else strict)
+    if task.metric == "rouge":
+        return Measured({"rouge": metrics.rouge(text, example.answers)}, text or None)
+    if task.metric == "bleu":
+        return Measured({"bleu": metrics.bleu(text, example.answers)}, text or None)
     found = metrics.stated(text)
     if example.options:
         found = metrics.option(found or text, example.options)

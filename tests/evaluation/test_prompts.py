@@ -1,5 +1,6 @@
 """Prompts: examples in front of a question, what fits the context, and what is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -17,7 +18,9 @@ ROOM = Room(context=128, answer=4)
 def task(tmp_path, rows, **others):
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Task("sums", "maths", str(file), **{"templates": (Template("{question}{options}"),), "train": "train"} | others)
+    return Task(
+        "sums", "maths", str(file), **{"templates": (Template("{question}{options}"),), "train": "train"} | others
+    )
 
 
 ROWS = [{"question": f"{n}+{n}?", "answer": str(2 * n), "rationale": f"Twice {n}."} for n in range(8)]
@@ -65,9 +68,8 @@ def test_each_question_may_draw_its_own(tmp_path):
 
 def test_messages_and_a_chain_of_thought(tmp_path):
     asked, _ = write(tmp_path, Form(shots=1, reasoning=True), hint="Think.", shots="train", preface="Add.")
-    assert text(asked[1]) == (
-        "Question: Add.\n\n0+0?\nThink.\nAnswer: Twice 0. So the answer is 0.<|endoftext|>Question: 1+1?\nThink.\nAnswer:"
-    )
+    shot = "Question: Add.\n\n0+0?\nThink.\nAnswer: Twice 0. So the answer is 0.<|endoftext|>"
+    assert text(asked[1]) == f"{shot}Question: 1+1?\nThink.\nAnswer:"
     asked, _ = write(tmp_path, Form(shots=1, reasoning=True, chat=False), hint="Think.", shots="train", preface="Add.")
     assert text(asked[1]) == "Add.\n\n0+0?\nThink. Twice 0. So the answer is 0.\n\n1+1?\nThink."
 
@@ -79,7 +81,7 @@ def test_fixed_examples_keep_their_order(tmp_path):
 
 def test_examples_without_a_rationale_are_no_chain_of_thought(tmp_path):
     rows = [*ROWS[:2], {"question": "9+9?", "answer": "18"}, ROWS[3]]
-    asked, left_out = write(tmp_path, Form(shots=3, reasoning=True, chat=False), rows)
+    asked, left_out = write(tmp_path, Form(shots=3, reasoning=True, chat=False), rows, Room(context=400, answer=4))
     assert [question.shots for question in asked] == [2, 2] and "9+9" not in text(asked[0])
     assert left_out == {"examples missing in every prompt: there are no more with a rationale": 1}
 
@@ -116,13 +118,14 @@ def test_the_empty_prompt():
     assert not prompts.has_template(TOKENIZER)
 
 
-def test_options_that_are_the_same_tokens(tmp_path, monkeypatch):
+def test_options_that_are_the_same_tokens(tmp_path):
     rows = [{"question": "Is it?", "options": ["yes", "yes ", "no"], "answer": "no"}]
     one = task(tmp_path, rows)
     pool = one.rows("train", data_dir=tmp_path / "data")
     asked, _ = write(tmp_path, Form(), rows, asked=1, ranked=True)
     prompts.check_options(one, pool, asked)
-    alike = [asked[0].__class__(**{**vars(asked[0]), "options": (asked[0].options[0], asked[0].options[0], asked[0].options[2])})]
+    first, _, last = asked[0].options
+    alike = [dataclasses.replace(asked[0], options=(first, first, last))]
     with pytest.raises(InputError, match=r"task sums: .*sums.jsonl, line 1: the options 'yes' and 'yes ' are the same"):
         prompts.check_options(one, pool, alike)
 
