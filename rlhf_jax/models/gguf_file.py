@@ -133,6 +133,8 @@ class File:
         shapes = {tensor.name: tensor.shape for tensor in self.reader.tensors}
         if len(shapes.get("token_embd.weight", ())) != 2:
             raise InputError(f"{self.path} has no matrix token_embd.weight: convert the model again")
+        if type(raw["num_hidden_layers"]) is int and raw["num_hidden_layers"] > len(shapes):
+            raise InputError(f"{self.path}: block_count={raw['num_hidden_layers']}: it has {len(shapes)} tensors alone")
         raw |= {"model_type": self.kind, "vocab_size": int(shapes["token_embd.weight"][1])}
         raw |= {"tie_word_embeddings": "output.weight" not in shapes}
         for name in "num_attention_heads", "num_key_value_heads", "intermediate_size":
@@ -181,6 +183,8 @@ class File:
             tokenizers.check_vocabulary(tokenizer, config.vocab_size)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
+        except Exception as error:  # the libraries raise anything on settings of other types
+            raise InputError(f"{self.path} holds no usable tokenizer: {_line(error)}") from error
         return tokenizers.prepared(tokenizer, self.path)
 
     def generation(self, config: Config, tokenizer: tokenizers.Tokenizer | None) -> dict[str, Any] | None:
@@ -269,8 +273,11 @@ def _read(library: ModuleType, path: Path) -> Any:
     except Exception as error:  # the library takes what it finds for sizes and types, and trips over them
         if match := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
             raise InputError(_unknown(path, f"type {match[1]}", "a tensor")) from error
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path} cannot be read as GGUF: {reason}; is it cut short? get it again") from error
+        raise InputError(f"{path} cannot be read as GGUF: {_line(error)}; is it cut short? get it again") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _unknown(path: Path, found: str, name: str) -> str:

@@ -39,14 +39,14 @@ def _digits() -> pre_tokenizers.PreTokenizer:
 
 
 _CUTS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    **dict.fromkeys(("gpt-2", "olmo", "phi-2", "mpt"), _gpt2),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _digits),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe"), lambda: _split(_WORDS % "{1,3}")),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), lambda: _split(_WORDS % "")),
+    **dict.fromkeys(("gpt-2", "olmo", "phi-2"), _gpt2),
+    **dict.fromkeys(("smollm", "starcoder", "refact"), _digits),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), lambda: _split(_WORDS % "{1,3}")),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), lambda: _split(_WORDS % "")),
 }
-_COMPOSED = ("qwen2", "deepseek-r1-qwen", "stablelm2")  # their text is in Unicode's normal form C
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe")  # a word that is a token is not merged step by step
-_BEGINNING = ("llama-bpe", "llama3", "llama-v3")  # BOS is in front of a text, unless the file says otherwise
+_COMPOSED = ("qwen2", "deepseek-r1-qwen")  # their text is in Unicode's normal form C
+# A word that is a token is not merged step by step, and BOS is in front of a text, unless the file says otherwise.
+_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
 
 
 def build(value: Callable[..., Any]) -> PreTrainedTokenizerFast:
@@ -79,7 +79,7 @@ def build(value: Callable[..., Any]) -> PreTrainedTokenizerFast:
     )
     special = {f"{name}_token": _special(value, f"{theirs}_token_id", tokens) for name, theirs in _SPECIAL.items()}
     bos = special["bos_token"]
-    if bos is not None and value("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _BEGINNING):
+    if bos is not None and value("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _LLAMA_3):
         backend.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, ids[bos])]
         )
@@ -114,7 +114,7 @@ def _byte_level(ids: Mapping[str, int], merges: Sequence[str], pre: str) -> toke
     for left, right in pairs:
         if not {left, right, left + right} <= ids.keys():
             raise InputError(f"tokenizer.ggml.merges: {shown(f'{left} {right}')} is no merge of two tokens")
-    backend = tokenizers.Tokenizer(models.BPE(vocab={**ids}, merges=pairs, ignore_merges=pre in _WHOLE_WORDS))
+    backend = tokenizers.Tokenizer(models.BPE(vocab={**ids}, merges=pairs, ignore_merges=pre in _LLAMA_3))
     if pre in _COMPOSED:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _CUTS[pre]()
