@@ -9,6 +9,10 @@ A row of each kind, as it stands in a JSON Lines file and as `source` returns it
                     {"prompt", "chosen", "rejected"} is the same with K = 2; both perhaps with "ended": [K] booleans,
                     false for a response that was cut before its end
     prompts         {"prompt"}
+    examples        {"question", "answer"} and, if there are any, "options" (texts to choose from) and "rationale" (the
+                    reasoning); the answer is a text, or a list of texts that are all right, or the number of an option
+                    from 0; `source` returns {"question", "answers", "options", "rationale"}
+    records         any object, for a reader of one's own
 
 A prompt is verbatim text or a list of messages, `tokenizer` says how each is rendered. A response to messages may also
 be given as a list of one assistant message; `source` returns its content. A message may have a "weight": 0 where it is
@@ -46,7 +50,7 @@ from rlhf_jax.data.tokenizer import Message, Prompt
 from rlhf_jax.devices import hosts
 from rlhf_jax.types import BEST_RATING, VIRTUES, InputError
 
-Kind = Literal["text", "demonstrations", "rankings", "prompts"]
+Kind = Literal["text", "demonstrations", "rankings", "prompts", "examples", "records"]
 Row = dict[str, Any]
 
 _ROLES = ("system", "user", "assistant")
@@ -104,11 +108,15 @@ class Rows:
 def check(kind: Kind, row: Any, where: str) -> Row:
     """Return the row in its canonical shape; raise InputError, naming the place and the field, if it has none."""
     row = json_object(row, where)
+    if kind == "records":
+        return row
     if kind == "text":
         text = text_field(row, "text", where)
         if not text:
             raise InputError(f"{where}, field text: expected some text, got an empty string")
         return {"text": text}
+    if kind == "examples":
+        return _example(row, where)
     if row.get("tools"):
         raise InputError(f"{where}, field tools: expected conversations without tools, got {short(row['tools'])}")
     if kind == "demonstrations" and "messages" in row:
@@ -142,6 +150,29 @@ def check(kind: Kind, row: Any, where: str) -> Row:
         )
     kept = {"prompt": prompt, "responses": texts, "ranks": ranks}
     return kept | _ended(row, len(texts), where) | _ratings(row, len(texts), where)
+
+
+def _example(row: Row, where: str) -> Row:
+    """The row with all its fields; with options, each answer is one of them."""
+    question, rationale = text_field(row, "question", where), text_field({"rationale": ""} | row, "rationale", where)
+    options = _texts(row.get("options", []), "options", where)
+    answer = field(row, "answer", where)
+    if type(answer) is int and 0 <= answer < len(options):
+        answer = options[answer]
+    answers = _texts([answer] if isinstance(answer, str) else answer, "answer", where)
+    if not all(text.strip() for text in (question, *answers, *options)) or not answers:
+        raise InputError(f"{where}: expected a question, an answer and options that are not empty")
+    if options and not set(answers) <= set(options):
+        raise InputError(f"{where}, field answer: expected one of the options, got {short(answer)}")
+    if len(set(options)) < len(options):
+        raise InputError(f"{where}, field options: expected different ones, got {short(options)}")
+    return {"question": question, "answers": answers, "options": options, "rationale": rationale}
+
+
+def _texts(value: Any, name: str, where: str) -> list[str]:
+    if not isinstance(value, list):
+        raise InputError(f"{where}, field {name}: expected a list of texts, got {short(value)}")
+    return [text_field({name: text}, name, where) for text in value]
 
 
 def _ended(row: Row, count: int, where: str) -> Row:

@@ -1,0 +1,27 @@
+"""Examples in the prompt (few-shot, arXiv:2005.14165): which are drawn, and how they stand before the question."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rlhf_jax.data.tokenizer import Message
+
+Pair = tuple[str, str]  # a prompt and its target, as `task.in_words` makes them
+
+
+def order(rows: int, seed: int) -> Iterator[int]:
+    """Yield the numbers of all rows in an order drawn by seed: the first usable ones are the examples of a prompt."""
+    return map(int, np.random.default_rng(seed).permutation(rows))
+
+
+def text(pairs: Sequence[Pair], prompt: str) -> str:
+    """The examples and the question as one text, an empty line between; an answer follows it after a space."""
+    return "\n\n".join([*(f"{question} {answer}" for question, answer in pairs), prompt])
+
+
+def messages(pairs: Sequence[Pair], prompt: str) -> list[Message]:
+    """The examples and the question as a conversation, in which each example is a turn of its own."""
+    turns: list[Message] = []
+    for question, answer in pairs:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [*turns, {"role": "user", "content": prompt}]
