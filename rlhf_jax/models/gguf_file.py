@@ -266,10 +266,20 @@ def _library(path: Path) -> ModuleType:
     return gguf
 
 
-def _read(library: ModuleType, path: Path) -> Any:
+def _read(library: Any, path: Path) -> Any:
     """The library's reader of a file. Raises InputError for what is no GGUF, cut short, or of an unknown type."""
+
+    class Reader(library.GGUFReader):
+        """Ends at the end of the file: the library goes on with nothing, as often as a broken length says."""
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
+            found = super()._get(offset, dtype, count, override_order)
+            if found.size < count:
+                raise ValueError("the file ends in the middle of it")
+            return found
+
     try:
-        return library.GGUFReader(path)
+        return Reader(path)
     except Exception as error:  # the library takes what it finds for sizes and types, and trips over them
         if match := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
             raise InputError(_unknown(path, f"type {match[1]}", "a tensor")) from error

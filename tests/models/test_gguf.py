@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import struct
 import sys
 
 import jax
@@ -312,6 +313,10 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     for size in (0, 3, 10, 200, len(data) // 2, len(data) - 40):
         path.write_bytes(data[:size])
         assert refused(path).startswith(" cannot be read as GGUF: ")
+    at = data.index(b"rope.freq_base") + len("rope.freq_base")
+    array = struct.pack("<IIQ", 9, 4, 2**50)  # of so many uint32, in place of a number
+    path.write_bytes(data[:at] + array + data[at + len(array) :])
+    assert refused(path).startswith(" cannot be read as GGUF: ")
     path.write_bytes(b"text" * 99)
     assert refused(path).startswith(" cannot be read as GGUF: ")
     assert refused(tmp_path / "none.gguf") == " cannot be read: there is no such file"
