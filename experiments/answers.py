@@ -21,7 +21,7 @@ from rlhf_jax import models
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.devices.compute import Compute
-from rlhf_jax.people import arena
+from rlhf_jax.people import arena, record
 from rlhf_jax.people.exchange import Overlap
 from rlhf_jax.people.forms import Task
 from rlhf_jax.people.items import Item
@@ -39,7 +39,8 @@ class Config(Settings):
     """The settings of the experiment; the defaults suit the assistant world on two CPU cores."""
 
     db: Path = Path("runs/people/people.db")  # the store, which is created if it is not there
-    model: tuple[Path, ...] = (Path("runs/quickstart/sft/model"),)  # model directories, which share the answers
+    # Model directories, which share the answers; none (--task demonstrate): people write them.
+    model: tuple[Path, ...] = (Path("runs/quickstart/sft/model"),)
     data: str = "world"  # prompts, as in every experiment
     prompts: Count = 200  # number of prompts
     k: Count = 4  # answers to a prompt, over all models; in an arena each answers once
@@ -52,6 +53,7 @@ class Config(Settings):
     temperature: Positive = 1.0  # sampling temperature
     batch: Count = 64  # answers to sample at a time, over all devices
     seed: Seed = 0  # of sampling
+    record: Whole = 0  # number under which the store has what is asked and how far it is; 0: none, so it begins anew
     data_dir: Path = Path("runs/data")  # directory of prepared data sets, which runs share
     compute: Compute = Compute()
     devices: parallel.Config = parallel.Config()
@@ -62,12 +64,16 @@ class Config(Settings):
             arena.check(self.model, self.pairs)
         elif self.k < max(len(self.model), 1 if self.task == "demonstrate" else 2):
             raise InputError(f"k={self.k}: expected at least 2 answers, and one of each of {len(self.model)} models")
+        if not self.model and self.task != "demonstrate":
+            raise InputError(f"--model: a task {self.task} needs a model; people write answers in --task demonstrate")
         if self.task == "compare" and self.k != 2:
             raise InputError(f"k={self.k}: expected 2 answers to compare; --task rank orders more")
 
 
 def main(cfg: Config) -> dict[str, int]:
     """Write the answers as they are sampled; returns how many items were added, and how many were there already."""
+    if not cfg.model:
+        return _unanswered(cfg)
     layout = parallel.layout(cfg.devices)
     loaded = [models.load(path, compute=cfg.compute, place=layout.sharding) for path in cfg.model]
     context = min(model.config.max_length for model in loaded)
@@ -85,8 +91,12 @@ def main(cfg: Config) -> dict[str, int]:
     overlap = Overlap(cfg.overlap, cfg.overlap_share)
     added = present = same = 0
     with Store(cfg.db) as store:
+        done = record.done(store, cfg.record)
         for first in range(0, len(usable), cfg.batch // 4 or 1):
             chosen = usable[first : first + (cfg.batch // 4 or 1)]
+            if first + len(chosen) <= done:
+                present += sum(len(asked[index]) for index in chosen)
+                continue
             said: dict[int, dict[int, list[Said]]] = {index: {} for index in chosen}
             for number, (model, prompts) in enumerate(zip(loaded, prepared, strict=True)):
                 share = {index: max(numbers.count(number) for numbers in asked[index]) for index in chosen}
@@ -115,9 +125,23 @@ def main(cfg: Config) -> dict[str, int]:
             new, old = store.add(items)
             added, present = added + new, present + old
             same += sum(arena.is_same(item.responses) for item in items)
+            record.note(store, cfg.record, first + len(chosen))
             print(f"answers to {min(first + len(chosen), len(usable))} of {len(usable)} prompts", flush=True)
+        record.finish(store, cfg.record)
     if cfg.task == "arena":
         print(f"{same} of {added + present} battles have the same answer from both models: people are told so")
+    return {"added": added, "present": present}
+
+
+def _unanswered(cfg: Config) -> dict[str, int]:
+    """Add the prompts alone; returns how many were added, and how many were there already."""
+    rows = itertools.islice(sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir), cfg.prompts)
+    overlap = Overlap(cfg.overlap, cfg.overlap_share)
+    items = (Item(prompt=row["prompt"], task=cfg.task, round=cfg.round) for row in rows)
+    with Store(cfg.db) as store:
+        added, present = store.add(dataclasses.replace(item, overlap=overlap.of(item)) for item in items)
+        record.finish(store, cfg.record)
+    print(f"{cfg.data}: {added} prompts added, {present} were there already", flush=True)
     return {"added": added, "present": present}
 
 

@@ -1,7 +1,8 @@
 """DPO: the policy learns from the rankings directly, without a reward model and without sampling.
 
-The loss is over all pairs of each prompt's ranked answers (arXiv:2305.18290; `--algorithm.loss ipo` for
-arXiv:2310.12036), from the same rankings as `reward`, or with `--virtue` from the ratings of one virtue.
+The loss is over all pairs of each prompt's ranked answers (arXiv:2305.18290), from the same rankings as `reward`, or
+with `--virtue` from the ratings of one virtue. `--algorithm.loss` is one of ipo, robust, exo and hinge, too; `simpo`,
+`orpo` and `slic` are forks without a reference model.
 
 Run:     python -m experiments.dpo --init runs/sft/model --data runs/rank/train.jsonl
 Parent:  reward
@@ -23,6 +24,7 @@ from rlhf_jax.algorithms import dpo as dpo_lib
 from rlhf_jax.algorithms import optim
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
+from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, Positive, Rate, Whole
@@ -44,25 +46,36 @@ class Config(runs.Config):
     warmup: Whole = 8  # optimiser steps of linear learning-rate warm-up
     dropout: Rate = 0.0  # dropout rate of residual branches
     algorithm: dpo_lib.Config = dpo_lib.Config(beta=0.2)
+    lora: lora_lib.Config = lora_lib.Config()
 
 
 def build(
-    cfg: Config, config: models.Config, layout: parallel.Layout, steps: int
+    cfg: Config, config: models.Config, layout: parallel.Layout, steps: int, train_step: Callable = dpo_lib.train_step
 ) -> tuple[optax.GradientTransformation, Callable]:
-    """The optimiser for `steps` steps, and the compiled train step, which takes (state, batch, reference)."""
+    """The optimiser for `steps` steps, and the compiled train step, which takes (state, base, batch, reference)."""
     tx = optim.adamw(optim.cosine(cfg.lr, steps, cfg.warmup), skip_bad=cfg.skip_bad > 0)
-    step = functools.partial(
-        dpo_lib.train_step,
-        logprobs_fn=models.logprobs_fn(dataclasses.replace(config, dropout=cfg.dropout)),
-        tx=tx,
-        cfg=cfg.algorithm,
-        microbatches=cfg.devices.microbatches,
+    logprobs_fn = models.logprobs_fn(dataclasses.replace(config, dropout=cfg.dropout))
+    step = lora_lib.on_base(
+        cfg.lora,
+        lambda on: functools.partial(
+            train_step,
+            logprobs_fn=on(logprobs_fn),
+            tx=tx,
+            cfg=cfg.algorithm,
+            microbatches=cfg.devices.microbatches,
+        ),
     )
     return tx, layout.step(step, donate=(0,))
 
 
-def main(cfg: Config) -> TrainState:
-    """Train, and write the run directory; returns the final state on the host."""
+def main(
+    cfg: Config, train_step: Callable = dpo_lib.train_step, loss: str = "loss/dpo", with_reference: bool = True
+) -> TrainState:
+    """Train, and write the run directory; returns the final state on the host.
+
+    `train_step` may be that of another algorithm, with its settings, whose metric `loss` is shown; it takes no
+    reference where `with_reference` is False.
+    """
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
     layout = parallel.layout(cfg.devices)
@@ -81,26 +94,31 @@ def main(cfg: Config) -> TrainState:
     print(f"{cfg.data}: {batches.counts}")
     steps = batches.steps
 
-    tx, step_fn = build(cfg, model.config, layout, steps)
-    reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(model.params)))
-    state = optim.init(model.params, tx, named_key(cfg.seed, "dpo"))
-    limits = runs.Limits(show=("loss/dpo", "reward/accuracy"))
+    tx, step_fn = build(cfg, model.config, layout, steps, train_step)
+    trained, frozen = lora_lib.split(model.params, cfg.lora, named_key(cfg.seed, "dpo/lora"))
+    # Adapters that change nothing yet are the reference model, on the same base.
+    references = [layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(trained)))] if with_reference else []
+    state = optim.init(trained, tx, named_key(cfg.seed, "dpo"))
+    base = layout.state(cfg.compute.freeze(frozen))
+    del trained, frozen
+    model = dataclasses.replace(model, params=None)  # free the memory of the loaded parameters
+    limits = runs.Limits(show=(loss, "reward/accuracy"))
     with runs.Run(cfg, layout, state, {"data": batches}, steps, limits) as run:
         state = run.state
         for step in run:
-            state, metrics = step_fn(state, layout.rows(next(run.streams["data"])), reference)
+            state, metrics = step_fn(state, base, layout.rows(next(run.streams["data"])), *references)
             run.record(step, state, metrics)
         state = layout.get(state)
-        models.save(model, state.params, cfg.out / "model")
+        model = dataclasses.replace(model, params=lora_lib.merge(layout.get(base), state.params, cfg.lora))
+        models.save(model, model.params, cfg.out / "model")
         runs.share(cfg.out / "model")
-        trained = dataclasses.replace(model, params=state.params)
         prompts = [row["prompt"] for row in itertools.islice(rows, 8)]
         key = named_key(cfg.seed, "dpo/samples")
-        run.samples(steps, rollout.say(trained, prompts, key, length=cfg.length, layout=layout))
+        run.samples(steps, rollout.say(model, prompts, key, length=cfg.length, layout=layout))
     plots.curves(
         cfg.out,
         {
-            "loss (nats)": ["loss/dpo"],
+            "loss (nats)": [loss],
             "training accuracy (share of pairs)": ["reward/accuracy"],
             "margin of implicit rewards": ["reward/margin"],
         },

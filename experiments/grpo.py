@@ -1,7 +1,8 @@
 """GRPO: the objective of PPO without a critic, from groups of answers to the same prompt.
 
 As DeepSeekMath (arXiv:2402.03300), with KL penalty and pretraining mix as in `ppo`, so that the two can be compared at
-an equal number of episodes.
+an equal number of episodes. Dr. GRPO, DAPO, GSPO, CISPO and REINFORCE++ are settings of it, see
+`rlhf_jax/algorithms/grpo.py`.
 
 Run:     python -m experiments.grpo --init runs/sft/model --reward runs/reward/model
 Parent:  ppo
@@ -24,6 +25,7 @@ from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.analysis import flops, rates
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
+from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, Positive, Whole
@@ -54,6 +56,9 @@ class Config(runs.Config):
     algorithm: grpo_lib.Config = grpo_lib.Config(
         minibatches=4, group=4, kl_coef=0.2, kl_in="reward", ptx_coef=3.0, unfinished_score=-1.0
     )
+    lora: lora_lib.Config = lora_lib.Config()
+    # Further rollouts a step, at most, from which groups take the place of those whose scores are all equal (DAPO).
+    resample: Whole = 0
     samples_every: Count = 20  # number of steps between tables of samples
     samples: Count = 8  # number of episodes in a table of samples
 
@@ -61,7 +66,10 @@ class Config(runs.Config):
         super().__post_init__()
         if self.batch % self.algorithm.group:
             raise InputError(f"batch={self.batch}: expected a multiple of the group of {self.algorithm.group} answers")
-        self.algorithm.rewards.check(len(self.reward), self.cost is not None)
+        rewards = self.algorithm.rewards
+        rewards.check(len(self.reward), self.cost is not None)
+        if self.resample and (rewards.weights or rewards.threshold is not None):
+            raise InputError("resample compares scores that are one already: leave out the weights and the cost model")
 
 
 def build(
@@ -71,22 +79,26 @@ def build(
     layout: parallel.Layout,
     train_step: Callable,
 ) -> tuple[optax.GradientTransformation, Callable, Callable]:
-    """The optimiser, and the compiled `rollout.collect` and train step, which takes (state, episodes, text)."""
+    """The optimiser, and the compiled `rollout.collect` and train step, which takes (state, base, episodes, text)."""
     algorithm = cfg.algorithm
     schedule = optim.schedule(cfg.schedule, cfg.lr, cfg.steps * algorithm.epochs * algorithm.minibatches, cfg.warmup)
     tx = optim.adamw(schedule, cfg.adam, skip_bad=cfg.skip_bad > 0)
-    step = functools.partial(
-        train_step,
-        policy_fn=models.part("policy", models.logprobs_fn(config)),
-        tx=tx,
-        cfg=algorithm,
-        microbatches=cfg.devices.microbatches,
+    step = lora_lib.on_base(
+        cfg.lora,
+        lambda on: functools.partial(
+            train_step,
+            policy_fn=on(models.part("policy", models.logprobs_fn(config))),
+            tx=tx,
+            cfg=algorithm,
+            microbatches=cfg.devices.microbatches,
+        ),
     )
     sampled = sampling.Config(
         max_new_tokens=cfg.max_new_tokens,
         temperature=algorithm.temperature,
         eos_id=eos_id,
         stop_at_eos=algorithm.stop_at_eos,
+        group=algorithm.group,
     )
     return tx, rollout.collector(config, layout, sampled, buckets=algorithm.buckets), layout.step(step, donate=(0,))
 
@@ -131,9 +143,17 @@ def main(
 
     score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets)
     tx, collect, step_fn = build(cfg, policy.config, models.stop_ids(policy), layout, train_step)
-    state = updates.init({"policy": policy.params}, tx, algorithm, named_key(cfg.seed, "grpo/updates"))
-    # A copy, since the train step donates the buffers of the policy.
-    reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))
+    refill = (
+        layout.step(functools.partial(grpo_lib.refill, group=algorithm.group, cfg=algorithm)) if cfg.resample else None
+    )
+    trained, frozen = lora_lib.split(policy.params, cfg.lora, named_key(cfg.seed, "grpo/lora"))
+    state = updates.init({"policy": trained}, tx, algorithm, named_key(cfg.seed, "grpo/updates"))
+    base = layout.state(cfg.compute.freeze({"policy": frozen}))
+    if cfg.lora.rank:
+        reference = base["policy"]
+    else:  # a copy, since the train step donates the buffers of the policy
+        reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))
+    del trained, frozen
     key = layout.state(named_key(cfg.seed, "grpo/sampling"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
@@ -155,23 +175,32 @@ def main(
     with runs.Run(cfg, layout, state, streams, cfg.steps, limits, runs.SEED | updates.IN_STATE) as run:
         state = run.state
         for step in run:
-            batch = best_of_n.repeat(next(run.streams["prompts"]), algorithm.group)
             text_rows = None
             if cfg.text is not None:
                 text_rows = layout.rows(pipeline.take(run.streams["text"], updates_a_step), rows_axis=1)
-            run.clock.start()
-            params = state.params | {"reference": reference}
-            sampled = collect(params, layout.rows(batch), key, layout.state(np.uint32(step * cfg.batch)))
-            run.clock.done("generate", sampled)
-            episodes = score(sampled)
-            run.clock.done("score", episodes)
-            state, metrics = step_fn(state, episodes, text_rows)
+            params = lora_lib.attach(base, state.params, cfg.lora) | {"reference": reference}
+            for attempt in range(1 + cfg.resample):
+                batch = best_of_n.repeat(next(run.streams["prompts"]), algorithm.group)
+                first = (step * (1 + cfg.resample) + attempt) * cfg.batch  # so that no two rollouts share noise
+                run.clock.start()
+                sampled = collect(params, layout.rows(batch), key, layout.state(np.uint32(first)))
+                run.clock.done("generate", sampled)
+                fresh = score(sampled)
+                run.clock.done("score", fresh)
+                if refill is None:
+                    episodes = fresh
+                    break
+                episodes, flat = refill(*((episodes, fresh) if attempt else (fresh, None)))
+                if not layout.get(flat):
+                    break
+            state, metrics = step_fn(state, base, episodes, text_rows)
             run.clock.done("update", metrics)
             if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
                 run.samples(step, rollout.table(rows, tokenizer, layout.gather(episodes), cfg.samples))
             run.record(step, state, metrics)
     state = layout.get(state)
-    models.save(policy, state.opt_state.get("ema", state.params["policy"]), cfg.out / "model")
+    learnt = state.opt_state.get("ema", state.params["policy"])
+    models.save(policy, lora_lib.merge(layout.get(base["policy"]), learnt, cfg.lora), cfg.out / "model")
     runs.share(cfg.out / "model")
     plots.curves(
         cfg.out,

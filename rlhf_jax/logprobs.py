@@ -33,7 +33,7 @@ def entropy(logits: Float[Array, "B T V"], temperature: float = 1.0) -> Float[Ar
 
 
 def map_columns(read: Callable[..., Any], chunk: int, *arrays: Array) -> Any:
-    """Apply `read` to arrays [B, N, ...], at most `chunk` columns at a time (0: all at once); it returns arrays [B, N].
+    """Apply `read` to arrays [B, N, ...], at most `chunk` columns at a time (0: all at once); it returns such arrays.
 
     This saves memory: the intermediates of `read`, such as logits [B, N, V], exist for one chunk at a time, and the
     backward pass recomputes them chunk by chunk. Chunks have equal width; the last one is padded.
@@ -49,7 +49,7 @@ def map_columns(read: Callable[..., Any], chunk: int, *arrays: Array) -> Any:
         return jnp.moveaxis(x.reshape(rows, parts, size, *x.shape[2:]), 1, 0)
 
     results = jax.lax.map(jax.checkpoint(lambda part: read(*part), prevent_cse=False), tuple(map(split, arrays)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :columns], results)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :columns], results)
 
 
 def kl_estimate(logp: Float[Array, "B T"], logp_ref: Float[Array, "B T"], kind: KLKind = "k1") -> Float[Array, "B T"]:

@@ -13,6 +13,8 @@ Axes, in the order in which they appear:
 Token ids are int32, masks are bool and mark what counts, everything per-token is float32.
 A *segment* array is a mask that can also tell packed documents apart: 0 is padding, and the ids of the
 documents of one row ascend from 1. A bool mask is a segment array with one document a row.
+
+Where several continuations share a prefix, a `Tree` takes the place of a segment array: the prefix is computed once.
 """
 
 import zlib
@@ -53,11 +55,30 @@ class TrainState(struct.PyTreeNode):
     rng: Leaf  # [] key; a step folds in `step` and the row index, and never replaces the key
 
 
+class Tree(struct.PyTreeNode):
+    """Rows in which a prefix is followed by continuations that attend to it and to themselves, not to each other.
+
+    A continuation may itself be a prefix of others, so the documents of a row are trees, laid out depth first: the
+    columns that descend from a token directly follow it. `reach` is their number, with the token's own; 0 is padding. A
+    token attends to itself and its ancestors, and its position is the number of these:
+
+        token      a b  c d  e    a and b are shared by c, d and by e
+        reach      5 4  2 1  1
+        position   0 1  2 3  2
+
+    The token that predicts a continuation's first one is its parent, which need not be in the column before it. Where a
+    loss looks for it there, each continuation begins with a copy of the prefix's last token, instead of the prefix
+    ending with it.
+    """
+
+    reach: Leaf  # [B, T] int32
+
+
 class Tokens(struct.PyTreeNode):
     """Rows of text to train on, for `sft.train_step`."""
 
     tokens: Leaf  # [B, T] int32
-    segment: Leaf  # [B, T] int32, see above
+    segment: Any  # [B, T] int32, see above, or a `Tree`
     target: Leaf  # [B, T] bool: token t counts in the loss, predicted from the tokens before it in its document
 
 
@@ -114,7 +135,7 @@ class LogprobsFn(Protocol):
         self,
         params: Params,
         tokens: jax.Array,  # [B, T]
-        segment: jax.Array,  # [B, T], see above
+        segment: jax.Array | Tree,  # [B, T], see above
         keys: jax.Array | None = None,  # [B], one a row for dropout; None turns dropout off
         *,
         start: int = 0,
@@ -122,6 +143,14 @@ class LogprobsFn(Protocol):
         with_entropy: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         """The log-probability of each token and, if `with_entropy`, its distribution's entropy. [B, N] each, nats."""
+
+
+@runtime_checkable
+class LogitsFn(Protocol):
+    """A language model's distributions over the N = T - 1 - start tokens after column `start`."""
+
+    def __call__(self, params: Params, tokens: jax.Array, segment: jax.Array, *, start: int = 0) -> jax.Array:
+        """The logits of each of these tokens. [B, N, V] float32."""
 
 
 @runtime_checkable

@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"types", "settings", "devices", "people"},
     "models": GROUND | {"devices", "data", "hub"},
     "rollouts": GROUND | {"devices", "algorithms", "data", "models"},
+    "evaluation": GROUND | {"devices", "data", "models", "rollouts", "algorithms"},
     "serving": GROUND | {"devices", "data", "models", "rollouts", "people"},  # of `people`, where servers listen
     "runs": {"types", "settings", "hub", "devices", "people"},  # a resume compares the labels that it reads
     "analysis": GROUND | {"devices", "models"},
@@ -74,6 +75,7 @@ def test_no_circle():
 PARAMETERS = 8  # at most, of a function
 LONGER = {  # functions with more, and the reason
     "rlhf_jax/algorithms/ppo.py:train_step": "the ninth is `axis`, which a layout binds",
+    "rlhf_jax/algorithms/distillation.py:train_step": "the ninth is `axis`, which a layout binds",
     "rlhf_jax/rollouts/rollout.py:collect": "the ninth is `axis`, which a layout binds",
 }
 SPREADING = {  # functions that hand a dict of arguments on, and the reason
@@ -90,6 +92,7 @@ SPREADING = {  # functions that hand a dict of arguments on, and the reason
     "rlhf_jax/models/families.py:_gated_config": "a family is a row of a table: fields of the config by name",
     "rlhf_jax/models/families.py:hf_config": "a family is a row of a table: settings of `transformers` by name",
     "rlhf_jax/people/rules.py:newest": "the rules as they were stored, by name",
+    "rlhf_jax/people/record.py:unfinished": "the settings as they were stored, by name",
     "rlhf_jax/people/administration.py:_rules": "a form has the names of the rules that it changes",
     "rlhf_jax/data/builders.py:_fetching.send_soon": "hands the arguments of a request on",
     "rlhf_jax/data/world/world.py:World._prompt": "the solution of a question takes the numbers in it by name",

@@ -262,7 +262,19 @@ def test_flags_keep_their_spelling_and_types():
     assert isinstance(cfg.algorithm, ppo.Config)
 
 
-FILES = {"db", "responses", "guidelines", "certificate", "key", "data_dir", "out", "docs", "work"}  # paths of no model
+FILES = {
+    "db",
+    "responses",
+    "guidelines",
+    "certificate",
+    "key",
+    "data_dir",
+    "out",
+    "docs",
+    "work",
+    "data",
+    "include",
+}  # paths of no model
 
 
 def test_every_path_is_that_of_a_model_or_of_a_file():

@@ -2,23 +2,25 @@
 
 The policy is its own reward model: response y to prompt x has the implicit reward beta ln(pi(y|x) / pi_ref(y|x)), where
 pi is the policy and pi_ref the frozen reference model. A ranking of K responses contributes all its pairs, as in
-`reward`.
+`reward`. IPO, robust DPO, EXO, the hinge loss and DPO a token are settings of it.
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms import preferences
+from rlhf_jax.algorithms.preferences import mean_logprobs, sequence_logprobs
 from rlhf_jax.algorithms.reward import correct_pairs, margins, pair_mask, pair_mean
-from rlhf_jax.devices import parallel
 from rlhf_jax.settings import LabelNoise, Positive, Settings
 from rlhf_jax.types import InputError, LogprobsFn, Metrics, Params, Rankings, TrainState
+
+Loss = Literal["sigmoid", "ipo", "robust", "exo", "hinge"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +28,16 @@ class Config(Settings):
     """Settings of the algorithm."""
 
     beta: Positive = 0.1  # strength of the implied KL constraint: implicit reward per nat of log-ratio to the reference
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # loss of a pair: logistic (DPO), or squared (IPO, arXiv:2310.12036)
-    label_smoothing: LabelNoise = 0.0  # assumed probability that a pair's label is wrong; only with loss=sigmoid
+    loss: Loss = "sigmoid"  # loss of a pair, see `TERMS`
+    label_smoothing: LabelNoise = 0.0  # assumed probability that a pair's label is wrong; with sigmoid, robust and exo
+    per_token: bool = False  # divide a response's log-ratio by its length (arXiv:2411.15124, section 5.1.2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss == "ipo" and self.label_smoothing:
-            raise InputError("label_smoothing has no effect with loss=ipo: leave it out")
+        if self.loss in ("ipo", "hinge") and self.label_smoothing:
+            raise InputError(f"label_smoothing has no effect with loss={self.loss}: leave it out")
+        if self.loss == "exo" and not self.label_smoothing:
+            raise InputError("loss=exo compares with smoothed labels: give label_smoothing, such as 0.001")
 
 
 def sigmoid_terms(h: Float[Array, "*pairs"], beta: float, label_smoothing: float = 0.0) -> Float[Array, "*pairs"]:
@@ -50,6 +55,38 @@ def sigmoid_terms(h: Float[Array, "*pairs"], beta: float, label_smoothing: float
 def ipo_terms(h: Float[Array, "*pairs"], beta: float) -> Float[Array, "*pairs"]:
     """IPO's loss of each pair, (h - 1 / (2 beta))^2 (arXiv:2310.12036, eq. 17), with h as in `sigmoid_terms`."""
     return jnp.square(h - 0.5 / beta)
+
+
+def robust_terms(h: Float[Array, "*pairs"], beta: float, label_smoothing: float) -> Float[Array, "*pairs"]:
+    """Robust DPO's loss of each pair (arXiv:2403.00409): its mean over flipped labels is `sigmoid_terms` of true ones.
+
+    (-(1 - e) ln sigmoid(beta h) + e ln sigmoid(-beta h)) / (1 - 2 e)
+    """
+    right, wrong = jax.nn.log_sigmoid(beta * h), jax.nn.log_sigmoid(-beta * h)
+    return (label_smoothing * wrong - (1 - label_smoothing) * right) / (1 - 2 * label_smoothing)
+
+
+def exo_terms(h: Float[Array, "*pairs"], beta: float, label_smoothing: float) -> Float[Array, "*pairs"]:
+    """EXO's loss of each pair (arXiv:2402.00856, eq. 16 with K = 2): KL(q || p), with e as `label_smoothing`.
+
+    q = (sigmoid(beta h), sigmoid(-beta h)) and p = (1 - e, e).
+    """
+    right, wrong = jax.nn.log_sigmoid(beta * h), jax.nn.log_sigmoid(-beta * h)
+    return jnp.exp(right) * (right - jnp.log1p(-label_smoothing)) + jnp.exp(wrong) * (wrong - jnp.log(label_smoothing))
+
+
+def hinge_terms(h: Float[Array, "*pairs"], beta: float) -> Float[Array, "*pairs"]:
+    """The hinge loss of each pair, max(0, 1 - beta h): SLiC on log-ratios (arXiv:2309.06657)."""
+    return jax.nn.relu(1 - beta * h)
+
+
+TERMS: dict[Loss, Callable[[Array, Config], Array]] = {
+    "sigmoid": lambda h, cfg: sigmoid_terms(h, cfg.beta, cfg.label_smoothing),
+    "ipo": lambda h, cfg: ipo_terms(h, cfg.beta),
+    "robust": lambda h, cfg: robust_terms(h, cfg.beta, cfg.label_smoothing),
+    "exo": lambda h, cfg: exo_terms(h, cfg.beta, cfg.label_smoothing),
+    "hinge": lambda h, cfg: hinge_terms(h, cfg.beta),
+}
 
 
 def loss(
@@ -79,22 +116,6 @@ def ipo_loss(
     return jnp.mean(ipo_terms((logp_chosen - ref_chosen) - (logp_rejected - ref_rejected), beta))
 
 
-def sequence_logprobs(logp: Float[Array, "*rows T"], mask: Bool[Array, "*rows T"]) -> Float[Array, "*rows"]:
-    """The log-probability of each whole sequence: the sum over its valid tokens, not their mean."""
-    return jnp.sum(jnp.where(mask, logp, 0.0), axis=-1)
-
-
-def response_logprobs(
-    params: Params, batch: Rankings, logprobs_fn: LogprobsFn, keys: Array | None = None
-) -> Float[Array, "B K"]:
-    """The log-probability of each whole response given its prompt, in nats; `keys` [B K] turn dropout on."""
-    rows, responses, length = batch.tokens.shape
-    tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
-    logp = logprobs_fn(params, tokens, mask, keys)[0].reshape(rows, responses, -1)
-    in_response = batch.mask[:, :, 1:] & (jnp.arange(1, length)[None, None] >= batch.start[:, None, None])
-    return sequence_logprobs(logp, in_response)
-
-
 def train_step(
     state: TrainState,
     batch: Rankings,
@@ -111,27 +132,16 @@ def train_step(
     The loss is the mean over each prompt's pairs, then over prompts. The reference is evaluated without dropout. The
     metrics describe the parameters before the update.
     """
-    keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.rank.size, axis)
-    count = parallel.psum(jnp.sum(jnp.any(pair_mask(batch.rank), axis=(1, 2))), axis)
+    reduce = mean_logprobs if cfg.per_token else sequence_logprobs
 
-    def objective(params: Params, batch: Rankings, keys: Array) -> tuple[Array, Metrics]:
-        gain = response_logprobs(params, batch, logprobs_fn, keys.reshape(-1)) - response_logprobs(
-            reference, batch, logprobs_fn
-        )
+    def objective(params: Params, batch: Rankings, keys: Array, count: Array) -> tuple[Array, Metrics]:
+        policy = preferences.response_logprobs(params, batch, logprobs_fn, keys, reduce)
+        gain = policy - preferences.response_logprobs(reference, batch, logprobs_fn, reduce=reduce)
         pair = pair_mask(batch.rank)
         h = margins(gain, pair)
-        terms = ipo_terms(h, cfg.beta) if cfg.loss == "ipo" else sigmoid_terms(h, cfg.beta, cfg.label_smoothing)
         correct, pairs = correct_pairs(gain, batch.rank)
-        value = pair_mean(terms, pair, count)
-        return value, {"loss/dpo": value, "correct": correct, "pairs": pairs, "margin": pair_mean(h, pair, count)}
+        value = pair_mean(TERMS[cfg.loss](h, cfg), pair, count)
+        margin = cfg.beta * pair_mean(h, pair, count)
+        return value, {"loss/dpo": value, "reward/margin": margin, "correct": correct, "pairs": pairs}
 
-    share = functools.partial(jax.grad(objective, has_aux=True), state.params)
-    grads, sums = parallel.accumulate(share, microbatches)(batch, keys.reshape(batch.rank.shape))
-    grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, sums)), axis)
-    metrics = {
-        "loss/dpo": metrics["loss/dpo"],
-        "reward/accuracy": metrics["correct"] / jnp.maximum(metrics["pairs"], 1),
-        "reward/margin": cfg.beta * metrics["margin"],
-        "grad_norm": optax.tree.norm(grads),
-    }
-    return optim.apply_gradients(state, grads, tx), metrics
+    return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, axis=axis)

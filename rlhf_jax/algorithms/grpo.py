@@ -4,22 +4,31 @@ Each prompt gets a group of responses, and the advantage of a response is its sc
 the KL to the reference is a term of the loss, the k3 estimate on the sampled tokens: its gradient is that of
 KL(reference || policy), token by token. With `kl_in="reward"` it is the gradient of KL(policy || reference), over the
 whole response.
+
+Its kin are settings:
+
+    Dr. GRPO (arXiv:2503.20783)        scale=False, mean="constant"
+    DAPO (arXiv:2503.14476)            clip_high=0.28, mean="token", kl_coef=0, soft_limit, and `refill`
+    GSPO (arXiv:2507.18071)            ratio="response", clip=3e-4, clip_high=4e-4
+    CISPO (arXiv:2506.13585)           surrogate="cispo", clip=1 (no lower bound), clip_high, mean="token"
+    REINFORCE++ (arXiv:2501.03262)     baseline="batch", kl_in="reward", mean="token"; with its baseline: "both"
 """
 
 import dataclasses
 import functools
 from typing import Annotated, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import updates
-from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean
+from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean, whiten
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
-from rlhf_jax.logprobs import kl_estimate, masked_mean
+from rlhf_jax.logprobs import kl_estimate, masked_mean, precise
 from rlhf_jax.settings import NonNegative, Positive, Range
 from rlhf_jax.types import InputError, Leaf, LogprobsFn, Metrics, Params, Rollout, Tokens, TrainState
 
@@ -31,18 +40,32 @@ class Config(updates.Config):
     # Responses to each prompt, in consecutive rows of the rollout; the paper has 64.
     group: Annotated[int, Range(least=2, unit="responses to compare")] = 8
     clip: Positive = 0.2  # clip the probability ratio to [1 - clip, 1 + clip]
+    clip_high: Positive | None = None  # clip it to [1 - clip, 1 + clip_high] instead
     kl_coef: NonNegative = 0.04  # weight of the KL to the reference, in nats
     # loss: add kl_coef times k3 of each token to the loss; reward: subtract kl_coef times the sum of k1 from the score.
     kl_in: Literal["loss", "reward"] = "loss"
     scale: bool = True  # divide advantages by the group's standard deviation; False is Dr. GRPO (arXiv:2503.20783)
-    mean: Literal["sequence", "token"] = "sequence"  # average the loss within each response first, or over all tokens
+    # What the reward of a response is compared with. group: the mean of its group; batch: nothing, and then all tokens'
+    # advantages are whitened together; both: the mean of its group, whitened. See `token_advantages`.
+    baseline: Literal["group", "batch", "both"] = "group"
+    # Average the loss within each response first, or over all tokens, or divide its sum by the largest possible number
+    # of tokens, rows times max_new_tokens.
+    mean: Literal["sequence", "token", "constant"] = "sequence"
+    ratio: Literal["token", "response"] = "token"  # probability ratio: of each token, or the response's geometric mean
+    # clip: PPO's; cispo: the clipped ratio is a constant weight of the log-probability, so that every token learns.
+    surrogate: Literal["clip", "cispo"] = "clip"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline != "group" and not self.scale:
+            raise InputError(f"scale=False has no effect with baseline={self.baseline}: leave it out")
 
 
 class Experience(struct.PyTreeNode):
     """A rollout with the advantage of each response."""
 
     rollout: Rollout
-    advantage: Leaf  # [B]
+    advantage: Leaf  # [B], or [B, N] where tokens of a response differ in it
 
 
 def groups(score: Float[Array, "B"], group: int) -> Float[Array, "B_over_G G"]:
@@ -55,24 +78,71 @@ def groups(score: Float[Array, "B"], group: int) -> Float[Array, "B_over_G G"]:
     return score.reshape(-1, group)
 
 
+def token_advantages(rollout: Rollout, score: Float[Array, "B"], cfg: Config) -> Float[Array, "B N"]:
+    """REINFORCE++'s advantages (arXiv:2501.03262, section 3): whitened over all valid tokens of the batch.
+
+        A_t = score - mean of the group's scores [if baseline="both"] - kl_coef sum_{u >= t} KL_u [if kl_in="reward"]
+
+    KL_u is the k1 estimate of token u.
+    """
+    mask = rollout.response_mask
+    if cfg.baseline == "both":
+        score = subtract_mean(groups(score, cfg.group)).reshape(-1)
+    raw = jnp.broadcast_to(score[:, None], mask.shape)
+    if cfg.kl_in == "reward":
+        kl = jnp.where(mask, rollout.logp - rollout.logp_ref, 0.0)
+        raw = raw - cfg.kl_coef * jnp.flip(jnp.cumsum(jnp.flip(kl, 1), axis=1), 1)
+    return whiten(raw, mask)
+
+
 def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
     """The advantages of a whole rollout, and metrics of it."""
     score = updates.response_score(rollout, cfg)
     reward = score - cfg.kl_coef * updates.response_kl(rollout) if cfg.kl_in == "reward" else score
     grouped = groups(reward, cfg.group)
-    advantage = group_normalize(grouped) if cfg.scale else subtract_mean(grouped)
+    if cfg.baseline == "group":
+        advantage = (group_normalize(grouped) if cfg.scale else subtract_mean(grouped)).reshape(-1)
+    else:
+        advantage = token_advantages(rollout, score, cfg)
     metrics = updates.describe(rollout, score) | {
         "reward/spread": jnp.mean(jnp.std(grouped, axis=1)),
-        "reward/flat": jnp.mean(jnp.all(grouped == grouped[:, :1], axis=1)),  # share of groups without a gradient
+        "reward/flat": jnp.mean(flat(score, cfg.group)),  # share of groups without a gradient
     }
-    return Experience(rollout=rollout, advantage=advantage.reshape(-1)), metrics
+    return Experience(rollout=rollout, advantage=advantage), metrics
+
+
+def flat(score: Float[Array, "B"], group: int) -> Bool[Array, "B_over_G"]:
+    """Whether the scores of a group are all equal, so that it teaches nothing."""
+    grouped = groups(score, group)
+    return jnp.all(grouped == grouped[:, :1], axis=1)
+
+
+def refill(
+    rollout: Rollout, fresh: Rollout | None, *, group: int, cfg: updates.Config, axis: str | None = None
+) -> tuple[Rollout, Array]:
+    """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2): groups whose scores are all equal make room for others.
+
+    Returns this device's rows of a rollout as large as `rollout`, made of its groups and then those of `fresh`, with
+    the flat ones last of all; and how many flat groups are left in the whole of it.
+    """
+    rollout = parallel.all_gather(rollout, axis)
+    both = rollout
+    if fresh is not None:
+        both = jax.tree.map(lambda *rows: jnp.concatenate(rows), rollout, parallel.all_gather(fresh, axis))
+    is_flat = flat(updates.response_score(both, cfg), group)
+    chosen = jnp.argsort(is_flat, stable=True)[: rollout.score.shape[0] // group]
+    rows = parallel.local_rows((chosen[:, None] * group + jnp.arange(group)[None]).reshape(-1), axis)
+    return parallel.shard_rows(jax.tree.map(lambda x: x[rows], both)), jnp.sum(is_flat[chosen])
 
 
 def weights(mask: Bool[Array, "B N"], mean: str) -> tuple[Float[Array, "B N"], Array]:
     """The weight of each token in the loss, and the sum of all weights, by which the loss is divided. [B, N], [].
 
-    mean="token": 1 for every valid token. mean="sequence": 1 / (length of its response).
+    mean="token": 1 for every valid token. mean="sequence": 1 / (length of its response). mean="constant": 1, but the
+    sum is that of a mask without padding.
     """
+    if mean == "constant":
+        return mask.astype(jnp.float32), jnp.int32(mask.size)
     if mean == "token":
         return mask.astype(jnp.float32), jnp.sum(mask)
     length = jnp.sum(mask, axis=1, keepdims=True)
@@ -90,6 +160,40 @@ def live(batch: Experience) -> Bool[Array, "B N"]:
     return batch.rollout.response_mask
 
 
+def response_ratio(logp: Float[Array, "B N"], logp_old: Float[Array, "B N"], mask: Bool[Array, "B N"]) -> Array:
+    """GSPO's log-ratio of each token (arXiv:2507.18071, eq. 14): the mean of its response's, in value. [B, N].
+
+    Its gradient is that of the token's own log-probability.
+    """
+    own = jnp.where(mask, logp - logp_old, 0.0)
+    mean = jnp.sum(own, axis=1, keepdims=True) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+    return jax.lax.stop_gradient(mean) + own - jax.lax.stop_gradient(own)
+
+
+def cispo_loss(
+    logp: Float[Array, "B N"],
+    log_ratio: Float[Array, "B N"],
+    advantage: Float[Array, "B N"],
+    mask: Bool[Array, "B N"],
+    clip: float,
+    clip_high: float | None = None,
+    count: Array | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """CISPO's loss (arXiv:2506.13585, eq. 4): -w A logp, mean over valid tokens.
+
+    The weight w = clip(ratio, 1 - clip, 1 + clip_high) has no gradient. Metrics as of `ppo.policy_loss`, but for
+    `clip_fraction`: the share of tokens whose ratio is outside.
+    """
+    log_ratio = precise(jnp.where(mask, log_ratio, 0.0))
+    ratio = jax.lax.stop_gradient(jnp.exp(log_ratio))
+    weight = jnp.clip(ratio, 1 - clip, 1 + (clip if clip_high is None else clip_high))
+    metrics = {
+        "clip_fraction": masked_mean(weight != ratio, mask, count),
+        "approx_kl": masked_mean(0.5 * jnp.square(log_ratio), mask, count),
+    }
+    return masked_mean(-weight * advantage * jnp.where(mask, logp, 0.0), mask, count), metrics
+
+
 def loss(
     params: dict[str, Params],
     batch: Experience,
@@ -103,8 +207,8 @@ def loss(
 
         sum_t w_t (surrogate_t [+ kl_coef k3_t, if kl_in="loss"]) / sum_t w_t + auxiliary losses
 
-    The sums are over the tokens t of the minibatch, with w from `weights`. The surrogate is that of `ppo.policy_loss`;
-    the last term is `updates.auxiliary_losses`.
+    The sums are over the tokens t of the minibatch, with w from `weights`. The surrogate is that of `ppo.policy_loss`
+    or `cispo_loss`; the last term is `updates.auxiliary_losses`.
     """
     rollout = batch.rollout
     mask = rollout.response_mask
@@ -112,9 +216,20 @@ def loss(
     weight, _ = weights(mask, cfg.mean)
     # The surrogate is linear in the advantage, so weighting the advantage weights the token's loss. `policy_loss`
     # divides by the number of tokens; the loss here is divided by the sum of the weights.
-    policy, details = policy_loss(
-        logp, rollout.logp, batch.advantage[:, None] * weight, mask, cfg.clip, count=totals["tokens"]
-    )
+    advantage = (batch.advantage if batch.advantage.ndim == 2 else batch.advantage[:, None]) * weight
+    log_ratio = response_ratio(logp, rollout.logp, mask) if cfg.ratio == "response" else logp - rollout.logp
+    if cfg.surrogate == "cispo":
+        policy, details = cispo_loss(logp, log_ratio, advantage, mask, cfg.clip, cfg.clip_high, count=totals["tokens"])
+    else:
+        policy, details = policy_loss(
+            log_ratio,
+            jnp.zeros_like(log_ratio),
+            advantage,
+            mask,
+            cfg.clip,
+            count=totals["tokens"],
+            clip_high=cfg.clip_high,
+        )
     total = policy * totals["tokens"] / totals["weights"]
     metrics = {"loss/policy": total} | {f"policy/{name}": value for name, value in details.items()}
     if cfg.kl_in == "loss":

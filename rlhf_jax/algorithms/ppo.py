@@ -94,13 +94,15 @@ def policy_loss(
     clip: float,
     dual_clip: float | None = None,
     count: Array | None = None,
+    clip_high: float | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """PPO's clipped surrogate loss, mean over valid tokens (arXiv:1707.06347, eq. 7).
 
         max(-A rho, -A clip(rho, 1 - clip, 1 + clip)),  rho = exp(logp - logp_old)
 
-    A is the advantage and rho the probability ratio to the behaviour policy. With `dual_clip` the loss of a token with
-    A < 0 is at most -A dual_clip (arXiv:1912.09729, eq. 5). Metrics: `clip_fraction` is the share of tokens whose
+    A is the advantage and rho the probability ratio to the behaviour policy. With `clip_high` the upper bound is
+    1 + clip_high (arXiv:2503.14476, eq. 8); with `dual_clip` the loss of a token with A < 0 is at most -A dual_clip
+    (arXiv:1912.09729, eq. 5). Metrics: `clip_fraction` is the share of tokens whose
     clipped term is strictly larger, `approx_kl` the mean of (logp - logp_old)^2 / 2. `count` replaces the number of
     valid tokens, see `masked_mean`.
     """
@@ -108,7 +110,7 @@ def policy_loss(
     ratio = jnp.exp(log_ratio)
     advantage = jnp.where(mask, advantage, 0.0)
     plain = -advantage * ratio
-    clipped = -advantage * jnp.clip(ratio, 1 - clip, 1 + clip)
+    clipped = -advantage * jnp.clip(ratio, 1 - clip, 1 + (clip if clip_high is None else clip_high))
     metrics = {
         "clip_fraction": masked_mean(clipped > plain, mask, count),
         "approx_kl": masked_mean(0.5 * jnp.square(log_ratio), mask, count),

@@ -1,12 +1,14 @@
-"""Reward models from comparisons: Bradley-Terry over K-way rankings (arXiv:2203.02155, eq. 1) or best-of-n choice."""
+"""Reward models from comparisons: all pairs of K-way rankings (arXiv:2203.02155, eq. 1), whole orders, best-of-n."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -21,8 +23,9 @@ from rlhf_jax.types import InputError, Metrics, Params, Rankings, ScoreFn, Train
 class Config(Settings):
     """Settings of the loss; the defaults are InstructGPT's."""
 
-    # Learn from all pairs of responses, or the best one; or learn a cost: pairs by harm, and which ones are harmful.
-    loss: Literal["bradley_terry", "choice", "cost"] = "bradley_terry"
+    # Learn from all pairs of responses, the whole order, or the best one; or learn a cost: pairs by harm, and which
+    # responses are harmful.
+    loss: Literal["bradley_terry", "plackett_luce", "choice", "cost"] = "bradley_terry"
     margin: NonNegative = 0.0  # required difference of a pair's scores, per step between their ranks (arXiv:2307.09288)
     label_smoothing: LabelNoise = 0.0  # assumed probability that a pair's label is wrong
     centring: NonNegative = 0.0  # weight of the squared sum of a pair's scores, which keeps the mean score near 0
@@ -30,9 +33,9 @@ class Config(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss == "choice" and (self.margin or self.label_smoothing):
+        if self.loss in ("choice", "plackett_luce") and (self.margin or self.label_smoothing):
             raise InputError(
-                "margin and label_smoothing apply to pairs and have no effect with loss=choice: leave them out"
+                f"margin and label_smoothing apply to pairs and have no effect with loss={self.loss}: leave them out"
             )
         if self.loss == "cost" and (self.margin or self.label_smoothing or self.centring):
             raise InputError("margin, label_smoothing and centring have no effect with loss=cost: leave them out")
@@ -121,6 +124,42 @@ def ranked_choice_loss(
     return masked_mean(-chosen, jnp.any(pair_mask(rank), axis=(1, 2)), count)
 
 
+MOST_RANKED = 12  # responses, of whose subsets the listwise loss is a sum
+
+
+def plackett_luce_loss(
+    score: Float[Array, "B K"], rank: Int[Array, "B K"], count: Array | None = None
+) -> Float[Array, ""]:
+    """The listwise loss of whole rankings, mean over the prompts that have a pair (or divided by `count`).
+
+    The probability of an order is that of choosing its best response among all by softmax(score), then the next among
+    the others, and so on (Plackett-Luce); the loss is -ln of it, and where ranks tie the mean over the orders that
+    agree with them. That mean is a sum over the sets U that can be left at some point of such an order:
+
+        sum_U ln sum_{j in U} exp(score_j) / C(m, u)  -  sum_j score_j
+
+    where m responses share the smallest rank in U, and u of them are in U. Raises InputError for more than
+    `MOST_RANKED` responses.
+    """
+    size = rank.shape[1]
+    if size > MOST_RANKED:
+        raise InputError(f"loss=plackett_luce takes at most {MOST_RANKED} responses a prompt, got {size}")
+    left = (np.arange(1, 2**size)[None, :, None] >> np.arange(size)) & 1 == 1  # [1 U K], all sets but the empty one
+    present = rank >= 0
+    score = precise(jnp.where(present, score, 0.0))
+    absent = jnp.iinfo(rank.dtype).max
+    ranks = jnp.where(present, rank, absent)[:, None, :]  # [B 1 K]
+    least = jnp.min(jnp.where(left, ranks, absent), axis=2, keepdims=True)  # [B U 1]
+    tied = present[:, None, :] & (ranks == least)
+    # A set can be left if all its members are present, and whoever is worse than its best is a member.
+    possible = jnp.all(jnp.where(left, present[:, None, :], ~present[:, None, :] | (ranks <= least)), axis=2)
+    orders = np.array([[math.comb(m, u) for u in range(size + 1)] for m in range(size + 1)], np.float32)
+    share = 1 / jnp.asarray(orders)[jnp.sum(tied, axis=2), jnp.sum(tied & left, axis=2)]
+    among = jax.nn.logsumexp(jnp.where(left, score[:, None, :], -jnp.inf), axis=2)
+    loss = jnp.sum(jnp.where(possible, among * share, 0.0), axis=1) - jnp.sum(score, axis=1)
+    return masked_mean(loss, jnp.any(pair_mask(rank), axis=(1, 2)), count)
+
+
 def cost_loss(
     cost: Float[Array, "B K"], rank: Int[Array, "B K"], harmful: Bool[Array, "B K"], count: Array | None = None
 ) -> Float[Array, ""]:
@@ -164,6 +203,8 @@ def loss(
         return cost_loss(score, rank, harmful, count)
     if cfg.loss == "choice":
         value = ranked_choice_loss(score, rank, count)
+    elif cfg.loss == "plackett_luce":
+        value = plackett_luce_loss(score, rank, count)
     else:
         margin = cfg.margin * (rank[:, None, :] - rank[:, :, None]) if cfg.margin else 0.0
         value = bradley_terry_loss(score, rank, count, margin, cfg.label_smoothing)

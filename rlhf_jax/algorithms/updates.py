@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.algorithms import rewards, sft
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import masked_mean
-from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Settings, Unbounded
+from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Settings, Unbounded, Whole
 from rlhf_jax.types import (
     InputError,
     Leaf,
@@ -53,6 +53,8 @@ class Config(Settings):
     stop_at_eos: bool = True  # False: sample and train on all max_new_tokens, past any EOS (arXiv:1909.08593)
     unfinished_score: Score | None = None  # score that replaces that of a response without EOS; None keeps it
     unfinished_penalty: NonNegative = 0.0  # reward subtracted from the score of a response without EOS
+    # The last so many of max_new_tokens, over which the score falls linearly by 1 (arXiv:2503.14476, eq. 13); 0: none.
+    soft_limit: Whole = 0
     entropy_coef: Bonus = 0.0  # weight of the policy's entropy (nats a token), which is maximised
     ptx_coef: NonNegative = 27.8  # weight of the pretraining loss (nats a token), if there is pretraining text
     stop_kl: NonNegative | None = None  # skip a rollout's updates once approx_kl exceeds this, in nats a token
@@ -85,9 +87,22 @@ def combine_rewards(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[T
     return state.replace(opt_state=state.opt_state | {"rewards": several}), rollout, metrics
 
 
+def overlong_penalty(length: Int[Array, "B"], limit: int, soft: int) -> Float[Array, "B"]:
+    """DAPO's penalty of long responses (arXiv:2503.14476, eq. 13), from 0 at `limit - soft` tokens to -1 at `limit`."""
+    return jnp.clip((limit - soft - length) / soft, -1.0, 0.0)
+
+
 def final_score(rollout: Rollout, cfg: Config) -> Float[Array, "B"]:
-    """The score of each response, replaced or lowered as `cfg` says if the response has no EOS."""
+    """The score of each response, lowered as `cfg` says if it is long, and replaced or lowered if it has no EOS."""
     score = rollout.score - jnp.where(rollout.ended, 0.0, cfg.unfinished_penalty)
+    if cfg.soft_limit:
+        if cfg.soft_limit > rollout.response_mask.shape[1]:
+            raise InputError(
+                f"soft_limit={cfg.soft_limit}: expected at most max_new_tokens, {rollout.response_mask.shape[1]}"
+            )
+        score += overlong_penalty(
+            jnp.sum(rollout.response_mask, axis=1), rollout.response_mask.shape[1], cfg.soft_limit
+        )
     return score if cfg.unfinished_score is None else jnp.where(rollout.ended, score, cfg.unfinished_score)
 
 

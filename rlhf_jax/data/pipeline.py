@@ -237,7 +237,7 @@ def rankings(
     length: int,
     responses: int | None = None,
     batch: int,
-    seed: int,
+    seed: int | None,
     epochs: int | None = None,
     virtue: Virtue | None = None,
 ) -> Batches[Rankings]:
@@ -604,20 +604,26 @@ def _packed(
     pad = tokenizer_lib.pad_id(tokenizer)
 
     def fill(index: np.ndarray) -> Tokens:
-        shape = (len(index), length)
-        tokens, segment = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
-        target = np.zeros(shape, bool)
-        for b, row in enumerate(index):
-            start = 0
-            for number, n in enumerate(plan[row] if row >= 0 else (), start=1):
-                end = start + len(sequences[n])
-                tokens[b, start:end] = sequences[n]
-                segment[b, start:end] = number
-                target[b, start + 1 : end] = targets[n][1:]  # nothing of its own precedes the first token
-                start = end
-        return Tokens(tokens=tokens, segment=segment, target=target)
+        rows = [[(sequences[n], targets[n]) for n in (plan[row] if row >= 0 else ())] for row in index]
+        return lay_out(rows, length, pad)
 
     return Ready(len(plan), fill, counts)
+
+
+def lay_out(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int, pad: int) -> Tokens:
+    """Rows of sequences and of their targets, one behind another, as segments that do not see each other."""
+    shape = (len(rows), length)
+    tokens, segment = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
+    target = np.zeros(shape, bool)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, (ids, counts) in enumerate(row, start=1):
+            end = start + len(ids)
+            tokens[b, start:end] = ids
+            segment[b, start:end] = number
+            target[b, start + 1 : end] = counts[1:]  # nothing of its own precedes the first token
+            start = end
+    return Tokens(tokens=tokens, segment=segment, target=target)
 
 
 WINDOW = 8  # batches among which rows are exchanged

@@ -5,9 +5,11 @@ import dataclasses
 import hashlib
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,6 +19,7 @@ from rlhf_jax.data import world as world_lib
 from rlhf_jax.data.builders import Kind, Row, Rows, check
 from rlhf_jax.data.tokenizer import EOS
 from rlhf_jax.data.world import labelers
+from rlhf_jax.data.world import tasks as world_tasks
 from rlhf_jax.people import exchange
 from rlhf_jax.types import InputError
 
@@ -29,7 +32,8 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
 
     `spec` is one of
 
-    - "world" or, for instance, "world:seed=3,rows=1000": the embedded world, with splits "train" and "held_out";
+    - "world" or, for instance, "world:seed=3,rows=1000": the embedded world, with splits "train" and "held_out"; rows
+      of kind "examples" or "records" are those of one of its tasks, "world:task=plus", of which there may be fewer;
     - the path of a .jsonl file of rows, or of a .txt file of documents that lines `<|endoftext|>` (or, where there is
       none, empty lines) separate; the first may be gzipped (.jsonl.gz). It has the one split "train";
     - "people:PATH" or, for instance, "people:PATH?person=ann&round=2": the labels that people gave on the pages of
@@ -52,7 +56,7 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
         return _world(spec, kind, Path(data_dir), split)
     if name == "people":
         return _people(rest, kind, Path(data_dir), split)
-    if name in formats.NAMES and rest.endswith(formats.FILES):
+    if formats.is_one(spec):
         return formats.source(spec, kind, Path(data_dir), split)
     if spec.endswith(_FILES):
         return _file(builders.file_path(spec), kind, Path(data_dir), split)
@@ -67,7 +71,8 @@ def held_out(spec: str | None, data: str, kind: Kind, *, data_dir: str | Path) -
     if spec is None:
         if not _is_world(data):
             return None
-        spec = f"world:seed={_world_options(data.partition('[')[0])['seed']},rows={HELD_OUT}"
+        of = _world_options(data.partition("[")[0])
+        spec = f"world:seed={of.seed},rows={HELD_OUT}" + (f",task={of.task}" if of.task else "")
     return rows(spec, kind, data_dir=data_dir, split="held_out" if _is_world(spec) else "train")
 
 
@@ -143,6 +148,7 @@ class WorldConfig(builders.Config):
 
     seed: int = 0  # of the world
     n_rows: int = 10_000
+    task: str = ""  # of which rows of kind "examples" or "records" are
 
 
 class AssistantWorld(builders.Builder):
@@ -162,6 +168,8 @@ class AssistantWorld(builders.Builder):
                 rows = labelers.rankings(world, n, seed=4, held_out=held_out)
             case "prompts":
                 rows = world.prompt_rows(n, seed=5, held_out=held_out)
+            case "examples" | "records":
+                rows = world_tasks.rows(world, config.task, n, held_out)
         for number, row in enumerate(rows):
             yield f"row {number}", check(config.kind, row, f"world, row {number}")
 
@@ -170,15 +178,32 @@ def _is_world(spec: str) -> bool:
     return re.split(r"[:\[]", spec)[0] == "world"
 
 
-def _world_options(spec: str) -> dict[str, int]:
-    """The seed and the number of rows that the spec of a world has, or their defaults."""
-    options = {"seed": 0, "rows": 10_000}
+class _WorldOptions(NamedTuple):
+    """What the spec of a world says."""
+
+    seed: int = 0
+    rows: int = 10_000
+    task: str = ""
+
+
+def _world_options(spec: str) -> _WorldOptions:
+    """What the spec of a world says, and the defaults of what it does not say."""
+    options = _WorldOptions()
     for option in filter(None, spec.partition(":")[2].split(",")):
         name, _, value = option.partition("=")
-        if name not in options or not value.isdecimal():
+        if name == "task":
+            try:
+                world_tasks.find(value)
+            except InputError as error:
+                raise InputError(f"data {spec!r}: {error}") from error
+            options = options._replace(task=value)
+        elif name == "seed" and value.isdecimal():
+            options = options._replace(seed=int(value))
+        elif name == "rows" and value.isdecimal():
+            options = options._replace(rows=int(value))
+        else:
             raise InputError(f"data {spec!r}: expected, for instance, world:seed=3,rows=1000, got {option!r}")
-        options[name] = int(value)
-    if options["rows"] < 1:
+    if options.rows < 1:
         raise InputError(f"data {spec!r}: expected at least 1 row")
     return options
 
@@ -188,13 +213,22 @@ def _world(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
     base = split.partition("[")[0]
     if base not in ("train", "held_out"):
         raise InputError(f"data {spec!r}: no rows in split {split!r}; there are train, held_out")
+    asks = kind in ("examples", "records")
+    if asks and not options.task:
+        raise InputError(
+            f"data {spec!r}: {kind} are of a task: name one, as in world:task={next(iter(world_tasks.MAKERS))}"
+        )
+    if options.task and not asks:
+        raise InputError(f"data {spec!r}: a task has examples, and no {kind}: leave task={options.task} out")
     code = b"".join(path.read_bytes() for path in sorted(Path(world_lib.__file__).parent.glob("*.py")))
     digest = hashlib.sha256(code).hexdigest()[:12]
+    of_task = f"-{options.task}" if options.task else ""
     config = WorldConfig(
-        name=f"{kind}-seed{options['seed']}-{options['rows']}-{base}-{digest}",
+        name=f"{kind}{of_task}-seed{options.seed}-{options.rows}-{base}-{digest}",
         kind=kind,
-        seed=options["seed"],
-        n_rows=options["rows"],
+        seed=options.seed,
+        n_rows=options.rows,
+        task=options.task,
         split=base,
     )
     return builders.stored(lambda: AssistantWorld(config=config, data_dir=data_dir), f"data {spec!r}", split)
@@ -234,7 +268,13 @@ def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
 
 def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.DatasetBuilder]:
     def make() -> tfds.core.DatasetBuilder:
-        return tfds.builder(name, data_dir=data_dir)
+        try:
+            return tfds.builder(name, data_dir=data_dir)
+        except ModuleNotFoundError:
+            # Of TensorFlow, some builders want nothing but the names of types, which NumPy has too.
+            module = tfds.builder_cls(re.split("[/:]", name)[0]).__module__
+            with mock.patch.object(sys.modules[module], "tf", np, create=True):
+                return tfds.builder(name, data_dir=data_dir)
 
     if not re.fullmatch(r"\w+(/[\w.\-]+)?(:[\d.]+)?", name):
         raise InputError(
@@ -253,6 +293,8 @@ def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.Datase
                 make()
     except tfds.core.registered.DatasetNotFoundError as error:
         raise InputError(f"data {spec!r}: neither world nor a {'/'.join(_FILES)} file nor a known TFDS name") from error
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise InputError(f"data {spec!r}: TFDS needs TensorFlow for it; pip install tensorflow") from error
     except ValueError as error:
         raise InputError(f"data {spec!r}: {str(error).strip().partition(chr(10))[0]}") from error
     return make

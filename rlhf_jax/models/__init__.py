@@ -13,7 +13,15 @@ from rlhf_jax.models.directory import (
     stop_ids,
     tokenizer_of,
 )
-from rlhf_jax.models.transformer import Transformer, bind, logprobs_fn, parameter_count, parameter_shapes, part
+from rlhf_jax.models.transformer import (
+    Transformer,
+    bind,
+    logits_fn,
+    logprobs_fn,
+    parameter_count,
+    parameter_shapes,
+    part,
+)
 
 __all__ = [
     "PRESETS",
@@ -31,6 +39,7 @@ __all__ = [
     "load",
     "load_config",
     "load_reward",
+    "logits_fn",
     "logprobs_fn",
     "parameter_count",
     "parameter_shapes",

@@ -2,6 +2,8 @@
 
 The kernels are JAX's splash attention for TPUs, and cuDNN's. They serve where queries and keys are of the same columns:
 training, scoring, and reading a prompt. Their results at padding, which nothing reads, differ from those of `attend`.
+Splash attention tells tokens apart by their documents alone, not by the branches of a `types.Tree`: a TPU computes
+trees by `attend`, whose scores [B, H, T, T] exist. cuDNN takes a tree's mask.
 On a mesh every device computes its own rows and heads.
 """
 
@@ -24,7 +26,7 @@ from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Config
 from rlhf_jax.models.layers import Columns, Linear, Norm, View, soft_cap, take_columns
 from rlhf_jax.models.rope import rotate
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, Tree
 
 LANES = 128  # every block of columns is a multiple of this
 BLOCK = 512  # columns of the largest block
@@ -169,15 +171,18 @@ def attend(
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
 
 
-def kernel(config: Config, queries: int, keys: int) -> Literal["splash", "cudnn"] | None:
+def kernel(config: Config, queries: int, keys: int, tree: bool = False) -> Literal["splash", "cudnn"] | None:
     """The kernel for this many columns of queries and keys on the platform that is traced for; None is `attend`.
 
-    Raises InputError where `attention=flash` asks for a kernel that cannot compute this model.
+    Splash attention has none for the rows of a `tree`. Raises InputError where `attention=flash` asks for a kernel that
+    cannot compute this model.
     """
     c, setting = config, config.compute.attention
     if queries != keys or setting == "plain" or (setting == "auto" and not worthwhile(queries)):
         return None
     name: Literal["splash", "cudnn"] = "cudnn" if parallel.platform() == "gpu" else "splash"
+    if tree and name == "splash":
+        return None
     if name == "cudnn":
         capability = compute_capability()
         serves = (
@@ -229,7 +234,7 @@ class Attention(nn.Module):
             full = jnp.isin(layer, jnp.array(c.full_layers, jnp.int32))
             mask = jnp.where(full, view.mask, view.window_mask) if c.full_layers else view.window_mask
         scale = (c.query_size or c.head_dim) ** -0.5
-        match kernel(c, query.shape[1], key.shape[2]):
+        match kernel(c, query.shape[1], key.shape[2], isinstance(view.segment, Tree)):
             case "splash":
                 mixed = splash(query, key, value, view.segment, scale, c.attention_cap)
             case "cudnn":

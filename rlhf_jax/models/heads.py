@@ -14,7 +14,7 @@ from rlhf_jax.logprobs import last_index
 from rlhf_jax.models.config import Config
 from rlhf_jax.models.layers import ALL, Columns
 from rlhf_jax.models.transformer import Transformer, bind
-from rlhf_jax.types import Params, ScoreFn, ValueFn
+from rlhf_jax.types import Params, ScoreFn, Tree, ValueFn
 
 
 class ScalarModel(nn.Module):
@@ -30,7 +30,7 @@ class ScalarModel(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, ())
 
     def __call__(
-        self, tokens: Array, segment: Array, keys: Array | None = None, columns: Columns = ALL
+        self, tokens: Array, segment: Array | Tree, keys: Array | None = None, columns: Columns = ALL
     ) -> Float[Array, "B N"]:
         """The scalar at each of these columns."""
         hidden = self.trunk.hidden(tokens, segment, keys, columns)

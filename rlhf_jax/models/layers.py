@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import rope
 from rlhf_jax.models.config import Config
-from rlhf_jax.types import Leaf
+from rlhf_jax.types import Leaf, Tree
 
 # Columns of a row: a slice, the same for every row, or indices, each row's own.
 Columns = slice | Int[Array, "B N"]
@@ -36,15 +36,22 @@ class View(struct.PyTreeNode):
     rotation: Any  # `rope.Rotation` of these positions; None without RoPE
     mask: Leaf  # [B, T, S] bool, the columns that a token attends to
     window_mask: Leaf  # [B, T, S] bool, those of them within the window; None without one
-    segment: Leaf  # [B, T], see `types`
+    segment: Any  # [B, T], see `types`, or a `Tree`
     keys: Leaf  # [B] dropout keys, or None to evaluate
 
 
 def whole_view(
-    config: Config, segment: Int[Array, "B T"] | Bool[Array, "B T"], table: rope.Table | None, keys: Array | None = None
+    config: Config,
+    segment: Int[Array, "B T"] | Bool[Array, "B T"] | Tree,
+    table: rope.Table | None,
+    keys: Array | None = None,
 ) -> View:
     """The view of T columns that attend to each other alone."""
-    position, mask = positions(segment), causal_mask(segment)
+    if isinstance(segment, Tree):
+        mask = ancestor_mask(segment)
+        position = jnp.maximum(jnp.sum(mask, axis=2, dtype=jnp.int32) - 1, 0)
+    else:
+        position, mask = positions(segment), causal_mask(segment)
     return View(
         position=position,
         rotation=rope.look_up(table, position),
@@ -102,6 +109,13 @@ def causal_mask(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Bool[Array, 
     columns = jnp.arange(segment.shape[1])
     same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
     return same & (columns[:, None] >= columns[None, :])[None]
+
+
+def ancestor_mask(tree: Tree) -> Bool[Array, "B T T"]:
+    """The mask of attention in a tree: each token sees itself and its ancestors."""
+    columns = jnp.arange(tree.reach.shape[1])
+    behind = (columns[:, None] - columns[None, :])[None]
+    return (behind >= 0) & (behind < tree.reach[:, None, :])
 
 
 def within_window(

@@ -4,9 +4,10 @@ The parameters of the layers are stacked on a leading axis [L], for one scan ove
 each takes its slice. Query heads lie beside the key and value head that they share: one fused projection yields
 [G groups, R query heads + key + value, head_dim].
 
-Padding may be anywhere in a row: a token attends to the earlier real tokens of its own document, and its position is
-the number of those. `Transformer.hidden` computes whole rows, for training and scoring; for generation, `prefill` reads
-a prompt into a cache and `decode` appends a token to it; `append` appends any number of tokens to a cache by row.
+Padding may be anywhere in a row: a token attends to the earlier real tokens of its own document, in a `types.Tree` to
+its ancestors alone, and its position is the number of those. `Transformer.hidden` computes whole rows, for training and
+scoring; for generation, `prefill` reads a prompt into a cache and `decode` appends a token to it; `append` appends any
+number of tokens to a cache by row.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ from rlhf_jax.models.layers import (
     whole_view,
 )
 from rlhf_jax.models.rope import rotary_table
-from rlhf_jax.types import InputError, LogprobsFn, Params
+from rlhf_jax.types import InputError, LogitsFn, LogprobsFn, Params, Tree
 
 LAST = slice(-1, None)  # the last column of each row
 
@@ -99,7 +100,7 @@ class Transformer(nn.Module):
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        segment: Int[Array, "B T"] | Bool[Array, "B T"],
+        segment: Int[Array, "B T"] | Bool[Array, "B T"] | Tree,
         keys: Array | None = None,
         columns: Columns = ALL,
     ) -> Float[Array, "B N D"]:
@@ -176,7 +177,7 @@ class Transformer(nn.Module):
         if c.scale_embedding:
             x = x * jnp.asarray(c.d_model**0.5, c.compute.dtype)
         if c.position == "learned":
-            if tokens.shape[1] > c.max_length:
+            if tokens.shape[1] > c.max_length and not isinstance(view.segment, Tree):  # which is wider than it is deep
                 raise InputError(f"{tokens.shape[1]} columns exceed the model's context of {c.max_length}")
             x = x + self.position_table[view.position]
         x = dropout(x.astype(c.compute.dtype), view.keys, 0, c.dropout)
@@ -195,7 +196,9 @@ class Transformer(nn.Module):
         The last one computes these columns alone, unless that is no faster, as with a kernel, or takes dropout of all.
         """
         c, length = self.config, x.shape[1]
-        whole = (view.keys is not None and c.dropout > 0) or attention.kernel(c, length, length)
+        whole = (view.keys is not None and c.dropout > 0) or attention.kernel(
+            c, length, length, isinstance(view.segment, Tree)
+        )
         of_last, afterwards = (ALL, columns) if whole else (columns, ALL)
         for layer, params in enumerate(layers):
             x, cache = self._block(params, x, cache, layer, view, of_last if layer == c.n_layers - 1 else ALL)
@@ -224,7 +227,7 @@ class Transformer(nn.Module):
     def logprobs(
         self,
         tokens: Int[Array, "B T"],
-        segment: Array,
+        segment: Array | Tree,
         keys: Array | None = None,
         *,
         start: int = 0,
@@ -245,7 +248,31 @@ class Transformer(nn.Module):
 
         return map_columns(read, self.config.compute.chunk, hidden, tokens[:, start + 1 :])
 
-    def __call__(self, tokens: Array, segment: Array, keys: Array | None = None) -> Float[Array, "B T V"]:
+    def logits(self, tokens: Int[Array, "B T"], segment: Array | Tree, *, start: int = 0) -> Float[Array, "B N V"]:
+        """Logits of each token after column `start`, N = T - 1 - start."""
+        return self.unembed(self.hidden(tokens, segment, None, slice(start, -1)), vocab_axis="tensor")
+
+    def logprobs_at(
+        self,
+        tokens: Int[Array, "B T"],
+        segment: Array | Tree,
+        columns: Int[Array, "B N"],
+        targets: Int[Array, "B N K"],
+    ) -> tuple[Float[Array, "B N K"], Bool[Array, "B N K"]]:
+        """The log-probability of each of K tokens to follow each of these columns, and whether it is the likeliest.
+
+        Logits exist for these columns alone, `compute.chunk` of them at a time.
+        """
+        hidden = self.hidden(tokens, segment, columns=columns)
+
+        def read(hidden: Array, targets: Array) -> tuple[Array, Array]:
+            logits = self.unembed(hidden, vocab_axis="tensor")
+            logp = jnp.take_along_axis(logits, targets, axis=2) - jax.nn.logsumexp(logits, axis=2, keepdims=True)
+            return logp, targets == jnp.argmax(logits, axis=2, keepdims=True)
+
+        return map_columns(read, self.config.compute.chunk, hidden, targets)
+
+    def __call__(self, tokens: Array, segment: Array | Tree, keys: Array | None = None) -> Float[Array, "B T V"]:
         """Logits at each column, which predict the token at the next."""
         return self.unembed(self.hidden(tokens, segment, keys))
 
@@ -267,6 +294,11 @@ def bind(module: Any, method: Callable | None = None) -> Callable:
 def logprobs_fn(config: Config) -> LogprobsFn:
     """`Transformer.logprobs` as a function of parameters: the network of `sft`, `dpo` and, as a `part`, of PPO."""
     return bind(Transformer(config), Transformer.logprobs)
+
+
+def logits_fn(config: Config) -> LogitsFn:
+    """`Transformer.logits` as a function of parameters: the networks of `distillation`."""
+    return bind(Transformer(config), Transformer.logits)
 
 
 def part(name: str, network: Callable) -> Callable:

@@ -5,6 +5,8 @@ scripts/people.sh --responses answers.jsonl                  no model: {"prompt"
 scripts/people.sh --model runs/a/model runs/b/model --data prompts.jsonl --k 4
 scripts/people.sh --task arena --model runs/a/model runs/b/model --data prompts.jsonl
 scripts/people.sh --chat http://127.0.0.1:8001               people talk to the models of an OpenAI-compatible server
+scripts/people.sh --task demonstrate --data prompts.jsonl     no model: people write the answers
+scripts/people.sh invite --db runs/people/people.db --name ann --role administrator
 scripts/people.sh export --db runs/people/people.db --out labels.jsonl
 scripts/people.sh import --db runs/people/people.db --responses more.jsonl
 """
@@ -12,17 +14,18 @@ scripts/people.sh import --db runs/people/people.db --responses more.jsonl
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import io
+import itertools
 import os
 import re
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,9 +34,24 @@ import uvicorn
 
 from rlhf_jax import hub
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import access, arena, chat, endpoint, exchange, forms, frame, guidelines, network, server
+from rlhf_jax.people import (
+    access,
+    arena,
+    beside,
+    chat,
+    endpoint,
+    exchange,
+    forms,
+    frame,
+    guidelines,
+    network,
+    record,
+    server,
+)
+from rlhf_jax.people.beside import Program
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.network import listening
+from rlhf_jax.people.record import Sampling
 from rlhf_jax.people.store import Store
 from rlhf_jax.settings import Count, Seed, Settings, Share, Whole
 
@@ -64,14 +82,16 @@ class Serve(Tasks):
 
     db: Path = Path("runs/people/people.db")  # the store, which is created if it is not there
     model: tuple[Path, ...] = ()  # model directories that answer the prompts, in a process of their own
-    data: str = "world"  # prompts for the models, as in every experiment
-    prompts: Whole = 200  # number of prompts that the models answer; 0: another program adds what to ask
+    # Prompts, as in every experiment; None: the world's. Models answer them, or people do (--task demonstrate).
+    data: str | None = None
+    prompts: Whole | None = None  # number of prompts; None: 200, of a file that people answer all; 0: none
     # Answers to a prompt, over all models; None: 2 to compare, otherwise 4. In an arena each model answers once.
     k: Count | None = None
     pairs: Count = 1  # of models that meet over a prompt of an arena; all pairs meet equally often
     seed: Seed = 0  # of sampling
     guidelines: Path | None = None  # Markdown file that people acknowledge before they begin
     ratings: forms.Ratings | None = None  # that each answer needs before the ranking; without it, as before, or all
+    administrator: str = "administrator"  # name of the one whose link is printed
     host: str = "127.0.0.1"  # address to listen at
     port: network.Port = 8000  # port to listen at; 0: any that is free
     chat: str = ""  # address of a server of the OpenAI protocol, whose models people talk to (its key: PEOPLE_CHAT_KEY)
@@ -110,6 +130,16 @@ class Import(Tasks):
 
 
 @dataclasses.dataclass(frozen=True)
+class Invite(Settings):
+    """The settings of an invitation."""
+
+    name: str  # of the person, who gets a new link if they are there already
+    role: access.Role = "labeler"
+    db: Path = Path("runs/people/people.db")  # the store
+    url: str = "http://127.0.0.1:8000"  # address at which people reach the server
+
+
+@dataclasses.dataclass(frozen=True)
 class Export(Settings):
     """The settings of an export."""
 
@@ -120,7 +150,7 @@ class Export(Settings):
 
 def serve(cfg: Serve) -> None:
     """Serve the pages until control-C."""
-    items = cfg.items()
+    items = [*cfg.items(), *_to_write(cfg)]
     try:
         cfg.db.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -132,16 +162,27 @@ def serve(cfg: Serve) -> None:
         if cfg.ratings:
             store.set_rules(dataclasses.replace(store.rules(), ratings=cfg.ratings))
         if items:
-            print(f"{cfg.responses}: {_told(items, added, present)}")
-        models = _models(cfg, store)
+            print(f"{cfg.responses or cfg.data}: {_told(items, added, present)}")
+        wanted = _sampling(cfg, store)
         url = network.url("https" if cfg.certificate else "http", cfg.host, listener)
-        token = access.invite(store, "administrator", "administrator")
+        token = access.invite(store, cfg.administrator, "administrator", replaces=False)
         print(f"administrator: {url}/enter#{token}", flush=True)
         address, talking = _talking(cfg)
-        with _beside([*_answering(cfg, models), *talking]):
+        with beside.running(programs := [*_answering(cfg, store, wanted), *talking]):
             key = os.environ.get("PEOPLE_CHAT_KEY", "")
-            parts = [chat.part(endpoint.Endpoint(address, key))] if address else []
-            _run(cfg, store, listener, parts)
+            gone = (lambda: talking[0].failed) if talking else (lambda: "")
+            parts = [chat.part(endpoint.Endpoint(address, key, gone=gone))] if address else []
+            _run(cfg, store, listener, [functools.partial(_noted, programs), *parts])
+
+
+def _noted(programs: Sequence[Program], shared: frame.Frame) -> Sequence[frame.BaseRoute]:
+    """Let the administrator's page tell which programs failed, and why."""
+
+    def failed() -> list[frame.Note]:
+        return [(f"failed_{program.name}", program.failed) for program in programs if program.failed]
+
+    shared.notes.append(failed)
+    return ()
 
 
 def _run(cfg: Serve, store: Store, listener: socket.socket, parts: Sequence[frame.Part]) -> None:
@@ -157,44 +198,83 @@ def _run(cfg: Serve, store: Store, listener: socket.socket, parts: Sequence[fram
         asyncio.run(uvicorn.Server(config).serve([listener]))
 
 
-def _models(cfg: Serve, store: Store) -> tuple[Path, ...]:
-    """The models that answer prompts; where none is named and nothing is asked yet, the quickstart's."""
+def _to_write(cfg: Serve) -> list[Item]:
+    """The prompts of a file that people answer without a model."""
+    file = Path(cfg.data or "")
+    if cfg.task != "demonstrate" or cfg.model or not cfg.data or not file.is_file():
+        return []
+    overlap = exchange.Overlap(cfg.overlap, cfg.overlap_share)
+    return list(itertools.islice(exchange.read_items(file, cfg.task, overlap), cfg.prompts))
+
+
+def _sampling(cfg: Serve, store: Store) -> Sampling | None:
+    """What is to be sampled: with the models named, or what was begun before, or with the quickstart's at first."""
     if cfg.prompts == 0:
         if cfg.model:
             raise InputError(f"--prompts 0: --model {cfg.model[0]} has nothing to answer; leave one of the two out")
-        return ()
+        return None
     if cfg.task == "arena" and (cfg.model or (cfg.responses is None and not store.has_items())):
         arena.check(cfg.model, cfg.pairs)
-    if cfg.model or cfg.responses is not None:
+    if cfg.model:
         missing = [path for path in cfg.model if not (path.is_file() or (path / "config.json").is_file())]
         if missing := [path for path in missing if not hub.is_name(path)]:
             raise InputError(f"--model {missing[0]}: expected a model directory, with a config.json")
-        return cfg.model
-    if store.has_items():
-        return ()
-    if not (QUICKSTART / "config.json").is_file():
-        raise InputError(
-            f"nothing to ask: no model at {QUICKSTART}, which scripts/quickstart.sh makes in a few minutes;"
-            " or name one by --model, or answers by --responses FILE.jsonl"
-        )
-    return (QUICKSTART,)
+        return _asked(cfg, cfg.model)
+    if cfg.task == "demonstrate" and cfg.data:
+        return None if Path(cfg.data).is_file() else _asked(cfg, ())
+    begun = record.unfinished(store) if cfg.responses is None else None
+    if begun or cfg.responses or store.has_items():
+        if ignored := _ignored(cfg, begun):
+            why = "what was begun before is finished first" if begun else "there is something to ask already"
+            print(f"{', '.join(ignored)}: ignored, since {why}; name --model to have its answers to prompts added")
+        return begun
+    if (QUICKSTART / "config.json").is_file():
+        return _asked(cfg, (QUICKSTART,))
+    if cfg.task == "demonstrate":
+        return _asked(cfg, ())
+    raise InputError(
+        f"nothing to ask: no model at {QUICKSTART}, which scripts/quickstart.sh makes in a few minutes;"
+        " or name one by --model, or answers by --responses FILE.jsonl"
+    )
 
 
-def _answering(cfg: Serve, models: Sequence[Path]) -> list[list[str]]:
-    """The command that samples the models' answers into the store, if there are models."""
-    if not models:
+def _ignored(cfg: Serve, begun: Sampling | None) -> list[str]:
+    """The flags that say what models answer, where they go on with what was `begun` otherwise, or answer nothing."""
+    names = {"data", "prompts", "k", "pairs", "seed"}
+    if cfg.responses is None:
+        names |= {"task", "overlap", "overlap_share"}
+    given = {
+        field.name: getattr(cfg, field.name)
+        for field in dataclasses.fields(cfg)
+        if field.name in names and getattr(cfg, field.name) != field.default
+    }
+    differ = (name for name, value in given.items() if begun is None or getattr(begun, name) != value)
+    return ["--" + name.replace("_", "-") for name in differ]
+
+
+def _asked(cfg: Serve, models: Sequence[Path]) -> Sampling:
+    return Sampling(
+        model=tuple(map(str, models)),
+        data=cfg.data or "world",
+        prompts=cfg.prompts or 200,
+        k=cfg.k or (2 if cfg.task == "compare" else 4),
+        task=cfg.task,
+        overlap=cfg.overlap,
+        overlap_share=cfg.overlap_share,
+        pairs=cfg.pairs,
+        seed=cfg.seed,
+    )
+
+
+def _answering(cfg: Serve, store: Store, wanted: Sampling | None) -> list[Program]:
+    """The program that samples the models' answers into the store, if that is wanted, and which is on record there."""
+    if wanted is None:
         return []
-    command = [sys.executable, "-m", "experiments.answers", "--db", str(cfg.db), "--data", cfg.data, "--model"]
-    k = cfg.k or (2 if cfg.task == "compare" else 4)
-    command += [*map(str, models), "--prompts", str(cfg.prompts), "--k", str(k), "--seed", str(cfg.seed)]
-    command += ["--overlap", str(cfg.overlap), "--overlap-share", str(cfg.overlap_share), "--pairs", str(cfg.pairs)]
-    if cfg.task:
-        command += ["--task", cfg.task]
-    return [command]
+    return [Program(wanted.command(cfg.db, record.begin(store, wanted)), "answers")]
 
 
-def _talking(cfg: Serve) -> tuple[str, list[list[str]]]:
-    """The address at which people talk to models, "" if nowhere, and the command that serves them, if one must."""
+def _talking(cfg: Serve) -> tuple[str, list[Program]]:
+    """The address at which people talk to models, "" if nowhere, and the program that serves them, if one must."""
     if cfg.chat or not cfg.talk:
         return cfg.chat, []
     models = cfg.model or ((QUICKSTART,) if cfg.responses is None and (QUICKSTART / "config.json").is_file() else ())
@@ -202,37 +282,9 @@ def _talking(cfg: Serve) -> tuple[str, list[list[str]]]:
         return "", []
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.serve", "--port", str(port), "--model"]
-    command += dict.fromkeys(map(str, models))  # each once
-    return f"http://127.0.0.1:{port}", [command]
-
-
-@contextlib.contextmanager
-def _beside(commands: Sequence[Sequence[str]]) -> Iterator[None]:
-    """Within, the commands run in processes of their own, with JAX, one after another.
-
-    So a model is in memory once, and of an accelerator that has room for one process the next finds it free.
-    """
-    lock, running, ended = threading.Lock(), list[subprocess.Popen[bytes]](), threading.Event()
-
-    def run() -> None:
-        for command in commands:
-            with lock:
-                if ended.is_set():
-                    return
-                running.append(subprocess.Popen(command))
-            running[-1].wait()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        with lock:
-            ended.set()
-            for process in running:
-                process.terminate()
-        thread.join()
+    each_once = dict.fromkeys(map(str, models))
+    command = beside.command("experiments.serve", "--port", str(port), "--model", *each_once)
+    return f"http://127.0.0.1:{port}", [Program(command, "serve")]
 
 
 def _text(path: Path) -> str:
@@ -252,6 +304,13 @@ def import_items(cfg: Import) -> None:
     print(f"{cfg.db}: {_told(items, added, present)}")
 
 
+def invite(cfg: Invite) -> None:
+    """Print the link of a person, who may be new."""
+    with Store(cfg.db, create=False) as store:
+        token = access.invite(store, cfg.name, cfg.role)
+    print(f"{cfg.name} ({cfg.role}): {cfg.url.rstrip('/')}/enter#{token}")
+
+
 def _told(items: Sequence[Item], added: int, present: int) -> str:
     """What became of items, in words."""
     same = sum(item.task == "arena" and arena.is_same(item.responses) for item in items)
@@ -265,7 +324,7 @@ def export(cfg: Export) -> None:
     print(f"{cfg.out}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
 
 
-Command = TypeVar("Command", Serve, Import, Export)
+Command = TypeVar("Command", Serve, Import, Export, Invite)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -277,6 +336,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 export(_parsed(Export, rest))
             case "import":
                 import_items(_parsed(Import, rest))
+            case "invite":
+                invite(_parsed(Invite, rest))
             case _:
                 serve(_parsed(Serve, rest if name == "serve" else [name, *rest] if name else []))
     except InputError as error:

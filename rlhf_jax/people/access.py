@@ -7,7 +7,7 @@ import secrets
 from typing import Literal
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import leases
+from rlhf_jax.people import acts, leases
 from rlhf_jax.people.store import Store
 
 SESSION = 30 * 86400  # seconds that a browser stays signed in
@@ -25,10 +25,11 @@ class Person:
     aside: bool = False  # gets no more tasks
 
 
-def invite(store: Store, name: str, role: Role = "labeler") -> str:
+def invite(store: Store, name: str, role: Role = "labeler", by: int | None = None, replaces: bool = True) -> str:
     """Add a person, or give one who is there a new link; returns the token of the link.
 
-    A labeler's new link ends the sessions of the old one. An administrator's do not end: each start has a new link.
+    `by` is the administrator who invites, None for the command line. A new link ends the sessions of the old one,
+    unless it is none that `replaces` it: each start of a server prints one.
     """
     name = " ".join(name.split())
     if not 1 <= len(name) <= 80:
@@ -38,20 +39,26 @@ def invite(store: Store, name: str, role: Role = "labeler") -> str:
         row = db.execute("SELECT id, role FROM people WHERE name = ?", (name,)).fetchone()
         if row is None:
             values = (name, role, _hash(token), store.now())
-            db.execute("INSERT INTO people (name, role, token, created) VALUES (?, ?, ?, ?)", values)
+            person = db.execute("INSERT INTO people (name, role, token, created) VALUES (?, ?, ?, ?)", values).lastrowid
         elif row["role"] != role:
             raise InputError(f"name {name}: is taken by a person of another role")
         else:
-            db.execute("UPDATE people SET token = ?, revoked = NULL WHERE id = ?", (_hash(token), row["id"]))
-            if role == "labeler":
-                db.execute("DELETE FROM sessions WHERE person = ?", (row["id"],))
+            person = row["id"]
+            db.execute("UPDATE people SET token = ?, revoked = NULL WHERE id = ?", (_hash(token), person))
+            if replaces:
+                db.execute("DELETE FROM sessions WHERE person = ?", (person,))
+        if replaces:
+            acts.add(db, "invited", by, store.now(), person, role)
     return token
 
 
-def revoke(store: Store, person: int) -> None:
+def revoke(store: Store, person: int, by: int | None = None) -> None:
     """End a person's access; their labels stay and their task goes back."""
     with store.writer() as db:
-        db.execute("UPDATE people SET revoked = ?, token = NULL WHERE id = ?", (store.now(), person))
+        query = "UPDATE people SET revoked = ?, token = NULL WHERE id = ?"
+        if not db.execute(query, (store.now(), person)).rowcount:
+            return
+        acts.add(db, "revoked", by, store.now(), person)
         db.execute("DELETE FROM sessions WHERE person = ?", (person,))
         leases.release_held(db, person)
 

@@ -11,18 +11,18 @@ import sqlite3
 from typing import Any
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import agreement, forms, leases, progress
+from rlhf_jax.people import acts, agreement, forms, labels, leases, progress
 from rlhf_jax.people.leases import Refused
 from rlhf_jax.people.progress import Pace
 from rlhf_jax.people.schema import encoded
-from rlhf_jax.people.store import Store, append_label, check_name
+from rlhf_jax.people.store import Store
 
 # The decisions that stand, by item: the newest, where somebody who was set aside has come back.
 STANDING = (
-    "SELECT labels.item, MAX(labels.id) AS label FROM people CROSS JOIN labels ON labels.person = people.id"
+    "SELECT labels.item, MAX(labels.id) AS label FROM people CROSS JOIN counting AS labels ON labels.person = people.id"
     " JOIN assignments ON assignments.id = labels.assignment"
     " WHERE people.role = 'administrator' AND people.aside IS NULL AND labels.kind = 'adjudicate'"
-    " AND assignments.state = 'done' AND labels.id NOT IN (SELECT label FROM withdrawals) GROUP BY labels.item"
+    " AND assignments.state = 'done' GROUP BY labels.item"
 )
 
 
@@ -50,10 +50,10 @@ class Decision:
 def orders(db: sqlite3.Connection, item: int) -> list[Order]:
     """The orders of an item that count: neither withdrawn nor of people who were set aside; by name."""
     rows = db.execute(
-        "SELECT labels.id, name, answer, task, shown FROM labels JOIN people ON people.id = labels.person"
+        "SELECT labels.id, name, answer, task, shown FROM counting AS labels JOIN people ON people.id = labels.person"
         " JOIN items ON items.id = labels.item JOIN assignments ON assignments.id = labels.assignment"
         " WHERE labels.item = ? AND labels.kind = 'slot' AND state = 'done' AND aside IS NULL"
-        " AND labels.id NOT IN (SELECT label FROM withdrawals) ORDER BY name",
+        " ORDER BY name",
         (item,),
     )
     found = []
@@ -67,9 +67,7 @@ def orders(db: sqlite3.Connection, item: int) -> list[Order]:
 
 def settled(db: sqlite3.Connection, person: int) -> set[int]:
     """The items that are in no queue of this administrator: decided, or skipped by this one."""
-    skipped = (
-        "SELECT item FROM labels WHERE person = ? AND kind = 'adjudicate' AND id NOT IN (SELECT label FROM withdrawals)"
-    )
+    skipped = "SELECT item FROM counting WHERE person = ? AND kind = 'adjudicate'"
     found = {row["item"] for row in db.execute(skipped, (person,))}
     return found | {row["item"] for row in db.execute(STANDING)}
 
@@ -88,9 +86,9 @@ def decisions(db: sqlite3.Connection, most: int) -> list[Decision]:
 def refusal(db: sqlite3.Connection, item: int) -> Refused | None:
     """Why an item cannot be decided now; None if it can."""
     row = db.execute(
-        "SELECT name FROM labels JOIN people ON people.id = labels.person"
+        "SELECT name FROM counting AS labels JOIN people ON people.id = labels.person"
         " JOIN assignments ON assignments.id = labels.assignment WHERE labels.item = ? AND labels.kind = 'adjudicate'"
-        " AND state = 'done' AND aside IS NULL AND labels.id NOT IN (SELECT label FROM withdrawals) LIMIT 1",
+        " AND state = 'done' AND aside IS NULL LIMIT 1",
         (item,),
     ).fetchone()
     if row:
@@ -133,8 +131,7 @@ def save_draft(store: Store, person: int, item: int, body: Any) -> None:
     with store.writer() as db:
         if refused := refusal(db, item):
             raise refused
-        values = (person, -item, json.dumps(body), store.now())
-        db.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?, ?, ?)", values)
+        labels.draft(db, person, -item, body, store.now())
 
 
 def decide(store: Store, person: int, item: int, submission: str, answer: Any, seconds: float) -> int:
@@ -145,13 +142,10 @@ def decide(store: Store, person: int, item: int, submission: str, answer: Any, s
     InputError for an answer that is not whole, and Refused for an item that was decided, or that no two people's
     orders of are left.
     """
-    check_name(submission, "submission")
+    labels.check_name(submission, "submission")
     with store.writer() as db:
-        query = "SELECT id, item FROM labels WHERE person = ? AND submission = ?"
-        if row := db.execute(query, (person, submission)).fetchone():
-            if row["item"] != item:
-                raise Refused("foreign", "this name of a submission stands for the answer to another task")
-            return row["id"]
+        if label := labels.replayed(db, person, submission, "item", item):
+            return label
         if db.execute("SELECT 1 FROM people WHERE id = ? AND aside IS NOT NULL", (person,)).fetchone():
             raise Refused("set_aside", "you were set aside, so what you decide does not count")
         if refused := refusal(db, item):
@@ -165,7 +159,7 @@ def decide(store: Store, person: int, item: int, submission: str, answer: Any, s
         lease = (item, person, "adjudicate", None, json.dumps(shown), now - seconds, now, state)
         assignment, text = leases.append(db, lease), encoded(said)
         values = (assignment, item, person, "adjudicate", submission, text, now - seconds, now, seconds, 0, None, None)
-        label = append_label(db, values)
+        label = labels.append(db, values)
         db.execute("DELETE FROM drafts WHERE person = ? AND item = ?", (person, -item))
         return label
 
@@ -186,30 +180,27 @@ def withdraw(store: Store, person: int, label: int | None = None) -> int:
     """Withdraw a decision, or else this administrator's last; returns its item, which is in the queue again."""
     with store.writer() as db:
         row = db.execute(
-            f"SELECT * FROM labels WHERE {'person' if label is None else 'id'} = ? AND kind = 'adjudicate'"
-            " AND id NOT IN (SELECT label FROM withdrawals) ORDER BY created DESC, id DESC LIMIT 1",
+            f"SELECT * FROM counting WHERE {'person' if label is None else 'id'} = ? AND kind = 'adjudicate'"
+            " ORDER BY created DESC, id DESC LIMIT 1",
             (person if label is None else label,),
         ).fetchone()
         if row is None:
             raise Refused("nothing", "there is no such decision to withdraw; it may have been withdrawn already")
-        db.execute("INSERT INTO withdrawals VALUES (?, ?, ?)", (row["id"], person, store.now()))
+        labels.withdraw(db, row["id"], person, store.now())
+        if row["person"] != person:
+            acts.add(db, "withdrawn", person, store.now(), row["person"], f"item {row['item']}")
         db.execute("UPDATE assignments SET state = 'expired' WHERE id = ?", (row["assignment"],))
         answer = json.loads(row["answer"])
         if "skip" not in answer and row["person"] == person:
             shown = db.execute("SELECT shown FROM assignments WHERE id = ?", (row["assignment"],)).fetchone()["shown"]
-            draft = json.dumps(forms.displayed(answer, json.loads(shown)))
-            values = (person, -row["item"], draft, store.now())
-            db.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?, ?, ?)", values)
+            labels.draft(db, person, -row["item"], forms.displayed(answer, json.loads(shown)), store.now())
         return row["item"]
 
 
 def pace(db: sqlite3.Connection, person: int, now: float, left: int) -> Pace:
     """How far an administrator has come with deciding, where `left` items are in the queue."""
-    rows = db.execute(
-        "SELECT created, seconds FROM labels WHERE person = ? AND kind = 'adjudicate'"
-        " AND id NOT IN (SELECT label FROM withdrawals) ORDER BY created DESC",
-        (person,),
-    ).fetchall()
+    query = "SELECT created, seconds FROM counting WHERE person = ? AND kind = 'adjudicate' ORDER BY created DESC"
+    rows = db.execute(query, (person,)).fetchall()
     midnight = progress.midnight(now)
     today = sum(row["created"] >= midnight for row in rows)
     return Pace(len(rows), today, progress.middle(row["seconds"] for row in rows[:20]), left)

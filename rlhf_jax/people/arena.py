@@ -14,9 +14,11 @@ import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import exchange, strengths, words
-from rlhf_jax.people.agreement import Share, Undefined
+from rlhf_jax.people import agreement, exchange, strengths, words
+from rlhf_jax.people.agreement import FIRST, SECOND, TIE, Agreement, Share, Undefined
 
 Pair = tuple[int, int]
 # Why a model has no finite strength: it won every battle, lost every one, or had none; or its battles do not join it to
@@ -170,6 +172,7 @@ class Table:
     bad: int  # votes for both bad
     same: int  # votes on two answers of the same text
     nu: float | None  # Davidson's weight of ties; None without ties or strengths
+    agreement: Agreement | Undefined  # of two people on a battle, unless both answers are the same text
 
 
 def table(arena: Votes) -> Table:
@@ -214,7 +217,27 @@ def table(arena: Votes) -> Table:
         bad=sum(vote.verdict == "bad" for vote in arena.votes),
         same=sum(vote.same for vote in arena.votes),
         nu=fitted.nu if fitted else None,
+        agreement=agreed(arena.votes),
     )
+
+
+_LABELS = {"first": FIRST, "second": SECOND, "tie": TIE, "bad": TIE}
+
+
+def agreed(votes: Iterable[Vote]) -> Agreement | Undefined:
+    """How often two people say the same of a battle, both bad being a tie; Undefined where no two judged one.
+
+    Battles of two answers of the same text are left out: there is nothing to choose between.
+    """
+    said: dict[int, dict[str, int]] = {}  # by item and person
+    for vote in votes:
+        if not vote.same:
+            said.setdefault(vote.item, {})[vote.person] = _LABELS[vote.verdict]
+    counts = [np.bincount(list(each.values()), minlength=3) for each in said.values()]
+    try:
+        return agreement.agreement_of(np.array(counts, int).reshape(-1, 3))
+    except Undefined as undefined:
+        return undefined
 
 
 def _fitted(votes: Sequence[Vote]) -> tuple[strengths.Strengths | None, Collection[str]]:
@@ -269,7 +292,14 @@ def text(found: Table) -> str:
     for name, *cells, last in rows:
         middle = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         lines.append("  ".join([name.ljust(widths[0]), *middle, last]))
-    return "\n".join([*lines, said["arena_votes"].format(**_counts(found))])
+    lines.append(said["arena_votes"].format(**_counts(found)))
+    if isinstance(found.agreement, Undefined):
+        lines.append(str(found.agreement))
+    else:
+        for name in ("without_ties", "ties_as_label", "ties_as_half"):
+            share = getattr(found.agreement, name)
+            lines += [f"{said['arena_agreed']}, {said[name]}: {share}"] if share else []
+    return "\n".join(lines)
 
 
 def as_json(found: Table) -> dict[str, Any]:
@@ -283,6 +313,7 @@ def as_json(found: Table) -> dict[str, Any]:
             for one, row in zip(found.standings, found.between, strict=True)
         },
         "nu": found.nu,
+        "agreement": None if isinstance(found.agreement, Undefined) else dataclasses.asdict(found.agreement),
         **_counts(found),
     }
 

@@ -175,7 +175,7 @@ class Asked:
 # Each slot of an item, with the time of its answer if it has one.
 _ANSWERS = (
     "SELECT assignments.item, assignments.person, state, expires, labels.created FROM assignments"
-    " LEFT JOIN labels ON labels.assignment = assignments.id AND labels.id NOT IN (SELECT label FROM withdrawals)"
+    " LEFT JOIN counting AS labels ON labels.assignment = assignments.id"
     " WHERE assignments.item BETWEEN ? AND ? AND assignments.kind = 'slot'"
 )
 

@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response, Stream
 from starlette.routing import Route
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import forms, frame, turns, words
+from rlhf_jax.people import acts, forms, frame, turns, words
 from rlhf_jax.people.access import Person
 from rlhf_jax.people.endpoint import LONGEST, Asked, Endpoint, Failure, Piece, whole
 from rlhf_jax.people.frame import Denied, Frame
@@ -72,6 +72,7 @@ def part(endpoint: Endpoint) -> frame.Part:
 def _routes(endpoint: Endpoint, shared: Frame) -> list[Route]:
     pages = Chat(endpoint, shared)
     shared.links["/chat"] = "chat"
+    shared.talks = lambda: not endpoint.gone()
     shared.at_end.append(endpoint.close)
     return [
         Route("/chat", pages.page),
@@ -79,9 +80,9 @@ def _routes(endpoint: Endpoint, shared: Frame) -> list[Route]:
         Route("/api/chat/conversation", pages.conversation),
         Route("/api/chat/answer", pages.answer, methods=["POST"]),
         Route("/api/chat/stop", pages.stop, methods=["POST"]),
-        Route("/api/chat/withdraw", pages.withdraw, methods=["POST"]),
-        Route("/api/chat/better", pages.better, methods=["POST"]),
-        Route("/admin/chats", pages.add, methods=["POST"]),
+        Route("/api/chat/withdraw", frame.posted(pages.withdraw), methods=["POST"]),
+        Route("/api/chat/better", frame.posted(pages.better), methods=["POST"]),
+        Route("/admin/chats", frame.posted(pages.add, frame.read_form), methods=["POST"]),
     ]
 
 
@@ -92,10 +93,10 @@ class Chat:
         self._endpoint, self._frame, self._store = endpoint, shared, shared.store
         self._open: dict[tuple[int, str], asyncio.Queue[tuple[int, Piece | Failure | None]]] = {}
 
-    async def page(self, request: Request) -> Response:
+    def page(self, request: Request) -> Response:
         """Show the page on which a person talks to a model."""
-        person = await run_in_threadpool(self._frame.person, request)
-        await run_in_threadpool(self._frame.check_read, person)
+        person = self._frame.person(request)
+        self._frame.check_read(person)
         boot = {"words": words.of(frame.language(request)), "person": person.id}
         return self._frame.page(request, "chat.html", person, boot=boot)
 
@@ -109,15 +110,11 @@ class Chat:
         blind = person.role != "administrator"
         return JSONResponse({"models": [None if blind else name for name in names]})
 
-    async def conversation(self, request: Request) -> Response:
+    def conversation(self, request: Request) -> Response:
         """How a conversation stands, as JSON."""
         number = frame.number(request.query_params.get("assignment", ""), "assignment")
-
-        def read() -> dict[str, Any]:
-            found = turns.conversation(self._store, self._worker(request).id, number)
-            return dataclasses.asdict(found)
-
-        return JSONResponse(await run_in_threadpool(read))
+        found = turns.conversation(self._store, self._worker(request).id, number)
+        return JSONResponse(dataclasses.asdict(found))
 
     async def answer(self, request: Request) -> Response:
         """Stream the answer to a dialogue, or the two answers to the next message of a conversation."""
@@ -240,42 +237,31 @@ class Chat:
             queue.put_nowait((-1, None))
         return JSONResponse({"stopped": True})
 
-    async def withdraw(self, request: Request) -> Response:
+    def withdraw(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Take back what was said of an answer."""
-        body = await frame.read_json(request)
-        await run_in_threadpool(
-            lambda: turns.withdraw(self._store, self._worker(request, body).id, frame.assignment(body))
-        )
-        return JSONResponse({"withdrawn": True})
+        turns.withdraw(self._store, self._worker(request, body).id, frame.assignment(body))
+        return {"withdrawn": True}
 
-    async def better(self, request: Request) -> Response:
+    def better(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Store an answer that a person holds for better than the model's."""
-        body = await frame.read_json(request)
+        person, name, seconds = self._worker(request, body), frame.name(body, "submission"), frame.seconds(body)
+        item = turns.recorded(self._store, person.id, frame.assignment(body))
+        if item.task != "thumb":
+            raise InputError("assignment: expected that of one answer")
+        answer = forms.checked("demonstrate", 1, {"text": body.get("text"), "edited": 0}, "none")
+        better = dataclasses.replace(item, task="demonstrate")
+        turn = turns.record(self._store, person.id, f"better/{name}", better, [0])
+        return {"label": self._store.submit(person.id, turn, name, answer, seconds)}
 
-        def save() -> int:
-            person, name, seconds = self._worker(request, body), frame.name(body, "submission"), frame.seconds(body)
-            item = turns.recorded(self._store, person.id, frame.assignment(body))
-            if item.task != "thumb":
-                raise InputError("assignment: expected that of one answer")
-            answer = forms.checked("demonstrate", 1, {"text": body.get("text"), "edited": 0}, "none")
-            better = dataclasses.replace(item, task="demonstrate")
-            turn = turns.record(self._store, person.id, f"better/{name}", better, [0])
-            return self._store.submit(person.id, turn, name, answer, seconds)
-
-        return JSONResponse({"label": await run_in_threadpool(save)})
-
-    async def add(self, request: Request) -> Response:
+    def add(self, request: Request, form: dict[str, str]) -> Response:
         """Add conversations that people are asked to have."""
-        form = await frame.read_form(request)
-
-        def save() -> None:
-            self._frame.administrator(request, form)
-            count, topic = form.get("count", ""), form.get("topic", "").strip()
-            if not count.isdecimal() or not 1 <= int(count[:9]) <= _MOST_ADDED:
-                raise InputError(f"count={count:.20}: expected a whole number from 1 to {_MOST_ADDED}")
-            self._store.add(Item(topic, task="chat", number=secrets.randbits(52)) for _ in range(int(count)))
-
-        await run_in_threadpool(save)
+        person = self._frame.administrator(request, form)
+        count, topic = form.get("count", ""), form.get("topic", "").strip()
+        if not count.isdecimal() or not 1 <= int(count[:9]) <= _MOST_ADDED:
+            raise InputError(f"count={count:.20}: expected a whole number from 1 to {_MOST_ADDED}")
+        self._store.add(Item(topic, task="chat", number=secrets.randbits(52)) for _ in range(int(count)))
+        with self._store.writer() as db:
+            acts.add(db, "chats", person.id, self._store.now(), why=f"{count}: {topic:.80}" if topic else count)
         return RedirectResponse("/admin", 303)
 
     def _worker(self, request: Request, body: dict[str, Any] | None = None) -> Person:

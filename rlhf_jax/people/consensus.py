@@ -196,11 +196,7 @@ def _said(blocks: list[Block], labels: Callable[[Block], np.ndarray], values: in
 def _checks(db: sqlite3.Connection, names: Mapping[int, str]) -> dict[int, list[float]]:
     """By person: pairs agreed and pairs in all of repeated answers, and the same of gold ones."""
     found: dict[int, list[float]] = {person: [0.0] * 4 for person in names}
-    query = (
-        "SELECT person, kind, SUM(agreed) AS agreed, SUM(pairs) AS pairs FROM labels WHERE pairs IS NOT NULL"
-        " AND kind IN ('gold', 'repeat') AND id NOT IN (SELECT label FROM withdrawals) GROUP BY person, kind"
-    )
-    for row in db.execute(query):
+    for row in db.execute("SELECT person, kind, agreed, pairs FROM tallies WHERE kind IN ('gold', 'repeat')"):
         if row["person"] in found:
             at = 0 if row["kind"] == "repeat" else 2
             found[row["person"]][at : at + 2] = [float(row["agreed"]), float(row["pairs"])]

@@ -11,7 +11,7 @@ import sqlite3
 from typing import Any
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import forms, rules
+from rlhf_jax.people import forms, labels, rules
 from rlhf_jax.people.leases import Refused
 
 
@@ -53,8 +53,8 @@ def read(db: sqlite3.Connection, person: int, item: int) -> Conversation:
     if row["task"] != "chat":
         raise Refused("foreign", "this task is no conversation")
     found = db.execute(
-        "SELECT turn.id, turn.shown, turn.state, prompt, responses, (SELECT answer FROM labels WHERE assignment ="
-        " turn.id AND labels.id NOT IN (SELECT label FROM withdrawals)) AS answer FROM assignments AS turn"
+        "SELECT turn.id, turn.shown, turn.state, prompt, responses, (SELECT answer FROM counting WHERE assignment ="
+        " turn.id) AS answer FROM assignments AS turn"
         " JOIN items ON items.id = turn.item WHERE turn.person = ? AND turn.kind = 'turn' AND turn.slot = ?"
         " AND turn.state IN ('asked', 'done') AND turn.id >"
         " (SELECT MIN(id) FROM assignments WHERE item = ? AND person = ?) ORDER BY turn.id",
@@ -98,5 +98,5 @@ def withdraw(db: sqlite3.Connection, held: sqlite3.Row, label: int, now: float) 
     """Withdraw the label of a turn; what came after it in its conversation is no part of that any more."""
     if held["slot"] is not None:
         drop(db, held["person"], held["slot"], held["id"])
-    db.execute("INSERT INTO withdrawals VALUES (?, ?, ?)", (label, held["person"], now))
+    labels.withdraw(db, label, held["person"], now)
     db.execute("UPDATE assignments SET state = 'asked' WHERE id = ?", (held["id"],))

@@ -7,7 +7,7 @@ names what the page can do about it.
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ class Failure(Exception):
     """An answer that did not come, or not whole.
 
     `code` is "away" (nobody answers), "cut" (the connection broke), "slow" (nothing came for long), "busy" (too many
-    requests), "long" (more than the model's context holds), "refused" (another error) or "malformed" (not the
-    protocol). The message may name the model.
+    requests), "long" (more than the model's context holds), "refused" (another error), "malformed" (not the protocol)
+    or "broken" (nobody will answer: what serves the models has failed). The message may name the model.
     """
 
     def __init__(self, code: str, message: str):
@@ -53,8 +53,19 @@ class Piece:
 class Endpoint:
     """An address at which models answer. Create and use it within one event loop."""
 
-    def __init__(self, url: str, key: str = "", connect: float = 5.0, patience: float = 180.0):
-        """`patience` is the most seconds between two parts of an answer: the first may wait for a compilation."""
+    def __init__(
+        self,
+        url: str,
+        key: str = "",
+        connect: float = 5.0,
+        patience: float = 180.0,
+        gone: Callable[[], str] = lambda: "",
+    ):
+        """`patience` is the most seconds between two parts of an answer: the first may wait for a compilation.
+
+        `gone` tells in a line why nobody will answer there any more; "" while somebody may.
+        """
+        self.gone = gone
         self.url = url.rstrip("/").removesuffix("/v1")
         self._key, self._connect, self._patience = key, connect, patience
         self._client: httpx2.AsyncClient | None = None
@@ -90,7 +101,7 @@ class Endpoint:
                     text = await _text(response)
                 names = [one["id"] for one in json.loads(text)["data"]]
             except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-                raise _broken(error, begun=False) from error
+                raise self._failure(error, begun=False) from error
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise Failure("malformed", "its list of models is not of the protocol") from error
             if not names or not all(isinstance(name, str) and name for name in names):
@@ -121,16 +132,17 @@ class Endpoint:
                     if piece.end:
                         return
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise _broken(error, begun) from error
+            raise self._failure(error, begun) from error
         raise Failure("cut", "the connection ended in the middle of the answer")
 
+    def _failure(self, error: Exception, begun: bool) -> Failure:
+        import httpx2
 
-def _broken(error: Exception, begun: bool) -> Failure:
-    import httpx2
-
-    if isinstance(error, httpx2.ReadTimeout | httpx2.WriteTimeout | httpx2.PoolTimeout):
-        return Failure("slow", "nothing came for too long")
-    return Failure("cut" if begun else "away", str(error) or type(error).__name__)
+        if why := self.gone():
+            return Failure("broken", why)
+        if isinstance(error, httpx2.ReadTimeout | httpx2.WriteTimeout | httpx2.PoolTimeout):
+            return Failure("slow", "nothing came for too long")
+        return Failure("cut" if begun else "away", str(error) or type(error).__name__)
 
 
 async def _check(response: "httpx2.Response") -> None:

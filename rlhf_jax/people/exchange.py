@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import sqlite3
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import adjudication, forms, items
+from rlhf_jax.people import acts, adjudication, forms, items
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.leases import Kind
 from rlhf_jax.people.store import Store
@@ -165,10 +166,14 @@ class Filter:
 
     @classmethod
     def parse(cls, text: str) -> "Filter":
-        """The filter that "person=ann&round=2" spells; InputError for one that is wrong."""
+        """The filter that "person=ann&round=2" spells; InputError for one that is wrong.
+
+        A character that has a meaning here or in an address stands by its number: "person=Ann%26Bob", for "Ann&Bob".
+        """
         values = dict[str, str]()
         for part in filter(None, text.split("&")):
             name, equals, value = part.partition("=")
+            value = urllib.parse.unquote(value)
             if not equals or name in values or name not in {field.name for field in dataclasses.fields(cls)}:
                 names = ", ".join(field.name for field in dataclasses.fields(cls))
                 raise InputError(f"filter {part!r}: expected, for instance, person=ann&round=2, of {names}")
@@ -241,12 +246,19 @@ def digest(spec: str) -> str:
     return found.hexdigest()[:24]
 
 
+def check(db: sqlite3.Connection, wanted: Filter) -> None:
+    """Raise InputError for a filter that names somebody whom the store does not know."""
+    if wanted.person is not None and not db.execute("SELECT 1 FROM people WHERE name = ?", (wanted.person,)).fetchone():
+        raise InputError(
+            f"person {wanted.person}: the store has nobody of that name; the administrator's page lists all names,"
+            " in which & is written %26"
+        )
+
+
 def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[str, Any]]]:
     """`read`, over an open connection."""
-    if wanted.person is not None:
-        found = db.execute("SELECT 1 FROM people WHERE name = ?", (wanted.person,)).fetchone()
-        if not found:
-            raise InputError(f"person {wanted.person}: the store has nobody of that name")
+    check(db, wanted)
+    aside, restored = acts.last(db, "aside"), acts.last(db, "restored")
     chosen = {
         "no": "labels.kind IN (?, ?)",
         "yes": "(labels.kind IN (?, ?) AND labels.item NOT IN (SELECT item FROM standing)"
@@ -256,15 +268,15 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
     query = (
         f"WITH standing AS ({adjudication.STANDING})"
         " SELECT labels.*, items.round, items.task, items.prompt, items.responses, items.models, items.ended,"
-        " people.name, shown FROM labels JOIN items ON items.id = labels.item JOIN people ON people.id = labels.person"
+        " people.name, people.aside, shown FROM counting AS labels JOIN items ON items.id = labels.item"
+        " JOIN people ON people.id = labels.person"
         " JOIN assignments ON assignments.id = labels.assignment"
-        f" WHERE labels.id NOT IN (SELECT label FROM withdrawals) AND {chosen}"
+        f" WHERE {chosen}"
         " AND (assignments.state = 'done' OR (assignments.state = 'aside' AND ?))"
         " AND (? OR people.aside IS NULL)"
         " AND (? IS NULL OR items.round = ?) AND (? IS NULL OR people.name = ?) AND (? IS NULL OR items.task = ?)"
         " AND (? <= 0 OR labels.kind = 'adjudicate' OR people.id IN"
-        " (SELECT person FROM labels WHERE kind = 'gold' AND pairs IS NOT NULL"
-        " AND id NOT IN (SELECT label FROM withdrawals) GROUP BY person HAVING SUM(agreed) >= ? * SUM(pairs)))"
+        " (SELECT person FROM tallies WHERE kind = 'gold' AND pairs > 0 AND agreed >= ? * pairs))"
         " ORDER BY labels.id"
     )
     values = (
@@ -281,6 +293,10 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
         answer = json.loads(label["answer"])
         responses = json.loads(label["responses"])
         about = _about(label, answer)
+        if label["aside"] is not None and (act := aside.get(label["person"])):
+            about |= {"set_aside": act.why, "set_aside_by": act.by}
+        elif (act := restored.get(label["person"])) and label["id"] <= act.label:
+            about |= {"restored_by": act.by}
         for kind, row in forms.rows(label["task"], json.loads(label["prompt"]), responses, answer):
             ended = json.loads(label["ended"]) if label["ended"] else None
             if ended and label["task"] != "demonstrate" and kind == "rankings":

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import access, forms, guidelines, network, words
 from rlhf_jax.people.access import Person
-from rlhf_jax.people.store import Store, check_name
+from rlhf_jax.people.labels import check_name
+from rlhf_jax.people.store import Store
 
 PAGES = Path(__file__).parent / "pages"
 
@@ -29,9 +31,12 @@ class Options:
     cookie: str = "session"  # name of the cookie; servers on other ports of the same machine need others
     secure: bool = False  # by https, so that cookies are for https alone
     hosts: frozenset[str] | None = network.LOOPBACK  # names that requests may be for; None: any
-    rate: float = 20.0  # requests a second of one session, in the long run
-    burst: float = 100.0  # requests of one session at once
+    rate: float = 20.0  # requests a second of one person, or one address without a session, in the long run
+    burst: float = 100.0  # requests of one of them at once
     attempts: float = 20.0  # wrong tokens from one address in a minute
+
+
+Note = tuple[str, object]  # the name of the words, and what {why} in them stands for
 
 
 class Denied(Exception):
@@ -48,6 +53,9 @@ class Frame:
     def __init__(self, store: Store, options: Options):
         self.store, self.options = store, options
         self.links: dict[str, str] = {}  # further entries of the menu, and the names of their words
+        self.notes: list[Callable[[], list[Note]]] = []  # what the administrator has to know, as long as it is so
+        self.talks: Callable[[], bool] = lambda: False  # whether there is a model that people can talk to
+        self.senders: dict[str, int] = {}  # by the token of a session that was valid: the person
         self.at_end: list[Callable[[], Awaitable[None]]] = []  # called when the server stops
         self._templates = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True)
 
@@ -56,7 +64,9 @@ class Frame:
         session = self.session(request)
         person = access.person(self.store, session) if session else None
         if person is None:
+            self.senders.pop(session, None)
             raise Denied(401, "no_session")
+        self.senders[session] = person.id
         if body is not None:
             given = request.headers.get("x-csrf") or body.get("csrf") or ""
             if not isinstance(given, str) or not hmac.compare_digest(
@@ -89,6 +99,7 @@ class Frame:
             t=words.of(chosen),
             language=chosen,
             languages=words.LANGUAGES,
+            theme=request.cookies.get("theme", ""),
             person=person,
             links=self.links,
             csrf=_csrf(self.session(request)) if person else "",
@@ -114,7 +125,8 @@ class Frame:
         print(f"error: {self.store.path}: {error}; make room, and answers will be stored again", flush=True)
 
 
-Part = Callable[[Frame], Sequence[BaseRoute]]  # the routes of further pages, which may add to `links` and `at_end`
+# The routes of further pages, which may set `talks`, and add to `links`, `notes` and `at_end`.
+Part = Callable[[Frame], Sequence[BaseRoute]]
 
 
 def _csrf(session: str) -> str:
@@ -134,6 +146,18 @@ def ascii_json(value: Any) -> Response:
 
 
 # -- what a request holds: InputError for what it should not -----------------------------------------------------------
+
+
+def posted(
+    handle: Callable[[Request, dict[str, Any]], Any], read: Callable[[Request], Awaitable[dict[str, Any]]] | None = None
+) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint that reads a JSON object, or as `read` does, and lets a thread handle it; a dict becomes JSON."""
+
+    async def endpoint(request: Request) -> Response:
+        found = await run_in_threadpool(handle, request, await (read or read_json)(request))
+        return found if isinstance(found, Response) else JSONResponse(found)
+
+    return endpoint
 
 
 async def read_json(request: Request) -> dict[str, Any]:

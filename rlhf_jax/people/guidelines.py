@@ -1,5 +1,6 @@
 """The guidelines: versions of a text in Markdown, each of which people acknowledge before their next task."""
 
+from rlhf_jax.people import acts
 from rlhf_jax.people.store import Store
 
 
@@ -9,13 +10,14 @@ def newest(store: Store) -> tuple[int, str]:
     return (row["version"], row["text"]) if row else (0, "")
 
 
-def add(store: Store, text: str) -> int:
+def add(store: Store, text: str, by: int | None = None) -> int:
     """Add a version, unless the text is that of the newest; returns the number of the newest."""
     version, before = newest(store)
     if text.strip() == before:
         return version
     with store.writer() as db:
         db.execute("INSERT INTO guidelines (text, created) VALUES (?, ?)", (text.strip(), store.now()))
+        acts.add(db, "guidelines", by, store.now(), why=f"{version + 1}")
     return newest(store)[0]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import rules
+from rlhf_jax.people import acts, rules
 
 _RECENT = 5  # answers of a person that are not yet repeated
 
@@ -40,8 +40,11 @@ def append(db: sqlite3.Connection, values: Sequence[Any]) -> int:
 # -- what comes next ---------------------------------------------------------------------------------------------------
 
 
-def assign(db: sqlite3.Connection, person: int, now: float) -> int | None:
-    """A new assignment; None if nothing is left, or the person is set aside."""
+def assign(db: sqlite3.Connection, person: int, now: float, talks: bool) -> int | None:
+    """A new assignment, of a conversation only if there is a model that `talks`.
+
+    None if nothing is left, or the person is set aside.
+    """
     current = rules.newest(db)
     row = db.execute("SELECT * FROM people WHERE id = ?", (person,)).fetchone()
     if row["aside"] is not None:
@@ -55,7 +58,7 @@ def assign(db: sqlite3.Connection, person: int, now: float) -> int | None:
     elif draw < current.gold_share + current.repeat_share:
         kind, item = "repeat", _own_item(db, person, rng)
     if item is None:
-        kind, item, last = "slot", *_open_item(db, person, last)
+        kind, item, last = "slot", *_open_item(db, person, last, talks)
     if item is None:
         kind, item = "gold", _gold_item(db, person)
     if item is None:
@@ -81,22 +84,34 @@ _MET = (
 )
 
 
-def _open_item(db: sqlite3.Connection, person: int, last: int) -> tuple[int | None, int]:
+def _open_item(db: sqlite3.Connection, person: int, last: int, talks: bool) -> tuple[int | None, int]:
     """The next item with a free slot, and the last one that the person was given in their order.
 
-    That is one that came back or else the first beyond `last`, so that no query looks at all that was answered.
+    That is one that came back or else the first beyond `last`, so that no query looks at all that was answered. Where
+    conversations are passed over, for want of a model, the place stays before the first, so that they are found later.
     """
     query = (
-        f"SELECT items.id FROM freed JOIN items ON items.id = freed.item WHERE taken < overlap AND NOT {_MET} LIMIT 1"
+        "SELECT items.id FROM freed JOIN items ON items.id = freed.item WHERE taken < overlap"
+        f" AND (? OR task != 'chat') AND NOT {_MET} LIMIT 1"
     )
-    if row := db.execute(query, (person,)).fetchone():
+    if row := db.execute(query, (talks, person)).fetchone():
         return row["id"], last
     query = (
-        "SELECT id FROM items INDEXED BY items_open WHERE taken < overlap AND gold IS NULL AND id > ?"
-        f" AND NOT {_MET} ORDER BY id LIMIT 1"
+        "SELECT id, task FROM items INDEXED BY items_open WHERE taken < overlap AND gold IS NULL AND id > ?"
+        f" AND (? OR task != 'chat') AND NOT {_MET} ORDER BY id LIMIT 1"
     )
-    row = db.execute(query, (last, person)).fetchone()
-    return (row["id"], row["id"]) if row else (None, last)
+    row = db.execute(query, (last, talks, person)).fetchone()
+    if row is None:
+        return None, last
+    passed = None if talks else db.execute(_PASSED, (last, row["id"])).fetchone()
+    return row["id"], passed["id"] - 1 if passed else row["id"]
+
+
+# The first open conversation of a stretch of items.
+_PASSED = (
+    "SELECT id FROM items INDEXED BY items_open WHERE taken < overlap AND gold IS NULL AND id > ? AND id < ?"
+    " AND task = 'chat' ORDER BY id LIMIT 1"
+)
 
 
 def _gold_item(db: sqlite3.Connection, person: int) -> int | None:
@@ -172,17 +187,26 @@ def release_held(db: sqlite3.Connection, person: int) -> None:
         release(db, row, "expired")
 
 
-def set_aside(db: sqlite3.Connection, person: int, why: str, now: float) -> None:
-    """Give a person no more tasks, and others the slots that the person filled."""
-    db.execute("UPDATE people SET aside = ?, why = ? WHERE id = ? AND aside IS NULL", (now, why, person))
+def set_aside(db: sqlite3.Connection, person: int, why: str, now: float, by: int | None) -> None:
+    """Give a person no more tasks, and others the slots that the person filled.
+
+    `by` is the administrator who decides that, None a rule.
+    """
+    query = "UPDATE people SET aside = ?, why = ? WHERE id = ? AND aside IS NULL"
+    if not db.execute(query, (now, why, person)).rowcount:
+        return
+    acts.add(db, "aside", by, now, person, why)
     query = "SELECT * FROM assignments WHERE person = ? AND state IN ('open', 'done') AND kind = 'slot'"
     for row in db.execute(query, (person,)).fetchall():
         release(db, row, "aside" if row["state"] == "done" else "expired")
 
 
-def restore(db: sqlite3.Connection, person: int) -> None:
+def restore(db: sqlite3.Connection, person: int, now: float, by: int | None) -> None:
     """Let a person who was set aside go on; the slots that the person filled are full again, or more than full."""
-    db.execute("UPDATE people SET aside = NULL, why = NULL WHERE id = ?", (person,))
+    query = "UPDATE people SET aside = NULL, why = NULL WHERE id = ? AND aside IS NOT NULL"
+    if not db.execute(query, (person,)).rowcount:
+        return
+    acts.add(db, "restored", by, now, person)
     query = "SELECT * FROM assignments WHERE person = ? AND state = 'aside'"
     for row in db.execute(query, (person,)).fetchall():
         values = (_free_slot(db, row["item"]), row["id"])

@@ -6,13 +6,12 @@ import json
 import time
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from rlhf_jax.people import adjudication, forms, frame
-from rlhf_jax.people.agreement import Estimate, Share, Undefined
+from rlhf_jax.people.agreement import Agreement, Estimate, Share, Undefined
 from rlhf_jax.people.consensus import Measures, Snapshot, Watch
 from rlhf_jax.people.frame import Frame
 from rlhf_jax.people.leases import Refused
@@ -40,11 +39,11 @@ def routes(shared: Frame) -> list[Route]:
         Route("/admin/agreement", pages.agreement),
         Route("/admin/adjudication", pages.queue),
         Route("/admin/adjudicate", pages.decide),
-        Route("/admin/withdraw", pages.withdraw, methods=["POST"]),
+        Route("/admin/withdraw", frame.posted(pages.withdraw, frame.read_form), methods=["POST"]),
         Route("/api/adjudicate/task", pages.task),
-        Route("/api/adjudicate/draft", pages.draft, methods=["POST"]),
-        Route("/api/adjudicate/submit", pages.submit, methods=["POST"]),
-        Route("/api/adjudicate/undo", pages.undo, methods=["POST"]),
+        Route("/api/adjudicate/draft", frame.posted(pages.draft), methods=["POST"]),
+        Route("/api/adjudicate/submit", frame.posted(pages.submit), methods=["POST"]),
+        Route("/api/adjudicate/undo", frame.posted(pages.undo), methods=["POST"]),
     ]
 
 
@@ -54,11 +53,8 @@ class Oversight:
     def __init__(self, shared: Frame):
         self._frame, self._store, self._watch = shared, shared.store, Watch(shared.store)
 
-    async def agreement(self, request: Request) -> Response:
+    def agreement(self, request: Request) -> Response:
         """Show how far people agree."""
-        return await run_in_threadpool(self._agreement, request)
-
-    def _agreement(self, request: Request) -> Response:
         person = self._frame.administrator(request)
         found = self._watch.latest(_SOON)
         rows = [("", found.everybody), *found.people.items()] if found else []
@@ -71,11 +67,8 @@ class Oversight:
             computed=found and {"at": time.strftime("%H:%M:%S", time.localtime(found.at)), "took": f"{found.took:.2f}"},
         )
 
-    async def queue(self, request: Request) -> Response:
+    def queue(self, request: Request) -> Response:
         """Show the queue and what was decided."""
-        return await run_in_threadpool(self._queue, request)
-
-    def _queue(self, request: Request) -> Response:
         person, found = self._frame.administrator(request), self._watch.latest(_SOON)
         listed = []
         with self._store.reader() as db:
@@ -103,11 +96,8 @@ class Oversight:
             decided=decided,
         )
 
-    async def decide(self, request: Request) -> Response:
+    def decide(self, request: Request) -> Response:
         """Show the page on which items are decided."""
-        return await run_in_threadpool(self._decide, request)
-
-    def _decide(self, request: Request) -> Response:
         person = self._frame.administrator(request)
         boot = self._frame.boot(request, person) | {
             "person": f"{person.id}/adjudication",  # drafts in the browser are apart from those of other work
@@ -117,11 +107,8 @@ class Oversight:
         }
         return self._frame.page(request, "adjudicate.html", person, boot=boot)
 
-    async def task(self, request: Request) -> Response:
+    def task(self, request: Request) -> Response:
         """The item that is asked for, or the first of the queue, as JSON."""
-        return frame.ascii_json(await run_in_threadpool(self._task, request))
-
-    def _task(self, request: Request) -> dict[str, Any]:
         person, wanted = self._frame.administrator(request), request.query_params.get("item", "")
         found = self._watch.latest() or self._watch.latest(_FIRST)
         gone: Refused | None = None
@@ -135,49 +122,31 @@ class Oversight:
             # What was found may be older than an answer that somebody took back.
             item = next((item for item in items if adjudication.refusal(db, item) is None), None)
             task = None if item is None else adjudication.task(db, person.id, item)
-        return {"task": task, "gone": gone and gone.code, "aside": person.aside, "pace": dataclasses.asdict(pace)}
+        said = {"task": task, "gone": gone and gone.code, "aside": person.aside, "pace": dataclasses.asdict(pace)}
+        return frame.ascii_json(said)
 
-    async def draft(self, request: Request) -> Response:
+    def draft(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Keep a draft."""
-        body = await frame.read_json(request)
+        person = self._frame.administrator(request, body)
+        adjudication.save_draft(self._store, person.id, frame.assignment(body), body.get("draft") or {})
+        return {"saved": True}
 
-        def save() -> None:
-            person = self._frame.administrator(request, body)
-            adjudication.save_draft(self._store, person.id, frame.assignment(body), body.get("draft") or {})
-
-        await run_in_threadpool(save)
-        return JSONResponse({"saved": True})
-
-    async def submit(self, request: Request) -> Response:
+    def submit(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Store a decision."""
-        body = await frame.read_json(request)
+        person, name = self._frame.administrator(request, body), frame.name(body, "submission")
+        item, seconds = frame.assignment(body), frame.seconds(body)
+        return {"label": adjudication.decide(self._store, person.id, item, name, body.get("answer"), seconds)}
 
-        def save() -> int:
-            person, name = self._frame.administrator(request, body), frame.name(body, "submission")
-            item, seconds = frame.assignment(body), frame.seconds(body)
-            return adjudication.decide(self._store, person.id, item, name, body.get("answer"), seconds)
-
-        return JSONResponse({"label": await run_in_threadpool(save)})
-
-    async def undo(self, request: Request) -> Response:
+    def undo(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Withdraw the administrator's last decision."""
-        body = await frame.read_json(request)
+        person = self._frame.administrator(request, body)
+        return {"undone": True, "item": adjudication.withdraw(self._store, person.id)}
 
-        def withdraw() -> int:
-            return adjudication.withdraw(self._store, self._frame.administrator(request, body).id)
-
-        return JSONResponse({"undone": True, "item": await run_in_threadpool(withdraw)})
-
-    async def withdraw(self, request: Request) -> Response:
+    def withdraw(self, request: Request, form: dict[str, str]) -> Response:
         """Withdraw a decision of the list."""
-        form = await frame.read_form(request)
-
-        def withdraw() -> None:
-            person, label = self._frame.administrator(request, form), frame.number(form.get("label", ""), "label")
-            with contextlib.suppress(Refused):  # it was withdrawn already
-                adjudication.withdraw(self._store, person.id, label)
-
-        await run_in_threadpool(withdraw)
+        person, label = self._frame.administrator(request, form), frame.number(form.get("label", ""), "label")
+        with contextlib.suppress(Refused):  # it was withdrawn already
+            adjudication.withdraw(self._store, person.id, label)
         return RedirectResponse("/admin/adjudication", 303)
 
 
@@ -192,13 +161,16 @@ def _left(found: Snapshot, settled: set[int]) -> list[tuple[int, float]]:
 
 def cells(measures: Measures) -> list[Cell]:
     """The measures in the order of the columns: agreement in three ways, alphas, kappa, with oneself, gold."""
-    agreed = measures.agreement
+    others = (*measures.alpha.values(), measures.kappa, measures.own, measures.gold)
+    return [*three_ways(measures.agreement), *map(_cell, others)]
+
+
+def three_ways(agreed: Agreement | Undefined) -> list[Cell]:
+    """Agreement with ties counted in three ways."""
     if isinstance(agreed, Undefined):
-        three: list[Any] = [agreed] * 3
-    else:
-        only_ties = Undefined("agreement without ties is undefined: every case has a tie", "no_cases")
-        three = [agreed.without_ties or only_ties, agreed.ties_as_label, agreed.ties_as_half]
-    return [_cell(one) for one in (*three, *measures.alpha.values(), measures.kappa, measures.own, measures.gold)]
+        return [_cell(agreed)] * 3
+    only_ties = Undefined("agreement without ties is undefined: every case has a tie", "no_cases")
+    return [_cell(one) for one in (agreed.without_ties or only_ties, agreed.ties_as_label, agreed.ties_as_half)]
 
 
 def _cell(found: Share | Estimate | Undefined) -> Cell:

@@ -5,6 +5,8 @@ import datetime
 import sqlite3
 from collections.abc import Iterable
 
+from rlhf_jax.people import acts
+
 _HOURS = 24
 
 
@@ -31,10 +33,10 @@ class Standing:
     fast: int  # answers that were too fast
     hour: int  # labels in the last hour
     seconds: float  # mean, of an answer
-    last: float | None  # time of the last answer
     gold: Share  # pairs ordered as gold orders them
     own: Share  # pairs ordered as the person ordered them before
     aside: str | None  # why the person was set aside
+    aside_by: str | None  # the administrator who did that; None: a rule
     revoked: bool
 
 
@@ -61,49 +63,56 @@ class Overview:
 
 
 def overview(db: sqlite3.Connection, now: float) -> Overview:
-    """How labelling stands at `now`, in seconds since 1970."""
-    items, slots = db.execute(
-        "SELECT COUNT(*), COALESCE(SUM(overlap), 0) FROM items WHERE gold IS NULL AND overlap > 0"
-    ).fetchone()
-    states = dict(db.execute("SELECT state, COUNT(*) FROM assignments WHERE kind = 'slot' GROUP BY state").fetchall())
-    held = db.execute("SELECT COUNT(*) FROM assignments WHERE state = 'open' AND expires > ?", (now,)).fetchone()[0]
+    """How labelling stands at `now`, in seconds since 1970.
+
+    Triggers keep the counts, so that this looks at the labels of the last day alone, however many there are.
+    """
+    query = "SELECT COALESCE(SUM(items), 0), COALESCE(SUM(slots), 0), COALESCE(SUM(taken), 0) FROM totals"
+    items, slots, taken = db.execute(query).fetchone()
+    query = "SELECT COUNT(*), COALESCE(SUM(kind = 'slot'), 0) FROM assignments WHERE state = 'open'"
+    held, holding = db.execute(f"{query} AND expires > ?", (now,)).fetchone()[0], db.execute(query).fetchone()[1]
     hourly = [0] * _HOURS
     query = "SELECT CAST((? - created) / 3600 AS INTEGER) AS ago, COUNT(*) FROM labels WHERE created > ? GROUP BY ago"
     for ago, count in db.execute(query, (now, now - 3600 * _HOURS)):
         if 0 <= ago < _HOURS:
             hourly[_HOURS - 1 - ago] = count
+    # With + the rows are found by their time, or else all are read in the order of people.
+    query = "SELECT person, COUNT(*) FROM counting WHERE created > ? GROUP BY +person"
+    hour = dict(db.execute(query, (now - 3600,)).fetchall())
+    aside = acts.last(db, "aside")
     rows = db.execute(
-        "SELECT people.id, name, role, why, aside, revoked, COUNT(labels.id) AS labels,"
-        " COALESCE(SUM(answer LIKE '{\"skip\"%'), 0) AS skipped, COALESCE(SUM(fast), 0) AS fast,"
-        " COALESCE(SUM(labels.created > ?), 0) AS hour, COALESCE(AVG(seconds), 0.0) AS seconds,"
-        " MAX(labels.created) AS last,"
-        " COALESCE(SUM(agreed) FILTER (WHERE kind = 'gold'), 0) AS gold_agreed,"
-        " COALESCE(SUM(pairs) FILTER (WHERE kind = 'gold'), 0) AS gold_pairs,"
-        " COALESCE(SUM(agreed) FILTER (WHERE kind = 'repeat'), 0) AS self_agreed,"
-        " COALESCE(SUM(pairs) FILTER (WHERE kind = 'repeat'), 0) AS self_pairs"
-        " FROM people LEFT JOIN labels ON labels.person = people.id"
-        " AND labels.id NOT IN (SELECT label FROM withdrawals) GROUP BY people.id ORDER BY role, name",
-        (now - 3600,),
+        "SELECT people.id, name, role, why, aside, revoked, TOTAL(labels) AS labels, TOTAL(skipped) AS skipped,"
+        " TOTAL(fast) AS fast, TOTAL(seconds) / MAX(1, TOTAL(labels)) AS seconds,"
+        " TOTAL(agreed) FILTER (WHERE kind = 'gold') AS gold_agreed, TOTAL(pairs) FILTER (WHERE kind = 'gold') AS"
+        " gold_pairs, TOTAL(agreed) FILTER (WHERE kind = 'repeat') AS self_agreed, TOTAL(pairs) FILTER (WHERE kind ="
+        " 'repeat') AS self_pairs FROM people LEFT JOIN tallies ON person = people.id GROUP BY people.id"
+        " ORDER BY role, name"
     )
     people = [
         Standing(
             id=row["id"],
             name=row["name"],
             role=row["role"],
-            labels=row["labels"],
-            skipped=row["skipped"],
-            fast=row["fast"],
-            hour=row["hour"],
+            labels=int(row["labels"]),
+            skipped=int(row["skipped"]),
+            fast=int(row["fast"]),
+            hour=hour.get(row["id"], 0),
             seconds=row["seconds"],
-            last=row["last"],
-            gold=Share(row["gold_agreed"], row["gold_pairs"]),
-            own=Share(row["self_agreed"], row["self_pairs"]),
+            gold=Share(row["gold_agreed"], int(row["gold_pairs"])),
+            own=Share(row["self_agreed"], int(row["self_pairs"])),
             aside=(row["why"] or "") if row["aside"] is not None else None,
+            aside_by=aside[row["id"]].by if row["id"] in aside else None,
             revoked=row["revoked"] is not None,
         )
         for row in rows
     ]
-    return Overview(items, slots, states.get("done", 0), held, hourly, people)
+    return Overview(items, slots, taken - holding, held, hourly, people)
+
+
+def wanted(db: sqlite3.Connection, task: str | None = None) -> int:
+    """The number of answers that are wanted to all tasks, or to those of one kind."""
+    query = "SELECT COALESCE(SUM(wanted), 0) FROM totals WHERE ? IS NULL OR task = ?"
+    return db.execute(query, (task, task)).fetchone()[0]
 
 
 def midnight(now: float) -> float:

@@ -30,6 +30,13 @@ def newest(db: sqlite3.Connection) -> Rules:
     return Rules(**json.loads(row["body"])) if row else Rules()
 
 
+def difference(before: Rules, after: Rules) -> str:
+    """What changes from one set of rules to another, in a line."""
+    former = dataclasses.asdict(before)
+    changed = ((name, former[name], value) for name, value in dataclasses.asdict(after).items())
+    return ", ".join(f"{name} {old} → {new}" for name, old, new in changed if old != new)
+
+
 def add(db: sqlite3.Connection, rules: Rules, now: float) -> None:
     """Let `rules` hold from now on."""
     body = json.dumps(dataclasses.asdict(rules))

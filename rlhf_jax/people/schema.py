@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_jax.errors import InputError
 
-VERSION = 1  # of the schema
+VERSION = 2  # of the schema
 _APPLICATION = 0x70656F70  # marks an SQLite file as a store
 
 _SCHEMA = """
@@ -66,6 +66,62 @@ CREATE TABLE acknowledgements (
 );
 """
 
+# What version 2 added: who decided what, what models were asked, which contradictions people were asked about, the
+# labels that were not withdrawn, and counts of them and of the items, which triggers keep.
+_SECOND = """
+ALTER TABLE assignments ADD COLUMN asked TEXT;  -- the submission whose ratings contradicted its ranks
+CREATE TABLE acts (
+    id INTEGER PRIMARY KEY, what TEXT NOT NULL, by INTEGER REFERENCES people, person INTEGER REFERENCES people,
+    why TEXT NOT NULL, label INTEGER NOT NULL, created REAL NOT NULL  -- label: the newest one then
+);
+CREATE INDEX acts_person ON acts(person, what);
+CREATE TRIGGER acts_stay BEFORE UPDATE ON acts BEGIN SELECT RAISE(ABORT, 'acts are append-only'); END;
+CREATE TRIGGER acts_last BEFORE DELETE ON acts BEGIN SELECT RAISE(ABORT, 'acts are append-only'); END;
+CREATE TABLE samplings (
+    id INTEGER PRIMARY KEY, body TEXT NOT NULL, done INTEGER NOT NULL DEFAULT 0,  -- done: prompts
+    created REAL NOT NULL, finished REAL
+);
+CREATE INDEX labels_assignment ON labels(assignment);
+CREATE VIEW counting AS SELECT * FROM labels WHERE id NOT IN (SELECT label FROM withdrawals);
+CREATE TABLE tallies (
+    person INTEGER NOT NULL, kind TEXT NOT NULL, labels INTEGER NOT NULL, skipped INTEGER NOT NULL,
+    fast INTEGER NOT NULL, seconds REAL NOT NULL, agreed REAL NOT NULL, pairs INTEGER NOT NULL,
+    PRIMARY KEY (person, kind)
+);
+CREATE TABLE totals (
+    task TEXT PRIMARY KEY, items INTEGER NOT NULL, slots INTEGER NOT NULL, taken INTEGER NOT NULL,
+    wanted INTEGER NOT NULL
+);
+INSERT INTO tallies SELECT person, kind, COUNT(*), SUM(answer LIKE '{"skip"%'), SUM(fast), SUM(seconds),
+    TOTAL(agreed), COALESCE(SUM(pairs), 0) FROM counting GROUP BY person, kind;
+INSERT INTO totals SELECT task, SUM(overlap > 0), SUM(overlap), SUM(taken), SUM(MAX(0, overlap - taken)) FROM items
+    WHERE gold IS NULL GROUP BY task;
+INSERT INTO acts (what, person, why, label, created) SELECT 'aside', id, COALESCE(why, ''),
+    (SELECT COALESCE(MAX(id), 0) FROM labels), aside FROM people WHERE aside IS NOT NULL;
+CREATE TRIGGER labels_tallied AFTER INSERT ON labels BEGIN
+    INSERT OR IGNORE INTO tallies VALUES (NEW.person, NEW.kind, 0, 0, 0, 0, 0, 0);
+    UPDATE tallies SET labels = labels + 1, skipped = skipped + (NEW.answer LIKE '{"skip"%'), fast = fast + NEW.fast,
+        seconds = seconds + NEW.seconds, agreed = agreed + COALESCE(NEW.agreed, 0),
+        pairs = pairs + COALESCE(NEW.pairs, 0) WHERE person = NEW.person AND kind = NEW.kind;
+END;
+CREATE TRIGGER withdrawals_tallied AFTER INSERT ON withdrawals BEGIN
+    UPDATE tallies SET labels = tallies.labels - 1, skipped = skipped - (old.answer LIKE '{"skip"%'),
+        fast = tallies.fast - old.fast, seconds = tallies.seconds - old.seconds,
+        agreed = tallies.agreed - COALESCE(old.agreed, 0), pairs = tallies.pairs - COALESCE(old.pairs, 0)
+        FROM labels AS old WHERE old.id = NEW.label AND tallies.person = old.person AND tallies.kind = old.kind;
+END;
+CREATE TRIGGER items_totalled AFTER INSERT ON items WHEN NEW.gold IS NULL BEGIN
+    INSERT OR IGNORE INTO totals VALUES (NEW.task, 0, 0, 0, 0);
+    UPDATE totals SET items = items + (NEW.overlap > 0), slots = slots + NEW.overlap, taken = taken + NEW.taken,
+        wanted = wanted + MAX(0, NEW.overlap - NEW.taken) WHERE task = NEW.task;
+END;
+CREATE TRIGGER slots_totalled AFTER UPDATE OF overlap, taken ON items WHEN NEW.gold IS NULL BEGIN
+    UPDATE totals SET items = items + (NEW.overlap > 0) - (OLD.overlap > 0), slots = slots + NEW.overlap - OLD.overlap,
+        taken = taken + NEW.taken - OLD.taken,
+        wanted = wanted + MAX(0, NEW.overlap - NEW.taken) - MAX(0, OLD.overlap - OLD.taken) WHERE task = NEW.task;
+END;
+"""
+
 
 def connect(path: Path) -> sqlite3.Connection:
     """A connection to the file, which is created if it is not there, and which other people cannot read.
@@ -89,21 +145,23 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Make the tables if the file is empty."""
-    if _check(db, path):
-        for statement in _statements(_SCHEMA):
+    """Make the tables if the file is empty, and those that are missing if it is of an older version."""
+    version = _check(db, path)
+    for script in (_SCHEMA, _SECOND)[version:]:
+        for statement in _statements(script):
             db.execute(statement)
+    if version < VERSION:
         db.execute(f"PRAGMA application_id = {_APPLICATION}")
         db.execute(f"PRAGMA user_version = {VERSION}")
 
 
-def _check(db: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file is empty; InputError for one that is no store, or of a newer version."""
+def _check(db: sqlite3.Connection, path: Path) -> int:
+    """The version of the file, 0 if it is empty; InputError for one that is no store, or of a newer version."""
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
     (tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
     if not tables and not application:
-        return True
+        return 0
     if application != _APPLICATION:
         raise InputError(f"{path}: an SQLite file, but no store of labels; name another by --db")
     if version > VERSION:
@@ -111,7 +169,7 @@ def _check(db: sqlite3.Connection, path: Path) -> bool:
             f"{path}: written by a newer version of this project (schema {version}, here {VERSION});"
             " update the project, or name another file by --db"
         )
-    return False
+    return version
 
 
 def _statements(script: str) -> Iterator[str]:

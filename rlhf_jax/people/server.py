@@ -8,6 +8,7 @@ sent as JSON and shown as text, and the policy of every page forbids scripts and
 import asyncio
 import contextlib
 import dataclasses
+import ipaddress
 import sqlite3
 import time
 import urllib.parse
@@ -25,7 +26,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import access, administration, forms, frame, guidelines, markdown, oversight, words
-from rlhf_jax.people.access import Person
 from rlhf_jax.people.frame import Denied, Frame, Options, Part
 from rlhf_jax.people.leases import Refused
 from rlhf_jax.people.store import Store
@@ -46,14 +46,14 @@ def app(store: Store, options: Options | None = None, *parts: Part) -> ASGIApp:
         Route("/", pages.home),
         Route("/enter", pages.entrance, methods=["GET"]),
         Route("/enter", pages.enter, methods=["POST"]),
-        Route("/leave", pages.leave, methods=["POST"]),
+        Route("/leave", frame.posted(pages.leave, frame.read_form), methods=["POST"]),
         Route("/language", pages.language),
         Route("/guidelines", pages.guidelines),
-        Route("/guidelines", pages.acknowledge, methods=["POST"]),
+        Route("/guidelines", frame.posted(pages.acknowledge, frame.read_form), methods=["POST"]),
         Route("/api/task", pages.task),
-        Route("/api/draft", pages.draft, methods=["POST"]),
-        Route("/api/submit", pages.submit, methods=["POST"]),
-        Route("/api/undo", pages.undo, methods=["POST"]),
+        Route("/api/draft", frame.posted(pages.draft), methods=["POST"]),
+        Route("/api/submit", frame.posted(pages.submit), methods=["POST"]),
+        Route("/api/undo", frame.posted(pages.undo), methods=["POST"]),
         *oversight.routes(shared),
         *administration.routes(shared),
         Mount("/static", StaticFiles(directory=frame.PAGES / "static")),
@@ -77,7 +77,7 @@ def app(store: Store, options: Options | None = None, *parts: Part) -> ASGIApp:
             for close in shared.at_end:
                 await close()
 
-    return Guard(Starlette(routes=routes, exception_handlers=errors, lifespan=lifespan), shared.options)
+    return Guard(Starlette(routes=routes, exception_handlers=errors, lifespan=lifespan), shared)
 
 
 async def _tidy(store: Store) -> None:
@@ -111,9 +111,9 @@ class Buckets:
 class Guard:
     """Refuses requests that are too large, too many or for another host, and puts the security headers on answers."""
 
-    def __init__(self, app: ASGIApp, options: Options):
-        self._app, self._options = app, options
-        self._buckets = Buckets(options.rate, options.burst)
+    def __init__(self, app: ASGIApp, shared: Frame):
+        self._app, self._options, self._senders = app, shared.options, shared.senders
+        self._buckets = Buckets(self._options.rate, self._options.burst)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -153,12 +153,21 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > LARGEST:
             return 413, "too_large"
-        client = scope["client"][0] if scope.get("client") else ""
-        if not scope["path"].startswith("/static/") and not self._buckets.take(
-            _cookie(headers, self._options.cookie) or client
-        ):
-            return 429, "too_many"
+        if not scope["path"].startswith("/static/"):
+            # A session that was not seen to be valid is no name: whoever makes one up is who is at that address.
+            person = self._senders.get(_cookie(headers, self._options.cookie))
+            if not self._buckets.take(_network(scope) if person is None else f"person {person}"):
+                return 429, "too_many"
         return None
+
+
+def _network(scope: Scope) -> str:
+    """The address that a request comes from; of one of IPv6 the part that its owner cannot choose."""
+    address = scope["client"][0] if scope.get("client") else ""
+    with contextlib.suppress(ValueError):
+        if (parsed := ipaddress.ip_address(address)).version == 6:
+            return str(ipaddress.ip_network((int(parsed) >> 64 << 64, 64)))
+    return address
 
 
 def _cookie(headers: Headers, wanted: str) -> str:
@@ -207,7 +216,9 @@ class Pages:
         """Answer a request that is wrong in itself."""
         if request.url.path.startswith("/admin"):
             page = administration.Administration(self._frame).page
-            return await run_in_threadpool(page, request, self._frame.administrator(request), str(error))
+            return await run_in_threadpool(
+                lambda: page(request, self._frame.administrator(request), str(error), status=422)
+            )
         return _failure(422, "wrong", str(error))
 
     async def on_store(self, request: Request, error: Exception) -> Response:
@@ -230,12 +241,13 @@ class Pages:
         if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise Denied(403, "foreign_page")
         token = (await frame.read_json(request)).get("token")
-        client = request.client.host if request.client else ""
         session = await run_in_threadpool(access.enter, self._store, token) if isinstance(token, str) else None
         if session is None:
-            if not self._attempts.take(client):
+            if not self._attempts.take(_network(request.scope)):
                 raise Denied(429, "too_many")
             raise Denied(401, "unknown_link")
+        if person := await run_in_threadpool(access.person, self._store, session):
+            self._frame.senders[session] = person.id
         response = JSONResponse({"to": "/"})
         response.set_cookie(
             self._options.cookie,
@@ -247,10 +259,10 @@ class Pages:
         )
         return response
 
-    async def leave(self, request: Request) -> Response:
+    def leave(self, request: Request, form: dict[str, str]) -> Response:
         """End the session."""
-        await run_in_threadpool(self._frame.person, request, await frame.read_form(request))
-        await run_in_threadpool(access.leave, self._store, self._frame.session(request))
+        self._frame.person(request, form)
+        access.leave(self._store, self._frame.session(request))
         response = RedirectResponse("/enter", 303)
         response.delete_cookie(self._options.cookie)
         return response
@@ -265,73 +277,51 @@ class Pages:
 
     # work
 
-    async def home(self, request: Request) -> Response:
+    def home(self, request: Request) -> Response:
         """Show the page on which people work, or the administrator's."""
-        person = await run_in_threadpool(self._frame.person, request)
+        person = self._frame.person(request)
         if person.role == "administrator" and "work" not in request.query_params:
             return RedirectResponse("/admin", 303)
-        return await run_in_threadpool(self._work_page, request, person)
-
-    def _work_page(self, request: Request, person: Person) -> Response:
         self._frame.check_read(person)
         return self._frame.page(request, "work.html", person, boot=self._frame.boot(request, person))
 
-    async def guidelines(self, request: Request) -> Response:
+    def guidelines(self, request: Request) -> Response:
         """Show the guidelines."""
-        person = await run_in_threadpool(self._frame.person, request)
-        version, text = await run_in_threadpool(guidelines.newest, self._store)
-        known = await run_in_threadpool(guidelines.has_acknowledged, self._store, person.id)
+        person = self._frame.person(request)
+        version, text = guidelines.newest(self._store)
+        known = guidelines.has_acknowledged(self._store, person.id)
         return self._frame.page(
             request, "guidelines.html", person, version=version, html=markdown.html(text), acknowledged=known
         )
 
-    async def acknowledge(self, request: Request) -> Response:
+    def acknowledge(self, request: Request, form: dict[str, str]) -> Response:
         """Record that the guidelines were read."""
-        form = await frame.read_form(request)
-        person = await run_in_threadpool(self._frame.person, request, form)
-        version = frame.number(form.get("version", ""), "version")
-        await run_in_threadpool(guidelines.acknowledge, self._store, person.id, version)
+        person = self._frame.person(request, form)
+        guidelines.acknowledge(self._store, person.id, frame.number(form.get("version", ""), "version"))
         return RedirectResponse("/", 303)
 
-    async def task(self, request: Request) -> Response:
+    def task(self, request: Request) -> Response:
         """The person's task, as JSON."""
-        return frame.ascii_json(await run_in_threadpool(self._task, request))
-
-    def _task(self, request: Request) -> dict[str, Any]:
-        person = self._frame.person(request)
+        person, talks = self._frame.person(request), self._frame.talks()
         self._frame.check_read(person)
-        found = self._store.task(person.id)
-        return {
-            "task": found and dataclasses.asdict(found),
-            "aside": person.aside,
-            "pace": dataclasses.asdict(self._store.pace(person.id)),
-        }
+        found, pace = self._store.task(person.id, talks), self._store.pace(person.id, talks)
+        return frame.ascii_json(
+            {"task": found and dataclasses.asdict(found), "aside": person.aside, "pace": dataclasses.asdict(pace)}
+        )
 
-    async def draft(self, request: Request) -> Response:
+    def draft(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Keep a draft."""
-        body = await frame.read_json(request)
+        person = self._frame.person(request, body)
+        self._store.save_draft(person.id, frame.assignment(body), body.get("draft") or {})
+        return {"saved": True}
 
-        def save() -> None:
-            self._store.save_draft(
-                self._frame.person(request, body).id, frame.assignment(body), body.get("draft") or {}
-            )
-
-        await run_in_threadpool(save)
-        return JSONResponse({"saved": True})
-
-    async def submit(self, request: Request) -> Response:
+    def submit(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Store an answer."""
-        body = await frame.read_json(request)
+        person, name = self._frame.person(request, body), frame.name(body, "submission")
+        number, seconds = frame.assignment(body), frame.seconds(body)
+        return {"label": self._store.submit(person.id, number, name, body.get("answer"), seconds)}
 
-        def save() -> int:
-            person, name = self._frame.person(request, body), frame.name(body, "submission")
-            number, seconds = frame.assignment(body), frame.seconds(body)
-            return self._store.submit(person.id, number, name, body.get("answer"), seconds)
-
-        return JSONResponse({"label": await run_in_threadpool(save)})
-
-    async def undo(self, request: Request) -> Response:
+    def undo(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Withdraw the last answer."""
-        body = await frame.read_json(request)
-        await run_in_threadpool(lambda: self._store.undo(self._frame.person(request, body).id))
-        return JSONResponse({"undone": True})
+        self._store.undo(self._frame.person(request, body).id)
+        return {"undone": True}

@@ -15,19 +15,17 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import agreement, conversations, forms, items, leases, progress, rules, schema
+from rlhf_jax.people import acts, agreement, conversations, forms, items, labels, leases, progress, rules, schema
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.leases import Refused
 from rlhf_jax.people.progress import Pace
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.schema import encoded
-
-_KEPT = 2.0  # seconds for which the number of answers that are wanted is not counted again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,6 @@ class Store:
         Raises InputError for a file that is no store, one of a newer version, or one that cannot be written.
         """
         self.path, self._clock, self._lock = Path(path), clock, threading.RLock()
-        self._wanted = (-1e9, 0)  # when it was counted, and the number of answers
         if not create and not self.path.is_file():
             raise InputError(f"{path}: no such store; start scripts/people.sh with --db {path}, or name another")
         try:
@@ -133,11 +130,13 @@ class Store:
         with self._lock:
             return rules.newest(self._db)
 
-    def set_rules(self, wanted: Rules) -> None:
-        """Let these rules hold from now on; the former ones stay on record."""
-        if wanted != self.rules():
+    def set_rules(self, wanted: Rules, by: int | None = None) -> None:
+        """Let these rules hold from now on; the former ones stay on record, with the administrator who changed them."""
+        before = self.rules()
+        if wanted != before:
             with self.writer() as db:
                 rules.add(db, wanted, self.now())
+                acts.add(db, "rules", by, self.now(), why=rules.difference(before, wanted))
 
     def add(self, asked: Iterable[Item]) -> tuple[int, int]:
         """Add items, in one transaction; returns how many, and how many are there already. InputError for a bad one."""
@@ -164,13 +163,23 @@ class Store:
 
     # -- who is asked --------------------------------------------------------------------------------------------------
 
-    def task(self, person: int) -> Assignment | None:
-        """The task that a person holds, or the next one, with a fresh lease; None if nothing is left for them."""
+    def task(self, person: int, talks: bool = True) -> Assignment | None:
+        """The task that a person holds, or the next one, with a fresh lease; None if nothing is left for them.
+
+        Without a model that `talks` it is no conversation, and one that they hold goes back.
+        """
         with self.writer(lasting=False) as db:
             now = self.now()
             leases.release_expired(db, now)
-            row = db.execute("SELECT id FROM assignments WHERE person = ? AND state = 'open'", (person,)).fetchone()
-            found = row["id"] if row else leases.assign(db, person, now)
+            row = db.execute(
+                "SELECT assignments.*, task FROM assignments JOIN items ON items.id = assignments.item"
+                " WHERE person = ? AND state = 'open'",
+                (person,),
+            ).fetchone()
+            if row and row["task"] == "chat" and not talks:
+                leases.release(db, row, "expired")
+                row = None
+            found = row["id"] if row else leases.assign(db, person, now, talks)
             if found is None:
                 return None
             leases.renew(db, found, now)
@@ -181,8 +190,7 @@ class Store:
         with self.writer(lasting=False) as db:
             row = leases.held(db, person, number)
             leases.renew(db, number, self.now())
-            values = (person, row["item"], json.dumps(body), self.now())  # in ASCII: a draft may be no Unicode yet
-            db.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?, ?, ?)", values)
+            labels.draft(db, person, row["item"], body, self.now())
 
     # -- what is answered ----------------------------------------------------------------------------------------------
 
@@ -191,19 +199,23 @@ class Store:
 
         `submission` is the page's name for this answer: what is sent twice under one name is stored once. `seconds` is
         the time that the person looked at the task. Raises InputError for an answer that is not whole, Contradiction
-        for one that needs to be confirmed, and Refused for a task that the person does not hold.
+        for one that needs to be confirmed, once a task, and Refused for a task that the person does not hold.
         """
-        check_name(submission, "submission")
+        labels.check_name(submission, "submission")
         with self.writer() as db:
-            query = "SELECT id, assignment FROM labels WHERE person = ? AND submission = ?"
-            if row := db.execute(query, (person, submission)).fetchone():
-                if row["assignment"] != number:
-                    raise Refused("foreign", "this name of a submission stands for the answer to another task")
-                return row["id"]
+            if label := labels.replayed(db, person, submission, "assignment", number):
+                return label
             held, now, current = leases.held(db, person, number), self.now(), rules.newest(db)
             item = db.execute("SELECT * FROM items WHERE id = ?", (held["item"],)).fetchone()
             shown = json.loads(held["shown"])
-            answer = forms.restored(forms.checked(item["task"], len(shown), answer, current.ratings), shown)
+            if held["asked"] not in (None, submission) and isinstance(answer, dict):
+                answer = answer | {"confirmed": True}
+            try:
+                answer = forms.restored(forms.checked(item["task"], len(shown), answer, current.ratings), shown)
+            except forms.Contradiction:
+                db.execute("UPDATE assignments SET asked = ? WHERE id = ?", (submission, number))
+                db.execute("COMMIT")  # that the person has been asked stays
+                raise
             seconds = min(max(0.0, seconds), now - held["created"])
             is_skipped = "skip" in answer
             if item["task"] == "chat" and not is_skipped:
@@ -223,11 +235,11 @@ class Store:
                 held["created"],
                 now,
                 seconds,
-                int(not is_skipped and 0 < seconds * current.reading < item["words"]),
+                int(not is_skipped and current.reading > 0 and seconds * current.reading < item["words"]),
                 agreed,
                 pairs,
             )
-            label = append_label(db, values)
+            label = labels.append(db, values)
             if is_skipped:
                 leases.release(db, held, "skipped")
             else:
@@ -237,21 +249,17 @@ class Store:
                 _judge(db, person, current, now)
             return label
 
-    def pace(self, person: int) -> Pace:
-        """How far a person has come."""
-        now = self.now()
+    def pace(self, person: int, talks: bool = True) -> Pace:
+        """How far a person has come; without a model that `talks`, conversations are not left to do."""
         with self._lock:
-            counts = self._db.execute(
-                "SELECT COUNT(*) AS done, COALESCE(SUM(created >= ?), 0) AS today FROM labels WHERE person = ?"
-                " AND kind != 'adjudicate' AND id NOT IN (SELECT label FROM withdrawals)",
-                (progress.midnight(now), person),
-            ).fetchone()
+            query = "SELECT COALESCE(SUM(labels), 0) FROM tallies WHERE person = ? AND kind != 'adjudicate'"
+            done = self._db.execute(query, (person,)).fetchone()[0]
+            query = "SELECT COUNT(*) FROM counting WHERE person = ? AND created >= ? AND kind != 'adjudicate'"
+            today = self._db.execute(query, (person, progress.midnight(self.now()))).fetchone()[0]
             query = "SELECT seconds FROM labels WHERE person = ? ORDER BY created DESC LIMIT 20"
             recent = [row["seconds"] for row in self._db.execute(query, (person,))]
-            if now - self._wanted[0] > _KEPT:  # it is a scan
-                query = "SELECT COALESCE(SUM(overlap - taken), 0) FROM items WHERE taken < overlap AND gold IS NULL"
-                self._wanted = now, self._db.execute(query).fetchone()[0]
-        return Pace(counts["done"], counts["today"], progress.middle(recent), self._wanted[1])
+            left = progress.wanted(self._db) - (0 if talks else progress.wanted(self._db, "chat"))
+        return Pace(done, today, progress.middle(recent), left)
 
     # -- what counts no more -------------------------------------------------------------------------------------------
 
@@ -263,8 +271,8 @@ class Store:
         with self.writer() as db:
             now = self.now()
             label = db.execute(
-                "SELECT labels.* FROM labels JOIN assignments ON assignments.id = labels.assignment"
-                " WHERE labels.person = ? AND labels.id NOT IN (SELECT label FROM withdrawals)"
+                "SELECT labels.* FROM counting AS labels JOIN assignments ON assignments.id = labels.assignment"
+                " WHERE labels.person = ?"
                 " AND labels.kind != 'adjudicate' AND (labels.kind != 'turn' OR assignments.slot IN"
                 " (SELECT item FROM assignments WHERE person = ? AND state = 'open'))"
                 " ORDER BY labels.created DESC, labels.id DESC LIMIT 1",
@@ -279,7 +287,7 @@ class Store:
             if held["state"] not in ("done", "skipped"):
                 raise Refused("nothing", "the last answer was set aside and cannot be undone")
             leases.release_held(db, person)
-            db.execute("INSERT INTO withdrawals VALUES (?, ?, ?)", (label["id"], person, now))
+            labels.withdraw(db, label["id"], person, now)
             if held["state"] == "skipped":
                 db.execute("UPDATE assignments SET state = 'expired' WHERE id = ?", (held["id"],))
                 leases.held(db, person, held["id"])
@@ -287,18 +295,17 @@ class Store:
             leases.renew(db, held["id"], now)
             answer = json.loads(label["answer"])
             draft = {} if "skip" in answer else forms.displayed(answer, json.loads(held["shown"]))
-            values = (person, held["item"], encoded(draft), now)
-            db.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?, ?, ?)", values)
+            labels.draft(db, person, held["item"], draft, now)
 
-    def set_aside(self, person: int, why: str) -> None:
+    def set_aside(self, person: int, why: str, by: int | None = None) -> None:
         """Give a person no more tasks, and others the slots that the person filled. The labels stay on record."""
         with self.writer() as db:
-            leases.set_aside(db, person, why, self.now())
+            leases.set_aside(db, person, why, self.now(), by)
 
-    def restore(self, person: int) -> None:
-        """Let a person who was set aside go on, and their labels count again."""
+    def restore(self, person: int, by: int | None = None) -> None:
+        """Let a person who was set aside go on, and their labels count again; what follows alone is judged anew."""
         with self.writer() as db:
-            leases.restore(db, person)
+            leases.restore(db, person, self.now(), by)
 
 
 def _assignment(db: sqlite3.Connection, number: int) -> Assignment:
@@ -320,23 +327,6 @@ def _assignment(db: sqlite3.Connection, number: int) -> Assignment:
     )
 
 
-def check_name(name: str, field: str) -> None:
-    """Raise InputError for a name that no page would give to what it sends."""
-    if not 8 <= len(name) <= 64 or not name.isascii():
-        raise InputError(f"{field}: expected a name of 8 to 64 ASCII characters")
-
-
-def append_label(db: sqlite3.Connection, values: Sequence[Any]) -> int:
-    """Append a label, given by its columns from assignment to pairs; returns its number."""
-    label = db.execute(
-        "INSERT INTO labels (assignment, item, person, kind, submission, answer, started, created, seconds, fast,"
-        f" agreed, pairs) VALUES ({', '.join('?' * len(values))})",
-        values,
-    ).lastrowid
-    assert label is not None
-    return label
-
-
 def _known(db: sqlite3.Connection, held: sqlite3.Row, item: sqlite3.Row) -> list[int] | None:
     """The ranks that an answer is held against: gold, or those that the person gave before."""
     if held["kind"] == "gold":
@@ -344,22 +334,22 @@ def _known(db: sqlite3.Connection, held: sqlite3.Row, item: sqlite3.Row) -> list
     if held["kind"] in ("slot", "turn"):
         return None
     row = db.execute(
-        "SELECT answer FROM labels WHERE item = ? AND person = ? AND kind = 'slot'"
-        " AND id NOT IN (SELECT label FROM withdrawals) ORDER BY id DESC LIMIT 1",
+        "SELECT answer FROM counting WHERE item = ? AND person = ? AND kind = 'slot' ORDER BY id DESC LIMIT 1",
         (held["item"], held["person"]),
     ).fetchone()
     return forms.ranks_of(item["task"], json.loads(row["answer"]), len(json.loads(item["responses"]))) if row else None
 
 
 def _judge(db: sqlite3.Connection, person: int, current: Rules, now: float) -> None:
-    """Set a person aside who falls below a threshold."""
+    """Set a person aside who falls below a threshold, by what they answered since they were last restored."""
+    since = acts.restored(db, person)
     limits = (("gold", current.gold_least, current.gold_count), ("repeat", current.self_least, current.self_count))
     for kind, least, count in limits:
         row = db.execute(
-            "SELECT COUNT(*) AS n, SUM(agreed) AS agreed, SUM(pairs) AS pairs FROM labels"
-            " WHERE person = ? AND kind = ? AND pairs IS NOT NULL AND id NOT IN (SELECT label FROM withdrawals)",
-            (person, kind),
+            "SELECT COUNT(*) AS n, SUM(agreed) AS agreed, SUM(pairs) AS pairs FROM counting"
+            " WHERE person = ? AND kind = ? AND pairs IS NOT NULL AND id > ?",
+            (person, kind, since),
         ).fetchone()
         if row["n"] >= count and row["agreed"] < least * row["pairs"]:
             share = row["agreed"] / row["pairs"]
-            leases.set_aside(db, person, f"{kind} {share:.2f} < {least:.2f}", now)
+            leases.set_aside(db, person, f"{kind} {share:.2f} < {least:.2f}", now, by=None)

@@ -56,9 +56,8 @@ def withdraw(store: Store, person: int, number: int) -> None:
     """Take back what a person said of a turn, if anything, which they may then judge anew."""
     with store.writer() as db:
         query = (
-            "SELECT labels.id FROM labels JOIN assignments ON assignments.id = labels.assignment"
+            "SELECT labels.id FROM counting AS labels JOIN assignments ON assignments.id = labels.assignment"
             " WHERE assignment = ? AND labels.person = ? AND assignments.kind = 'turn' AND assignments.slot IS NULL"
-            " AND labels.id NOT IN (SELECT label FROM withdrawals)"
         )
         for row in db.execute(query, (number, person)).fetchall():
             held = db.execute("SELECT * FROM assignments WHERE id = ?", (number,)).fetchone()

@@ -191,17 +191,17 @@ def texts(tokenizer: tokenizer_lib.Tokenizer, tokens: np.ndarray, mask: np.ndarr
 
 
 def table(rows: builders.Rows, tokenizer: tokenizer_lib.Tokenizer, episodes: Rollout, count: int) -> list[dict]:
-    """Prompt, response, score, KL and any cost of the first `count` episodes; `rows` are what their index counts."""
+    """Prompt and response of the first `count` episodes, with their score, KL and cost, if there are any.
+
+    `rows` are what their index counts.
+    """
     episodes = jax.tree.map(lambda x: x[:count], episodes)
     responses = texts(tokenizer, episodes.response_tokens, episodes.response_mask)
-    kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
+    numbers = {"score": episodes.score, "cost": episodes.cost}
+    if episodes.logp_ref is not None:
+        numbers["kl"] = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
     return [
-        {
-            "prompt": tokenizer_lib.prompt_text(rows[int(episodes.index[b])]["prompt"]),
-            "response": response,
-            "score": float(episodes.score[b]),
-            "kl": float(kl[b]),
-        }
-        | ({} if episodes.cost is None else {"cost": float(episodes.cost[b])})
+        {"prompt": tokenizer_lib.prompt_text(rows[int(episodes.index[b])]["prompt"]), "response": response}
+        | {name: float(values[b]) for name, values in numbers.items() if values is not None}
         for b, response in enumerate(responses)
     ]

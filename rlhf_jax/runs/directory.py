@@ -35,7 +35,7 @@ FREE = {
     "devices",
     "enough",
 }  # names of settings
-MODELS = {"init", "model", "reference", "reward", "cost"}  # settings that may be names of the Hub
+MODELS = {"init", "model", "reference", "reward", "cost", "teacher"}  # settings that may be names of the Hub
 CHECKPOINTS = gcs.CHECKPOINTS  # below the run directory; they may be deleted when it is done
 
 # Flags of JAX, however they were set, that give other numbers or other draws. What changes the rounding alone may

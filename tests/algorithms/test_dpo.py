@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import dpo, optim
+from rlhf_jax.algorithms import dpo, optim, preferences
 from rlhf_jax.types import InputError, Rankings
 from tests import tiny
-from tests.oracles import cases
+from tests.oracles import Case, cases
 
 
 def test_by_hand():
@@ -38,11 +38,56 @@ def test_ipo_oracle(case):
 @cases("dpo_from_tokens")
 def test_from_tokens_oracle(case):
     sums = {
-        f"{model}_{which}_sum": dpo.sequence_logprobs(case[f"{model}_{which}"], case[f"{which}_mask"])
+        f"{model}_{which}_sum": preferences.sequence_logprobs(case[f"{model}_{which}"], case[f"{which}_mask"])
         for model in ("policy", "ref")
         for which in ("chosen", "rejected")
     }
     case.check(loss=dpo.loss(*sums.values(), case["beta"]), **sums)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "smoothing"),
+    [("dpo_robust", "robust", 0.1), ("dpo_hinge", "hinge", 0.0), ("exo_pair", "exo", 0.05)],
+)
+def test_terms_oracle(name, kind, smoothing):
+    case = Case(name)
+    cfg = dpo.Config(beta=case["beta"], loss=kind, label_smoothing=smoothing)
+    assert kind == "hinge" or case["eps"] == smoothing
+
+    def loss(chosen, rejected):
+        terms = dpo.TERMS[cfg.loss]((chosen - case["ref_chosen"]) - (rejected - case["ref_rejected"]), cfg)
+        return jnp.mean(terms), terms
+
+    args = case["policy_chosen"], case["policy_rejected"]
+    (value, terms), (chosen, rejected) = jax.value_and_grad(loss, (0, 1), has_aux=True)(*args)
+    case.check(loss=value, pair_loss=terms, grad_policy_chosen=chosen, grad_policy_rejected=rejected)
+
+
+def test_per_token_oracle():
+    case = Case("dpo_length_normalized")
+
+    def loss(chosen, rejected):
+        means = [
+            preferences.mean_logprobs(policy - case[f"ref_{which}"], case[f"{which}_mask"])
+            for which, policy in (("chosen", chosen), ("rejected", rejected))
+        ]
+        return jnp.mean(dpo.sigmoid_terms(means[0] - means[1], case["beta"]))
+
+    value, (chosen, rejected) = jax.value_and_grad(loss, (0, 1))(case["policy_chosen"], case["policy_rejected"])
+    case.check(loss=value, grad_policy_chosen=chosen, grad_policy_rejected=rejected)
+
+
+def test_other_terms_by_hand():
+    h = jnp.array([2.0, -1.0])
+    np.testing.assert_allclose(dpo.hinge_terms(h, 0.5), [0.0, 1.5])
+    right, wrong = np.log1p(np.exp(-0.5 * np.array([2.0, -1.0]))), np.log1p(np.exp(0.5 * np.array([2.0, -1.0])))
+    np.testing.assert_allclose(dpo.robust_terms(h, 0.5, 0.2), (0.8 * right - 0.2 * wrong) / 0.6, rtol=1e-6)
+    # The mean over labels that are flipped with probability e is the loss of the clean labels.
+    both = 0.8 * dpo.robust_terms(h, 0.5, 0.2) + 0.2 * dpo.robust_terms(-h, 0.5, 0.2)
+    np.testing.assert_allclose(both, dpo.sigmoid_terms(h, 0.5), rtol=1e-6)
+    q = 1 / (1 + np.exp(-1.0))
+    expected = q * np.log(q / 0.9) + (1 - q) * np.log((1 - q) / 0.1)
+    np.testing.assert_allclose(dpo.exo_terms(h[:1], 0.5, 0.1), [expected], rtol=1e-5)
 
 
 # The step -------------------------------------------------------------------------------------------------------------
@@ -51,7 +96,7 @@ POLICY = models.logprobs_fn(tiny.GPT)
 LOGITS = models.bind(models.Transformer(tiny.GPT))
 TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
 STEP = functools.partial(dpo.train_step, logprobs_fn=POLICY, tx=TX)
-LOGPROBS = jax.jit(functools.partial(dpo.response_logprobs, logprobs_fn=POLICY))
+LOGPROBS = jax.jit(functools.partial(preferences.response_logprobs, logprobs_fn=POLICY))
 
 
 def batch(seed: int, rows: int = 8, responses: int = 4) -> Rankings:
@@ -99,7 +144,15 @@ def test_a_step_averages_pairs_then_prompts(cfg):
     np.testing.assert_allclose(metrics["reward/accuracy"], np.mean(correct), rtol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"beta": 0.0}, {"loss": "ipo", "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.0},
+        {"loss": "ipo", "label_smoothing": 0.1},
+        {"loss": "hinge", "label_smoothing": 0.1},
+        {"loss": "exo"},
+    ],
+)
 def test_settings_that_cannot_be(settings):
     with pytest.raises(InputError):
         dpo.Config(**settings)

@@ -11,6 +11,7 @@ from rlhf_jax.algorithms import grpo, optim, ppo, rloo, updates
 from rlhf_jax.types import InputError
 from tests import tiny
 from tests.algorithms.test_ppo import EPISODES, LOGPROBS, N, episodes
+from tests.oracles import Case
 
 POLICY = models.part("policy", models.logprobs_fn(tiny.GPT))
 TX = optim.adamw(1e-3, optim.Adam(eps=1e-5))
@@ -19,6 +20,14 @@ ALGORITHMS = {
     "grpo-reward": (
         grpo.train_step,
         grpo.Config(minibatches=2, group=4, kl_in="reward", scale=False, mean="token", entropy_coef=0.1),
+    ),
+    "gspo": (
+        grpo.train_step,
+        grpo.Config(minibatches=2, group=4, ratio="response", clip=0.1, clip_high=0.2, mean="constant"),
+    ),
+    "reinforce++": (
+        grpo.train_step,
+        grpo.Config(minibatches=2, group=4, baseline="both", kl_in="reward", surrogate="cispo", mean="token"),
     ),
     "rloo": (rloo.train_step, rloo.Config(epochs=2, minibatches=2, group=4)),
 }
@@ -199,3 +208,106 @@ def test_what_padding_holds_reaches_no_gradient():
     count = totals(grpo, batch, cfg)
     loss = lambda p: grpo.loss({"policy": p}, batch, None, count, policy_fn=policy_fn, cfg=cfg)[0]
     assert jnp.isfinite(optax.tree.norm(jax.jit(jax.grad(loss))(tiny.policy())))
+
+
+# Its kin --------------------------------------------------------------------------------------------------------------
+
+
+def surrogate(case, cfg):
+    """The loss of a case's log-probabilities by `grpo.loss`, as a function of them, and its metrics."""
+    mask = case["mask"]
+    wide = 12 if cfg.mean == "constant" else mask.shape[1]  # the constant denominator is rows times max_tokens
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, wide - mask.shape[1])))
+    advantage = case["advantage"]
+    rollout = episodes(0).replace(
+        logp=pad(case["logp_old"]),
+        response_mask=pad(mask),
+        logp_ref=pad(case["logp_ref" if "logp_ref" in case else "logp_old"]),
+    )
+    batch = grpo.Experience(rollout=rollout, advantage=pad(advantage) if advantage.ndim == 2 else advantage)
+    totals = grpo.totals(batch, cfg)
+
+    def loss(logp):
+        given = lambda *args, **kwargs: (pad(logp), None)
+        return grpo.loss({}, batch, None, totals, policy_fn=given, cfg=cfg)
+
+    return jax.value_and_grad(loss, has_aux=True)(case["logp"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("policy_token_mean", {"clip_high": 0.28, "mean": "token"}),
+        ("policy_token_mean_token_advantage", {"clip_high": 0.28, "mean": "token"}),
+        ("policy_sequence_mean", {}),
+        ("policy_sequence_mean_kl", {"kl_coef": 0.04}),
+        ("policy_sequence_mean_kl_padding_overflow", {"kl_coef": 0.04}),
+        ("policy_constant_denominator", {"mean": "constant"}),
+        ("gspo", {"ratio": "response", "clip": 0.04, "clip_high": 0.07}),
+        ("gspo_padding_overflow", {"ratio": "response", "clip": 0.04, "clip_high": 0.07}),
+        ("gspo_token", {"ratio": "response", "clip": 0.04, "clip_high": 0.07}),
+        ("cispo", {"surrogate": "cispo", "clip": 1.0, "clip_high": 0.6, "mean": "token"}),
+        ("cispo_two_sided", {"surrogate": "cispo", "clip": 0.35, "clip_high": 0.6, "mean": "token"}),
+        ("cispo_two_sided_padding_overflow", {"surrogate": "cispo", "clip": 0.35, "clip_high": 0.6, "mean": "token"}),
+    ],
+)
+def test_surrogates_are_the_oracles(name, settings):
+    case = Case(name)
+    cfg = grpo.Config(**{"kl_coef": 0.0, "clip": 0.2, **settings})
+    assert case["eps_low"] == cfg.clip and case["eps_high"] == (cfg.clip_high or cfg.clip)
+    (value, metrics), gradient = surrogate(case, cfg)
+    case.check(loss=value, grad_logp=gradient)
+    if not name.startswith("gspo") or name == "gspo_token":  # theirs counts rows
+        case.check(clip_fraction=metrics["policy/clip_fraction"])
+
+
+def test_advantages_over_the_whole_batch_are_the_oracles():
+    case = Case("reinforce_pp_advantage")
+    rollout = episodes(0).replace(
+        logp=case["logp_old"], logp_ref=case["logp_ref"], response_mask=case["mask"], score=case["score"]
+    )
+    cfg = grpo.Config(baseline="batch", kl_in="reward", kl_coef=case["beta"])
+    case.check(advantage=grpo.token_advantages(rollout, case["score"], cfg))
+
+
+def test_advantages_by_hand():
+    """Two groups of two, of lengths 1 and 2: minus the group's mean, then over all tokens."""
+    rollout = episodes(0).replace(
+        logp=jnp.zeros((4, 2)),
+        logp_ref=jnp.array([[0.0, 0.0], [-1.0, -1.0], [0.0, 0.0], [0.0, 0.0]]),
+        response_mask=jnp.array([[1, 0], [1, 1], [1, 0], [1, 0]], bool),
+    )
+    score = jnp.array([1.0, 3.0, 5.0, 5.0])
+    raw = np.array([-1.0, 1.0, 1.0, 0.0, 0.0])
+    expected = (raw - raw.mean()) / raw.std()
+    found = grpo.token_advantages(rollout, score, grpo.Config(group=2, baseline="both"))
+    np.testing.assert_allclose(found[rollout.response_mask], expected, rtol=1e-5)
+    assert found[0, 1] == 0
+    raw = np.array([1.0, 3.0 - 2 * 0.5, 3.0 - 0.5, 5.0, 5.0])  # minus the KL that is still to come
+    expected = (raw - raw.mean()) / raw.std()
+    found = grpo.token_advantages(rollout, score, grpo.Config(baseline="batch", kl_in="reward", kl_coef=0.5))
+    np.testing.assert_allclose(found[rollout.response_mask], expected, rtol=1e-5)
+    with pytest.raises(InputError, match="scale=False has no effect with baseline=both"):
+        grpo.Config(baseline="both", scale=False)
+
+
+def test_long_responses_lose_score():
+    case = Case("overlong_penalty")
+    case.check(penalty=updates.overlong_penalty(case["length"], case["max_length"], case["cache"]))
+    np.testing.assert_allclose(updates.overlong_penalty(jnp.array([2, 3, 4, 5, 6]), 5, 2), [0, 0, -0.5, -1, -1])
+    with pytest.raises(InputError, match=f"soft_limit=99: expected at most max_new_tokens, {N}"):
+        grpo.experience(EPISODES, grpo.Config(group=4, soft_limit=99))
+
+
+def test_flat_groups_make_room():
+    """Groups 0 and 2 are flat; the first of the fresh ones is, too."""
+    first = EPISODES.replace(score=jnp.array([1, 1, 1, 2, 0, 0, 3, 4], jnp.float32).repeat(2))
+    fresh = EPISODES.replace(
+        score=10 + jnp.array([7, 7, 8, 9, 5, 5, 5, 5], jnp.float32).repeat(2), index=EPISODES.index + 16
+    )
+    refill = functools.partial(grpo.refill, group=4, cfg=grpo.Config())
+    kept, flat = refill(first, fresh)
+    assert flat == 1 and kept.score.reshape(4, 4)[:, 0].tolist() == [1, 3, 18, 1]
+    np.testing.assert_array_equal(kept.index[8:12], fresh.index[4:8])
+    ordered, flat = refill(first, None)
+    assert flat == 2 and ordered.score.reshape(4, 4)[:, 0].tolist() == [1, 3, 1, 0]

@@ -443,3 +443,122 @@ def test_published_files(tmp_path, shared, tokenizer, spec, length, kept, refuse
     assert data.counts.kept > 90 and data.counts.empty == 0
     assert next(iter(data)).rank.max() == (1 if name == "hh" else 3)
     assert (data.counts.truncated > 0) == (name == "hh")
+
+
+# -- examples ----------------------------------------------------------------------------------------------------------
+
+BBH = {"canary": "none", "examples": [{"input": "Is it?\nOptions:\n- Yes\n- No", "target": "No"},
+                                      {"input": "Which?\nOptions:\n(A) 1\n(B) 2", "target": "(B)"},
+                                      {"input": "How many?", "target": "3"}]}  # fmt: skip
+BBH_PROMPT = """Not to be learnt from.
+-----
+Answer it.
+
+Q: Is it so?
+Options:
+- Yes
+- No
+A: Let's think step by step.
+It is. Then 1. So the answer is Yes.
+
+Q: How much?
+A: Let's think step by step.
+Two lines.
+Here. So the answer is 1.5.
+"""
+
+
+def examples(tmp_path, name, text, suffix, split="train"):
+    path = tmp_path / f"data{suffix}"
+    path.write_text(text)
+    return sources.rows(f"{name}:{path}", "examples", data_dir=tmp_path / "store", split=split)
+
+
+def test_chains_of_thought(tmp_path, capsys):
+    lines = [
+        "Is ice\\ncold?\\nOptions:\\n- yes\\n- no\tyes\tIt is frozen.",
+        "Which?\\nOptions:\\n(A) ice\\n(B) tea\t(A)\tIt is cold.",
+        'Which one?\\nOptions:\\n- Sentence A: "So."\\n- Sentence B: "Or: so."\\n\tSentence B\tOr.',
+        "Why?\tSo\t",
+        "Which?\\nOptions:\\n- ice\\n- ice\tice\tTwice.",
+        "Which?\\nOptions:\\n- ice\\n- tea\tcoffee\tNone.",
+    ]
+    rows = examples(tmp_path, "cot", "\n".join(lines), ".tsv")
+    assert [(row["answers"], row["options"]) for row in rows] == [
+        (["yes"], ["yes", "no"]),
+        (["(A)"], ["(A)", "(B)"]),
+        (["Sentence B"], ["Sentence A", "Sentence B"]),
+        (["So"], []),
+    ]
+    assert rows[0]["question"] == "Is ice\ncold?\nOptions:\n- yes\n- no" and rows[0]["rationale"] == "It is frozen."
+    assert "1 rows refused, two options are the same; 1 rows refused, the answer is none" in capsys.readouterr().out
+    with pytest.raises(InputError, match="line 1: expected question, answer and rationale between tabs, got"):
+        examples(tmp_path, "cot", "Why?\tSo", ".tsv")
+    with pytest.raises(InputError, match="cot has examples, no demonstrations"):
+        sources.rows(f"cot:{tmp_path / 'data.tsv'}", "demonstrations", data_dir=tmp_path)
+
+
+def test_sentiment(tmp_path):
+    rows = examples(tmp_path, "sst", 'label,sentence\n0,"Dull, ""long"""\n1,Fine.\n', ".csv")
+    assert [(row["question"], row["answers"]) for row in rows] == [
+        ('Dull, "long"', ["negative"]),
+        ("Fine.", ["positive"]),
+    ]
+    for text, message in [
+        ("label,sentence\n2,Fine.\n", "line 2, field label: expected 0 or 1, got '2'"),
+        ("label,text\n1,Fine.\n", "line 2, field sentence: missing"),
+        ("label,sentence\n1,Fine.,so\n", "line 2: expected 2 fields"),
+        ("label,sentence\n1\n", "line 2: expected 2 fields"),
+        ('label,sentence\n1,"Fine\n', "expected a table in CSV"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            examples(tmp_path, "sst", text, ".csv")
+
+
+def test_gsm8k_as_examples(tmp_path):
+    (row,) = examples(tmp_path, "gsm8k", json.dumps(GSM8K), ".jsonl")
+    assert row == {"question": "What are 2 and 3?", "answers": ["5"], "options": [], "rationale": "2+3=5"}
+
+
+def test_big_bench_hard_is_for_evaluation_alone(tmp_path):
+    rows = examples(tmp_path, "bbh", json.dumps(BBH, indent=1), ".json", split="held_out")
+    assert [(row["answers"], row["options"]) for row in rows] == [
+        (["No"], ["Yes", "No"]),
+        (["(B)"], ["(A)", "(B)"]),
+        (["3"], []),
+    ]
+    spec = f"bbh:{tmp_path / 'data.json'}"
+    for kind, split in [("examples", "train"), ("demonstrations", "train"), ("prompts", "held_out")]:
+        with pytest.raises(InputError, match="BIG-Bench Hard is there to evaluate by alone: leave it out of training"):
+            sources.rows(spec, kind, data_dir=tmp_path, split=split)
+    with pytest.raises(InputError, match=r"data.cot.txt: no such file; .*prompt"):
+        sources.rows(spec, "examples", data_dir=tmp_path, split="shots")
+    (tmp_path / "data.cot.txt").write_text(BBH_PROMPT)
+    first, second = sources.rows(spec, "examples", data_dir=tmp_path, split="shots")
+    assert first == {"question": "Is it so?\nOptions:\n- Yes\n- No", "answers": ["Yes"], "options": ["Yes", "No"],
+                     "rationale": "It is. Then 1."}  # fmt: skip
+    assert second["answers"] == ["1.5"] and second["rationale"] == "Two lines.\nHere."
+    assert formats.bbh_instruction(tmp_path / "data.json") == "Answer it."
+    for text, message in [("[", "expected an object in JSON"), ('{"x": 1}', "field examples: missing")]:
+        with pytest.raises(InputError, match=message):
+            examples(tmp_path, "bbh", text, ".json", split="held_out")
+
+
+def test_published_examples(tmp_path, shared):
+    """Counts of what the files hold, which their publishers do not say."""
+    data = shared / "data"
+    if not (data / "cot").exists():
+        pytest.skip("needs ../shared/data/cot")
+    found = {}
+    for spec, split in [("cot:cot/creak.tsv", "train"), ("cot:cot/ecqa.tsv", "train"), ("sst:sst_dev.csv", "train"),
+                        ("bbh:bbh/navigate.json", "held_out"), ("bbh:bbh/navigate.json", "shots")]:  # fmt: skip
+        name, _, file = spec.partition(":")
+        rows = list(sources.rows(f"{name}:{data / file}", "examples", data_dir=tmp_path, split=split))
+        found[file, split] = len(rows), sum(bool(row["options"]) for row in rows)
+    assert found == {
+        ("cot/creak.tsv", "train"): (1500, 1066),
+        ("cot/ecqa.tsv", "train"): (1488, 1488),
+        ("sst_dev.csv", "train"): (872, 872),
+        ("bbh/navigate.json", "held_out"): (250, 250),
+        ("bbh/navigate.json", "shots"): (3, 3),
+    }

@@ -5,13 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from experiments import (
-    grpo,
-    rloo,
-)
+from experiments import grpo, rloo
 from rlhf_jax import models
 from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.algorithms import rloo as rloo_lib
+from rlhf_jax.models import lora
 from rlhf_jax.runs import log
 from tests.quickstart import LENGTHS, metrics_of, paths, refused
 
@@ -28,7 +26,9 @@ SIZES = {"data": "world:rows=100", "text": "world:rows=200", "batch": 16, "steps
 def test_answers_come_in_groups(done, tmp_path, name):
     cfg, _ = done
     main, make, algorithm = GROUPS[name]
-    state = main(make(**SIZES, **LENGTHS, **paths(cfg, tmp_path, "init", "rewards", "out"), algorithm=algorithm))
+    given = SIZES | LENGTHS | paths(cfg, tmp_path, "init", "rewards", "out")
+    adapted = {"resample": 1, "lora": lora.Config(rank=2)} if name == "rloo" else {}
+    state = main(make(**given, algorithm=algorithm, **adapted))
     rows = metrics_of(tmp_path)
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
     assert "loss/ptx" in rows[0] and rows[0]["ratio/first_error"] < 1e-4
@@ -36,7 +36,12 @@ def test_answers_come_in_groups(done, tmp_path, name):
     assert len({row["prompt"] for row in samples[:4]}) == len({row["prompt"] for row in samples[4:]}) == 1
     assert samples[0]["prompt"] != samples[4]["prompt"]
     saved = models.load(tmp_path / "model").params
-    np.testing.assert_array_equal(saved["embedding"], state.params["policy"]["embedding"])
+    if adapted:
+        before = models.load(cfg.out / "sft" / "model").params
+        np.testing.assert_array_equal(saved["embedding"], before["embedding"])
+        assert (saved["blocks"]["mlp"]["up"]["kernel"] != before["blocks"]["mlp"]["up"]["kernel"]).any()
+    else:
+        np.testing.assert_array_equal(saved["embedding"], state.params["policy"]["embedding"])
     assert set(state.params) == {"policy"}
 
 

@@ -197,3 +197,13 @@ def test_over_a_mesh_each_device_has_its_rows_and_heads(name):
     compiled = jax.jit(spread).lower(*placed).compile()
     np.testing.assert_allclose(compiled(*placed), kernel(*inputs, last), rtol=0, atol=1e-5)
     assert "tensor" in str(compiled.output_shardings.spec)
+
+
+def test_trees_have_no_splash_kernel(monkeypatch):
+    """A TPU computes them plainly, even where the kernel is asked for; cuDNN takes their mask."""
+    flash = dataclasses.replace(tiny.LLAMA, compute=models.Compute(attention="flash", dtype="bfloat16"), head_dim=8)
+    monkeypatch.setattr(attention.parallel, "platform", lambda: "tpu")
+    assert attention.kernel(flash, 256, 256) == "splash" and attention.kernel(flash, 256, 256, tree=True) is None
+    monkeypatch.setattr(attention.parallel, "platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "compute_capability", lambda: 9.0)
+    assert attention.kernel(flash, 256, 256, tree=True) == "cudnn"

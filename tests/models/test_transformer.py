@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax import logprobs, models
 from rlhf_jax.models import layers, rope
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, Tree
 from tests import tiny
 
 BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
@@ -44,6 +44,78 @@ def test_packed_documents_do_not_see_each_other(config):
     together = logits(config, packed, segment)[0]
     np.testing.assert_allclose(together[:5], logits(config, first, np.ones((1, 5), bool))[0], atol=1e-5)
     np.testing.assert_allclose(together[5:9], logits(config, second, np.ones((1, 4), bool))[0], atol=1e-5)
+
+
+# Two documents, the first of which is a prefix of three tokens, two branches, and two branches of the second of these.
+REACH = [9, 8, 7, 2, 1, 4, 1, 2, 1, 0, 2, 1]
+PATHS = [
+    [0, 1, 2, 3, 4],
+    [0, 1, 2, 5, 6],
+    [0, 1, 2, 5, 7, 8],
+    [10, 11],
+]  # from the first column of a document to its leaves
+
+
+def test_a_tree_has_positions_and_a_mask():
+    view = layers.whole_view(tiny.CONFIGS["mistral"], Tree(reach=jnp.array([REACH])), None)
+    np.testing.assert_array_equal(view.position[0, jnp.array(REACH) > 0], [0, 1, 2, 3, 4, 3, 4, 4, 5, 0, 1])
+    for path in PATHS:
+        seen, near = (np.flatnonzero(x[0, path[-1]]).tolist() for x in (view.mask, view.window_mask))
+        assert seen == path and near == path[-3:]  # the window is of three tokens
+
+
+@EVERY
+def test_branches_of_a_tree_are_texts_of_their_own(config):
+    """Logits at every column, and the gradients of what all texts have at their own columns, each once."""
+    tokens = tiny.random_tokens(0, 1, len(REACH))
+    weight = jnp.array(np.random.default_rng(1).normal(size=(len(REACH), 31)), jnp.float32)
+
+    def of_tree(params):
+        out = run(config, params, tokens, Tree(reach=jnp.array([REACH])))[0]
+        return jnp.sum(jnp.where(jnp.array(REACH)[:, None] > 0, out * weight, 0.0)), out
+
+    def one_by_one(params):
+        total, read = 0.0, {}
+        for path in PATHS:
+            padded = path + [9] * (6 - len(path))
+            out = run(config, params, tokens[:, padded], np.arange(6)[None] < len(path))[0]
+            new = [n for n, column in enumerate(path) if column not in read]
+            total += sum(jnp.sum(out[n] * weight[path[n]]) for n in new)
+            read |= {path[n]: out[n] for n in new}
+        return total, read
+
+    params = tiny.policy(config)
+    (_, out), grads = jax.value_and_grad(of_tree, has_aux=True)(params)
+    (_, read), expected = jax.value_and_grad(one_by_one, has_aux=True)(params)
+    for column, logits_there in read.items():
+        np.testing.assert_allclose(out[column], logits_there, atol=1e-5)
+    tiny.assert_close(grads, expected, atol=2e-4)
+
+
+@BOTH
+def test_log_probabilities_are_read_at_any_column(config):
+    tokens, tree = jnp.array(tiny.random_tokens(0, 2, len(REACH))), Tree(reach=jnp.array([REACH, REACH]))
+    columns, targets = jnp.array([[2, 6, 8], [11, 0, 0]]), jnp.array(tiny.random_tokens(1, 2, 3, 2))
+    logp = jax.nn.log_softmax(logits(config, tokens, tree))
+    likeliest = jnp.argmax(logp[1, 11])
+    targets = targets.at[1, 0, 1].set(likeliest)
+    for chunk in (0, 2):
+        chunked = dataclasses.replace(config, compute=models.Compute(chunk=chunk))
+        read = jax.jit(models.bind(models.Transformer(chunked), models.Transformer.logprobs_at))
+        found, greedy = read(tiny.policy(config), tokens, tree, columns, targets)
+        for b, n, k in np.ndindex(2, 3, 2):
+            np.testing.assert_allclose(found[b, n, k], logp[b, columns[b, n], targets[b, n, k]], atol=1e-5)
+            assert greedy[b, n, k] == (targets[b, n, k] == jnp.argmax(logp[b, columns[b, n]]))
+        assert greedy[1, 0, 1]
+
+
+def test_a_tree_may_be_wider_than_the_context():
+    """Of learned positions it needs as many as it is deep."""
+    tokens = tiny.random_tokens(0, 1, 42)
+    reach = [42, 41] + list(range(20, 0, -1)) * 2
+    out = logits(tiny.GPT, tokens, Tree(reach=jnp.array([reach])))[0]
+    alone = logits(tiny.GPT, np.concatenate([tokens[:, :2], tokens[:, 22:]], axis=1), np.ones((1, 22), bool))[0]
+    np.testing.assert_allclose(out[22:], alone[2:], atol=1e-5)
 
 
 @BOTH

@@ -12,7 +12,8 @@ import pytest
 
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import arena, strengths
+from rlhf_jax.people import agreement, arena, strengths
+from rlhf_jax.people.agreement import Undefined
 from rlhf_jax.people.arena import Vote, Votes
 from rlhf_jax.people.exchange import Filter
 from rlhf_jax.people.items import Item
@@ -75,6 +76,31 @@ def test_a_table_by_hand():
     assert (found.votes, found.people, found.battles, found.bad, found.same) == (10, 1, 10, 2, 0)
 
 
+def test_agreement_of_two_people_by_hand():
+    """Cases of two people: equal 1, both tie 1 (a tie and both bad), half a tie 1, opposite 2 (of three people)."""
+
+    def vote(item: int, person: str, verdict: str, same: bool = False) -> Vote:
+        return Vote("a", "b", verdict, person, item, same)
+
+    said = [
+        *(vote(1, "ann", "first"), vote(1, "bob", "first"), vote(1, "eve", "second")),
+        *(vote(2, "ann", "tie"), vote(2, "bob", "bad")),
+        *(vote(3, "ann", "tie"), vote(3, "bob", "second")),
+        vote(4, "ann", "first"),  # alone
+        *(vote(5, "ann", "tie", same=True), vote(5, "bob", "tie", same=True)),  # nothing to choose between
+    ]
+    found = arena.table(Votes(frozenset("ab"), said))
+    assert not isinstance(found.agreement, Undefined) and found.agreement.without_ties
+    assert found.agreement.without_ties == agreement.wilson(1, 3)
+    assert found.agreement.ties_as_label == agreement.wilson(2, 5)
+    assert found.agreement.ties_as_half == agreement.wilson(2.5, 5)
+    assert "agree, without ties: 33.3 % (6.1 to 79.2 %, n=3)" in arena.text(found)
+    assert arena.as_json(found)["agreement"]["ties_as_label"]["n"] == 5
+    alone = arena.table(votes("a>b b>a"))
+    assert isinstance(alone.agreement, Undefined) and alone.agreement.why == "no_overlap"
+    assert arena.as_json(alone)["agreement"] is None and "raise the overlap" in arena.text(alone)
+
+
 @pytest.mark.parametrize(
     ("text", "order", "why"),
     [
@@ -113,7 +139,7 @@ def test_nothing_yet():
 
 def test_the_text_has_a_line_a_model():
     lines = arena.text(arena.table(votes("a>b b>a a>b a!b"))).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5 and lines[4].startswith("agreement is undefined")
     assert lines[1].split() == ["a", "4", "2", "1", "0", "1", "62.5%", "(21.9%", "to", "90.8%)", "+0.347", "0.612"]
     assert lines[3].startswith("Votes: 4 · people: 1 · battles: 4 · both bad: 1")
 

@@ -1,8 +1,6 @@
 """Talking to models: who may do it, what is recorded of it, and what an endpoint may do wrong."""
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,9 +21,8 @@ from rlhf_jax.people.items import Item
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
 from tests.people import test_server
-from tests.people.endpoints import Stub, answering
+from tests.people.endpoints import Stub
 from tests.people.labelling import person
-from tests.people.serving import ROOT
 
 RULES = Rules(ratings="none", gold_share=0.0, repeat_share=0.0, turns=2)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -35,18 +32,6 @@ HELLO = [{"role": "user", "content": "Hello"}]
 def store(store: Store) -> Store:
     store.set_rules(RULES)
     return store
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Stub, str]]:
-    with answering() as found:
-        yield found
-
-
-@pytest.fixture
-def stub(served: tuple[Stub, str]) -> Stub:
-    served[0].__init__()  # type: ignore[misc]
-    return served[0]
 
 
 class Talker(test_server.Browser):
@@ -104,12 +89,9 @@ def test_a_labeler_talks_and_judges(store: Store, stub: Stub, ann: Talker):
 
 
 def test_an_administrator_sees_names_and_adds_conversations(store: Store, served: tuple[Stub, str], stub: Stub):
-    with Talker(store, served[1], "administrator", "administrator").client as client:
-        admin = Talker(store, served[1], "administrator", "administrator")
-        admin.client = client
-        csrf = client.get("/guidelines").text.split('name="csrf" content="')[1][:64]
-        admin.headers, admin.csrf = {"X-CSRF": csrf}, csrf
-        assert client.get("/api/chat/models").json() == {"models": ["ada", "bob"]}
+    admin = Talker(store, served[1], "administrator", "administrator")
+    with admin.client:
+        assert admin.client.get("/api/chat/models").json() == {"models": ["ada", "bob"]}
         for count in ("0", "x", "1001", "-1", ""):
             assert "count=" in admin.act("chats", count=count, topic="t").text
         assert admin.act("chats", count="3", topic=" About birds ").status_code == 303
@@ -182,6 +164,32 @@ def test_refusals_of_the_endpoint(store: Store, stub: Stub, served: tuple[Stub, 
     with away.client:
         assert away.client.get("/api/chat/models").json() == {"error": "chat_away", "message": ""}
         assert away.ask(model=0, messages=HELLO) == [{"error": "chat_away", "message": "", "status": 502}]
+
+
+def test_a_model_that_could_not_be_loaded_is_told_to_who_can_act(store: Store):
+    why = ["runs/a/model: expected params, got none"]
+    store.add([Item("about birds", task="chat")])
+
+    def gone() -> str:
+        return why[0]
+
+    ann = Talker(store, "http://127.0.0.1:9", gone=gone)
+    admin = Talker(store, "http://127.0.0.1:9", "eve", "administrator", gone=gone)
+    with ann.client, admin.client:
+        for one, told in ((ann, ""), (admin, why[0])):
+            assert one.client.get("/api/chat/models").json() == {"error": "chat_broken", "message": told}
+            assert one.ask(model=0, messages=HELLO) == [{"error": "chat_broken", "message": told, "status": 502}]
+        assert ann.task() is None and "1 conversations wait for a model" in admin.client.get("/admin").text
+        why[0] = ""  # it is starting
+        assert ann.client.get("/api/chat/models").json()["error"] == "chat_away"
+        assert ann.task()["task"] == "chat" and "wait for a model" not in admin.client.get("/admin").text
+
+
+def test_conversations_are_not_given_out_without_a_model(store: Store):
+    store.add([Item("about birds", task="chat")])
+    plain, admin = test_server.Browser(store, "eve"), test_server.Browser(store, "fay", "administrator")
+    assert plain.task() is None and plain.client.get("/api/task").json()["pace"]["left"] == 0
+    assert "1 conversations wait for a model" in admin.client.get("/admin").text
 
 
 @pytest.mark.parametrize(
@@ -288,10 +296,11 @@ def test_where_people_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert command._talking(command.Serve(db=db)) == ("", [])
     assert command._talking(command.Serve(db=db, chat="http://h:1/v1", model=models)) == ("http://h:1/v1", [])
     assert command._talking(command.Serve(db=db, model=models, talk=False)) == ("", [])
-    url, ((*_, module, flag, port, _, first, second),) = command._talking(command.Serve(db=db, model=models))
+    url, (program,) = command._talking(command.Serve(db=db, model=models))
+    *_, module, flag, port, _, first, second = program.command
     assert (module, flag, first, second) == ("experiments.serve", "--port", *map(str, models)) and url.endswith(port)
     monkeypatch.setattr(command, "QUICKSTART", models[0])
-    assert command._talking(command.Serve(db=db))[1][0][-1] == str(models[0])
+    assert command._talking(command.Serve(db=db))[1][0].command[-1] == str(models[0])
     assert command._talking(command.Serve(db=db, responses=tmp_path / "x.jsonl")) == ("", [])
     for args, message in (
         (["--chat", "ftp://x"], "--chat ftp://x: expected an address"),
@@ -303,41 +312,3 @@ def test_where_people_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
             command.main(args)
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
-
-
-def test_processes_run_one_after_another_and_end_with_the_server(tmp_path: Path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    touch = f"import pathlib, time; time.sleep(0.1); pathlib.Path({str(first)!r}).touch()"
-    wait = f"import pathlib, time; found = pathlib.Path({str(first)!r}).exists()"
-    wait += f"; pathlib.Path({str(second)!r}).write_text(str(found)); time.sleep(60)"
-    start = time.monotonic()
-    with command._beside([[sys.executable, "-Sc", touch], [sys.executable, "-Sc", wait]]):
-        while not second.exists() or not second.read_text():
-            time.sleep(0.01)
-            assert time.monotonic() - start < 10
-    assert second.read_text() == "True" and time.monotonic() - start < 10
-    with command._beside([[sys.executable, "-Sc", "import time; time.sleep(60)"], [sys.executable, "-Sc", touch]]):
-        first.unlink()
-    assert not first.exists() and time.monotonic() - start < 10
-
-
-@pytest.mark.slow
-def test_a_terminated_server_ends_what_it_started(tmp_path: Path):
-    child = [sys.executable, "-Sc", "import time; print('child', flush=True); time.sleep(60)"]
-    script = (
-        "from rlhf_jax.people import __main__ as command\n"
-        f"command._talking = lambda cfg: ('', [{child!r}])\n"
-        f"command.main(['--chat', 'http://127.0.0.1:9', '--db', {str(tmp_path / 'x.db')!r}, '--port', '0',"
-        f" '--responses', {str(tmp_path / 'r.jsonl')!r}])\n"
-    )
-    (tmp_path / "r.jsonl").write_text('{"prompt": "p"}')
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout
-    with process.stdout as out:
-        for line in out:
-            if line == "child\n":
-                break
-        time.sleep(0.3)  # the server's own handler of signals is there
-        process.terminate()
-        assert out.read() is not None  # ends when the last process that may write does
-    assert process.wait(10) == 128 + 15

@@ -5,6 +5,7 @@ import http.client
 import json
 import random
 import re
+import resource
 import threading
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from rlhf_jax.people import access, exchange
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
-from tests.people.large import FULL_SIZE
+from tests.people.large import FULL_SIZE, fill
 from tests.people.serving import Server, serving
 
 LABELS, KILLS = (10_000, 20) if FULL_SIZE else (1000, 4)
@@ -78,6 +79,25 @@ class Worker(threading.Thread):
             assert status == 200, said
             assert said["label"] not in self.acknowledged
             self.acknowledged[said["label"]] = ranks
+
+
+def test_the_server_starts_at_once(tmp_path: Path):
+    """Without JAX: the first answer costs less than two seconds of computing, with a store of many labels too."""
+    fill(tmp_path / "people.db", 100_000 if FULL_SIZE else 2000)
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    server = Server(tmp_path / "people.db", "--no-talk")
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        connection.request("GET", "/enter")
+        assert connection.getresponse().status == 200
+        wall = time.perf_counter() - start
+        connection.close()
+    finally:
+        server.kill()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"first answer after {wall:.2f} s, {took:.2f} s of computing")
+    assert took < 2 and (not FULL_SIZE or wall < 3)
 
 
 @pytest.mark.slow

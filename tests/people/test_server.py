@@ -5,6 +5,7 @@ import json
 import re
 import sqlite3
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +19,7 @@ from starlette.testclient import TestClient
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import __main__ as command
-from rlhf_jax.people import access, arena, forms, frame, markdown, server, words
+from rlhf_jax.people import access, acts, arena, forms, frame, markdown, network, record, server, words
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
@@ -32,15 +33,15 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield store
 
 
-def client(store: Store, options: frame.Options | None = None) -> TestClient:
-    return TestClient(server.app(store, options), base_url="http://127.0.0.1:8000", follow_redirects=False)
+def client(store: Store, options: frame.Options | None = None, *parts: frame.Part) -> TestClient:
+    return TestClient(server.app(store, options, *parts), base_url="http://127.0.0.1:8000", follow_redirects=False)
 
 
 class Browser:
     """Somebody who has followed their link."""
 
-    def __init__(self, store: Store, name: str = "ann", role: Any = "labeler"):
-        self.client = client(store)
+    def __init__(self, store: Store, name: str = "ann", role: Any = "labeler", *parts: frame.Part):
+        self.client = client(store, None, *parts)
         assert self.client.post("/enter", json={"token": access.invite(store, name, role)}).json() == {"to": "/"}
         page = self.client.get("/guidelines").text
         found = re.search(r'name="csrf" content="(\w{64})"', page)
@@ -172,8 +173,57 @@ def test_only_the_administrator_administers(store: Store):
     ann.submit(ann.task()["id"], {"ranks": [0, 0]})
     (row,) = map(json.loads, admin.client.get("/admin/export").text.splitlines())
     assert row["ranks"] == [0, 0] and row["person"] == "ann"
-    assert admin.client.get("/admin/export?who=x").status_code == 200  # the page, with the message
+    for query, message in (("who=x", "filter &#39;who=x&#39;"), ("person=nobody", "the store has nobody of that name")):
+        for path in ("export", "arena"):
+            wrong = admin.client.get(f"/admin/{path}?{query}")  # the page, with the message
+            assert wrong.status_code == 422 and message in wrong.text and "attachment" not in str(wrong.headers)
     assert admin.act("explode").status_code == 404
+
+
+def test_odd_names_are_filtered(store: Store):
+    names = ("Ann & Bob", "a=b?c#d", "1+1", "100 %")
+    admin = Browser(store, "administrator", "administrator")
+    for name in names:
+        one = Browser(store, name)
+        one.submit(one.task()["id"], {"skip": "other"})
+        store.add([Item(f"prompt of {name}", ("one", "two"))])
+        while task := one.task():
+            one.submit(
+                task["id"], {"ranks": [0, 1]} if name in task["prompt"] else {"skip": "other"}, f"{task['id']:09}"
+            )
+    for name in names:
+        for text in (urllib.parse.quote(name, safe=""), urllib.parse.quote_plus(name)):
+            (row,) = map(json.loads, admin.client.get(f"/admin/export?person={text}").text.splitlines())
+            assert row["person"] == name
+
+
+def test_several_administrators_and_who_decided(store: Store):
+    ann, admin = Browser(store), Browser(store, "administrator", "administrator")
+    link = re.search(r"/enter#([\w-]+)", admin.act("invite", name="fay", role="administrator").text)
+    assert link
+    fay = client(store)
+    assert fay.post("/enter", json={"token": link[1]}).status_code == 200
+    assert "Who decided what" in fay.get("/admin").text
+    assert "of another role" in admin.act("invite", name="fay").text
+    fay = Browser(store, "fay", "administrator")
+    number = store.one("SELECT id FROM people WHERE name = 'ann'")["id"]
+    assert fay.act("aside", person=number).status_code == 303 and ann.task() is None
+    assert fay.act("rules", lease="60").status_code == 303
+    assert fay.act("guidelines", text="# Be kind").status_code == 303
+    assert admin.act("restore", person=number).status_code == 303
+    page = re.sub(r"<[^>]+>|\s+", " ", admin.client.get("/admin").text.split("Who decided what</h2>")[1])
+    for what in (
+        "Restored: ann administrator",
+        "Guidelines, new version 1 fay",
+        "Rules changed lease 1800.0 → 60.0 fay",
+        "Set aside: ann by the administrator fay",
+        "Link sent: fay administrator administrator",
+    ):
+        assert what in re.sub(" +", " ", page), page
+    chief = store.one("SELECT id FROM people WHERE name = 'administrator'")["id"]
+    assert admin.act("revoke", person=chief).status_code == 404  # oneself
+    assert fay.act("revoke", person=chief).status_code == 303
+    assert admin.client.get("/api/task").status_code == 401 and fay.client.get("/admin").status_code == 200
 
 
 def test_changes_need_the_token_of_our_page(store: Store):
@@ -201,6 +251,15 @@ def test_headers_and_cookies(store: Store):
     assert ann.get("/enter").headers["cache-control"] == "no-store"
 
 
+def test_a_page_comes_in_the_theme_that_was_chosen(store: Store):
+    ann = client(store)
+    assert 'data-theme=""' in ann.get("/enter").text
+    ann.cookies.set("theme", "dark")
+    assert 'data-theme="dark"' in ann.get("/enter").text
+    ann.cookies.set("theme", "'><script>")
+    assert "'><script>" not in ann.get("/enter").text
+
+
 def test_nothing_comes_from_elsewhere():
     for path in frame.PAGES.rglob("*.*"):
         text = path.read_text()
@@ -224,9 +283,32 @@ def test_too_large_too_many_and_for_another_host(store: Store):
     assert ann.client.get("/enter", headers={"Host": "evil.example"}).json()["error"] == "wrong_host"
     few = client(store, frame.Options(rate=0.001, burst=3.0))
     assert [few.get("/enter").status_code for _ in range(4)] == [200, 200, 200, 429]
+    # Made-up sessions are no way out, and no way to spend what somebody else has left.
+    few = client(store, frame.Options(rate=0.001, burst=4.0))
+    assert few.post("/enter", json={"token": access.invite(store, "eve")}).status_code == 200
+    session = few.cookies["session"]
+    said = [few.get("/enter", headers={"Cookie": f"session=guess{n}"}).status_code for n in range(5)]
+    assert said[:2] == [200, 200] and said[-1] == 429
+    assert [few.get("/api/task", headers={"Cookie": f"session={session}"}).status_code for _ in range(5)] == [
+        *[200] * 4,
+        429,
+    ]
     guesses = client(store, frame.Options(attempts=3.0))
     assert [guesses.post("/enter", json={"token": "x"}).status_code for _ in range(4)] == [401, 401, 401, 429]
     assert guesses.post("/enter", json={"token": access.invite(store, "bob")}).status_code == 200
+
+
+def test_the_address_is_the_one_that_a_proxy_names_and_no_other(store: Store):
+    def refused(behind_proxy: bool, *addresses: str) -> list[int]:
+        app = server.app(store, frame.Options(rate=0.001, burst=1.0, hosts=None))
+        config = network.config(app, behind_proxy, None, None)
+        config.load()
+        asking = TestClient(config.loaded_app, client=("127.0.0.1", 5000))
+        return [asking.get("/enter", headers={"X-Forwarded-For": one}).status_code for one in addresses]
+
+    assert refused(False, "1.1.1.1", "2.2.2.2") == [200, 429]
+    assert refused(True, "1.1.1.1", "2.2.2.2", "9.9.9.9, 1.1.1.1") == [200, 200, 429]
+    assert refused(True, "2001:db8::1", "2001:db8::2:3", "2001:db8:0:1::1") == [200, 429, 200]
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(store: Store, monkeypatch: pytest.MonkeyPatch):
@@ -261,6 +343,8 @@ def test_both_languages_have_all_words(store: Store):
     assert {f"verdict_{name}" for name in forms.VERDICTS} | {f"arena_{why}" for why in get_args(arena.Why)} <= (
         table.keys()
     )
+    assert {f"act_{what}" for what in get_args(acts.What)} | {"chats_wait", "error_chat_broken"} <= table.keys()
+    assert {"failed_answers", "failed_serve"} <= table.keys()
     nobody = client(store)
     assert "欢迎" in nobody.get("/enter", headers={"Accept-Language": "zh-CN,en;q=0.5"}).text
     assert "Welcome" in nobody.get("/enter", headers={"Accept-Language": "fr"}).text
@@ -355,7 +439,60 @@ def test_the_command_line_names_mistakes(tmp_path: Path, capsys: pytest.CaptureF
 def test_pages_without_tasks_of_their_own(tmp_path: Path):
     """Another program adds them, so that no model answers."""
     with Store(tmp_path / "x.db") as store:
-        assert command._models(command.Serve(db=store.path, prompts=0), store) == ()
+        assert command._sampling(command.Serve(db=store.path, prompts=0), store) is None
+
+
+def test_a_restart_finishes_what_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(command, "QUICKSTART", tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    with Store(tmp_path / "x.db") as store:
+
+        def start(**flags: Any) -> Any:
+            cfg = command.Serve(db=store.path, **flags)
+            return command._answering(cfg, store, command._sampling(cfg, store))
+
+        (first,) = start(prompts=30, k=3)
+        record.note(store, 1, 12)
+        store.add([Item("p", ("a", "b"))])
+        (again,) = start()
+        assert again.command == first.command and record.done(store, 1) == 12 and not capsys.readouterr().out
+        (again,) = start(prompts=30, k=3)
+        assert again.command == first.command and not capsys.readouterr().out
+        (again,) = start(prompts=50, k=3)
+        assert again.command == first.command
+        assert capsys.readouterr().out.startswith("--prompts: ignored, since what was begun before is finished first;")
+        record.finish(store, 1)
+        assert start() == [] and not capsys.readouterr().out
+        for flags, named in (
+            ({"data": "prompts.jsonl", "prompts": 200, "k": 4}, "--data, --prompts, --k"),
+            ({"task": "compare", "overlap": 2, "overlap_share": 0.5}, "--task, --overlap, --overlap-share"),
+            ({"responses": tmp_path / "r.jsonl", "task": "compare", "overlap": 2, "seed": 3}, "--seed"),
+        ):
+            assert start(**flags) == []
+            said = capsys.readouterr().out
+            assert said.startswith(f"{named}: ignored, since") and "name --model" in said and said.count("\n") == 1
+        (other,) = start(model=(tmp_path / "model",))
+        assert other.command != first.command and not capsys.readouterr().out
+
+
+def test_people_write_answers_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(command, "QUICKSTART", tmp_path / "none")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    cfg = command.Serve(db=tmp_path / "x.db", task="demonstrate", data=str(file))
+    assert [(item.prompt, item.task) for item in command._to_write(cfg)] == [
+        ("one", "demonstrate"),
+        ("two", "demonstrate"),
+    ]
+    with Store(tmp_path / "x.db") as store:
+        for data in ("world", None):  # read by the program that has JAX
+            wanted = command._sampling(command.Serve(db=store.path, task="demonstrate", data=data), store)
+            assert wanted and (wanted.model, wanted.data) == ((), "world")
+        with pytest.raises(InputError, match="nothing to ask"):
+            command._sampling(command.Serve(db=store.path), store)
 
 
 def test_import_adds_to_a_store(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -367,6 +504,19 @@ def test_import_adds_to_a_store(tmp_path: Path, capsys: pytest.CaptureFixture):
     responses.write_text('{"prompt": "p", "responses": ["a", "a\\n"], "task": "arena", "models": ["x", "y"]}\n')
     command.main(["import", "--db", str(tmp_path / "x.db"), "--responses", str(responses)])
     assert "1 items added, 0 were there already; 1 battles have the same answer" in capsys.readouterr().out
+
+
+def test_the_command_line_invites(tmp_path: Path, capsys: pytest.CaptureFixture):
+    db = tmp_path / "x.db"
+    with pytest.raises(SystemExit):
+        command.main(["invite", "--db", str(db), "--name", "fay"])
+    assert "no such store" in capsys.readouterr().err
+    with Store(db) as store:
+        for role, url in (("administrator", "https://label.example/"), ("labeler", "http://127.0.0.1:8000")):
+            command.main(["invite", "--db", str(db), "--name", f"the {role}", "--role", role, "--url", url])
+            link = re.fullmatch(rf"the {role} \({role}\): {url.rstrip('/')}/enter#(\S+)\n", capsys.readouterr().out)
+            found = link and access.person(store, access.enter(store, link[1]) or "")
+            assert found and found.role == role
 
 
 def test_the_event_loop_is_not_held_up(store: Store):

@@ -1,18 +1,21 @@
 """The store: leases, slots, replays, undo, gold and repeated items, and thresholds."""
 
+import dataclasses
 import json
 import sqlite3
 import subprocess
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.people import exchange
+from rlhf_jax.people import exchange, progress
 from rlhf_jax.people.exchange import Filter
+from rlhf_jax.people.forms import Contradiction
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.leases import Refused
 from rlhf_jax.people.rules import Rules
@@ -259,6 +262,92 @@ def test_below_the_threshold_a_person_is_set_aside(store: Store):
     assert len(rows(store)) == 20 + done and len(rows(store, gold=0.7)) == 20
 
 
+def test_who_is_restored_is_judged_anew(store: Store):
+    rules = Rules(ratings="none", gold_share=0.99, repeat_share=0.0, gold_least=0.7, gold_count=3)
+    store.set_rules(rules)
+    ann, eve = person(store, "ann"), person(store, "eve", "administrator")
+    store.add([*items(9), *(Item(f"gold {k}", ("one", "two", "three"), gold=(0, 1, 2)) for k in range(30))])
+    while store.task(ann):
+        answer(store, ann, (2, 1, 0))
+    wrong = store.one("SELECT COUNT(*) FROM labels WHERE kind = 'gold'")[0]
+    assert wrong == 3
+    before = len(rows(store, aside=True, kind="gold"))
+    assert {(row["set_aside"], row["set_aside_by"]) for row in rows(store, aside=True, kind="gold")} == {
+        ("gold 0.00 < 0.70", None)  # by a rule
+    }
+    store.restore(ann, eve)
+    for _ in range(4):
+        answer(store, ann)
+    answer(store, ann, (2, 1, 0))
+    assert store.task(ann)  # one of five, since then
+    assert [row.get("restored_by") for row in rows(store, kind="gold")] == ["eve"] * before + [None] * 5
+    while store.task(ann):
+        answer(store, ann, (2, 1, 0))
+    assert store.one("SELECT why FROM people WHERE id = ?", ann)[0].startswith("gold 0.")
+    with store.writer() as db, pytest.raises(sqlite3.IntegrityError, match="append-only"):
+        db.execute("DELETE FROM acts")
+
+
+def test_a_contradiction_is_asked_once_a_task(store: Store):
+    ann = person(store, "ann")
+    store.set_rules(Rules(ratings="overall", gold_share=0.0, repeat_share=0.0))
+    store.add(items(1))
+    number = task(store, ann).id
+    said = {"ranks": [0, 1, 1], "ratings": [{"overall": 1}, {"overall": 7}, {"overall": 1}]}
+    for _ in range(2):  # sent again under the same name, since the question may not have arrived
+        with pytest.raises(Contradiction):
+            store.submit(ann, number, "submission-1", said, 5.0)
+    changed = said | {"ratings": [{"overall": 1}, {"overall": 7}, {"overall": 2}]}
+    store.submit(ann, number, "submission-2", changed, 5.0)
+    (row,) = rows(store)
+    assert sorted(rating["overall"] for rating in row["ratings"]) == [1, 2, 7]
+    assert json.loads(store.one("SELECT answer FROM labels")[0])["confirmed"]
+
+
+def test_the_counts_are_those_of_the_labels(store: Store, clock: Clock):
+    """After answers, skips, undone ones, people set aside and restored, and other overlaps."""
+    store.set_rules(Rules(ratings="none", gold_share=0.2, repeat_share=0.2))
+    people = [person(store, name) for name in ("ann", "bob")]
+    store.add([*items(12, overlap=2), *(Item(f"gold {k}", ("one", "two", "three"), gold=(0, 1, 2)) for k in range(6))])
+    for n in range(30):
+        who = people[n % 2]
+        if n == 15:
+            store.set_aside(people[0], "why")
+        if n == 20:
+            store.restore(people[0])
+            store.set_overlap({1: 1, 12: 3})
+        if held := store.task(who):
+            said = {"skip": "other"} if n % 7 == 3 else {"ranks": [0, n % 3, 1]}
+            store.submit(who, held.id, f"submission-{n}", said, n / 2)
+        if n % 5 == 4 and n != 19:
+            store.undo(who)
+    sums = "SUM(answer LIKE '{\"skip\"%'), SUM(fast), SUM(seconds), TOTAL(agreed), COALESCE(SUM(pairs), 0)"
+    with store.reader() as db:
+        counted = db.execute(f"SELECT person, kind, COUNT(*), {sums} FROM counting GROUP BY person, kind").fetchall()
+        assert sorted(map(tuple, counted)) == sorted(
+            tuple(row) for row in db.execute("SELECT * FROM tallies WHERE labels > 0")
+        )
+        assert len(counted) > 3
+        query = "SELECT SUM(overlap > 0), SUM(overlap), SUM(taken), SUM(MAX(0, overlap - taken)) FROM items"
+        wanted = db.execute(f"{query} WHERE gold IS NULL").fetchone()
+        assert tuple(db.execute("SELECT items, slots, taken, wanted FROM totals").fetchone()) == tuple(wanted)
+        done = db.execute("SELECT COUNT(*) FROM assignments WHERE kind = 'slot' AND state = 'done'").fetchone()[0]
+        assert progress.overview(db, clock.now).done == done
+
+
+def test_conversations_wait_for_a_model(store: Store):
+    ann = person(store, "ann")
+    store.add([Item("about birds", task="chat"), *items(2)])
+    assert task(store, ann).task == "chat"
+    for _ in range(2):  # what is held goes back
+        held = store.task(ann, talks=False)
+        assert held and held.task == "rank"
+        store.submit(ann, held.id, f"submission-{held.id}", {"skip": "other"}, 1.0)
+    assert store.task(ann, talks=False) is None
+    assert (store.pace(ann, talks=False).left, store.pace(ann).left) == (2, 3)
+    assert task(store, ann).task == "chat"
+
+
 def test_who_is_set_aside_does_not_take_a_task_back(store: Store):
     store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.0))
     ann, bob = person(store, "ann"), person(store, "bob")
@@ -282,6 +371,13 @@ def test_too_fast_is_noted(store: Store, clock: Clock):
     clock.now += 100
     store.submit(ann, first.id, "submission", {"ranks": [0, 1, 2]}, 5.0)
     assert rows(store)[0]["too_fast"] and rows(store)[0]["seconds"] == 5
+    store.add(items(3))
+    answered = task(store, ann)
+    store.submit(ann, answered.id, "submission-2", {"ranks": [0, 1, 2]}, 0.0)  # no time at all
+    assert rows(store)[1]["too_fast"]
+    store.set_rules(dataclasses.replace(PLAIN, reading=0.0))
+    store.submit(ann, task(store, ann).id, "submission-3", {"ranks": [0, 1, 2]}, 0.0)
+    assert not rows(store)[2]["too_fast"]
 
 
 def test_filters(store: Store):
@@ -301,6 +397,9 @@ def test_filters(store: Store):
             Filter.parse(wrong)
     with pytest.raises(InputError, match="nobody"):
         rows(store, person="carl")
+    for name in ("Ann & Bob", "a=b?c#d", "100 %", "安"):
+        assert Filter.parse(f"person={urllib.parse.quote(name)}&round=1") == Filter(person=name, round=1)
+    assert Filter.parse("person=Ann Lee") == Filter(person="Ann Lee")
 
 
 def test_items_are_read_once_and_bad_rows_are_named(store: Store, tmp_path: Path):
