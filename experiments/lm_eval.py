@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from rlhf_jax import models, runs
 from rlhf_jax.devices import parallel
@@ -62,8 +61,8 @@ def main(cfg: Config) -> dict:
     )
     print(harness.table(results))
     if cfg.out:
-        record: dict[str, Any] = {"settings": runs.settings(cfg), **results}
-        runs.write(cfg.out / "results.json", json.dumps(record, indent=2, default=str) + "\n")
+        result = {"settings": runs.settings(cfg)} | results
+        runs.write(cfg.out / "results.json", json.dumps(result, indent=2, default=str) + "\n")
     return results["results"]
 
 

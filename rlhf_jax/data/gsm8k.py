@@ -25,7 +25,7 @@ _NUMBER = re.compile(
 )
 
 
-def read(row: Row, where: str, counts: Counter[str]) -> Row:
+def read(row: Any, where: str, counts: Counter[str]) -> Row:
     """Read the question, the worked answer without its calculator annotations, and the reference answer."""
     question, text = (text_field(row, name, where) for name in ("question", "answer"))
     _, mark, answer = text.rpartition(MARK)

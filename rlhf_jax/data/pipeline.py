@@ -1,4 +1,4 @@
-"""Rows to batches: Grain pipelines that end in numpy-leaved `Tokens`, `Rankings` and `Prompts`.
+"""Rows to batches: Grain pipelines that end in numpy-leaved `Tokens`, `Rankings`, `Thumbs` and `Prompts`.
 
 Rows are tokenised once, up front, so that what is kept, truncated and refused is counted before the first step. From
 then on a batch is a pure function of its number. The rows of an epoch are shuffled globally, otherwise in each epoch,
@@ -30,7 +30,7 @@ import numpy as np
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.devices import ragged
-from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Tokens, Virtue
+from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Thumbs, Tokens, Virtue
 
 T = TypeVar("T")
 Row = dict[str, Any]  # as `sources.rows` returns them
@@ -303,6 +303,40 @@ def rankings(
         return Rankings(tokens=tokens, mask=mask, start=start, rank=rank, harmful=harmful)
 
     return _stream("rankings", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
+
+
+def thumbs(
+    source: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    epochs: int | None = None,
+) -> Batches[Thumbs]:
+    """Responses with their labels, each a sequence padded on the right to `length`; longer ones are refused.
+
+    Beside it stands its prompt with the response of the next row of the source, cut where it is too long.
+    """
+    rows = [{"prompt": row["prompt"], "responses": [row["completion"]], "label": row["label"]} for row in source]
+    kept, counts = _answered(source, rows, tokenizer, length)
+    pad = tokenizer_lib.pad_id(tokenizer)
+
+    def fill(index: np.ndarray) -> Thumbs:
+        shape = (len(index), 2, length)
+        tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
+        start, good = np.zeros(len(index), np.int32), np.zeros(len(index), bool)
+        for b, n in enumerate(index):
+            if n >= 0:
+                here, other = kept[n], kept[(n + 1) % len(kept)]
+                start[b], good[b] = len(here.start), rows[here.row]["label"]
+                for which, end in enumerate((here.ends[0], other.ends[0])):
+                    ids = np.append(here.start, end)[:length]
+                    tokens[b, which, : len(ids)] = ids
+                    mask[b, which, : len(ids)] = True
+        return Thumbs(tokens=tokens, mask=mask, start=start, good=good)
+
+    return _stream("thumbs", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
 
 
 def _by_rating(row: Row, virtue: Virtue, place: Callable[[int], str], n: int) -> Row:
