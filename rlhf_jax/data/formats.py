@@ -118,8 +118,8 @@ def hh(row: Any, where: str, counts: Counter[str]) -> Row | None:
     chosen, rejected = (
         dialogue(text_field(row, name, where), f"{where}, field {name}") for name in ("chosen", "rejected")
     )
-    for turns in (chosen, rejected):
-        if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+    for dialogue in (chosen, rejected):
+        if [turn["role"] for turn in dialogue] != ["user", "assistant"] * (len(dialogue) // 2):
             counts["rows refused, speakers do not take turns"] += 1
             return None
     if chosen[:-1] != rejected[:-1]:
