@@ -536,10 +536,13 @@ def gsm8k_example(row: Any, where: str, counts: Counter[str]) -> Row:
 
 
 def _chosen(row: Row, counts: Counter[str]) -> Row | None:
-    """The row with the options that its question lists: the lines, or their labels if the answer is one of these."""
+    """The row with the options that its question lists: the lines, or their labels if the answer is one of these.
+
+    A question that lists none, and whose answer is yes or no, has these two.
+    """
     _, listed, text = row["question"].rpartition("\nOptions:\n")
     if not listed:
-        return row
+        return row | {"options": ["yes", "no"]} if row["answer"] in ("yes", "no") else row
     options = [line.strip().removeprefix("- ") for line in text.split("\n") if line.strip()]
     labels = [match[0] for option in options if (match := re.match(r"\([A-Z]\)|[^:]+(?=:)", option))]
     if row["answer"] not in options and len(labels) == len(options):
