@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from rlhf_jax import models, runs
 from rlhf_jax.devices import parallel
@@ -35,17 +34,10 @@ class Config(runs.Stage):
     batch: Count = 16  # rows of up to 256 tokens to compute at a time, over all devices; fewer where they are longer
     out: Path | None = None  # type: ignore[assignment]  # run directory, for results.json; None: print only
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.tasks:
-            raise InputError("--tasks is missing: name tasks of lm-evaluation-harness, or files of such")
-        for path in (*(Path(task) for task in self.tasks if task.endswith((".yaml", ".yml"))), self.include):
-            if path is not None and not path.exists():
-                raise InputError(f"{path}: no such file or folder of tasks")
-
 
 def main(cfg: Config) -> dict:
     """Evaluate, print the table, and write the result; returns the metrics of each task by name."""
+    check(cfg)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when `datasets` is imported
     from rlhf_jax.evaluation import harness
 
@@ -62,9 +54,18 @@ def main(cfg: Config) -> dict:
     )
     print(harness.table(results))
     if cfg.out:
-        record: dict[str, Any] = {"settings": runs.settings(cfg), **results}
-        runs.write(cfg.out / "results.json", json.dumps(record, indent=2, default=str) + "\n")
+        record = json.dumps({"settings": runs.settings(cfg), **results}, indent=2, default=str)
+        runs.write(cfg.out / "results.json", record + "\n")
     return results["results"]
+
+
+def check(cfg: Config) -> None:
+    """Raises InputError where no tasks are named, or files that there are not."""
+    if not cfg.tasks:
+        raise InputError("--tasks is missing: name tasks of lm-evaluation-harness, or files of such")
+    for path in (*(Path(task) for task in cfg.tasks if task.endswith((".yaml", ".yml"))), cfg.include):
+        if path is not None and not path.exists():
+            raise InputError(f"{path}: no such file or folder of tasks")
 
 
 if __name__ == "__main__":
