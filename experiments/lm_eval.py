@@ -54,8 +54,8 @@ def main(cfg: Config) -> dict:
     )
     print(harness.table(results))
     if cfg.out:
-        record = json.dumps({"settings": runs.settings(cfg), **results}, indent=2, default=str)
-        runs.write(cfg.out / "results.json", record + "\n")
+        result = {"settings": runs.settings(cfg)} | results
+        runs.write(cfg.out / "results.json", json.dumps(result, indent=2, default=str) + "\n")
     return results["results"]
 
 

@@ -100,6 +100,15 @@ class Rankings(struct.PyTreeNode):
     harmful: Leaf = None  # [B, K] bool, for a cost model: the response is rated below the middle
 
 
+class Thumbs(struct.PyTreeNode):
+    """Responses, each labelled good or bad, beside one to another prompt; a sequence is the prompt and a response."""
+
+    tokens: Leaf  # [B, 2, T] int32: with the response that is labelled, and with that of another row
+    mask: Leaf  # [B, 2, T] bool
+    start: Leaf  # [B] int32, number of prompt columns
+    good: Leaf  # [B] bool
+
+
 class Rollout(struct.PyTreeNode):
     """Sampled responses, with log-probabilities, values and scores. A field that was not computed is None."""
 

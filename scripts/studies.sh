@@ -9,6 +9,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 set_up run
 keep_memory
 cd "$root"
-for study in overoptimization frontier ptx virtues; do
+for study in overoptimization frontier ptx virtues instruct; do
     "$venv/bin/python" -m "experiments.studies.$study" --jobs 2 "$@"
 done

@@ -34,19 +34,23 @@ from unittest import mock
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
-from experiments import assistant, dpo, evaluate, grpo, ppo, pretrain, rank, rejection, reward, sft
+from experiments import assistant, dpo, evaluate, grpo, instruct, ppo, pretrain, rank, rejection, reward, sft
 from experiments.published import gsm8k_evaluate, paths
 from rlhf_jax import models, runs
+from rlhf_jax.algorithms import optim
 from rlhf_jax.analysis import flops, shapes, tpu
 from rlhf_jax.data import builders, pipeline, sources, tokenizer
+from rlhf_jax.data.tasks import mixture
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import families, heads, lora
 from rlhf_jax.rollouts import scores
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.types import InputError, Params, Prompts, Rankings, Rollout, Tokens, Virtue
+from rlhf_jax.types import InputError, Params, Prompts, Rankings, Rollout, Tokens, TrainState, Virtue
 
 ROOMS = "experiments", "experiments.published", "experiments.papers", "experiments.studies"
 EXAMPLES = 8  # rows of any data: as many as a stage answers at its end
@@ -205,6 +209,25 @@ def prompt_batches(rows: Any, tokenizer: Any, *, length: int, batch: int, seed: 
     return Batches(prompts(batch, length), once=False)
 
 
+def mixed_batches(mixed: Any, tokenizer: Any, sizes: mixture.Sizes) -> Batches:
+    return token_batches(None, tokenizer, length=sizes.length, batch=sizes.batch, seed=0)
+
+
+class NoTests:
+    """Tests of no questions, which are no part of a step."""
+
+    def __init__(self, *_: Any): ...
+
+    def __call__(self, *_: Any) -> dict:
+        return {}
+
+    def metrics(self, *_: Any) -> dict:
+        return {}
+
+    def report(self, *_: Any) -> list:
+        return []
+
+
 class OneStep(contextlib.nullcontext):
     """A `runs.Run` of one step, which records nothing."""
 
@@ -253,6 +276,12 @@ def nothing_but_steps(layout: shapes.Shapes, config_of: ConfigOf, chips: int, re
             jax.eval_shape(lambda *both: merge(*both, cfg), shapes.shapes(base), shapes.shapes(trained))
         )
 
+    init = optim.init
+
+    def init_shapes(params: Params, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+        of_tracers = lambda params: tx.init(jax.tree.map(jnp.asarray, params))  # Adafactor's takes nothing else
+        return init(params, optax.GradientTransformation(of_tracers, tx.update), rng)
+
     every_prompt = lambda rows, tokenizer, *, length: (prompts(len(list(rows)), length), "not read")
     nothing = lambda *_, **__: None
     changed: list[tuple[Any, str, Any]] = [
@@ -262,11 +291,16 @@ def nothing_but_steps(layout: shapes.Shapes, config_of: ConfigOf, chips: int, re
         (models, "load_reward", load_reward),
         (models, "save", nothing),
         (lora, "merge", merge_shapes),
+        (optim, "init", init_shapes),
         (pretrain, "new_model", new_model),
         (paths, "check_given", nothing),
         (sources, "rows", ExampleRows),
         (pipeline, "text", token_batches),
         (pipeline, "demonstrations", token_batches),
+        (mixture, "open_mixture", nothing),
+        (mixture, "Stream", mixed_batches),
+        (mixture, "counts", nothing),
+        (instruct, "Tests", NoTests),
         (pipeline, "rankings", functools.partial(ranking_batches, responses)),
         (pipeline, "prompts", prompt_batches),
         (pipeline, "every_prompt", every_prompt),
@@ -336,7 +370,7 @@ def with_count(step: tpu.Program, cfg: pretrain.Config | sft.Config, config: mod
 
 WITH_STEPS = (
     *(pretrain.Config, sft.Config, reward.Config, dpo.Config, ppo.Config, grpo.Config),
-    *(rank.Config, evaluate.Config, rejection.Config, gsm8k_evaluate.Config),
+    *(rank.Config, evaluate.Config, rejection.Config, gsm8k_evaluate.Config, instruct.Config),
 )
 
 

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"types", "settings", "devices", "people"},
     "models": GROUND | {"devices", "data"},
     "rollouts": GROUND | {"devices", "algorithms", "data", "models"},
-    "evaluation": GROUND | {"devices", "algorithms", "data", "models", "rollouts"},
+    "evaluation": GROUND | {"devices", "data", "models", "rollouts", "algorithms"},
     "serving": GROUND | {"devices", "data", "models", "rollouts", "people"},  # of `people`, where servers listen
     "runs": {"types", "settings", "devices", "people"},  # a resume compares the labels that it reads
     "analysis": GROUND | {"devices", "models"},

@@ -15,14 +15,16 @@ import optax
 import pytest
 from flax import linen as nn
 
-from experiments import dpo, evaluate, grpo, ppo, pretrain, rank, rejection, reward, rounds, sft
+from experiments import dpo, evaluate, grpo, instruct, ppo, pretrain, rank, rejection, reward, rounds, sft
 from experiments.papers import sentiment
 from rlhf_jax import models, runs, types
 from rlhf_jax.algorithms import optim, rewards
 from rlhf_jax.algorithms import reward as reward_lib
 from rlhf_jax.algorithms import sft as sft_lib
 from rlhf_jax.data import pipeline, sources
+from rlhf_jax.data.tasks import mixture
 from rlhf_jax.devices import parallel
+from rlhf_jax.evaluation import probe
 from rlhf_jax.models import heads, lora
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import plots, run
@@ -36,11 +38,21 @@ ASKED = {
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
     models: ["load", "load_reward", "logprobs_fn", "preset", "tokenizer_of"],
     heads: ["critic", "shared_critic", "score_fn"],
-    optim: ["adamw", "schedule", "cosine"],
+    mixture: ["open_mixture", "Sizes"],
+    probe: ["prepare"],
+    optim: ["adamw", "adafactor", "schedule", "cosine"],
     parallel: ["layout", "pmap"],
     reward_lib: ["normalize"],
 }
-STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "grpo": grpo, "dpo": dpo}
+STAGES = {
+    "pretrain": pretrain,
+    "sft": sft,
+    "instruct": instruct,
+    "reward": reward,
+    "ppo": ppo,
+    "grpo": grpo,
+    "dpo": dpo,
+}
 OTHERS = {"rank": rank, "evaluate": evaluate, "rejection": rejection, "rounds": rounds, "sentiment": sentiment}
 
 
@@ -91,6 +103,7 @@ def asked(monkeypatch):
         if hasattr(stage, "named_key"):
             monkeypatch.setattr(stage, "named_key", record("named_key", types.named_key))
     monkeypatch.setattr(run, "Records", begin)
+    monkeypatch.setattr(probe.Probe, "ask", lambda *_: {})
     return asked
 
 
@@ -128,6 +141,21 @@ def settings(name, quick):
     if name == "sft":
         tuning = dataclasses.replace(quick.sft, init=base, data="world:rows=100")
         return tuning, {"data": "world:rows=101", "text": None, "init": tuned, "lora": lora.Config(rank=2)} | held_out
+    if name == "instruct":
+        tuning = instruct.Config(
+            init=tuned, tasks=("plus", "more", "older"), held_out=("comparison",), questions=2, length=60
+        )
+        return tuning, {
+            "init": base,
+            "tasks": ("minus", "more"),
+            "held_out": ("arithmetic",),
+            "mixture": mixture.Config(ceiling=9),
+            "prompt_length": 40,
+            "target_length": 9,
+            "optimizer": "adafactor",
+            "schedule": "constant",
+            "lora": lora.Config(rank=2),
+        }
     if name == "reward":
         margin = reward_lib.Config(margin=0.5)
         learnt = dataclasses.replace(quick.reward, init=tuned, data=ranked, held_out=None)

@@ -61,19 +61,38 @@ def adamw(
     `log.Limits.skip_bad` decides how many in a row end the run.
     """
 
-    def decay_mask(params: Params) -> Params:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: any(k in jax.tree_util.keystr(path) for k in ("kernel", "embedding")), params
-        )
-
     scale = scale_by_tensorflow_adam if adam.tensorflow else optax.scale_by_adam
     tx = optax.chain(
         optax.identity() if adam.clip_norm is None else optax.clip_by_global_norm(adam.clip_norm),
         scale(adam.b1, adam.b2, adam.eps),
-        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.add_decayed_weights(weight_decay, _decays),
         optax.scale_by_learning_rate(learning_rate),
     )
     return optax.apply_if_finite(tx, max_consecutive_errors=2**31 - 1) if skip_bad else tx
+
+
+def adafactor(
+    learning_rate: float | optax.Schedule, *, weight_decay: float = 0.0, skip_bad: bool = False
+) -> optax.GradientTransformation:
+    """Adafactor (arXiv:1804.04235) without momentum: second moments of matrices as one row and one column.
+
+    Updates are clipped to a root mean square of 1 a matrix, and are not scaled by the size of its parameters. Weight
+    decay and `skip_bad` are as in `adamw`.
+    """
+    tx = optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=64),  # heads of 64 too
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(weight_decay, _decays),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return optax.apply_if_finite(tx, max_consecutive_errors=2**31 - 1) if skip_bad else tx
+
+
+def _decays(params: Params) -> Params:
+    """Whether weight decay applies to each parameter."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: any(k in jax.tree_util.keystr(path) for k in ("kernel", "embedding")), params
+    )
 
 
 def scale_by_tensorflow_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:

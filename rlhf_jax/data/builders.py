@@ -6,8 +6,13 @@ A row of each kind, as it stands in a JSON Lines file and as `source` returns it
     demonstrations  {"prompt", "completion"} or {"messages"}, which ends with the assistant's message
     rankings        {"prompt", "responses": [K], "ranks": [K]} (smaller is better, equal is a tie), and, if there are
                     any, "ratings": [K] of objects {"helpful", "honest", "harmless"}, from 1 to 7 each;
-                    {"prompt", "chosen", "rejected"} is the same with K = 2; both perhaps with "ended": [K] booleans,
+                    "scores": [K] numbers, of which more is better, may stand in place of the ranks;
+                    {"prompt", "chosen", "rejected"} is the same with K = 2, and so is {"chosen", "rejected"} of two
+                    dialogues, lists of messages that differ in the last one; all perhaps with "ended": [K] booleans,
                     false for a response that was cut before its end
+    thumbs          {"prompt", "completion", "label"}: whether this one response is good; "response" is "completion"
+    steps           {"prompt", "steps": [N texts], "labels": [N of 1 right, 0 neither, -1 wrong]}; "completions" are
+                    "steps", and true and false are 1 and -1
     prompts         {"prompt"}
     examples        {"question", "answer"} and, if there are any, "options" (texts to choose from) and "rationale" (the
                     reasoning); the answer is a text, or a list of texts that are all right, or the number of an option
@@ -15,8 +20,9 @@ A row of each kind, as it stands in a JSON Lines file and as `source` returns it
     records         any object, for a reader of one's own
 
 A prompt is verbatim text or a list of messages, `tokenizer` says how each is rendered. A response to messages may also
-be given as a list of one assistant message; `source` returns its content. A message may have a "weight": 0 where it is
-not to be learnt, 1 otherwise. Other fields are left out, but for those that would change what is learnt or rendered,
+be given as a list of one assistant message; `source` returns its content. The content of a message is a text, or a list
+of parts {"type": "text", "text"}, which are joined. A message may have a "weight": 0 where it is not to be learnt, 1
+otherwise. Other fields are left out, but for those that would change what is learnt or rendered,
 such as "tool_calls", which are refused.
 
 Builders store a checked row as one JSON string, because a prompt is a string or a list and TFDS features hold no
@@ -37,7 +43,7 @@ import os
 import sys
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -50,7 +56,7 @@ from rlhf_jax.data.tokenizer import Message, Prompt
 from rlhf_jax.devices import hosts
 from rlhf_jax.types import BEST_RATING, VIRTUES, InputError
 
-Kind = Literal["text", "demonstrations", "rankings", "prompts", "examples", "records"]
+Kind = Literal["text", "demonstrations", "rankings", "prompts", "thumbs", "steps", "examples", "records"]
 Row = dict[str, Any]
 
 _ROLES = ("system", "user", "assistant")
@@ -98,8 +104,11 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), 1024):
-            indices = range(start, min(start + 1024, len(self)))
-            yield from map(self._to_row, self._records.__getitems__(indices), indices)
+            yield from self.take(range(start, min(start + 1024, len(self))))
+
+    def take(self, indices: Sequence[int]) -> Iterator[Row]:
+        """Yield the rows of these numbers, from 0 up."""
+        return map(self._to_row, self._records.__getitems__(indices), indices)
 
 
 # -- checking rows -----------------------------------------------------------------------------------------------------
@@ -107,39 +116,53 @@ class Rows:
 
 def check(kind: Kind, row: Any, where: str) -> Row:
     """Return the row in its canonical shape; raise InputError, naming the place and the field, if it has none."""
-    row = json_object(row, where)
-    if kind == "records":
-        return row
-    if kind == "text":
-        text = text_field(row, "text", where)
-        if not text:
-            raise InputError(f"{where}, field text: expected some text, got an empty string")
-        return {"text": text}
-    if kind == "examples":
-        return _example(row, where)
-    if row.get("tools"):
-        raise InputError(f"{where}, field tools: expected conversations without tools, got {short(row['tools'])}")
-    if kind == "demonstrations" and "messages" in row:
-        messages = _messages(row["messages"], f"{where}, field messages")
-        if messages[-1]["role"] != "assistant" or messages[0]["role"] == "assistant":
-            raise InputError(f"{where}, field messages: expected a conversation that ends, not begins, with assistant")
-        return {"messages": messages}
-    prompt = _prompt(row, where)
-    if kind == "prompts":
-        return {"prompt": prompt}
-    if kind == "demonstrations":
-        return {
-            "prompt": prompt,
-            "completion": _response(field(row, "completion", where), prompt, where, "completion"),
-        }
+    return _CHECKS[kind](json_object(row, where), where)
+
+
+def _record(row: Row, where: str) -> Row:
+    return row
+
+
+def _text(row: Row, where: str) -> Row:
+    text = text_field(row, "text", where)
+    if not text:
+        raise InputError(f"{where}, field text: expected some text, got an empty string")
+    return {"text": text}
+
+
+def _prompts(row: Row, where: str) -> Row:
+    return {"prompt": _prompt(row, where)}
+
+
+def _demonstration(row: Row, where: str) -> Row:
+    if "messages" not in row:
+        prompt = _prompt(row, where)
+        completion = _response(field(row, "completion", where), prompt, where, "completion")
+        return {"prompt": prompt, "completion": completion}
+    _refuse_tools(row, where)
+    messages = parse_messages(row["messages"], f"{where}, field messages")
+    if messages[-1]["role"] != "assistant" or messages[0]["role"] == "assistant":
+        raise InputError(f"{where}, field messages: expected a conversation that ends, not begins, with assistant")
+    return {"messages": messages}
+
+
+def _ranking(row: Row, where: str) -> Row:
     if "responses" not in row and "chosen" in row:
-        pair = [_response(field(row, name, where), prompt, where, name) for name in ("chosen", "rejected")]
+        if "prompt" not in row and isinstance(row["chosen"], list):
+            prompt, pair = _dialogues(row, where)
+        else:
+            prompt = _prompt(row, where)
+            pair = [_response(field(row, name, where), prompt, where, name) for name in ("chosen", "rejected")]
         return {"prompt": prompt, "responses": pair, "ranks": [0, 1]} | _ended(row, 2, where)
+    prompt = _prompt(row, where)
     responses = field(row, "responses", where)
     if not isinstance(responses, list) or len(responses) < 2:
         raise InputError(f"{where}, field responses: expected a list of at least 2, got {short(responses)}")
     texts = [_response(response, prompt, where, f"responses[{k}]") for k, response in enumerate(responses)]
-    ranks = field(row, "ranks", where)
+    if "ranks" not in row and "scores" in row:
+        ranks = ranks_of(row["scores"], len(texts), f"{where}, field scores")
+    else:
+        ranks = field(row, "ranks", where)
     if (
         not isinstance(ranks, list)
         or len(ranks) != len(texts)
@@ -150,6 +173,68 @@ def check(kind: Kind, row: Any, where: str) -> Row:
         )
     kept = {"prompt": prompt, "responses": texts, "ranks": ranks}
     return kept | _ended(row, len(texts), where) | _ratings(row, len(texts), where)
+
+
+def _dialogues(row: Row, where: str) -> tuple[Prompt, list[str]]:
+    """The messages that two dialogues share, and the last one of each, which is the assistant's."""
+    _refuse_tools(row, where)
+    chosen, rejected = (
+        parse_messages(field(row, name, where), f"{where}, field {name}") for name in ("chosen", "rejected")
+    )
+    if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+        raise InputError(f"{where}, field rejected: expected the messages of chosen but for the last one")
+    prompt = _prompt({"prompt": chosen[:-1]}, where)
+    return prompt, [_response(dialogue[-1:], prompt, where, name)
+                    for name, dialogue in (("chosen", chosen), ("rejected", rejected))]  # fmt: skip
+
+
+def ranks_of(scores: Any, count: int, where: str) -> list[int]:
+    """Ranks from 0 up for scores of which more is better; equal scores are a tie."""
+    if not isinstance(scores, list) or len(scores) != count or not all(map(is_number, scores)):
+        raise InputError(f"{where}: expected {count} numbers, one per response, got {short(scores)}")
+    levels = sorted(set(scores), reverse=True)
+    return [levels.index(score) for score in scores]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no boolean."""
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+_LABELS = {"true": True, "false": False, "1": True, "0": False}  # as a table without types spells them
+
+
+def _thumb(row: Row, where: str) -> Row:
+    prompt = _prompt(row, where)
+    name = "response" if "response" in row and "completion" not in row else "completion"
+    completion = _response(field(row, name, where), prompt, where, name)
+    label = field(row, "label", where)
+    found = _LABELS.get(str(label).lower()) if isinstance(label, bool | int | str) else None
+    if found is None:
+        raise InputError(f"{where}, field label: expected true or false, got {short(label)}")
+    ended = row.get("ended")
+    if ended is not None and type(ended) is not bool:
+        raise InputError(f"{where}, field ended: expected true or false, got {short(ended)}")
+    return {"prompt": prompt, "completion": completion, "label": found} | ({} if ended is None else {"ended": ended})
+
+
+def _steps(row: Row, where: str) -> Row:
+    prompt = _prompt(row, where)
+    name = "completions" if "completions" in row and "steps" not in row else "steps"
+    steps = _texts(field(row, name, where), name, where)
+    labels = field(row, "labels", where)
+    if (
+        not isinstance(labels, list)
+        or len(labels) != len(steps)
+        or not all(type(label) is bool or (type(label) is int and -1 <= label <= 1) for label in labels)
+    ):
+        raise InputError(
+            f"{where}, field labels: expected {len(steps)} of true or false, or of 1, 0 or -1, one per step,"
+            f" got {short(labels)}"
+        )
+    if not steps or not all(map(str.strip, steps)):
+        raise InputError(f"{where}, field {name}: expected steps that are not empty, got {short(steps)}")
+    return {"prompt": prompt, "steps": steps, "labels": [2 * x - 1 if type(x) is bool else x for x in labels]}
 
 
 def _example(row: Row, where: str) -> Row:
@@ -167,6 +252,18 @@ def _example(row: Row, where: str) -> Row:
     if len(set(options)) < len(options):
         raise InputError(f"{where}, field options: expected different ones, got {short(options)}")
     return {"question": question, "answers": answers, "options": options, "rationale": rationale}
+
+
+_CHECKS: dict[Kind, Callable[[Row, str], Row]] = {
+    "text": _text,
+    "demonstrations": _demonstration,
+    "rankings": _ranking,
+    "prompts": _prompts,
+    "thumbs": _thumb,
+    "steps": _steps,
+    "examples": _example,
+    "records": _record,
+}
 
 
 def _texts(value: Any, name: str, where: str) -> list[str]:
@@ -229,7 +326,12 @@ def text_field(row: Any, name: str, where: str) -> str:
     return text
 
 
-def _messages(value: Any, where: str) -> list[Message]:
+def _refuse_tools(row: Row, where: str) -> None:
+    if row.get("tools"):
+        raise InputError(f"{where}, field tools: expected conversations without tools, got {short(row['tools'])}")
+
+
+def parse_messages(value: Any, where: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: expected a list of messages, got {short(value)}")
     messages: list[Message] = []
@@ -246,19 +348,34 @@ def _messages(value: Any, where: str) -> list[Message]:
         weight = message.get("weight", 1)
         if type(weight) is not int or weight not in (0, 1):
             raise InputError(f"{message_where}, field weight: expected 0 or 1, got {short(weight)}")
-        messages.append({"role": role, "content": text_field(message, "content", message_where)})
+        messages.append({"role": role, "content": _content(message, message_where)})
         if weight == 0:
             messages[-1]["weight"] = 0
     return messages
 
 
+def _content(message: Row, where: str) -> str:
+    """The text of a message, joined if it comes in parts."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return text_field(message, "content", where)
+    texts = []
+    for n, part in enumerate(parts):
+        part_where = f"{where}, field content[{n}]"
+        if (kind := field(part, "type", part_where)) != "text":
+            raise InputError(f"{part_where}, field type: expected text, the only type that is read, got {short(kind)}")
+        texts.append(text_field(part, "text", part_where))
+    return "".join(texts)
+
+
 def _prompt(row: Row, where: str) -> Prompt:
+    _refuse_tools(row, where)
     prompt = field(row, "prompt", where)
     if isinstance(prompt, str):
         return text_field(row, "prompt", where)
     if not isinstance(prompt, list):
         raise InputError(f"{where}, field prompt: expected text or a list of messages, got {short(prompt)}")
-    messages = _messages(prompt, f"{where}, field prompt")
+    messages = parse_messages(prompt, f"{where}, field prompt")
     if messages[-1]["role"] == "assistant":
         raise InputError(f"{where}, field prompt: expected its last message to come from the user, got assistant")
     return messages
@@ -266,7 +383,7 @@ def _prompt(row: Row, where: str) -> Prompt:
 
 def _response(value: Any, prompt: Prompt, where: str, name: str) -> str:
     if isinstance(value, list) and not isinstance(prompt, str):
-        messages = _messages(value, f"{where}, field {name}")
+        messages = parse_messages(value, f"{where}, field {name}")
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             raise InputError(f"{where}, field {name}: expected one assistant message, got {short(value)}")
         if "weight" in messages[0]:
@@ -311,7 +428,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         for n, (place, row) in enumerate(self.rows()):
-            yield n, {"row": json.dumps(row, ensure_ascii=False), "place": place}
+            try:
+                yield n, {"row": json.dumps(row, ensure_ascii=False), "place": place}
+            except (TypeError, ValueError) as error:  # of a table of other types than JSON has
+                raise InputError(f"{place}: expected what JSON can hold ({short(str(error))})") from error
 
 
 @dataclasses.dataclass(eq=False)
@@ -322,16 +442,27 @@ class Config(tfds.core.BuilderConfig):
     split: str = "train"
 
 
-@dataclasses.dataclass(eq=False)
-class FileConfig(Config):
-    """`name` holds the hash of the file's content."""
+def _plain(path: Path) -> Any:
+    return path.open("rb")
 
-    path: Path = Path()
+
+def _gzipped(path: Path) -> Any:
+    return gzip.open(path, "rb")
+
+
+def _zstandard(path: Path) -> Any:
+    import pyarrow  # takes a tenth of a second
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+
+
+_OPEN: dict[str, Callable[[Path], Any]] = {".gz": _gzipped, ".zst": _zstandard}  # each to a binary file
+COMPRESSED = tuple(_OPEN)
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a UTF-8 file that may be gzipped."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    """The numbered lines of a UTF-8 file that may be compressed, as its name tells: .gz or .zst."""
+    with _OPEN.get(path.suffix, _plain)(path) as file:
         number = 0
         while True:
             try:
@@ -379,7 +510,7 @@ def _flaw(value: Any) -> _Flaw | None:
     return None
 
 
-def _checked(value: Any, where: str) -> Any:
+def checked(value: Any, where: str) -> Any:
     """Return the value; raise InputError if a field in it is invalid."""
     if flaw := _flaw(value):
         raise InputError(f"{where}{flaw.field if flaw.field.startswith(', ') else ''}: {flaw.what}")
@@ -389,7 +520,7 @@ def _checked(value: Any, where: str) -> Any:
 def json_values(path: Path) -> Iterator[tuple[str, Any]]:
     """Each line's value, or each element of the list that a .json file may hold, with where it stands."""
     lines = numbered_lines(path)
-    if path.name.removesuffix(".gz").endswith(".json"):
+    if uncompressed(path).endswith(".json"):
         text = "".join(line for _, line in lines)
         if text.lstrip().startswith("["):
             try:
@@ -398,9 +529,14 @@ def json_values(path: Path) -> Iterator[tuple[str, Any]]:
                 line = getattr(error, "lineno", 1)
                 raise InputError(f"{path}, line {line}: expected a list in JSON ({short(str(error))})") from error
             for n, value in enumerate(values, start=1):
-                yield f"{path}, row {n}", _checked(value, f"{path}, row {n}")
+                yield f"{path}, row {n}", checked(value, f"{path}, row {n}")
             return
         lines = enumerate(text.split("\n"), start=1)
+    yield from values_of_lines(path, lines)
+
+
+def values_of_lines(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, Any]]:
+    """Yield the value of each numbered line that is not empty, with where it stands."""
     for number, line in lines:
         if not line.strip():
             continue
@@ -408,12 +544,17 @@ def json_values(path: Path) -> Iterator[tuple[str, Any]]:
             value = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: expected a JSON object, got {short(line.strip())}") from error
-        yield f"{path}, line {number}", _checked(value, f"{path}, line {number}")
+        yield f"{path}, line {number}", checked(value, f"{path}, line {number}")
 
 
-def place(path: Path, where: str) -> str:
-    """The place in a file, without the file's name."""
-    return where.removeprefix(f"{path}, ")
+def uncompressed(path: Path) -> str:
+    """The name of a file without the ending that tells of its compression."""
+    return path.stem if path.suffix in COMPRESSED else path.name
+
+
+def place(title: object, where: str) -> str:
+    """The place in a source, without the name of the source."""
+    return where.removeprefix(f"{title}, ")
 
 
 def file_path(name: str) -> Path:

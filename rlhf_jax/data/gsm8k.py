@@ -16,7 +16,7 @@ from rlhf_jax.data.builders import Row, short, text_field
 from rlhf_jax.data.tokenizer import Prompt, prompt_text
 from rlhf_jax.types import InputError
 
-_MARK = "####"
+MARK = "####"
 # A minus is a sign where nothing stands before it that one could subtract from.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)%])[-\N{MINUS SIGN}]\$?|\$[-\N{MINUS SIGN}]?)?"
@@ -25,12 +25,12 @@ _NUMBER = re.compile(
 )
 
 
-def read(row: Row, where: str, counts: Counter[str]) -> Row:
+def read(row: Any, where: str, counts: Counter[str]) -> Row:
     """Read the question, the worked answer without its calculator annotations, and the reference answer."""
     question, text = (text_field(row, name, where) for name in ("question", "answer"))
-    _, mark, answer = text.rpartition(_MARK)
+    _, mark, answer = text.rpartition(MARK)
     if not mark or final_number(answer) is None:
-        raise InputError(f"{where}, field answer: expected {_MARK} and a number at its end, got {short(text[-30:])}")
+        raise InputError(f"{where}, field answer: expected {MARK} and a number at its end, got {short(text[-30:])}")
     return {
         "prompt": [{"role": "user", "content": question}],
         "completion": re.sub(r"<<[^<>]*>>", "", text),
@@ -40,7 +40,7 @@ def read(row: Row, where: str, counts: Counter[str]) -> Row:
 
 def final_number(text: str) -> Decimal | None:
     """The first number after the last "####" or, where there is no such mark, the last number of the text."""
-    _, mark, tail = text.rpartition(_MARK)
+    _, mark, tail = text.rpartition(MARK)
     found = list(_NUMBER.finditer(tail))
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Rows to batches: Grain pipelines that end in numpy-leaved `Tokens`, `Rankings` and `Prompts`.
+"""Rows to batches: Grain pipelines that end in numpy-leaved `Tokens`, `Rankings`, `Thumbs` and `Prompts`.
 
 Rows are tokenised once, up front, so that what is kept, truncated and refused is counted before the first step. From
 then on a batch is a pure function of its number. The rows of an epoch are shuffled globally, otherwise in each epoch,
@@ -30,7 +30,7 @@ import numpy as np
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.devices import ragged
-from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Tokens, Virtue
+from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Thumbs, Tokens, Virtue
 
 T = TypeVar("T")
 Row = dict[str, Any]  # as `sources.rows` returns them
@@ -237,7 +237,7 @@ def rankings(
     length: int,
     responses: int | None = None,
     batch: int,
-    seed: int,
+    seed: int | None,
     epochs: int | None = None,
     virtue: Virtue | None = None,
 ) -> Batches[Rankings]:
@@ -303,6 +303,40 @@ def rankings(
         return Rankings(tokens=tokens, mask=mask, start=start, rank=rank, harmful=harmful)
 
     return _stream("rankings", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
+
+
+def thumbs(
+    source: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    epochs: int | None = None,
+) -> Batches[Thumbs]:
+    """Responses with their labels, each a sequence padded on the right to `length`; longer ones are refused.
+
+    Beside it stands its prompt with the response of the next row of the source, cut where it is too long.
+    """
+    rows = [{"prompt": row["prompt"], "responses": [row["completion"]], "label": row["label"]} for row in source]
+    kept, counts = _answered(source, rows, tokenizer, length)
+    pad = tokenizer_lib.pad_id(tokenizer)
+
+    def fill(index: np.ndarray) -> Thumbs:
+        shape = (len(index), 2, length)
+        tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
+        start, good = np.zeros(len(index), np.int32), np.zeros(len(index), bool)
+        for b, n in enumerate(index):
+            if n >= 0:
+                here, other = kept[n], kept[(n + 1) % len(kept)]
+                start[b], good[b] = len(here.start), rows[here.row]["label"]
+                for which, end in enumerate((here.ends[0], other.ends[0])):
+                    ids = np.append(here.start, end)[:length]
+                    tokens[b, which, : len(ids)] = ids
+                    mask[b, which, : len(ids)] = True
+        return Thumbs(tokens=tokens, mask=mask, start=start, good=good)
+
+    return _stream("thumbs", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
 
 
 def _by_rating(row: Row, virtue: Virtue, place: Callable[[int], str], n: int) -> Row:
@@ -604,20 +638,26 @@ def _packed(
     pad = tokenizer_lib.pad_id(tokenizer)
 
     def fill(index: np.ndarray) -> Tokens:
-        shape = (len(index), length)
-        tokens, segment = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
-        target = np.zeros(shape, bool)
-        for b, row in enumerate(index):
-            start = 0
-            for number, n in enumerate(plan[row] if row >= 0 else (), start=1):
-                end = start + len(sequences[n])
-                tokens[b, start:end] = sequences[n]
-                segment[b, start:end] = number
-                target[b, start + 1 : end] = targets[n][1:]  # nothing of its own precedes the first token
-                start = end
-        return Tokens(tokens=tokens, segment=segment, target=target)
+        rows = [[(sequences[n], targets[n]) for n in (plan[row] if row >= 0 else ())] for row in index]
+        return lay_out(rows, length, pad)
 
     return Ready(len(plan), fill, counts)
+
+
+def lay_out(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int, pad: int) -> Tokens:
+    """Rows of sequences and of their targets, one behind another, as segments that do not see each other."""
+    shape = (len(rows), length)
+    tokens, segment = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
+    target = np.zeros(shape, bool)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, (ids, counts) in enumerate(row, start=1):
+            end = start + len(ids)
+            tokens[b, start:end] = ids
+            segment[b, start:end] = number
+            target[b, start + 1 : end] = counts[1:]  # nothing of its own precedes the first token
+            start = end
+    return Tokens(tokens=tokens, segment=segment, target=target)
 
 
 WINDOW = 8  # batches among which rows are exchanged

@@ -1,29 +1,29 @@
-"""Where rows come from: the embedded world, local files, published formats, any TFDS data set by its name."""
+"""Where rows come from: the embedded world, files, published formats, data sets of the Hub or of TFDS, mixtures."""
 
 import contextlib
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhf_jax.data import builders, formats
+from rlhf_jax.data import builders, files, formats, mixtures
 from rlhf_jax.data import world as world_lib
 from rlhf_jax.data.builders import Kind, Row, Rows, check
-from rlhf_jax.data.tokenizer import EOS
 from rlhf_jax.data.world import labelers
+from rlhf_jax.data.world import tasks as world_tasks
 from rlhf_jax.people import exchange
 from rlhf_jax.types import InputError
 
 HELD_OUT = 256  # rows of the world's held-out split, unless the user says otherwise
-_FILES = (".jsonl", ".jsonl.gz", ".txt")
 
 
 def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -> Rows:
@@ -31,19 +31,31 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
 
     `spec` is one of
 
-    - "world" or, for instance, "world:seed=3,rows=1000": the embedded world, with splits "train" and "held_out";
-    - the path of a .jsonl file of rows, or of a .txt file of documents that lines `<|endoftext|>` (or, where there is
-      none, empty lines) separate; the first may be gzipped (.jsonl.gz). It has the one split "train";
+    - "world" or, for instance, "world:seed=3,rows=1000": the embedded world, with splits "train" and "held_out"; rows
+      of kind "examples" or "records" are those of one of its tasks, "world:task=plus", of which there may be fewer;
+    - the path of a file of rows, such as "rows.jsonl" or "rows.parquet", or a pattern of several, "data/*.jsonl.gz":
+      `files` lists the endings. It has the one split "train";
+    - "hub:OWNER/NAME" or, for instance, "hub:OWNER/NAME@v2?config=main&split=test": a data set of the Hub (`hub`);
     - "people:PATH" or, for instance, "people:PATH?person=ann&round=2": the labels that people gave on the pages of
       `rlhf_jax.people`, with that filter (`people.exchange.Filter`);
-    - a published format and the path of a file in it, such as "hh:train.jsonl.gz": `formats` lists them;
+    - a published format and any file, pattern or data set of the Hub in it, such as "hh:train.jsonl.gz" or
+      "nectar:hub:berkeley-nest/Nectar": `formats` lists them;
     - the name of a TFDS data set, such as "imdb_reviews" or "glue/sst2", with the field to read where it has several
       of text and none named "text": "glue/mrpc:sentence1".
 
-    each with a slice of TFDS behind it where only some of the rows are meant: "hh:train.jsonl.gz[:90%]".
+    each with a slice of TFDS behind it where only some of the rows are meant: "hh:train.jsonl.gz[:90%]"; or several of
+    these with commas between them, with weights for a mixture: "hh:a.jsonl=0.7,b.parquet=0.3" (`mixtures`).
 
     `split` may have such a slice itself: "train[:90%]". Raises InputError, and leaves nothing prepared, on a bad row.
     """
+    if mixtures.is_several(spec):
+        base, _, part = split.partition("[")
+        return mixtures.rows(
+            spec,
+            part and f"[{part}",
+            lambda one: rows(one, kind, data_dir=data_dir, split=_split(one, base)),
+            Path(data_dir),
+        )
     if sliced := re.fullmatch(r"(.+)(\[[^\[\]]*\])", spec):
         spec, part = sliced.groups()
         if "[" in split:
@@ -54,10 +66,10 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
         return _world(spec, kind, Path(data_dir), split)
     if name == "people":
         return _people(rest, kind, Path(data_dir), split)
-    if name in formats.NAMES and rest.endswith(formats.FILES):
+    if formats.reads(spec):
         return formats.source(spec, kind, Path(data_dir), split)
-    if spec.endswith(_FILES):
-        return _file(builders.file_path(spec), kind, Path(data_dir), split)
+    if name == "hub" or files.is_named(spec):
+        return _plain_rows(formats.find(spec), kind, Path(data_dir), split)
     return _published(spec, kind, Path(data_dir), split)
 
 
@@ -67,41 +79,48 @@ def held_out(spec: str | None, data: str, kind: Kind, *, data_dir: str | Path) -
     Where `spec` is None they are HELD_OUT rows of the world if `data` is the world, too. Else there are none: None.
     """
     if spec is None:
-        if not _is_world(data):
+        if mixtures.is_several(data) or not _is_world(data):
             return None
-        spec = f"world:seed={_world_options(data.partition('[')[0])['seed']},rows={HELD_OUT}"
-    return rows(spec, kind, data_dir=data_dir, split="held_out" if _is_world(spec) else "train")
+        of = _world_options(data.partition("[")[0])
+        spec = f"world:seed={of.seed},rows={HELD_OUT}" + (f",task={of.task}" if of.task else "")
+    several = mixtures.is_several(spec)
+    return rows(spec, kind, data_dir=data_dir, split="held_out" if several else _split(spec, "held_out"))
 
 
-class LocalFile(builders.Builder):
-    """Rows of one local file."""
+def _split(spec: str, split: str) -> str:
+    """The split of one source that is meant by `split`: only worlds have a held-out one."""
+    return split if _is_world(spec) else "train"
+
+
+@dataclasses.dataclass(eq=False)
+class PlainConfig(builders.Config):
+    """`name` holds the hash of the content of files; what is prepared of the Hub is in a folder of its own."""
+
+    origin: files.Origin | None = None
+
+
+class PlainRows(builders.Builder):
+    """Rows of files, or of a data set of the Hub, that are of a kind as they are."""
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """Yield the row of each line, or each document."""
-        path, kind = self.builder_config.path, self.builder_config.kind
+        """Yield the row of each line, of each row of a table, or of each document."""
+        origin, kind = self.builder_config.origin, self.builder_config.kind
         empty = True
-        checked = ((builders.place(path, where), check(kind, row, where)) for where, row in builders.json_values(path))
-        for row in _documents(path) if path.suffix == ".txt" else checked:
+        for where, value in origin.values():
             empty = False
-            yield row
+            yield builders.place(origin.title, where), check(kind, value, where)
         if empty:
-            raise InputError(f"{path}: expected rows of {kind}, got an empty file")
+            raise InputError(f"{origin.title}: expected rows of {kind}, got an empty file")
 
 
-def _documents(path: Path) -> Iterator[tuple[str, Row]]:
-    text = "".join(line for _, line in builders.numbered_lines(path))
-    pieces = text.split(EOS) if EOS in text else re.split(r"\n\s*\n", text)
-    documents = filter(None, map(str.strip, pieces))
-    for n, document in enumerate(documents, start=1):
-        yield f"document {n}", {"text": document}
-
-
-def _file(path: Path, kind: Kind, data_dir: Path, split: str) -> Rows:
-    digest = builders.file_digest(path)
-    if path.suffix == ".txt" and kind != "text":
-        raise InputError(f"{path}: {kind} are read from a .jsonl file, a .txt file holds documents alone")
-    config = builders.FileConfig(name=f"{kind}{path.suffix}-{digest}", path=path, kind=kind)
-    return builders.stored(lambda: LocalFile(config=config, data_dir=data_dir), str(path), split)
+def _plain_rows(origin: files.Origin, kind: Kind, data_dir: Path, split: str) -> Rows:
+    for path in origin.paths:
+        if builders.uncompressed(path).endswith(".txt") and kind != "text":
+            raise InputError(f"{path}: {kind} are read from a .jsonl file, a .txt file holds documents alone")
+    endings = {Path(builders.uncompressed(path)).suffix for path in origin.paths}
+    config = PlainConfig(name="-".join(filter(None, [kind + "".join(sorted(endings)), origin.digest])), kind=kind,
+                         origin=origin)  # fmt: skip
+    return builders.stored(lambda: PlainRows(config=config, data_dir=data_dir / origin.store), origin.title, split)
 
 
 @dataclasses.dataclass(eq=False)
@@ -129,11 +148,9 @@ class People(builders.Builder):
 
 
 def _people(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
-    if kind == "text":
-        raise InputError(
-            f"data 'people:{spec}': people give rankings, demonstrations and prompts, no text (and thumbs, which"
-            " nothing trains on yet: scripts/people.sh export writes them to a file)"
-        )
+    given = ("rankings", "demonstrations", "prompts", "thumbs")
+    if kind not in given:
+        raise InputError(f"data 'people:{spec}': people give {', '.join(given)}, no {kind}")
     name = f"{kind}-{exchange.digest(spec)}"
     config = PeopleConfig(name=name, kind=kind, spec=spec)
     return builders.stored(lambda: People(config=config, data_dir=data_dir), f"people:{spec}", split)
@@ -145,6 +162,7 @@ class WorldConfig(builders.Config):
 
     seed: int = 0  # of the world
     n_rows: int = 10_000
+    task: str = ""  # of which rows of kind "examples" or "records" are
 
 
 class AssistantWorld(builders.Builder):
@@ -154,33 +172,63 @@ class AssistantWorld(builders.Builder):
         """Yield a sample of the world."""
         config = self.builder_config
         world, n, held_out = world_lib.World.generate(config.seed), config.n_rows, config.split == "held_out"
-        rows: Iterator[Row]
-        match config.kind:
-            case "text":
-                rows = ({"text": text} for text in world.corpus(n, seed=int(held_out)))
-            case "demonstrations":
-                rows = world.demonstrations(n, seed=2 + held_out)
-            case "rankings":  # by the same people, whichever the split
-                rows = labelers.rankings(world, n, seed=4, held_out=held_out)
-            case "prompts":
-                rows = world.prompt_rows(n, seed=5, held_out=held_out)
+        samples: dict[Kind, Callable[[], Iterator[Row]]] = {
+            "text": lambda: ({"text": text} for text in world.corpus(n, seed=int(held_out))),
+            "demonstrations": lambda: world.demonstrations(n, seed=2 + held_out),
+            # By the same people, whichever the split.
+            "rankings": lambda: labelers.rankings(world, n, seed=4, held_out=held_out),
+            "thumbs": lambda: map(_thumb, itertools.count(), _judged(world, n, held_out)),
+            "prompts": lambda: world.prompt_rows(n, seed=5, held_out=held_out),
+            "examples": lambda: world_tasks.rows(world, config.task, n, held_out),
+            "records": lambda: world_tasks.rows(world, config.task, n, held_out),
+        }
+        rows = samples[config.kind]()
         for number, row in enumerate(rows):
             yield f"row {number}", check(config.kind, row, f"world, row {number}")
+
+
+def _judged(world: world_lib.World, n: int, held_out: bool) -> Iterator[Row]:
+    """Other rankings than those of kind "rankings", by the same people."""
+    return labelers.rankings(world, n, seed=6, people=labelers.labelers(4), held_out=held_out)
+
+
+def _thumb(number: int, ranking: Row) -> Row:
+    """One of the best responses of a ranking, which is good, or one of the worst, in turn."""
+    label = number % 2 == 0
+    pick = (min if label else max)(range(len(ranking["ranks"])), key=ranking["ranks"].__getitem__)
+    return {"prompt": ranking["prompt"], "completion": ranking["responses"][pick], "label": label}
 
 
 def _is_world(spec: str) -> bool:
     return re.split(r"[:\[]", spec)[0] == "world"
 
 
-def _world_options(spec: str) -> dict[str, int]:
-    """The seed and the number of rows that the spec of a world has, or their defaults."""
-    options = {"seed": 0, "rows": 10_000}
+class _WorldOptions(NamedTuple):
+    """What the spec of a world says."""
+
+    seed: int = 0
+    rows: int = 10_000
+    task: str = ""
+
+
+def _world_options(spec: str) -> _WorldOptions:
+    """What the spec of a world says, and the defaults of what it does not say."""
+    options = _WorldOptions()
     for option in filter(None, spec.partition(":")[2].split(",")):
         name, _, value = option.partition("=")
-        if name not in options or not value.isdecimal():
+        if name == "task":
+            try:
+                world_tasks.find(value)
+            except InputError as error:
+                raise InputError(f"data {spec!r}: {error}") from error
+            options = options._replace(task=value)
+        elif name == "seed" and value.isdecimal():
+            options = options._replace(seed=int(value))
+        elif name == "rows" and value.isdecimal():
+            options = options._replace(rows=int(value))
+        else:
             raise InputError(f"data {spec!r}: expected, for instance, world:seed=3,rows=1000, got {option!r}")
-        options[name] = int(value)
-    if options["rows"] < 1:
+    if options.rows < 1:
         raise InputError(f"data {spec!r}: expected at least 1 row")
     return options
 
@@ -190,13 +238,24 @@ def _world(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
     base = split.partition("[")[0]
     if base not in ("train", "held_out"):
         raise InputError(f"data {spec!r}: no rows in split {split!r}; there are train, held_out")
+    if kind == "steps":
+        raise InputError(f"data {spec!r}: nobody in the world labels steps: name a file of them")
+    asks = kind in ("examples", "records")
+    if asks and not options.task:
+        raise InputError(
+            f"data {spec!r}: {kind} are of a task: name one, as in world:task={next(iter(world_tasks.MAKERS))}"
+        )
+    if options.task and not asks:
+        raise InputError(f"data {spec!r}: a task has examples, and no {kind}: leave task={options.task} out")
     code = b"".join(path.read_bytes() for path in sorted(Path(world_lib.__file__).parent.glob("*.py")))
     digest = hashlib.sha256(code).hexdigest()[:12]
+    of_task = f"-{options.task}" if options.task else ""
     config = WorldConfig(
-        name=f"{kind}-seed{options['seed']}-{options['rows']}-{base}-{digest}",
+        name=f"{kind}{of_task}-seed{options.seed}-{options.rows}-{base}-{digest}",
         kind=kind,
-        seed=options["seed"],
-        n_rows=options["rows"],
+        seed=options.seed,
+        n_rows=options.rows,
+        task=options.task,
         split=base,
     )
     return builders.stored(lambda: AssistantWorld(config=config, data_dir=data_dir), f"data {spec!r}", split)
@@ -246,8 +305,8 @@ def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.Datase
 
     if not re.fullmatch(r"\w+(/[\w.\-]+)?(:[\d.]+)?", name):
         raise InputError(
-            f"data {spec!r}: expected world, a TFDS name, or a path that ends in {', '.join(_FILES)};"
-            " or a published format and a path, as in hh:PATH"
+            f"data {spec!r}: expected world, hub:NAME, a TFDS name, or a path that ends in {files.ENDINGS_TEXT};"
+            f" or a published format and a path, as in hh:PATH; the formats are {', '.join(formats.NAMES)}"
         )
     try:
         with builders.quiet():
@@ -260,7 +319,9 @@ def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.Datase
                         importlib.import_module(f"tensorflow_datasets.{module}")
                 make()
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise InputError(f"data {spec!r}: neither world nor a {'/'.join(_FILES)} file nor a known TFDS name") from error
+        raise InputError(
+            f"data {spec!r}: neither world nor a known TFDS name, nor does it end in {files.ENDINGS_TEXT}"
+        ) from error
     except (ModuleNotFoundError, AttributeError) as error:
         raise InputError(f"data {spec!r}: TFDS needs TensorFlow for it; pip install tensorflow") from error
     except ValueError as error:

@@ -151,6 +151,8 @@ def parameter_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """The mesh axis of each dimension of a parameter by RULES; `path` is such as "params/blocks/mlp/up/kernel"."""
     names = path.split("/")
     axes = RULES.get("/".join(names[-2:])) or RULES.get(names[-1], ())
+    if len(axes) > len(shape) or not {"v_row", "v_col"}.isdisjoint(names):  # vectors that Adafactor keeps of a matrix
+        return (None,) * len(shape)
     if names[-2:] == ["up", "kernel"] and shape[-2] == 2:  # a gated MLP has the kernel [D, 2, F]
         axes = ("fsdp", None, "tensor")
     return (None,) * (len(shape) - len(axes)) + axes

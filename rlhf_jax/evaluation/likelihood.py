@@ -61,8 +61,10 @@ class Reader:
         self._params = layout.frozen(model.config.compute.freeze(model.params))
         self._score = layout.step(functools.partial(_score, config=model.config))
 
-    def __call__(self, requests: Sequence[Request]) -> list[Likelihood]:
+    def __call__(self, requests: Sequence[Request], params: Params | None = None) -> list[Likelihood]:
         """The likelihood of each continuation after its context, in the order of the requests.
+
+        `params`, as the layout places them, stand in for those of the model, as while it trains.
 
         A context beyond the model's length loses its oldest tokens; a warning counts how many do. Raises InputError
         where a context or continuation is empty, or a continuation is longer than the model's length.
@@ -75,7 +77,7 @@ class Reader:
         scored = []  # on the devices: the next batch is made while this one is computed
         for numbers, width in rollout.by_width(sizes, ANY, _rows(self._batch, int(sizes.max()))):
             part = hosts.share(_batch([rows[n] for n in numbers], width))
-            scored.append((numbers, self._score(self._params, self._layout.rows(part))))
+            scored.append((numbers, self._score(self._params if params is None else params, self._layout.rows(part))))
         total, greedy, left = np.zeros(len(requests)), np.ones(len(requests), bool), len(rows)
         for numbers, results in scored:
             logp, likeliest = self._layout.gather(results)

@@ -2,9 +2,12 @@
 
 A string may name a file in many ways: `rows.jsonl`, `rows.jsonl[:90%]`, `template:TEMPLATES:PATH`, `a.jsonl=1,b.txt=2`.
 The formats are not parsed here: whatever part of a string, between the characters that may stand around a path, is the
-path of something that exists, counts. Of a model directory those files count that change its tokens or its logits.
+path of something that exists, or a pattern that files fit, counts. Of a model directory those files count that change
+its tokens or its logits.
 """
 
+import contextlib
+import glob
 import itertools
 import os
 import re
@@ -18,6 +21,10 @@ from rlhf_jax.types import InputError
 Checksums = dict[str, str]  # of a path, by the name of each file below it; a path that is a file has the one name ""
 
 _AROUND = re.compile(r"[:=,;|+*@?&\[\](){}\s]")  # what may stand before and behind a path in a string
+_PATTERN = re.compile(r"[*?\[].*\.\w+\Z")  # in the pattern of several files, which has an ending
+_HUB = r"(?<![\w./])hub:[\w.\-]+(?:/[\w.\-]+)?(?:@[\w.\-/]+)?(?:\?\w+=[\w.\-]+(?:&\w+=[\w.\-]+)*)?"
+_TFDS = r"(?<![\w./])[A-Za-z]\w*(?:/[\w.\-]+)?(?::[\d.]+)?(?![\w./])"
+_PEOPLE = re.compile(r"(?:^|,)people:([^?,=\[\]]*(?:\?(?:\w+=[^=&,\[\]]*&?)*)?)")  # and no weight
 _MODEL = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -50,20 +57,20 @@ def paths(text: str) -> list[str]:
     """
     bounds = [(0, 0), *((match.start(), match.end()) for match in _AROUND.finditer(text)), (len(text), len(text))]
     if len(bounds) > 200:  # prose
-        return [text] if _counts(text) else []
+        return [text] if _exists(text) else []
     spans = [(start, end) for (_, start), (end, _) in itertools.combinations(bounds, 2) if start < end]
     taken: list[tuple[int, int]] = []
     for start, end in sorted(spans, key=lambda span: span[0] - span[1]):
-        if all(end <= first or last <= start for first, last in taken) and _counts(text[start:end]):
+        if all(end <= first or last <= start for first, last in taken) and _exists(text[start:end]):
             taken.append((start, end))
     return [text[start:end] for start, end in sorted(taken)]
 
 
 def prepared(text: str, data_dir: Path | None) -> dict[str, Path]:
-    """The TFDS data sets that a string names and that are prepared in `data_dir`, with their folders there."""
+    """The data sets of TFDS and the Hub that a string names and that are prepared in `data_dir`, with their folders."""
     if data_dir is None:
         return {}
-    names = re.findall(r"(?<![\w./])[A-Za-z]\w*(?:/[\w.\-]+)?(?::[\d.]+)?(?![\w./])", text)
+    names = re.findall(f"{_HUB}|{_TFDS}", text)
     folders = {name: data_dir / name.replace(":", "/") for name in names}
     return {name: folder for name, folder in folders.items() if os.path.isdir(folder)}
 
@@ -78,6 +85,8 @@ def checksums(path: str | Path) -> Checksums:
     path = Path(os.path.expanduser(path))
     if os.path.isfile(path):
         files = {"": path}
+    elif _is_pattern(str(path)):
+        files = {found: Path(found) for found in _fitting(str(path))}
     else:
         patterns = _MODEL if _is_model(path) else ("**/*",)
         below = {found for pattern in patterns for found in path.glob(pattern)}
@@ -86,12 +95,14 @@ def checksums(path: str | Path) -> Checksums:
 
 
 def label_checksums(text: str) -> dict[str, Checksums]:
-    """The checksum of what a data set "people:PATH?filter" reads, by its path; a new label changes the store's file."""
-    spec = re.sub(r"\[[^\[\]]*\]$", "", text.removeprefix("people:"))
-    try:
-        return {spec.partition("?")[0]: {"": exchange.digest(spec)}} if text.startswith("people:") else {}
-    except InputError:  # who reads it will say so
-        return {}
+    """The checksums of what data sets "people:PATH?filter" read, by path; a new label changes the store's file."""
+    found: dict[str, Checksums] = {}
+    for spec in _PEOPLE.findall(text):
+        path, _, wanted = spec.partition("?")
+        with contextlib.suppress(InputError):  # who reads it will say so
+            digest = exchange.digest(spec)
+            found.setdefault(path, {})[wanted if path in found else ""] = digest
+    return found
 
 
 def record_checksums(folder: Path) -> Checksums:
@@ -118,6 +129,19 @@ def _counts(name: str) -> bool:
         return False
     is_named_as_path = os.sep in name and name.strip("./~")
     return os.path.isfile(path) or bool(is_named_as_path) or _is_model(Path(path))
+
+
+def _exists(name: str) -> bool:
+    return _counts(name) or _is_pattern(name)
+
+
+def _is_pattern(name: str) -> bool:
+    return len(name) <= 4096 and bool(_PATTERN.search(name)) and next(_fitting(name), None) is not None
+
+
+def _fitting(pattern: str) -> Iterator[str]:
+    """The files that fit a pattern."""
+    return filter(os.path.isfile, glob.iglob(os.path.expanduser(pattern), recursive=True))
 
 
 def _is_model(path: Path) -> bool:

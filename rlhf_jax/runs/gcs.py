@@ -12,6 +12,7 @@ A file is the same here and there if its size and its time are: copies get the t
 import contextlib
 import dataclasses
 import errno
+import glob
 import importlib.util
 import os
 import re
@@ -29,7 +30,9 @@ from rlhf_jax.types import InputError
 Config = TypeVar("Config")
 
 CHECKPOINTS = "checkpoints"  # folders that are not mirrored
-_NAME = re.compile(r"(?:^|(?<=:))gs:/+([^:\[\]]+)")  # pathlib makes gs:/b of gs://b; formats and slices stand around it
+# Pathlib makes gs:/b of gs://b. Formats, other sources of a mixture, weights and slices stand around it.
+_NAME = re.compile(r"(?:^|(?<=[:,]))gs:/+((?:[^:,\[\]=]|\[[^\[\]:%]+\](?![,=]|$)|=(?![-+.\w]+(?:,|$)))+)")
+_PATTERN = re.compile(r"[*?\[]")
 _HERE = "data_dir", "docs", "db"  # settings that name folders, or a store, of this machine
 _SIGN = ".mirror"  # in a run directory's mirror: what was deleted with it is not to be deleted in the bucket
 _outs: list[Path] = []  # mirrors of the run directories of this process
@@ -132,18 +135,23 @@ def share(path: Path) -> None:
 
 
 def pull(path: Path, quiet: bool = False) -> bool:
-    """Make the mirror of a file or directory equal to it; False, and an empty mirror, if there is none."""
-    files, where = _opened(path)
+    """Make the mirror of a file, a directory or a pattern equal to it; False, and an empty one, if there is none."""
+    top = _fixed(path)
+    files, where = _opened(top)
     with _reaching(path, "cannot be read from"):
         try:
             info = files.info(where)
-            listed = {where: info} if info["type"] == "file" else files.find(where, detail=True)
+            if top != path:
+                listed = files.glob(f"{where}/{path.relative_to(top)}", detail=True)
+            else:
+                listed = {where: info} if info["type"] == "file" else files.find(where, detail=True)
         except FileNotFoundError:
             listed = {}
-        there = {path / os.path.relpath(name, where): info for name, info in listed.items()}
-        there = {one: info for one, info in there.items() if info["type"] == "file" and _counts(one.relative_to(path))}
-        for one in [path, *path.rglob("*")]:
-            if one.is_file() and one not in there and _counts(one.relative_to(path)):
+        there = {top / os.path.relpath(name, where): info for name, info in listed.items()}
+        there = {one: info for one, info in there.items() if info["type"] == "file" and _counts(one.relative_to(top))}
+        here = [path, *path.rglob("*")] if top == path else map(Path, glob.glob(str(path), recursive=True))
+        for one in here:
+            if one.is_file() and one not in there and _counts(one.relative_to(top)):
                 one.unlink(missing_ok=True)
         size = 0
         for one, info in there.items():
@@ -180,6 +188,13 @@ def _mirrors(field: str, value: Any, found: list[tuple[str, Path]]) -> Any:
     if isinstance(value, str | Path) and _NAME.search(str(value)):
         return type(value)(_NAME.sub(mirror, str(value)))
     return value
+
+
+def _fixed(path: Path) -> Path:
+    """The folder that all files of a pattern are in; of a path that is no pattern, itself."""
+    while _PATTERN.search(path.relative_to(_root()).as_posix()):
+        path = path.parent
+    return path
 
 
 def _send(path: Path) -> None:

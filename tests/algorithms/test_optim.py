@@ -18,6 +18,27 @@ def test_cosine_by_hand():
     np.testing.assert_allclose([schedule(s) for s in (0, 1, 4, 8, 12, 99)], [0.0, 0.5, 2.0, 1.1, 0.2, 0.2], rtol=1e-6)
 
 
+def test_adafactor_by_hand():
+    """A gradient of rank one is known by its row and its column: the first step is its sign, whatever its scale."""
+    rng = np.random.default_rng(0)
+    row, column = rng.normal(size=(2, 128)).astype(np.float32)
+    params = {"kernel": jnp.zeros((128, 128)), "bias": jnp.zeros(3)}
+    grads = {"kernel": jnp.array(np.outer(row, 1e3 * column)), "bias": jnp.array([1e-3, -2.0, 5.0])}
+    tx = optim.adafactor(0.1, weight_decay=0.5)
+    state = optim.apply_gradients(optim.init(params, tx, jax.random.key(0)), grads, tx)
+    np.testing.assert_allclose(state.params["kernel"], -0.1 * np.sign(grads["kernel"]), rtol=1e-3)
+    np.testing.assert_allclose(state.params["bias"], [-0.1, 0.1, -0.1], rtol=1e-3)
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) < 300  # two vectors, those of the bias, counters
+    again = optim.apply_gradients(state, jax.tree.map(jnp.zeros_like, grads), tx)
+    np.testing.assert_allclose(again.params["kernel"], 0.95 * state.params["kernel"], rtol=1e-3)  # decays
+    np.testing.assert_allclose(again.params["bias"], state.params["bias"])
+    spared = optim.adafactor(0.1, skip_bad=True)
+    bad = optim.apply_gradients(
+        optim.init(params, spared, jax.random.key(0)), {**grads, "bias": jnp.full(3, jnp.nan)}, spared
+    )
+    np.testing.assert_array_equal(bad.params["kernel"], params["kernel"])
+
+
 def test_weight_decay_spares_norms_and_biases():
     params = {"kernel": jnp.ones(3), "embedding": jnp.ones(3), "bias": jnp.ones(3), "norm": {"scale": jnp.ones(3)}}
     tx = optim.adamw(0.1, weight_decay=0.5)

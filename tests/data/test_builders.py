@@ -68,6 +68,43 @@ def load(path, kind, **options):
             {"messages": [*USER, REPLY | {"weight": 0}, *USER, REPLY]},
         ),
         ("prompts", {"prompt": "", "answer": 4}, {"prompt": ""}),
+        (
+            "demonstrations",
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "sk"}]},
+                    REPLY,
+                ]
+            },
+            {"messages": [*USER, REPLY]},
+        ),
+        (
+            "rankings",
+            {"prompt": "p", "responses": ["a", "b", "c", "d"], "scores": [1, -0.5, 2.5, 1.0]},
+            {"prompt": "p", "responses": ["a", "b", "c", "d"], "ranks": [1, 2, 0, 1]},
+        ),
+        (
+            "rankings",
+            {"chosen": [*USER, REPLY, *USER, REPLY], "rejected": [*USER, REPLY, *USER, REPLY | {"content": "no"}]},
+            {"prompt": [*USER, REPLY, *USER], "responses": ["say", "no"], "ranks": [0, 1]},
+        ),
+        (
+            "thumbs",
+            {"prompt": USER, "completion": [REPLY], "label": False, "ended": True},
+            {"prompt": USER, "completion": "say", "label": False, "ended": True},
+        ),
+        (
+            "thumbs",
+            {"prompt": "p", "response": "c", "label": "True"},
+            {"prompt": "p", "completion": "c", "label": True},
+        ),
+        ("thumbs", {"prompt": "p", "completion": "c", "label": 0}, {"prompt": "p", "completion": "c", "label": False}),
+        ("steps", {"prompt": "p", "steps": ["a", "b", "c"], "labels": [1, 0, -1]}, None),
+        (
+            "steps",
+            {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]},
+            {"prompt": "p", "steps": ["a", "b"], "labels": [1, -1]},
+        ),
         ("prompts", {"prompt": [{"role": "system", "content": "s"}, *USER]}, None),
     ],
 )
@@ -104,8 +141,8 @@ def test_unchanged_file_is_reused_and_a_changed_one_prepared_anew(tmp_path, monk
     path = tmp_path / "data.jsonl"
     write(path, {"text": "a"})
     prepared = []
-    rows = sources.LocalFile.rows
-    monkeypatch.setattr(sources.LocalFile, "rows", lambda self: prepared.append(1) or rows(self))
+    rows = sources.PlainRows.rows
+    monkeypatch.setattr(sources.PlainRows, "rows", lambda self: prepared.append(1) or rows(self))
     assert load(path, "text") == load(path, "text") == [{"text": "a"}]
     assert len(prepared) == 1
     write(path, {"text": "b"})
@@ -175,6 +212,38 @@ BAD = [
         )
     ],
     *[
+        (
+            "rankings",
+            {"prompt": "p", "responses": ["a", "b"], "scores": scores},
+            "field scores: expected 2 numbers, one per response, got",
+        )
+        for scores in ([1], [1, "2"], [True, 1], 5, [None, 1])
+    ],
+    (
+        "rankings",
+        {"chosen": [*USER, REPLY], "rejected": [*USER, *USER, REPLY]},
+        "field rejected: expected the messages of chosen but for the last one",
+    ),
+    (
+        "rankings",
+        {"chosen": [*USER, *USER], "rejected": [*USER, *USER]},
+        "field chosen: expected one assistant message",
+    ),
+    ("rankings", {"chosen": [REPLY], "rejected": [REPLY]}, "field rejected: expected the messages of chosen"),
+    *[
+        ("thumbs", {"prompt": "p", "completion": "c", "label": label}, "field label: expected true or false, got")
+        for label in (None, 2, -1, 0.5, "yes", [True], 1.0)
+    ],
+    ("thumbs", {"prompt": "p", "completion": "c"}, "field label: missing"),
+    ("thumbs", {"prompt": "p", "label": True}, "field completion: missing"),
+    ("thumbs", {"prompt": "p", "completion": "c", "label": True, "ended": 1}, "field ended: expected true or false"),
+    *[
+        ("steps", {"prompt": "p", "steps": ["a", "b"], "labels": labels}, "field labels: expected 2 of true or false")
+        for labels in ([1], [1, 2], [1, 0.5], [1, None], 1, ["1", "1"])
+    ],
+    ("steps", {"prompt": "p", "steps": ["a", " "], "labels": [1, 1]}, "field steps: expected steps that are not empty"),
+    ("steps", {"prompt": "p", "steps": [], "labels": []}, "field steps: expected steps that are not empty"),
+    *[
         ("prompts", {"prompt": [USER[0] | {"weight": weight}]}, r"prompt\[0\], field weight: expected 0 or 1, got")
         for weight in (0.5, 2, -1, True, "0", None, [0], 1.0)
     ],
@@ -182,14 +251,17 @@ BAD = [
         (
             "demonstrations",
             {"messages": [*USER, REPLY | extra]},
-            rf"line 2, field messages\[1\], field {name}: expected",
+            rf"line 2, field messages\[1\], field {name}: (expected|missing)",
         )
         for name, extra in {
             "train": {"train": False},
             "tool_calls": {"tool_calls": [{"id": 1}]},
             "reasoning_content": {"reasoning_content": "hm"},
             "content": {"content": None},
-            "content ": {"content": [{"type": "text", "text": "say"}]},
+            r"content\[0\], field type": {"content": [{"type": "image_url", "image_url": {"url": "a"}}]},
+            r"content\[1\], field text": {"content": [{"type": "text", "text": "say"}, {"type": "text"}]},
+            r"content\[0\], field type ": {"content": [{"text": "say"}]},
+            r"content\[0\]": {"content": ["say"]},
             "role": {"role": "tool"},
             "role ": {"role": "function"},
         }.items()
@@ -218,7 +290,8 @@ BAD = [
 
 @pytest.mark.parametrize(("kind", "row", "message"), BAD)
 def test_bad_row_is_named_in_one_line_and_nothing_is_prepared(tmp_path, kind, row, message):
-    good = {"text": "t", "prompt": "p", "completion": "c", "chosen": "a", "rejected": "b"}
+    good = {"text": "t", "prompt": "p", "completion": "c", "chosen": "a", "rejected": "b", "label": True}
+    good |= {"steps": ["a"], "labels": [1]}
     path = tmp_path / "data.jsonl"
     write(path, good, row)
     for _ in range(2):  # the second time it must not be taken for prepared
@@ -259,8 +332,8 @@ def test_unreadable_files(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("data.csv", "expected world, a TFDS name, or a path that ends in"),
-        ("no_such_data_set", "neither world nor a .* file nor a known TFDS name"),
+        ("./data.pickle", "expected world, hub:NAME, a TFDS name, or a path that ends in"),
+        ("no_such_data_set", r"neither world nor a known TFDS name, nor does it end in \.jsonl, .*\.parquet"),
         ("glue/no_such_config", "glue/no_such_config"),
         ("world:rows=many", "expected, for instance, world:seed=3,rows=1000, got 'rows=many'"),
         ("world:lines=3", "got 'lines=3'"),
@@ -271,6 +344,15 @@ def test_unknown_spec(tmp_path, spec, message):
     with pytest.raises(InputError, match=message) as error:
         sources.rows(spec, "text", data_dir=tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_thumbs_of_the_world(tmp_path):
+    rows = [*sources.rows("world:rows=20", "thumbs", data_dir=tmp_path)]
+    assert [row["label"] for row in rows] == [True, False] * 10
+    ranked = [*sources.rows("world:rows=20", "rankings", data_dir=tmp_path)]
+    assert not {str(row["prompt"]) for row in rows} <= {str(row["prompt"]) for row in ranked}
+    with pytest.raises(InputError, match="nobody in the world labels steps"):
+        sources.rows("world", "steps", data_dir=tmp_path)
 
 
 def test_unknown_split(tmp_path):

@@ -1,6 +1,5 @@
 """Tests of rlhf_jax.data.formats: what becomes of rows as they are published, and of thousands that are broken."""
 
-import copy
 import gzip
 import itertools
 import json
@@ -52,6 +51,69 @@ ALPACA = {"instruction": "Add them.", "input": "2, 3", "output": "5"}
 DOLLY = {"instruction": "Greet me.", "context": "", "response": "Hello!", "category": "brainstorming"}
 GSM8K = {"question": "What are 2 and 3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}
 P3 = {"inputs_pretokenized": "Is it so? ", "targets_pretokenized": "\nYes", "inputs": [1, 2], "targets": [3]}
+ULTRAFEEDBACK = {
+    "source": "s",
+    "instruction": "Count to three.",
+    "models": ["a", "b", "c", "d"],
+    "completions": [
+        {"response": text, "fine-grained_score": score, "overall_score": 1.0, "principle": "honesty"}
+        for text, score in (("1 2 3", 4.75), ("123", 3.5), ("No.", 1.25), ("1, 2, 3", 4.75))
+    ],
+}
+DIALOGUES = {
+    "prompt": "Go on.",
+    "chosen": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "I do."}],
+    "rejected": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "I do not."}],
+    "score_chosen": 8.5,
+}
+HELPSTEER = [
+    {"prompt": "Hi<extra_id_1>Assistant\nHello<extra_id_1>User\nHow?", "response": text, "helpfulness": score}
+    for text, score in (("So.", 1), ("Thus.", 3), ("Well.", 1))
+]
+HELPSTEER3 = {
+    "domain": "general",
+    "context": [{"role": "user", "content": "Who?"}],
+    "response1": "He.",
+    "response2": "She.",
+    "overall_preference": 2,
+}
+REWARDBENCH = {"prompt": "Is it?", "chosen": "It is.", "rejected": "It is not.", "subset": "alpacaeval-easy", "id": 1}
+NECTAR = {
+    "prompt": "\n\nHuman: Any news?\n\nAssistant: ",
+    "answers": [
+        {"answer": f"News {k}.", "model": "m", "rank": float(rank)} for k, rank in enumerate((3, 1, 2, 7, 5, 4, 5))
+    ],
+    "turns": 1,
+    "num_responses": 7,
+}
+SHAREGPT = {
+    "id": "x_0",
+    "conversations": [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hello?"},
+        {"from": "gpt", "value": "Hello."},
+    ],
+}
+PRM800K = {
+    "labeler": "l",
+    "question": {"problem": "What are 2 and 3?", "ground_truth_answer": "5"},
+    "label": {
+        "steps": [
+            {
+                "completions": [{"text": "Add them.", "rating": 1}, {"text": "Wait.", "rating": 0}],
+                "human_completion": None,
+                "chosen_completion": 0,
+            },
+            {
+                "completions": [{"text": "Why?", "rating": -1}],
+                "human_completion": {"text": "2 + 3."},
+                "chosen_completion": None,
+            },
+            {"completions": [{"text": "It is 6.", "rating": -1}], "human_completion": None, "chosen_completion": None},
+        ],
+        "finish_reason": "found_error",
+    },
+}
 FIELDS = {"premise": "It rains.", "label": 1, "answer": "yes"}
 TEMPLATES = [
     {"prompt": "{premise} So is it wet? {unclosed", "target": " {answer}"},
@@ -66,6 +128,12 @@ ROWS = {
     "dolly": DOLLY,
     "gsm8k": GSM8K,
     "p3": P3,
+    "ultrafeedback": ULTRAFEEDBACK,
+    "helpsteer3": HELPSTEER3,
+    "rewardbench": REWARDBENCH,
+    "nectar": NECTAR,
+    "sharegpt": SHAREGPT,
+    "prm800k": PRM800K,
 }
 
 
@@ -81,7 +149,7 @@ def load(tmp_path, name, *rows, kind=None, suffix=".jsonl", templates=TEMPLATES)
     if name == "template":
         (tmp_path / "templates.json").write_text(json.dumps(templates))
         path = f"{tmp_path / 'templates.json'}:{path}"
-    kind = kind or ("rankings" if name in formats.RANKINGS else "demonstrations")
+    kind = kind or kind_of(name)
     return sources.rows(f"{name}:{path}", kind, data_dir=tmp_path / "store")
 
 
@@ -146,6 +214,43 @@ EXPECTED = [
     ("dolly", DOLLY | {"context": "Me."}, {"prompt": user("Greet me.\n\nMe."), "completion": "Hello!"}),
     ("gsm8k", GSM8K, {"prompt": user("What are 2 and 3?"), "completion": "2+3=5\n#### 5"}),
     ("p3", P3, {"prompt": user("Is it so?"), "completion": "Yes"}),
+    (
+        "ultrafeedback",
+        ULTRAFEEDBACK,
+        {
+            "prompt": user("Count to three."),
+            "responses": ["1 2 3", "123", "No.", "1, 2, 3"],
+            "ranks": [0, 1, 2, 0],
+        },
+    ),
+    ("ultrafeedback", DIALOGUES, {"prompt": user("Go on."), "responses": ["I do.", "I do not."], "ranks": [0, 1]}),
+    ("helpsteer3", HELPSTEER3, {"prompt": user("Who?"), "responses": ["He.", "She."], "ranks": [1, 0]}),
+    ("rewardbench", REWARDBENCH, {"prompt": user("Is it?"), "responses": ["It is.", "It is not."], "ranks": [0, 1]}),
+    (
+        "rewardbench",
+        REWARDBENCH | {"chosen": ["It is."], "rejected": ["No.", "Not it.", "It?"]},
+        {"prompt": user("Is it?"), "responses": ["It is.", "No.", "Not it.", "It?"], "ranks": [0, 1, 1, 1]},
+    ),
+    (
+        "nectar",
+        NECTAR,
+        {
+            "prompt": user("Any news?"),
+            "responses": [f"News {k}." for k in range(7)],
+            "ranks": [2, 0, 1, 6, 4, 3, 4],
+        },
+    ),
+    (
+        "sharegpt",
+        SHAREGPT,
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                *user("Hello?"),
+                {"role": "assistant", "content": "Hello."},
+            ]
+        },
+    ),
     ("template", FIELDS, {"prompt": "It rains. So is it wet? {unclosed", "completion": " yes"}),
 ]
 
@@ -154,10 +259,10 @@ EXPECTED = [
 def test_a_row_as_it_is_published(tmp_path, name, row, expected):
     rows = load(tmp_path, name, row)
     assert list(rows) == [expected] and rows.counts == {}
-    kind = "rankings" if "ranks" in expected else "demonstrations"
-    assert builders.check(kind, rows[0], "row") == expected
+    assert builders.check(kind_of(name), rows[0], "row") == expected
     answer = {"answer": "5"} if name == "gsm8k" else {}
-    assert list(load(tmp_path, name, row, kind="prompts")) == [{"prompt": expected["prompt"], **answer}]
+    prompt = expected["prompt"] if "prompt" in expected else expected["messages"][:-1]
+    assert list(load(tmp_path, name, row, kind="prompts")) == [{"prompt": prompt, **answer}]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".jsonl.gz", ".json.gz"])
@@ -170,6 +275,40 @@ def test_a_json_file_of_lines(tmp_path):
     (tmp_path / "batch3.json").write_text(f"{json.dumps(TLDR)}\n\n{json.dumps(NEWS)}\n")
     rows = sources.rows(f"tldr:{tmp_path}/batch3.json", "rankings", data_dir=tmp_path)
     assert [row["ranks"] for row in rows] == [[1, 0], [0, 1]]
+
+
+def test_responses_to_one_prompt_stand_one_a_row(tmp_path, capsys):
+    one = HELPSTEER[0] | {"prompt": "Alone?"}
+    rows = load(tmp_path, "helpsteer", one, *HELPSTEER, HELPSTEER[0] | {"prompt": "Other?"}, HELPSTEER[1], HELPSTEER[0])
+    prompt = [*user("Hi"), {"role": "assistant", "content": "Hello"}, *user("How?")]
+    assert list(rows) == [
+        {"prompt": prompt, "responses": ["So.", "Thus.", "Well."], "ranks": [1, 0, 1]},
+        {"prompt": prompt, "responses": ["Thus.", "So."], "ranks": [0, 1]},
+    ]
+    assert rows.counts == {"rows refused, the only response to its prompt": 2} and rows.where(1).endswith("line 6")
+    for broken, message in (
+        (HELPSTEER[0] | {"helpfulness": "4"}, "line 2, field helpfulness: expected a number, got '4'"),
+        (["no"], "line 2: expected a JSON object"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(tmp_path, "helpsteer", HELPSTEER[0], broken)
+
+
+def test_steps_along_the_path(tmp_path):
+    rows = load(tmp_path, "prm800k", PRM800K)
+    steps = {"steps": ["Add them.", "2 + 3.", "It is 6."], "labels": [1, 1, -1]}
+    assert list(rows) == [{"prompt": user("What are 2 and 3?"), **steps}]
+    assert rows.counts == {"rated steps left out, beside the path": 2}
+    assert load(tmp_path, "prm800k", PRM800K, kind="prompts")[0] == {"prompt": user("What are 2 and 3?")}
+    unrated = {"completions": [{"text": "Hm.", "rating": None}], "chosen_completion": 0}
+    more = {"question": PRM800K["question"], "label": {"steps": [*PRM800K["label"]["steps"][:1], unrated]}}
+    rows = load(tmp_path, "prm800k", more, more | {"label": {"steps": [unrated]}})
+    assert [row["steps"] for row in rows] == [["Add them."]]
+    assert rows.counts == {
+        "rated steps left out, beside the path": 1,
+        "solutions that end early, before a step without a rating": 2,
+        "rows refused, no step has a rating": 1,
+    }
 
 
 def test_templates_take_turns(tmp_path):
@@ -199,6 +338,22 @@ REFUSED = [
     ("tldr", TLDR | {"summaries": [{"text": "a"}, {"text": ""}]}, "a response is empty"),
     ("tldr", TLDR | {"summaries": [{"text": "a"}, {"text": " a"}]}, "the responses are the same"),
     ("webgpt", WEBGPT | {"answer_1": ""}, "a response is empty"),
+    ("ultrafeedback", ULTRAFEEDBACK | {"completions": ULTRAFEEDBACK["completions"][:1]}, "fewer than two responses"),
+    (
+        "ultrafeedback",
+        ULTRAFEEDBACK | {"completions": [{"response": "a", "overall_score": None}]},
+        "a response has no score",
+    ),
+    (
+        "ultrafeedback",
+        DIALOGUES | {"rejected": [*user("Go off."), DIALOGUES["rejected"][1]]},
+        "dialogues differ before the last turn",
+    ),
+    ("nectar", NECTAR | {"prompt": "\n\nHuman: a\n\nAssistant: b"}, "speakers do not take turns"),
+    ("nectar", NECTAR | {"answers": []}, "fewer than two responses"),
+    ("sharegpt", {"conversations": [{"from": "tool", "value": "5"}]}, "a tool speaks"),
+    ("sharegpt", {"conversations": SHAREGPT["conversations"][:2]}, "the assistant does not end"),
+    ("sharegpt", {"conversations": SHAREGPT["conversations"][2:]}, "the user does not begin"),
     ("finegrained", FINEGRAINED | {f"prediction {k}": "It." for k in (1, 2, 3, 4)}, "the responses are the same"),
 ]
 
@@ -211,7 +366,7 @@ def test_what_the_format_leaves_of_no_use_is_refused_and_counted(tmp_path, capsy
         ((what, n),) = rows.counts.items()
         assert n == 2 and what.startswith("rows refused, ") and why in what
         assert capsys.readouterr().out == f"{tmp_path}/data.jsonl: 2 {what}\n"
-    with pytest.raises(InputError, match=f"data.jsonl: expected rows of rankings, got 1 rows refused, .*{why}"):
+    with pytest.raises(InputError, match=f"data.jsonl: expected rows of {kind_of(name)}, got 1 rows refused, .*{why}"):
         load(tmp_path, name, row)
 
 
@@ -258,6 +413,33 @@ BAD = [
     ("finegrained", FINEGRAINED | {"passages": [["t", 5]]}, r"field passages\[0\], field \[1\]: expected text, got 5"),
     ("finegrained", FINEGRAINED | {"prediction 3": None}, "field prediction 3: expected text, got None"),
     ("alpaca", DOLLY, "field input: missing"),
+    ("ultrafeedback", {"instruction": "a"}, "field chosen: missing"),
+    (
+        "ultrafeedback",
+        ULTRAFEEDBACK | {"completions": [{"response": "a", "overall_score": "N/A"}] * 2},
+        r"field completions\[0\], field fine-grained_score: expected a number, got 'N/A'",
+    ),
+    (
+        "helpsteer3",
+        HELPSTEER3 | {"overall_preference": 4},
+        "overall_preference: expected an integer from -3 to 3, got 4",
+    ),
+    ("helpsteer3", HELPSTEER3 | {"context": "Who?"}, "field context: expected a list of messages"),
+    ("rewardbench", REWARDBENCH | {"chosen": []}, "field chosen: expected some text, got an empty list"),
+    ("nectar", NECTAR | {"answers": [{"answer": "a", "rank": 1.5}]}, "field rank: expected a whole number from 1 up"),
+    ("nectar", NECTAR | {"answers": [{"rank": 1}]}, r"field answers\[0\], field answer: missing"),
+    ("sharegpt", {"conversations": [{"from": "parrot", "value": "a"}]}, "field from: expected one of human, user"),
+    ("sharegpt", SHAREGPT | {"tools": [{"name": "f"}]}, "field tools: expected conversations without tools"),
+    (
+        "prm800k",
+        PRM800K | {"label": {"steps": [{"chosen_completion": 3}]}},
+        "chosen_completion: expected one of 0, got 3",
+    ),
+    (
+        "prm800k",
+        PRM800K | {"label": {"steps": [{"completions": [{"text": "a", "rating": 2}]}]}},
+        r"field steps\[0\], field completions\[0\], field rating: expected -1, 0 or 1, got 2",
+    ),
     ("dolly", ALPACA, "field context: missing"),
     ("gsm8k", GSM8K | {"answer": "5"}, "field answer: expected #### and a number"),
     ("p3", {"inputs": [1], "targets": [2]}, "field inputs_pretokenized: missing"),
@@ -296,7 +478,7 @@ def test_unusable_files_and_specs(tmp_path):
         (f"template:{path}", "expected template:TEMPLATES:PATH"),
         (f"template:{tmp_path}/none.json:{path}", "none.json: no such file"),
         (f"p3:{path}", "p3 has demonstrations and prompts, no rankings"),
-        ("hh:train.csv", "or a published format and a path, as in hh:PATH"),
+        ("hh:./train.pickle", "or a published format and a path, as in hh:PATH"),
     ]:
         with pytest.raises(InputError, match=message) as error:
             sources.rows(spec, "rankings" if "template" not in spec else "prompts", data_dir=tmp_path)
@@ -356,37 +538,17 @@ JUNK = [
 def kind_of(name):
     if name in PLAIN and name != "messages":
         return name
-    return "rankings" if name in formats.RANKINGS else "demonstrations"
+    return "demonstrations" if name in ("template", "messages") else formats.kinds(name)[0]
 
 
 def reader(name):
     """What reads one row of a format or, by `check`, of a kind."""
     if name in PLAIN:
         return lambda row, where, counts: builders.check(kind_of(name), row, where)
-    return (formats.RANKINGS | formats.DEMONSTRATIONS)[name]
+    return formats.READERS[kind_of(name)][name]
 
 
-@pytest.mark.parametrize("name", [name for name in NEEDED if name != "template"])
-def test_broken_fields(name):
-    """A thousand rows of each kind lack a field, or have something else in its place."""
-    rng, read, good = random.Random(name), reader(name), (ROWS | PLAIN)[name]
-    assert read(good, "row 0", Counter())
-    for n in range(1000):
-        row = copy.deepcopy(good)
-        *path, last = rng.choice(NEEDED[name])
-        at = row
-        for key in path:
-            at = at[key]
-        if isinstance(at, dict) and rng.random() < 0.2:
-            del at[last]
-        else:
-            at[last] = copy.deepcopy(rng.choice(JUNK))
-        with pytest.raises(InputError, match=f"^row {n}\\b") as error:
-            read(row, f"row {n}", Counter())
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", [*NEEDED])
+@pytest.mark.parametrize("name", [name for name in NEEDED if name != "helpsteer"])
 def test_broken_text(tmp_path, name):
     """Hundreds of files of each kind with characters changed, lost or doubled are read, counted, or refused."""
     rng = random.Random(name)
@@ -407,7 +569,7 @@ def test_broken_text(tmp_path, name):
             if name in PLAIN:
                 rows = [builders.check(kind, value, where) for where, value in builders.json_values(path)]
             else:
-                rows = [row for _, row in formats.read(kind, read, path, counts)]
+                rows = [row for _, row in formats.read(kind, read, path, counts, builders.json_values(path))]
         except InputError as error:
             assert "\n" not in str(error) and str(error).startswith(str(path))
             seen["refused"] += 1
@@ -443,3 +605,122 @@ def test_published_files(tmp_path, shared, tokenizer, spec, length, kept, refuse
     assert data.counts.kept > 90 and data.counts.empty == 0
     assert next(iter(data)).rank.max() == (1 if name == "hh" else 3)
     assert (data.counts.truncated > 0) == (name == "hh")
+
+
+# -- examples ----------------------------------------------------------------------------------------------------------
+
+BBH = {"canary": "none", "examples": [{"input": "Is it?\nOptions:\n- Yes\n- No", "target": "No"},
+                                      {"input": "Which?\nOptions:\n(A) 1\n(B) 2", "target": "(B)"},
+                                      {"input": "How many?", "target": "3"}]}  # fmt: skip
+BBH_PROMPT = """Not to be learnt from.
+-----
+Answer it.
+
+Q: Is it so?
+Options:
+- Yes
+- No
+A: Let's think step by step.
+It is. Then 1. So the answer is Yes.
+
+Q: How much?
+A: Let's think step by step.
+Two lines.
+Here. So the answer is 1.5.
+"""
+
+
+def examples(tmp_path, name, text, suffix, split="train"):
+    path = tmp_path / f"data{suffix}"
+    path.write_text(text)
+    return sources.rows(f"{name}:{path}", "examples", data_dir=tmp_path / "store", split=split)
+
+
+def test_chains_of_thought(tmp_path, capsys):
+    lines = [
+        "Is ice\\ncold?\\nOptions:\\n- yes\\n- no\tyes\tIt is frozen.",
+        "Which?\\nOptions:\\n(A) ice\\n(B) tea\t(A)\tIt is cold.",
+        'Which one?\\nOptions:\\n- Sentence A: "So."\\n- Sentence B: "Or: so."\\n\tSentence B\tOr.',
+        "Why?\tSo\t",
+        "Which?\\nOptions:\\n- ice\\n- ice\tice\tTwice.",
+        "Which?\\nOptions:\\n- ice\\n- tea\tcoffee\tNone.",
+    ]
+    rows = examples(tmp_path, "cot", "\n".join(lines), ".tsv")
+    assert [(row["answers"], row["options"]) for row in rows] == [
+        (["yes"], ["yes", "no"]),
+        (["(A)"], ["(A)", "(B)"]),
+        (["Sentence B"], ["Sentence A", "Sentence B"]),
+        (["So"], []),
+    ]
+    assert rows[0]["question"] == "Is ice\ncold?\nOptions:\n- yes\n- no" and rows[0]["rationale"] == "It is frozen."
+    assert "1 rows refused, two options are the same; 1 rows refused, the answer is none" in capsys.readouterr().out
+    with pytest.raises(InputError, match="line 1: expected question, answer and rationale between tabs, got"):
+        examples(tmp_path, "cot", "Why?\tSo", ".tsv")
+    with pytest.raises(InputError, match="cot has examples, no demonstrations"):
+        sources.rows(f"cot:{tmp_path / 'data.tsv'}", "demonstrations", data_dir=tmp_path)
+
+
+def test_sentiment(tmp_path):
+    rows = examples(tmp_path, "sst", 'label,sentence\n0,"Dull, ""long"""\n1,Fine.\n', ".csv")
+    assert [(row["question"], row["answers"]) for row in rows] == [
+        ('Dull, "long"', ["negative"]),
+        ("Fine.", ["positive"]),
+    ]
+    for text, message in [
+        ("label,sentence\n2,Fine.\n", "line 2, field label: expected 0 or 1, got '2'"),
+        ("label,text\n1,Fine.\n", "line 2, field sentence: missing"),
+        ("label,sentence\n1,Fine.,so\n", "line 2: expected 2 fields"),
+        ("label,sentence\n1\n", "line 2: expected 2 fields"),
+        ('label,sentence\n1,"Fine\n', "expected a row of a table"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            examples(tmp_path, "sst", text, ".csv")
+
+
+def test_gsm8k_as_examples(tmp_path):
+    (row,) = examples(tmp_path, "gsm8k", json.dumps(GSM8K), ".jsonl")
+    assert row == {"question": "What are 2 and 3?", "answers": ["5"], "options": [], "rationale": "2+3=5"}
+
+
+def test_big_bench_hard_is_for_evaluation_alone(tmp_path):
+    rows = examples(tmp_path, "bbh", json.dumps(BBH, indent=1), ".json", split="held_out")
+    assert [(row["answers"], row["options"]) for row in rows] == [
+        (["No"], ["Yes", "No"]),
+        (["(B)"], ["(A)", "(B)"]),
+        (["3"], []),
+    ]
+    spec = f"bbh:{tmp_path / 'data.json'}"
+    for kind, split in [("examples", "train"), ("demonstrations", "train"), ("prompts", "held_out")]:
+        with pytest.raises(InputError, match="BIG-Bench Hard is there to evaluate by alone: leave it out of training"):
+            sources.rows(spec, kind, data_dir=tmp_path, split=split)
+    with pytest.raises(InputError, match=r"data.cot.txt: no such file; .*prompt"):
+        sources.rows(spec, "examples", data_dir=tmp_path, split="shots")
+    (tmp_path / "data.cot.txt").write_text(BBH_PROMPT)
+    first, second = sources.rows(spec, "examples", data_dir=tmp_path, split="shots")
+    assert first == {"question": "Is it so?\nOptions:\n- Yes\n- No", "answers": ["Yes"], "options": ["Yes", "No"],
+                     "rationale": "It is. Then 1."}  # fmt: skip
+    assert second["answers"] == ["1.5"] and second["rationale"] == "Two lines.\nHere."
+    assert formats.bbh_instruction(tmp_path / "data.json") == "Answer it."
+    for text, message in [("[", "expected an object in JSON"), ('{"x": 1}', "field examples: missing")]:
+        with pytest.raises(InputError, match=message):
+            examples(tmp_path, "bbh", text, ".json", split="held_out")
+
+
+def test_published_examples(tmp_path, shared):
+    """Counts of what the files hold, which their publishers do not say."""
+    data = shared / "data"
+    if not (data / "cot").exists():
+        pytest.skip("needs ../shared/data/cot")
+    found = {}
+    for spec, split in [("cot:cot/creak.tsv", "train"), ("cot:cot/ecqa.tsv", "train"), ("sst:sst_dev.csv", "train"),
+                        ("bbh:bbh/navigate.json", "held_out"), ("bbh:bbh/navigate.json", "shots")]:  # fmt: skip
+        name, _, file = spec.partition(":")
+        rows = list(sources.rows(f"{name}:{data / file}", "examples", data_dir=tmp_path, split=split))
+        found[file, split] = len(rows), sum(bool(row["options"]) for row in rows)
+    assert found == {
+        ("cot/creak.tsv", "train"): (1500, 1066),
+        ("cot/ecqa.tsv", "train"): (1488, 1488),
+        ("sst_dev.csv", "train"): (872, 872),
+        ("bbh/navigate.json", "held_out"): (250, 250),
+        ("bbh/navigate.json", "shots"): (3, 3),
+    }

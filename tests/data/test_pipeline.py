@@ -197,6 +197,27 @@ def test_rankings(tokenizer):
         MAKE["rankings"](tokenizer, responses=3)
 
 
+def test_thumbs(tokenizer):
+    """The last row is too long, and so the second one's other response is the first one's."""
+    rows = [
+        {"prompt": "a b", "completion": " c", "label": True},
+        {"prompt": "d", "completion": " e f", "label": False},
+        {"prompt": "d", "completion": " e f" * 20, "label": False},
+    ]
+    batches = pipeline.thumbs(rows, tokenizer, length=12, batch=2, seed=0, epochs=1)
+    (batch,) = batches
+    assert (batches.counts.kept, batches.counts.too_long) == (2, 1)
+    first = int(np.argmax(batch.good))
+    prompts = [tokenizer_lib.render_prompt(tokenizer, row["prompt"]) for row in rows[:2]]
+    ends = [tokenizer_lib.render_completion(tokenizer, row["prompt"], row["completion"]) for row in rows[:2]]
+    for b, n in ((first, 0), (1 - first, 1)):
+        assert batch.start[b] == len(prompts[n])
+        for which, other in enumerate((n, 1 - n)):
+            ids = [*prompts[n], *ends[other]]
+            assert batch.tokens[b, which, batch.mask[b, which]].tolist() == ids
+            assert batch.mask[b, which].sum() == len(ids)
+
+
 def test_prompts(tokenizer):
     rows = [{"prompt": ""}, {"prompt": "a b"}, {"prompt": "the cat sat on a mat and ate two fish"}, {"prompt": "c"}]
     length = len(tokenizer_lib.render_prompt(tokenizer, "a b")) + 1

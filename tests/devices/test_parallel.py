@@ -243,6 +243,8 @@ def test_what_does_not_divide_is_whole_and_layers_always_are():
         "tensor",
     )
     assert parallel.parameter_axes("blocks/mlp/up/kernel_b", (2, 8, 48)) == (None, None, "fsdp")
+    for name, shape in {"v_row": (3, 16), "v_col": (3, 48), "v": (1,)}.items():
+        assert parallel.parameter_axes(f"opt_state/0/{name}/blocks/mlp/up/kernel", shape) == (None,) * len(shape)
 
 
 def test_a_model_can_be_whole_on_every_device():

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.papers import instructgpt, tldr_stiennon2020
+from experiments.papers import flan, instructgpt, tldr_stiennon2020
 from rlhf_jax import models
 from rlhf_jax.rollouts import sampling
 from scripts import tpu_compile
 
 RECIPES = {"instructgpt": instructgpt, "tldr_stiennon2020": tldr_stiennon2020}
-CASES = [(recipe, stage) for recipe, module in RECIPES.items() for stage in module.STAGES]
+CASES = [(recipe, stage) for recipe, module in RECIPES.items() for stage in module.STAGES] + [("flan", "tune-137b")]
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,12 @@ def test_sizes_are_those_of_the_papers():
         for size, name in module.MODELS.items():
             billions = {"1.3b": 1.32, "6b": 6.7, "6.7b": 6.7, "175b": 174.6}[size]
             assert models.parameter_count(models.preset(name)) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_the_presets_nearest_to_those_of_flan():
+    billions = {"422m": 0.422, "2b": 2.0, "8b": 8.0, "68b": 68.0, "137b": 137.0}
+    for size, name in flan.MODELS.items():
+        assert models.parameter_count(models.preset(name)) / 1e9 == pytest.approx(billions[size], rel=0.36)
 
 
 @pytest.mark.slow

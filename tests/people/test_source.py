@@ -80,7 +80,7 @@ def test_filters_are_in_the_name(db: Path, tmp_path: Path):
         (f"people:{db}?person=ann", "demonstrations", "got 2 labels of other kinds"),
         (f"people:{db}?colour=red", "rankings", "filter 'colour=red'"),
         (f"people:{db}?person=eve", "rankings", "nobody of that name"),
-        (f"people:{db}", "text", "no text .and thumbs, which nothing trains on yet"),
+        (f"people:{db}", "text", "people give rankings, demonstrations, prompts, thumbs, no text"),
         ("people:none.db", "rankings", "no such store"),
     ):
         with pytest.raises(InputError, match=message):

@@ -45,6 +45,10 @@ def here(tmp_path, monkeypatch):
         ("x" * 10_000, []),
         ("a, b: " * 10_000, []),
         ("gone.jsonl", []),
+        ("hh:*.jsonl[:90%]=0.5,./ti?y/*.jsonl=0.5", ["*.jsonl"]),
+        ("[or]*.jsonl,world", ["[or]*.jsonl"]),
+        ("alpaca:rows.*", []),  # no file of rows is named so
+        ("What is 2 * 3? [Say it.]", []),
     ],
 )
 def test_finds_paths_in_any_string(here, text, expected):
@@ -95,6 +99,16 @@ def test_the_files_of_a_folder_of_data(here):
     assert contents.checksums("./tiny").keys() == {"1.jsonl", "part/2.jsonl"}
 
 
+def test_the_files_of_a_pattern(here):
+    (here / "y=1").mkdir()
+    (here / "y=1" / "a.csv").write_text("a")
+    assert contents.paths("hh:y=1/*.csv[:5]=0.5,rows.jsonl=1") == ["y=1/*.csv", "rows.jsonl"]
+    before = contents.checksums("y=1/*.csv")
+    assert before.keys() == {"y=1/a.csv"}
+    (here / "y=1" / "b.csv").write_text("b")
+    assert contents.changes(before, contents.checksums("y=1/*.csv")) == ["y=1/b.csv"]
+
+
 def test_the_records_of_a_prepared_data_set(here):
     folder = here / "data" / "glue" / "sst2" / "1.0.0"
     folder.mkdir(parents=True)
@@ -104,6 +118,10 @@ def test_the_records_of_a_prepared_data_set(here):
         assert contents.prepared(text, here / "data") == {"glue/sst2": here / "data" / "glue" / "sst2"}
     assert contents.prepared("glue/sst2:1.0.0", here / "data") == {"glue/sst2:1.0.0": folder}
     assert contents.prepared("glue/mrpc", here / "data") == contents.prepared("glue/sst2", None) == {}
+    (here / "data" / "hub" / "x" / "y@1?config=c").mkdir(parents=True)
+    assert contents.prepared("nectar:hub:x/y@1?config=c[:5]=0.5,hub:x/z=2", here / "data") == {
+        "hub:x/y@1?config=c": here / "data" / "hub" / "x" / "y@1?config=c"
+    }
     assert contents.record_checksums(here / "data").keys() == {"glue/sst2/1.0.0/sst2-train.array_record-00000-of-00001"}
 
 

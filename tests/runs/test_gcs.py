@@ -278,3 +278,26 @@ def test_the_packages_that_are_missing_are_named(monkeypatch, capsys):
     monkeypatch.setattr(gcs.importlib.util, "find_spec", lambda name: None)
     said = refused(capsys, lambda _: pytest.fail("ran"), Config(), "--out", "gs://b/run")
     assert said.startswith("error: gs://b/run: gs:// paths need gcsfs; install the extra tpu")
+
+
+def test_mixtures_and_patterns(remote):
+    for name in ("d/a.jsonl", "d/b.jsonl", "d/c.csv", "e/y=1/z.parquet"):
+        write(remote / name, name)
+    write(mirror("d/old.jsonl"), "of another time")
+    given = Config(
+        data="hh:gs://b/d/*.jsonl[:90%]=0.5,gs://b/e/y=1/z.parquet=2e-1,world=0.3,seed=1",
+        inner=Inner(held_out="gs://b/d/[cd].csv,gs://b/d/a.jsonl[:5]"),
+    )
+    with gcs.mirrored(given) as local:
+        assert local.data == (
+            f"hh:{mirror('d/*.jsonl')}[:90%]=0.5,{mirror('e/y=1/z.parquet')}=2e-1,world=0.3,seed=1"
+        )  # fmt: skip
+        assert local.inner.held_out == f"{mirror('d/[cd].csv')},{mirror('d/a.jsonl')}[:5]"
+        assert contents(mirror("")) == {name: name for name in ("d/a.jsonl", "d/b.jsonl", "d/c.csv", "e/y=1/z.parquet")}
+        said = runs.settings(local)
+    assert said["data"] == given.data
+    assert said["contents"]["data"].keys() == {"gs://b/d/*.jsonl", "gs://b/e/y=1/z.parquet"}
+    with pytest.raises(InputError, match=r"--data gs://b/d/\*\.json does not exist"), gcs.mirrored(
+        Config(data="gs://b/d/*.json")
+    ):  # fmt: skip
+        pass

@@ -16,6 +16,7 @@ from tests.analysis.test_tpu import REPORT, needs_libtpu
 STEPS = {
     "pretrain": ["train", "loss", "sample"],
     "sft": ["train", "loss", "sample"],
+    "instruct": ["train"],
     "rank": ["sample"],
     "reward": ["train", "score"],
     "reward_hh": ["train", "score"],
@@ -109,6 +110,18 @@ def test_a_recipe_names_its_stage():
     (train, _) = tpu_compile.plan_experiment("tldr_stiennon2020:reward-1.3b", [], jax.devices())
     billions = sum(x.size for x in jax.tree.leaves(train.args[0].params)) / 8e9
     assert billions == pytest.approx(1.32, rel=0.02)
+
+
+@pytest.mark.slow
+def test_flan_is_at_the_paper_s_sizes_and_adafactor_takes_little():
+    mesh = "--devices.fsdp", "4", "--devices.tensor", "2"
+    (step,) = tpu_compile.plan_experiment("flan:tune-422m", mesh, jax.devices())
+    assert step.tokens == 8192
+    state = step.args[0]
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if hasattr(x, "size"))
+    assert size(state.opt_state) < 0.02 * size(state.params)
+    after, _ = step.step.lower(*step.args).out_info
+    assert size(after) == size(state)
 
 
 @pytest.mark.slow

@@ -78,6 +78,8 @@ class Task:
     train: str = "train"  # split to learn from
     held_out: str = "validation"  # split to be tested on
     hint: str = "Let's think step by step."  # asks for a chain of thought before the answer
+    shots: str = ""  # split of fixed examples for prompts, in their order; "": they are drawn from `train` by seed
+    preface: str = ""  # stands once in a prompt, before its examples
 
     def rows(self, split: str, *, data_dir: str | Path) -> Rows:
         """The rows of a split of the source, for `read`; InputError as of `sources.rows`."""

@@ -119,7 +119,7 @@ class World:
         for _ in range(n):
             category = _pick(MIX, rng)
             for _ in range(20):
-                prompt = self._draw(category, self.held_out if held_out else self.train, rng)
+                prompt = self.draw(category, self.held_out if held_out else self.train, rng)
                 if prompt.text not in seen:
                     break
             seen.add(prompt.text)
@@ -136,7 +136,7 @@ class World:
             return self._prompt(text, *match)
         raise InputError(f"{text[:80]!r} is not a prompt of world {self.seed}: take prompts from World.prompts")
 
-    def _draw(self, category: Category, entities: Entities, rng: random.Random) -> Prompt:
+    def draw(self, category: Category, entities: Entities, rng: random.Random) -> Prompt:
         """A random prompt of this category about these entities."""
         stranger = category == "unanswerable" and rng.random() < 0.3
         if stranger:
@@ -232,7 +232,7 @@ class World:
                 case "portrait":
                     yield self._portrait(rng)
                 case "sums":
-                    yield " ".join(self._draw("arithmetic", self.everything, rng).good[0] for _ in range(4))
+                    yield " ".join(self.draw("arithmetic", self.everything, rng).good[0] for _ in range(4))
                 case "quiz":
                     yield self._quiz(rng)
                 case "story":
@@ -242,7 +242,7 @@ class World:
         """A dialogue of questions without an answer, if any, and a last one with an answer, which is mostly bad."""
         lines: list[str] = []
         while True:
-            prompt = self._draw(_pick(MIX, rng), self.everything, rng)
+            prompt = self.draw(_pick(MIX, rng), self.everything, rng)
             if rng.random() >= MISSING:
                 answer = self.respond(prompt, rng, CORPUS_QUALITY)
                 return "\n".join([*lines, CHAT.format(question=prompt.text, answer=answer)])
@@ -261,7 +261,7 @@ class World:
         who, friend = rng.sample(NAMES, 2)
         lines = []
         for asks, says in ((who, friend), (friend, who)):
-            prompt = self._draw(_pick(QUIZ, rng), self.everything, rng)
+            prompt = self.draw(_pick(QUIZ, rng), self.everything, rng)
             lines.append(f"{asks}: {prompt.text} {says}: {rng.choice(prompt.good)}")
         return " ".join(lines)
 

@@ -1,0 +1,204 @@
+"""Instruction tuning: a model learns tasks phrased as instructions, and is tested on clusters that it never sees.
+
+As FLAN (arXiv:2109.01652): tasks in clusters, up to ten templates each, examples-proportional mixing, packed rows, loss
+on the answers; clusters that are held out, and those that resemble them, are not learnt from. With examples before the
+question and with chains of thought (FLAN v2, arXiv:2301.13688) by --mixture.forms. `--tasks` names collections (world,
+flan), clusters, tasks, or files of questions. While it trains, the held-out rows of unseen clusters and of those that
+are learnt are asked, by the likelihood of the options (results.json, curves.png). FLAN's own settings:
+experiments/papers/flan.py.
+
+Run:     python -m experiments.instruct --init runs/pretrain/model --held-out entailment comparison
+Parent:  sft
+Result:  docs/instruct.md
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import optax
+
+from rlhf_jax import models, runs
+from rlhf_jax.algorithms import optim, sft
+from rlhf_jax.data.tasks import catalog
+from rlhf_jax.data.tasks import mixture as mixture_lib
+from rlhf_jax.devices import hosts, parallel
+from rlhf_jax.evaluation import likelihood, probe
+from rlhf_jax.evaluation.probe import Answered
+from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.runs import cli, plots
+from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Whole
+from rlhf_jax.types import Params, TrainState, named_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(runs.Config):
+    """The settings of the experiment; the defaults suit the tasks of the assistant world on two CPU cores."""
+
+    out: Path = Path("runs/instruct")  # run directory; the model goes to its folder "model"
+    init: Path = Path("runs/pretrain/model")  # model directory to start from
+    tasks: tuple[str, ...] = ("world",)  # collections, clusters, tasks or files of questions
+    held_out: tuple[str, ...] = ("entailment",)  # clusters of these tasks to be tested on, unseen
+    held_out_every: Whole = 100  # steps between tests; 0: before the first step and after the last alone
+    questions: Count = 64  # held-out rows of each task to be tested on
+    mixture: mixture_lib.Config = mixture_lib.Config()
+    length: Count = 128  # tokens in a row, into which several questions are packed
+    # Most tokens of a question, with the examples before it, and of an answer; None: as many as fit. Longer ones lose
+    # examples, or are left out.
+    prompt_length: Count | None = None
+    target_length: Count | None = None
+    batch: Count = 16  # rows a step, over all devices
+    steps: Count = 600  # optimiser steps
+    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: without clipping by the global norm
+    lr: Positive = 1e-3  # peak learning rate
+    schedule: optim.Schedule = "cosine"  # to 10 % of the peak, or linear (to 0), or constant
+    warmup: Whole = 0  # optimiser steps of linear warm-up
+    dropout: Rate = 0.0  # dropout rate of residual branches
+    weight_decay: NonNegative = 0.0  # decoupled weight decay of matrices
+    lora: lora_lib.Config = lora_lib.Config()
+
+
+def build(cfg: Config, config: models.Config, layout: parallel.Layout) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimiser, and the compiled train step (state, base, batch)."""
+    schedule = optim.schedule(cfg.schedule, cfg.lr, cfg.steps, cfg.warmup)
+    optimizer = {"adamw": optim.adamw, "adafactor": optim.adafactor}[cfg.optimizer]
+    tx = optimizer(schedule, weight_decay=cfg.weight_decay, skip_bad=cfg.skip_bad > 0)
+    logprobs_fn = models.logprobs_fn(dataclasses.replace(config, dropout=cfg.dropout))
+    step = lora_lib.on_base(
+        cfg.lora,
+        lambda on: functools.partial(
+            sft.train_step,
+            logprobs_fn=on(logprobs_fn),
+            tx=tx,
+            microbatches=cfg.devices.microbatches,
+        ),
+    )
+    return tx, layout.step(step, donate=(0,))
+
+
+def split_tasks(cfg: Config) -> mixture_lib.Split:
+    """The tasks to learn from and those to be tested on; prints which are neither."""
+    split = mixture_lib.leave_out(catalog.select(cfg.tasks), cfg.held_out)
+    if split.left_out:
+        print(f"left out, since they are like what is held out: {', '.join(task.name for task in split.left_out)}")
+    if split.templates:
+        print(f"templates left out, since held-out tasks have them too: {split.templates}")
+    return split
+
+
+class Tests:
+    """The held-out questions of unseen clusters and of those that are learnt, asked of a model as it trains."""
+
+    def __init__(self, cfg: Config, model: models.Model, split: mixture_lib.Split, layout: parallel.Layout):
+        tokenizer = models.tokenizer_of(model, cfg.control_tokens)
+        asked = probe.Config(questions=cfg.questions, length=cfg.length, chat=cfg.mixture.chat)
+        self._unseen = {task.name for task in split.held_out}
+        self._cluster = {task.name: task.cluster for task in (*split.held_out, *split.train)}
+        self._probe = probe.prepare((*split.held_out, *split.train), tokenizer, asked, data_dir=cfg.data_dir)
+        without = dataclasses.replace(model, params=None)  # which come with each test
+        self._reader = likelihood.Reader(without, layout, batch=32)
+
+    def __call__(self, params: Params) -> dict[str, Answered]:
+        """How each task is answered with these parameters, which are placed."""
+        return self._probe.ask(self._reader, params)
+
+    def metrics(self, answered: Mapping[str, Answered]) -> dict[str, float]:
+        """The mean accuracy of unseen and of seen tasks, and of each unseen cluster."""
+        groups: dict[str, list[float]] = {"accuracy/unseen": [], "accuracy/seen": []}
+        for name, found in answered.items():
+            groups["accuracy/unseen" if name in self._unseen else "accuracy/seen"].append(found.accuracy)
+            if name in self._unseen:
+                groups.setdefault(f"unseen/{self._cluster[name]}", []).append(found.accuracy)
+        return {name: float(np.mean(values)) for name, values in groups.items() if values}
+
+    def report(self, before: Mapping[str, Answered], after: Mapping[str, Answered]) -> list[dict]:
+        """A row for each task: what it was, and is, and what a guess would be."""
+        return [
+            {
+                "task": name,
+                "cluster": self._cluster[name],
+                "unseen": name in self._unseen,
+                "questions": found.questions,
+                "chance": found.chance,
+                "before": before[name].accuracy,
+                "after": found.accuracy,
+                "error": found.error,
+            }
+            for name, found in after.items()
+        ]
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of a report as a table in Markdown."""
+    lines = ["| cluster | task | | chance | before | after |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row['cluster']} | {row['task']} | {'unseen' if row['unseen'] else ''} | {row['chance']:.2f} |"
+        f" {row['before']:.2f} | {row['after']:.2f} ± {row['error']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def start(cfg: Config, tx: optax.GradientTransformation, params: Params) -> tuple[TrainState, Params]:
+    """The state before the first step, and the frozen base weights (empty without LoRA)."""
+    trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "instruct/lora"))
+    return optim.init(trained, tx, named_key(cfg.seed, "instruct")), cfg.compute.freeze(frozen)
+
+
+def main(cfg: Config) -> dict[str, list[dict]]:
+    """Train, and write the run directory; returns the results, a row for each task, under "tasks"."""
+    runs.claim(cfg.out, cfg)
+    models.check_writable(cfg.out / "model")
+    split = split_tasks(cfg)
+    layout = parallel.layout(cfg.devices)
+    model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
+    models.check_length(model.config, length=cfg.length)
+    tokenizer = models.tokenizer_of(model, cfg.control_tokens)
+    mixed = mixture_lib.open_mixture(split.train, cfg.mixture, seed=cfg.seed, data_dir=cfg.data_dir)
+    print(f"mixture: {mixed}")
+    sizes = mixture_lib.Sizes(length=cfg.length, batch=cfg.batch, prompt=cfg.prompt_length, target=cfg.target_length)
+    stream = mixture_lib.Stream(mixed, tokenizer, sizes)
+    tests = Tests(cfg, model, split, layout)
+    before = tests(layout.state(model.params))
+
+    tx, step_fn = build(cfg, model.config, layout)
+    state, frozen = start(cfg, tx, model.params)
+    base = layout.state(frozen)
+    del frozen
+    model = dataclasses.replace(model, params=None)  # free the memory of the loaded parameters
+    limits = runs.Limits(show=("loss/next_token", "accuracy/unseen", "accuracy/seen"))
+    with runs.Run(cfg, layout, state, {"data": stream}, cfg.steps, limits) as run:
+        state = run.state
+        for step in run:
+            state, metrics = step_fn(state, base, layout.rows(hosts.share(next(run.streams["data"]))))
+            if step == cfg.steps or (cfg.held_out_every and step % cfg.held_out_every == 0):
+                accuracy = tests.metrics(tests(lora_lib.attach(base, state.params, cfg.lora)))
+                metrics |= layout.state(accuracy)
+            run.record(step, state, metrics)
+        print(f"mixture: {mixture_lib.counts(run.streams['data'])}")
+        rows = tests.report(before, tests(lora_lib.attach(base, state.params, cfg.lora)))
+        state = layout.get(state)
+        model = dataclasses.replace(model, params=lora_lib.merge(layout.get(base), state.params, cfg.lora))
+        models.save(model, model.params, cfg.out / "model")
+        runs.share(cfg.out / "model")
+    if hosts.first():
+        print(table(rows))
+    runs.write(cfg.out / "results.json", json.dumps({"tasks": rows}, indent=2) + "\n")
+    unseen = [f"unseen/{cluster}" for cluster in cfg.held_out]
+    plots.curves(
+        cfg.out,
+        {
+            "accuracy, mean over tasks (0 to 1)": ["accuracy/unseen", "accuracy/seen"],
+            "accuracy on unseen clusters (0 to 1)": unseen,
+            "next-token loss on answers (nats)": ["loss/next_token"],
+        },
+    )
+    return {"tasks": rows}
+
+
+if __name__ == "__main__":
+    cli.run(main, Config())
