@@ -40,14 +40,14 @@ import optax
 
 from experiments import assistant, dpo, evaluate, grpo, instruct, ppo, pretrain, rank, rejection, reward, sft
 from experiments.published import gsm8k_evaluate, paths
-from rlhf_jax import models, runs
+from rlhf_jax import hub, models, runs
 from rlhf_jax.algorithms import optim
 from rlhf_jax.analysis import flops, shapes, tpu
 from rlhf_jax.data import builders, pipeline, sources, tokenizer
 from rlhf_jax.data.tasks import mixture
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.devices import parallel
-from rlhf_jax.models import families, heads, lora
+from rlhf_jax.models import heads, lora
 from rlhf_jax.rollouts import scores
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import InputError, Params, Prompts, Rankings, Rollout, Tokens, TrainState, Virtue
@@ -71,11 +71,13 @@ def architecture(path: Path, compute: models.Compute, find_maker: Callable[[str]
     if str(path) in models.PRESETS:
         config = models.preset(str(path))
     elif path.exists():
-        config = families.load_config(path)
+        config = models.load_config(path)
     else:
         maker = find_maker(path.parent.name)
         if isinstance(maker, models.Config):
             config = maker
+        elif maker is None and hub.is_name(path):
+            config = models.load_config(path)
         elif maker is None:
             raise InputError(f"{path} is neither a model directory nor a preset: {', '.join(models.PRESETS)}")
         elif isinstance(maker, pretrain.Config) and maker.init is None:

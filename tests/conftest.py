@@ -11,6 +11,7 @@ from typing import Any
 # Read when jax is imported. Tests mostly compile: XLA leaves out most optimisations, which halves that.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 
 import jax
 import pytest

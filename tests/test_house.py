@@ -14,17 +14,18 @@ GROUND = {"types", "settings", "logprobs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "settings": {"errors"},
-    "people": {"errors", "settings"},  # neither `types` nor anything else that imports JAX
+    "hub": {"errors"},
+    "people": {"errors", "settings", "hub"},  # neither `types` nor anything else that imports JAX
     "types": {"errors", "settings"},
     "logprobs": {"types", "settings"},
     "devices": {"types", "settings"},
     "algorithms": GROUND | {"devices"},
     "data": {"types", "settings", "devices", "people"},
-    "models": GROUND | {"devices", "data"},
+    "models": GROUND | {"devices", "data", "hub"},
     "rollouts": GROUND | {"devices", "algorithms", "data", "models"},
     "evaluation": GROUND | {"devices", "data", "models", "rollouts", "algorithms"},
     "serving": GROUND | {"devices", "data", "models", "rollouts", "people"},  # of `people`, where servers listen
-    "runs": {"types", "settings", "devices", "people"},  # a resume compares the labels that it reads
+    "runs": {"types", "settings", "hub", "devices", "people"},  # a resume compares the labels that it reads
     "analysis": GROUND | {"devices", "models"},
 }
 
@@ -102,6 +103,7 @@ DICTS = {  # functions with a dict of anything, and the reason
     "rlhf_jax/models/config.py:llama": "the fields of a config that a family fixes",
     "rlhf_jax/models/directory.py:_read": "a tree of parameters",
     "rlhf_jax/models/families.py:_gated_config": "the fields of a config, out of a config.json",
+    "rlhf_jax/models/gguf_file.py:File._config_json": "the settings of a config.json",
     "rlhf_jax/models/families.py:hf_config": "the settings of a config.json",
     "rlhf_jax/runs/cli.py:_flags": "the values of flags by name, for a message",
     "experiments/evaluate.py:main": "a result, which becomes JSON",

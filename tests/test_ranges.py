@@ -7,6 +7,7 @@ import math
 import pkgutil
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from rlhf_jax import models, settings
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.models.config import RopeScaling
 from rlhf_jax.rollouts import sampling
-from rlhf_jax.runs import cli
+from rlhf_jax.runs import cli, directory
 from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Range, Rate, Seed, Settings, Unbounded, Whole
 from rlhf_jax.types import InputError, named_key
 from scripts import chat, survive, targets  # noqa: F401  # whose configs are found as subclasses
@@ -259,3 +260,27 @@ def test_flags_keep_their_spelling_and_types():
     assert cfg.algorithm == dataclasses.replace(ppo_experiment.Config().algorithm, clip=0.3, unfinished_score=-2.0)
     assert cfg.compute == models.Compute(chunk=8)
     assert isinstance(cfg.algorithm, ppo.Config)
+
+
+FILES = {
+    "db",
+    "responses",
+    "guidelines",
+    "certificate",
+    "key",
+    "data_dir",
+    "out",
+    "docs",
+    "work",
+    "data",
+    "include",
+}  # paths of no model
+
+
+def test_every_path_is_that_of_a_model_or_of_a_file():
+    """A model may be a name of the Hub, whose commit a resumed run compares; it must be known which settings are."""
+    for config in configs():
+        hints = typing.get_type_hints(config)
+        paths = {field for field, hint in hints.items() if Path in (hint, *typing.get_args(hint))}
+        unknown = paths - directory.MODELS - FILES
+        assert not unknown, f"{name(config)}: are {sorted(unknown)} models? see MODELS of rlhf_jax.runs.directory"

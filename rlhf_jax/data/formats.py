@@ -118,8 +118,8 @@ def hh(row: Any, where: str, counts: Counter[str]) -> Row | None:
     chosen, rejected = (
         turns(text_field(row, name, where), f"{where}, field {name}") for name in ("chosen", "rejected")
     )
-    for turns in (chosen, rejected):
-        if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+    for dialogue in (chosen, rejected):
+        if [turn["role"] for turn in dialogue] != ["user", "assistant"] * (len(dialogue) // 2):
             counts["rows refused, speakers do not take turns"] += 1
             return None
     if chosen[:-1] != rejected[:-1]:
@@ -285,10 +285,10 @@ def nectar(row: Any, where: str, counts: Counter[str]) -> Row | None:
 
     Nectar has ranks as floats.
     """
-    turns = _turns(text_field(row, "prompt", where), f"{where}, field prompt")
-    if turns[-1] == {"role": "assistant", "content": ""}:
-        turns.pop()
-    if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+    dialogue = turns(text_field(row, "prompt", where), f"{where}, field prompt")
+    if dialogue[-1] == {"role": "assistant", "content": ""}:
+        dialogue.pop()
+    if [turn["role"] for turn in dialogue] != ["user", "assistant"] * (len(dialogue) // 2) + ["user"]:
         counts["rows refused, speakers do not take turns"] += 1
         return None
     texts, ranks = [], []
@@ -302,7 +302,7 @@ def nectar(row: Any, where: str, counts: Counter[str]) -> Row | None:
     if len(texts) < 2:
         counts["rows refused, fewer than two responses"] += 1
         return None
-    return {"prompt": turns, "responses": texts, "ranks": ranks}
+    return {"prompt": dialogue, "responses": texts, "ranks": ranks}
 
 
 def finegrained(row: Any, where: str, counts: Counter[str]) -> Row:

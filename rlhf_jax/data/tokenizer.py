@@ -108,7 +108,12 @@ def load(path: str | Path) -> Tokenizer:
         raise InputError(f"{path}: holds no usable tokenizer ({_line(error)})") from error
     if not tokenizer.is_fast:
         raise InputError(f"{path}: holds a slow tokenizer; convert it to a tokenizer.json")
-    _check_settings(tokenizer, Path(path))
+    return prepared(tokenizer, Path(path))
+
+
+def prepared(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """The tokenizer of a directory or a file at `path`, changed in place as `load` tells."""
+    _check_settings(tokenizer, path)
     if tokenizer.chat_template not in (None, CHAT_TEMPLATE):
         tokenizer.eos_token = _turn_end(tokenizer) or tokenizer.eos_token
     if tokenizer.eos_token_id is None:

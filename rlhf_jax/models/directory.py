@@ -1,4 +1,4 @@
-"""A model directory in the Hugging Face layout (config.json, *.safetensors, tokenizer), in and out.
+"""A model directory in the Hugging Face layout (config.json, *.safetensors, tokenizer), in and out; a GGUF file, in.
 
 Weights stream from disk tensor by tensor into the stacked parameters of `transformer.Transformer`, straight to the
 devices that `Placement` names: the host never holds a second copy of the model. No code that comes with a checkpoint
@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from rlhf_jax import hub
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.devices import hosts
 from rlhf_jax.devices.compute import Compute
-from rlhf_jax.models import families, files, heads, transformer
+from rlhf_jax.models import families, files, gguf_file, heads, transformer
 from rlhf_jax.models.config import Config
 from rlhf_jax.types import InputError, Params
 
@@ -133,12 +134,14 @@ def load(
     compute: Compute = Compute(),
     place: Placement = lambda path, shape: None,
 ) -> Model:
-    """A language model from a directory. Parameters have the type `dtype`, whatever the type of the file.
+    """A language model. Parameters have the type `dtype`, whatever the type of the file.
 
-    Raises InputError when the directory, its architecture or a tensor cannot be used.
+    `path` is a directory, a GGUF file or a name of the Hub (`hub`). Raises InputError when it, its architecture or a
+    tensor cannot be used.
     """
-    config, tokenizer, generation = _settings(Path(path), compute)
-    params = _read(Path(path), config, scalar=False, dtype=dtype, place=place)
+    source = _open(Path(path))
+    config, tokenizer, generation = _settings(source, compute)
+    params = _read(source.tensors(), config, scalar=False, dtype=dtype, place=place)
     return Model(config, params, tokenizer, transformer.bind(transformer.Transformer(config)), generation)
 
 
@@ -148,17 +151,51 @@ def load_reward(
     compute: Compute = Compute(),
     place: Placement = lambda path, shape: None,
 ) -> Model:
-    """A reward model from a directory: a trunk and a score head of one output, read at the last real token."""
-    config, tokenizer, generation = _settings(Path(path), compute)
-    params = _read(Path(path), config, scalar=True, dtype=dtype, place=place)
+    """A reward model, from what `load` takes: a trunk and a score head of one output, read at the last real token."""
+    source = _open(Path(path))
+    config, tokenizer, generation = _settings(source, compute)
+    params = _read(source.tensors(), config, scalar=True, dtype=dtype, place=place)
     return Model(config, params, tokenizer, heads.score_fn(config), generation)
 
 
-def _settings(path: Path, compute: Compute) -> tuple[Config, tokenizers.Tokenizer | None, dict[str, Any] | None]:
-    """All that a directory holds beside its weights."""
-    config = dataclasses.replace(families.load_config(path), compute=compute)
-    tokenizer = _load_tokenizer(path, config)
-    return config, tokenizer, _load_generation(path, config, tokenizer)
+def load_config(path: str | Path) -> Config:
+    """The architecture of a model. Raises InputError where it is none that this Transformer expresses."""
+    return _open(Path(path)).config()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Directory:
+    """A model directory."""
+
+    path: Path
+
+    def config(self) -> Config:
+        return families.load_config(self.path)
+
+    def tokenizer(self, config: Config) -> tokenizers.Tokenizer | None:
+        return _load_tokenizer(self.path, config)
+
+    def generation(self, config: Config, tokenizer: tokenizers.Tokenizer | None) -> dict[str, Any] | None:
+        return _load_generation(self.path, config, tokenizer)
+
+    def tensors(self) -> files.Tensors:
+        return files.Tensors(self.path)
+
+
+_Source = _Directory | gguf_file.File  # what a model is read from
+
+
+def _open(path: Path) -> _Source:
+    """What a model is read from, a GGUF file or a directory; fetched first if the path is a name of the Hub."""
+    path = hub.local(path)
+    return gguf_file.File(path) if gguf_file.is_one(path) else _Directory(path)
+
+
+def _settings(source: _Source, compute: Compute) -> tuple[Config, tokenizers.Tokenizer | None, dict[str, Any] | None]:
+    """All that a model has beside its weights."""
+    config = dataclasses.replace(source.config(), compute=compute)
+    tokenizer = source.tokenizer(config)
+    return config, tokenizer, source.generation(config, tokenizer)
 
 
 def check_writable(path: str | Path) -> None:
@@ -367,8 +404,7 @@ def _tensors(entry: families.Entry, layer: int | None, params: Params) -> Iterat
 _BUFFERS = re.compile(r"attn\.(masked_)?bias|.*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")  # of older checkpoints
 
 
-def _read(path: Path, config: Config, scalar: bool, dtype: Any, place: Placement) -> Params:
-    tensors = files.Tensors(path)
+def _read(tensors: files.Tensors, config: Config, scalar: bool, dtype: Any, place: Placement) -> Params:
     tensors.where = {name: file for name, file in tensors.where.items() if not _BUFFERS.fullmatch(name)}
     parts, prefix = [], _prefix(tensors, config, scalar)
     expected = _head(tensors, config, scalar)

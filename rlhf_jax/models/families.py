@@ -6,6 +6,7 @@ has its range, under the name that it has there: `_NUMBERS`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,7 +119,19 @@ def load_config(path: Path) -> Config:
     """The architecture of a model directory. Raises InputError where it is none that this Transformer expresses."""
     files.check_directory(path, "config.json")
     file = path / "config.json"
-    raw = files.read_json(file)
+    read = functools.partial(
+        transformers.AutoConfig.from_pretrained, path, local_files_only=True, trust_remote_code=False
+    )
+    return read_config(files.read_json(file), file, read)
+
+
+def hf_settings(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
+    """The settings of a config.json, as `transformers` completes them."""
+    return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict({**raw})
+
+
+def read_config(raw: Mapping[str, Any], file: Path, read: Callable[[], transformers.PretrainedConfig]) -> Config:
+    """The architecture that the settings `raw` of a `file` tell of, which `read` returns once they are checked."""
     kind = raw.get("model_type")
     if kind not in SUPPORTED:
         found = files.shown(kind)
@@ -126,8 +139,8 @@ def load_config(path: Path) -> Config:
     if raw.get("quantization_config"):
         raise InputError(f"{file}: quantization_config is not supported: expected float weights")
     try:
-        _check_numbers(raw)
-        hf = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        check_numbers(raw)
+        hf = read()
         config = _gpt2_config(hf) if kind == "gpt2" else _gated_config(hf, kind)
         for name, value in vars(config).items():
             if isinstance(value, int) and value >= 2**31:
@@ -140,7 +153,7 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def _check_numbers(raw: Mapping[str, Any]) -> None:
+def check_numbers(raw: Mapping[str, Any]) -> None:
     """Raises InputError for the first field of config.json whose value is of another type, or out of its range."""
     for name, value in raw.items():
         if name in _NUMBERS:

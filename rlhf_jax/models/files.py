@@ -35,6 +35,8 @@ def check_directory(path: Path, holds: str) -> None:
     """Raises InputError unless there is a directory at `path` with a file of the name `holds`."""
     hint = "run the experiment that writes it"
     with _readable(path):
+        if path.is_dir() and (file := next(iter(sorted(path.glob("*.gguf"))), None)):
+            hint = f"name its GGUF file itself, {file}"
         if path.is_symlink() and not path.exists():
             raise InputError(
                 f"{path} is not a model directory: it is a link to {os.readlink(path)}, which is not there"
@@ -120,6 +122,8 @@ class Tensors:
     A file is open for one tensor at a time: what is mapped stays in memory until it is closed.
     """
 
+    settings = "config.json"  # what tells which tensors there should be
+
     def __init__(self, path: Path):
         self.path = path
         if find(path, SINGLE):  # it comes before an index, as in transformers
@@ -147,26 +151,24 @@ class Tensors:
         """The tensor as it is in the file. Raises InputError unless all of it is finite, also in the type `dtype`."""
         with self._open(self.where[name]) as file:
             tensor = file.get_tensor(name)
+        return self.finite(tensor, self.path / self.where[name], name, dtype)
+
+    def finite(self, tensor: np.ndarray, file: Path, name: str, dtype: Any) -> np.ndarray:
+        """The tensor. Raises InputError unless all of it is finite, also in the type `dtype`."""
         if not (most := largest(tensor)) <= (limit := float(jnp.finfo(dtype).max)):
             what = "NaN" if math.isnan(most) else f"{most:g} in magnitude"
             hint = f"{jnp.dtype(dtype).name} ends at {limit:.3g}" if math.isfinite(most) else "expected finite weights"
-            raise InputError(f"{self.path / self.where[name]}: {name} has an element that is {what}: {hint}")
+            raise InputError(f"{file}: {name} has an element that is {what}: {hint}")
         return tensor
 
     def need(self, name: str) -> None:
         """Raises InputError unless there is this tensor."""
         if name not in self.where:
-            raise InputError(f"{self.path} has no tensor {name!r}, which its config.json asks for")
+            raise InputError(f"{self.path} has no tensor {name!r}, which its {self.settings} asks for")
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raises InputError unless there are these tensors, of these shapes, and no others."""
-        for name in expected:
-            self.need(name)
-        if unexpected := sorted(self.where.keys() - expected.keys()):
-            more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
-            what = ", ".join(map(_plain, unexpected[:3])) + more
-            hint = ": it is a reward model" if "score.weight" in unexpected else ""
-            raise InputError(f"{self.path} has tensors that its config.json does not ask for ({what}){hint}")
+        self.check_names(expected)
         for file in sorted({*self.where.values()}):
             with self._open(file) as opened:
                 for name in sorted(opened.keys()):
@@ -176,6 +178,16 @@ class Tensors:
                 for name in expected:
                     if self.where[name] == file:
                         self._check_tensor(name, opened.get_slice(name), expected[name])
+
+    def check_names(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises InputError unless there are tensors of these names, and no others."""
+        for name in expected:
+            self.need(name)
+        if unexpected := sorted(self.where.keys() - expected.keys()):
+            more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
+            what = ", ".join(map(_plain, unexpected[:3])) + more
+            hint = ": it is a reward model" if "score.weight" in unexpected else ""
+            raise InputError(f"{self.path} has tensors that its {self.settings} does not ask for ({what}){hint}")
 
     def _check_tensor(self, name: str, about: Any, shape: tuple[int, ...]) -> None:
         found, kind = tuple(about.get_shape()), about.get_dtype()

@@ -32,6 +32,7 @@ from typing import TypeVar
 import tyro
 import uvicorn
 
+from rlhf_jax import hub
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import (
     access,
@@ -215,8 +216,8 @@ def _sampling(cfg: Serve, store: Store) -> Sampling | None:
     if cfg.task == "arena" and (cfg.model or (cfg.responses is None and not store.has_items())):
         arena.check(cfg.model, cfg.pairs)
     if cfg.model:
-        missing = [path for path in cfg.model if not (path / "config.json").is_file()]
-        if missing:
+        missing = [path for path in cfg.model if not (path.is_file() or (path / "config.json").is_file())]
+        if missing := [path for path in missing if not hub.is_name(path)]:
             raise InputError(f"--model {missing[0]}: expected a model directory, with a config.json")
         return _asked(cfg, cfg.model)
     if cfg.task == "demonstrate" and cfg.data:

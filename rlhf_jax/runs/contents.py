@@ -42,7 +42,7 @@ _MODEL = (
 )  # in a model directory
 _RECORDS = "*.array_record*"  # in the folder of a prepared TFDS data set
 _SQLITE = b"SQLite format 3\0"  # at the head of a database
-_BULKY = (".safetensors", ".array_record")  # in the names of files of which a sample is read beyond _WHOLE
+_BULKY = (".safetensors", ".gguf", ".array_record")  # in the names of files of which a sample is read beyond _WHOLE
 _WHOLE = 2**24  # bytes up to which a bulky file is read whole
 _MOST = 2**30  # bytes up to which any other one is: a quarter of a second
 _WINDOWS, _WIDTH = 128, 2**16  # the sample: so many stretches of so many bytes each, the two ends among them

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from rlhf_jax import hub
 from rlhf_jax.devices import hosts
 from rlhf_jax.runs import checkpoint, contents, gcs, lock
 from rlhf_jax.types import InputError
@@ -34,6 +35,7 @@ FREE = {
     "devices",
     "enough",
 }  # names of settings
+MODELS = {"init", "model", "reference", "reward", "cost", "teacher"}  # settings that may be names of the Hub
 CHECKPOINTS = gcs.CHECKPOINTS  # below the run directory; they may be deleted when it is done
 
 # Flags of JAX, however they were set, that give other numbers or other draws. What changes the rounding alone may
@@ -45,6 +47,7 @@ _JAX_FLAGS = (
     "jax_threefry_partitionable",
     "jax_random_seed_offset",
 )
+_COMMIT = "@commit"  # among the names of a path's files, if it is that of a model on the Hub
 _FOLDERS = CHECKPOINTS, "model", "tensorboard"  # what a run writes below its directory
 _RECORDS = "config.json", "metrics.jsonl", "samples.jsonl", "samples.md"
 
@@ -52,12 +55,14 @@ _RECORDS = "config.json", "metrics.jsonl", "samples.jsonl", "samples.md"
 def settings(config: Any) -> dict[str, Any]:
     """The dataclass `config` as JSON has it, with `contents` and `environment`.
 
-    Under `contents` lie, by the name of a setting and by each path in its value, the checksums of the files there. What
-    is in a bucket has its name there.
+    Under `contents` lie, by the name of a setting and by each path in its value, the checksums of the files there; of a
+    model on the Hub its commit. What is in a bucket has its name there.
     """
     plain, data_dir = _as_json(config), getattr(config, "data_dir", None)
     named = {name: value for name, value in _flat(plain) if isinstance(value, str) and not _is_free(name)}
     files = {name: found for name, value in named.items() if (found := _files_in(value, data_dir))}
+    commits = {name: _commit(value) for name, value in named.items() if _names_model(name)}
+    files |= {name: {named[name]: {_COMMIT: commit}} for name, commit in commits.items() if commit}
     environment = {name: getattr(jax.config, name, None) for name in _JAX_FLAGS}
     whole = plain | ({"contents": files} if files else {}) | {"environment": environment}
     return json.loads(gcs.named(json.dumps(whole, ensure_ascii=False)))
@@ -268,7 +273,7 @@ def _check_same(directory: Path, there: dict[str, Any], config: Any, advice: str
 def _changed_files(old: dict[str, contents.Checksums], new: dict[str, contents.Checksums]) -> str:
     """The files of the paths in both that are not the same, `base/config.json differs`; empty if there is none."""
     changed = sorted(
-        os.path.join(path, file) if file else path
+        f"{path} (commit {old[path][file]} there)" if file == _COMMIT else os.path.join(path, file) if file else path
         for path in old.keys() & new.keys()
         for file in contents.changes(old[path], new[path])
     )
@@ -331,6 +336,18 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for name, value in items:
         yield from _flat(value, f"{prefix}.{name}" if prefix else str(name))
+
+
+def _names_model(name: str) -> bool:
+    return re.sub(r"\.\d+$", "", name).split(".")[-1] in MODELS
+
+
+def _commit(value: str) -> str | None:
+    """The commit of a model on the Hub; None of any other, or where it cannot be told: who needs it will say so."""
+    try:
+        return hub.commit(value) if hub.is_name(value) else None
+    except InputError:
+        return None
 
 
 def _is_free(name: str) -> bool:

@@ -7,10 +7,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from huggingface_hub import constants
 
-from rlhf_jax import runs
+from rlhf_jax import hub, runs
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.types import InputError, TrainState
+from tests import hub_server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,27 @@ def test_a_model_or_file_that_was_made_anew_is_another(tmp_path):
     with pytest.raises(InputError, match=r"\(data: .*rows.jsonl differs\)"):
         runs.claim(cfg.out, dataclasses.replace(cfg, init=moved))
     data.unlink()  # reading it will say so
+    runs.claim(cfg.out, cfg)
+
+
+def test_a_model_of_the_hub_is_compared_by_its_commit(tmp_path, monkeypatch):
+    """A branch that moved on is another model; the commit by name is the one that the branch was at."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    hub_server.cached(tmp_path / "cache", "owner/tiny", files)
+    cfg = Config(tmp_path / "run", init=Path("owner/tiny"), data="owner/tiny")
+    with_checkpoint(cfg)
+    recorded = json.loads((cfg.out / "config.json").read_text())["contents"]
+    assert recorded == {"init": {"owner/tiny": {"@commit": hub_server.SHA}}}
+    runs.claim(cfg.out, cfg)
+    hub._fetch.cache_clear()  # as in another process
+    hub_server.cached(tmp_path / "cache", "owner/tiny", files, "f" * 40)
+    with pytest.raises(InputError, match=rf"\(init: owner/tiny \(commit {hub_server.SHA} there\) differs\): --saves"):
+        runs.claim(cfg.out, cfg)
+    runs.claim(cfg.out, dataclasses.replace(cfg, init=Path(f"owner/tiny@{hub_server.SHA}")))
+    hub._fetch.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))  # loading it will say so
     runs.claim(cfg.out, cfg)
 
 
