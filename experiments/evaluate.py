@@ -89,6 +89,7 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts, layout: paralle
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             eos_id=models.stop_ids(model),
+            group=cfg.best_of,
         ),
         batch=cfg.batch,
         reference=reference,

@@ -98,6 +98,7 @@ def build(
         temperature=algorithm.temperature,
         eos_id=eos_id,
         stop_at_eos=algorithm.stop_at_eos,
+        group=algorithm.group,
     )
     return tx, rollout.collector(config, layout, sampled, buckets=algorithm.buckets), layout.step(step, donate=(0,))
 

@@ -122,7 +122,10 @@ def sample(cfg: Config) -> dict[str, list[Row]]:
             repeated,
             named_key(cfg.seed, f"rank/{split}/{cfg.skip}"),
             sampling.Config(
-                max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=models.stop_ids(model)
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                eos_id=models.stop_ids(model),
+                group=int(np.gcd.reduce(times)),
             ),
             batch=cfg.batch,
             layout=layout,

@@ -80,7 +80,12 @@ def pick(cfg: Config) -> None:
         model,
         best_of_n.repeat(prompts, cfg.best_of),
         named_key(cfg.seed, "rejection"),
-        sampling.Config(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, eos_id=models.stop_ids(model)),
+        sampling.Config(
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            eos_id=models.stop_ids(model),
+            group=cfg.best_of,
+        ),
         batch=cfg.batch,
         score=score,
         layout=layout,

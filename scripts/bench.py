@@ -44,7 +44,8 @@ ALLOCATOR = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(workloads.Config):
-    only: str = "sft,decode,decode_ragged,reward,ppo,reward_k9,reward_ragged,ppo_ragged,packing"  # workloads
+    # Workloads, by name.
+    only: str = ",".join(workloads.WORKLOADS)
     peer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # NAME=PYTHON:SCRIPT, any number of times
     rounds: Count = 2  # in each of which every workload runs once, here and at every peer
     timeout: Positive = 1200.0  # seconds after which a run is given up

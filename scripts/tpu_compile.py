@@ -34,11 +34,14 @@ from unittest import mock
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import assistant, dpo, evaluate, grpo, instruct, ppo, pretrain, rank, rejection, reward, sft
 from experiments.published import gsm8k_evaluate, paths
 from rlhf_jax import models, runs
+from rlhf_jax.algorithms import optim
 from rlhf_jax.analysis import flops, shapes, tpu
 from rlhf_jax.data import builders, pipeline, sources, tokenizer
 from rlhf_jax.data.tasks import mixture
@@ -47,7 +50,7 @@ from rlhf_jax.devices import parallel
 from rlhf_jax.models import families, heads, lora
 from rlhf_jax.rollouts import scores
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.types import InputError, Params, Prompts, Rankings, Rollout, Tokens, Virtue
+from rlhf_jax.types import InputError, Params, Prompts, Rankings, Rollout, Tokens, TrainState, Virtue
 
 ROOMS = "experiments", "experiments.published", "experiments.papers", "experiments.studies"
 EXAMPLES = 8  # rows of any data: as many as a stage answers at its end
@@ -273,6 +276,12 @@ def nothing_but_steps(layout: shapes.Shapes, config_of: ConfigOf, chips: int, re
             jax.eval_shape(lambda *both: merge(*both, cfg), shapes.shapes(base), shapes.shapes(trained))
         )
 
+    init = optim.init
+
+    def init_shapes(params: Params, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+        of_tracers = lambda params: tx.init(jax.tree.map(jnp.asarray, params))  # Adafactor's takes nothing else
+        return init(params, optax.GradientTransformation(of_tracers, tx.update), rng)
+
     every_prompt = lambda rows, tokenizer, *, length: (prompts(len(list(rows)), length), "not read")
     nothing = lambda *_, **__: None
     changed: list[tuple[Any, str, Any]] = [
@@ -282,6 +291,7 @@ def nothing_but_steps(layout: shapes.Shapes, config_of: ConfigOf, chips: int, re
         (models, "load_reward", load_reward),
         (models, "save", nothing),
         (lora, "merge", merge_shapes),
+        (optim, "init", init_shapes),
         (pretrain, "new_model", new_model),
         (paths, "check_given", nothing),
         (sources, "rows", ExampleRows),

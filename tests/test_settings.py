@@ -142,7 +142,9 @@ def settings(name, quick):
         tuning = dataclasses.replace(quick.sft, init=base, data="world:rows=100")
         return tuning, {"data": "world:rows=101", "text": None, "init": tuned, "lora": lora.Config(rank=2)} | held_out
     if name == "instruct":
-        tuning = instruct.Config(init=tuned, tasks=("plus", "more", "older"), held_out=("comparison",), questions=2)
+        tuning = instruct.Config(
+            init=tuned, tasks=("plus", "more", "older"), held_out=("comparison",), questions=2, length=60
+        )
         return tuning, {
             "init": base,
             "tasks": ("minus", "more"),

@@ -174,6 +174,7 @@ def answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) -> Answe
             max_new_tokens=run.max_new_tokens,
             temperature=run.algorithm.temperature,
             eos_id=models.stop_ids(policy),
+            group=times,
         ),
         batch=BATCH,
         reference=reference,

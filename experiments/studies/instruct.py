@@ -116,15 +116,17 @@ def run_arm(cfg: Config, seed: int, arm: Arm) -> dict[str, float]:
     """
     held_out = cfg.instruct.held_out
     order = np.random.default_rng(seed).permutation(training_clusters(cfg)).tolist()
-    mixed = cfg.instruct.mixture
+    tuning = cfg.instruct
+    if arm.clusters:
+        tuning = dataclasses.replace(tuning, tasks=(*order[: arm.clusters], *held_out))
+    if arm.templates:
+        tuning = dataclasses.replace(tuning, mixture=dataclasses.replace(tuning.mixture, templates=arm.templates))
     run = cli.hand_down(
         "instruct",
-        cfg.instruct,
+        tuning,
         study.shared_settings(cfg, seed),
         out=cfg.out / f"seed{seed}" / f"instruct-{arm.name}",
         init=pretrained(cfg, arm.preset),
-        tasks=(*order[: arm.clusters], *held_out) if arm.clusters else cfg.instruct.tasks,
-        mixture=dataclasses.replace(mixed, templates=arm.templates) if arm.templates else mixed,
     )
     rows = runs.once(instruct.main, run)
     found: dict[str, float] = {}

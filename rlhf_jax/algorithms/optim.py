@@ -80,7 +80,7 @@ def adafactor(
     decay and `skip_bad` are as in `adamw`.
     """
     tx = optax.chain(
-        optax.scale_by_factored_rms(),
+        optax.scale_by_factored_rms(min_dim_size_to_factor=64),  # heads of 64 too
         optax.clip_by_block_rms(1.0),
         optax.add_decayed_weights(weight_decay, _decays),
         optax.scale_by_learning_rate(learning_rate),

@@ -114,7 +114,7 @@ def values_of(path: Path) -> Iterator[tuple[str, Any]]:
 def hh(row: Any, where: str, counts: Counter[str]) -> Row | None:
     """Read two dialogues, which share all but the assistant's last turn: the prompt."""
     chosen, rejected = (
-        _turns(text_field(row, name, where), f"{where}, field {name}") for name in ("chosen", "rejected")
+        turns(text_field(row, name, where), f"{where}, field {name}") for name in ("chosen", "rejected")
     )
     for turns in (chosen, rejected):
         if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
@@ -126,7 +126,8 @@ def hh(row: Any, where: str, counts: Counter[str]) -> Row | None:
     return {"prompt": chosen[:-1], "responses": [chosen[-1]["content"], rejected[-1]["content"]], "ranks": [0, 1]}
 
 
-def _turns(text: str, where: str) -> list[Message]:
+def turns(text: str, where: str) -> list[Message]:
+    """The messages of a dialogue in the format of HH-RLHF; InputError if it has none."""
     before, *rest = re.split(r"\n\n(Human|Assistant):", text)
     if before.strip() or not rest:
         raise InputError(f"{where}: expected a dialogue that begins with an empty line and Human:, got {short(text)}")

@@ -237,7 +237,7 @@ def rankings(
     length: int,
     responses: int | None = None,
     batch: int,
-    seed: int,
+    seed: int | None,
     epochs: int | None = None,
     virtue: Virtue | None = None,
 ) -> Batches[Rankings]:

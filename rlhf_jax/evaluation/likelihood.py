@@ -52,11 +52,12 @@ def loglikelihoods(
 class Reader:
     """A model, placed and compiled, that answers requests; who asks more than once keeps it.
 
-    `batch` rows are computed at a time over all devices, fewer where they have more than `COLUMNS` columns.
+    `batch` rows are computed at a time over all devices, fewer where they have more than `COLUMNS` columns. Without
+    `share` every request is a row of its own, which gives the same answers later.
     """
 
-    def __init__(self, model: models.Model, layout: parallel.Layout, batch: int):
-        self._config, self._layout, self._batch = model.config, layout, batch
+    def __init__(self, model: models.Model, layout: parallel.Layout, batch: int, share: bool = True):
+        self._config, self._layout, self._batch, self._share = model.config, layout, batch, share
         self._params = layout.frozen(model.config.compute.freeze(model.params))
         self._score = layout.step(functools.partial(_score, config=model.config))
 
@@ -71,7 +72,7 @@ class Reader:
         if not requests:
             return []
         texts = _inputs(requests, self._config.max_length)
-        rows = list(_trees(texts, [request.continuation for request in requests], self._config))
+        rows = list(_trees(texts, [request.continuation for request in requests], self._config, self._share))
         sizes = np.array([len(row.tokens) for row in rows])
         scored = []  # on the devices: the next batch is made while this one is computed
         for numbers, width in rollout.by_width(sizes, ANY, _rows(self._batch, int(sizes.max()))):
@@ -132,7 +133,7 @@ def _inputs(requests: Sequence[Request], max_length: int) -> list[np.ndarray]:
 
 
 def _trees(
-    texts: Sequence[np.ndarray], continuations: Sequence[Sequence[int]], config: models.Config
+    texts: Sequence[np.ndarray], continuations: Sequence[Sequence[int]], config: models.Config, share: bool = True
 ) -> Iterator[_Row]:
     """The texts as trees: one joins the tree of its neighbour in order where that costs less than a row of its own."""
     # An attention score costs about as much as a 4 d_model-th of all else that a token takes.
@@ -144,7 +145,8 @@ def _trees(
         text = texts[n]
         added = len(text) - tree.shared(text)
         joined = tree.size + added
-        if tree.size and (joined > widest or cost(joined) - cost(tree.size) > cost(len(text))):
+        costs_more = joined > widest or cost(joined) - cost(tree.size) > cost(len(text))
+        if tree.size and (costs_more or not share):
             yield tree.row()
             tree = _Growing()
         tree.add(text, continuations[n], n)

@@ -91,3 +91,10 @@ class Cache(struct.PyTreeNode):
         """An `unstacked` cache of these rows alone."""
         key, value = jax.tree.map(lambda x: x[rows], (self.key, self.value))
         return self.replace(key=key, value=value, mask=self.mask[rows])
+
+    def repeat(self, times: int) -> "Cache":
+        """The cache with each row so many times, in consecutive rows."""
+        again = lambda x, axis: x if times == 1 else jnp.repeat(x, times, axis=axis)
+        rows_axis = 0 if isinstance(self.key, tuple) else 1
+        key, value = jax.tree.map(lambda x: again(x, rows_axis), (self.key, self.value))
+        return self.replace(key=key, value=value, mask=again(self.mask, 0))

@@ -248,6 +248,10 @@ class Transformer(nn.Module):
 
         return map_columns(read, self.config.compute.chunk, hidden, tokens[:, start + 1 :])
 
+    def logits(self, tokens: Int[Array, "B T"], segment: Array | Tree, *, start: int = 0) -> Float[Array, "B N V"]:
+        """Logits of each token after column `start`, N = T - 1 - start."""
+        return self.unembed(self.hidden(tokens, segment, None, slice(start, -1)), vocab_axis="tensor")
+
     def logprobs_at(
         self,
         tokens: Int[Array, "B T"],
@@ -267,10 +271,6 @@ class Transformer(nn.Module):
             return logp, targets == jnp.argmax(logits, axis=2, keepdims=True)
 
         return map_columns(read, self.config.compute.chunk, hidden, targets)
-
-    def logits(self, tokens: Int[Array, "B T"], segment: Array, *, start: int = 0) -> Float[Array, "B N V"]:
-        """Logits of each token after column `start`, N = T - 1 - start."""
-        return self.unembed(self.hidden(tokens, segment, None, slice(start, -1)), vocab_axis="tensor")
 
     def __call__(self, tokens: Array, segment: Array | Tree, keys: Array | None = None) -> Float[Array, "B T V"]:
         """Logits at each column, which predict the token at the next."""

@@ -99,6 +99,7 @@ class Frame:
             t=words.of(chosen),
             language=chosen,
             languages=words.LANGUAGES,
+            theme=request.cookies.get("theme", ""),
             person=person,
             links=self.links,
             csrf=_csrf(self.session(request)) if person else "",

@@ -7,6 +7,7 @@ copies or converts weights.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,6 +43,7 @@ class Config(Settings):
     top_p: Share = 1.0  # sample from the likeliest tokens whose probability reaches this; 1: from all
     eos_id: Whole | tuple[Whole, ...] | None = None  # tokens that end a response; None: there are none
     stop_at_eos: bool = True  # False: a response goes on after its end, up to max_new_tokens
+    group: Count = 1  # responses to one prompt, whose rows follow each other: it is read once for all of them
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -144,6 +146,7 @@ def generate(
 ) -> Sample:
     """Sample a response to each prompt.
 
+    With `cfg.group`, rows g * group to (g + 1) * group - 1 must hold the same prompt, and the first of them is read.
     `key` is one key, into which row b folds its number, or an array of keys [B]. A row's sample depends on its own
     prompt and key alone, not on the rest of the batch. Padding may be anywhere in a prompt. Raises InputError when
     the model's context is too short.
@@ -214,12 +217,12 @@ class _Network(struct.PyTreeNode):
 
 
 class _Prompts(struct.PyTreeNode):
-    """The inputs of sampling, before the prefill."""
+    """The inputs of sampling, before the prefill. Each of the A prompts has B / A responses, in consecutive rows."""
 
-    tokens: Leaf  # [B, P], padded on the left
-    mask: Leaf  # [B, P]
+    tokens: Leaf  # [A, P], padded on the left
+    mask: Leaf  # [A, P]
     uniform: Leaf  # [B, N], which decides each token
-    cache: Cache  # empty, of P + N columns
+    cache: Cache  # empty, of A rows and P + N columns
 
 
 class _Rows(struct.PyTreeNode):
@@ -248,7 +251,8 @@ class _Rows(struct.PyTreeNode):
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _generate(config: models.Config, params: Params, tokens: Array, mask: Array, keys: Array, cfg: Config) -> Sample:
     """`generate` with a key for each row, by the strategy of the platform that it is compiled for."""
-    tokens, mask = left_pad(tokens, mask)
+    group = math.gcd(len(keys), cfg.group)  # a batch, or a device's part of it, may hold parts of groups
+    tokens, mask = left_pad(tokens[::group], mask[::group])
     network = _converted(config, params)
     cache = Cache.empty(network.config, tokens.shape[0], tokens.shape[1] + cfg.max_new_tokens)
     uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(cfg.max_new_tokens))
@@ -319,6 +323,8 @@ def _scatter(sample: Sample, rows: _Rows) -> Sample:
 def _prefill(network: _Network, prompts: _Prompts, cfg: Config) -> _Rows:
     """The rows after their first token."""
     logits, cache = network.prefill(prompts.tokens, prompts.mask, prompts.cache)
+    group = len(prompts.uniform) // len(prompts.tokens)
+    logits, cache = jnp.repeat(logits, group, axis=0), cache.repeat(group)
     token, logp = choose(logits, prompts.uniform[:, 0], cfg)
     empty = jnp.zeros(prompts.uniform.shape)
     sample = Sample(

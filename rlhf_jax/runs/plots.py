@@ -100,6 +100,34 @@ def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, ..
     return _save(figure, path)
 
 
+def intervals(
+    path: Path, points: Mapping[str, Mapping[str, tuple[float, float, float]]], x: str, chance: float
+) -> Path:
+    """Draw values with their intervals, (value, low, high), and write the figure to `path`.
+
+    `points` maps the name of a series to its values by label; each label is a row, the first on top, and `x` is what
+    is measured. A line marks the value of `chance`.
+    """
+    figure, (axis,) = _grid(1)
+    figure.set_size_inches(5.4, 3.2)
+    labels = list(next(iter(points.values())))
+    for n, ((name, values), color) in enumerate(zip(points.items(), _cycle(len(points)), strict=True)):
+        rows = [row + 0.6 * ((n + 0.5) / len(points) - 0.5) for row in range(len(labels))]
+        value, low, high = np.array([values[label] for label in labels]).T
+        spread = np.maximum([value - low, high - value], 0.0)
+        axis.errorbar(
+            value, rows, xerr=spread, fmt="o", color=color, markersize=4, capsize=2, linewidth=1.2, label=name
+        )
+    axis.axvline(chance, color="#cccccc", linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.set_title(x, loc="left", fontsize=10, color=INK)
+    axis.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    if len(points) > 1:
+        axis.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return _save(figure, path)
+
+
 def arena(
     path: Path,
     strengths: Mapping[str, tuple[float, float] | None],

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_jax.types import InputError
 
-WORKLOADS = "sft", "decode", "decode_ragged", "reward", "ppo"  # that a peer may know
+WORKLOADS = "sft", "decode", "decode_ragged", "reward", "ppo", "choice", "choice_prefix"  # that a peer may know
 
 
 @dataclasses.dataclass(frozen=True)

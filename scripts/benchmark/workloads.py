@@ -1,4 +1,4 @@
-"""The workloads: training, sampling and PPO iterations, on random weights and tokens."""
+"""The workloads: training, sampling, evaluation and PPO iterations, on random weights and tokens."""
 
 import dataclasses
 import functools
@@ -14,12 +14,14 @@ import numpy as np
 import optax
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import optim, ppo, reward, sft
+from rlhf_jax.algorithms import best_of_n, optim, ppo, reward, sft
 from rlhf_jax.devices import parallel
+from rlhf_jax.evaluation import likelihood
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling, scores
-from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Settings
+from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Settings, Whole
 from rlhf_jax.types import Metrics, Params, Prompts, Rankings, Tokens, TrainState
+from scripts.benchmark import questions
 from scripts.benchmark.limits import Limits, clock
 
 FIRST = 5  # smaller token ids are special
@@ -74,6 +76,18 @@ class Decode(Settings):
     prompt: Count = 32
     new: Count = 64
     warmup: Count = 2
+    timed: Count = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank(Settings):
+    """Several responses to each of some long prompts a repetition, each prompt read once or, in turn, each time."""
+
+    prompts: Count = 8
+    responses: Count = 9
+    prompt: Count = 256
+    new: Count = 32
+    warmup: Count = 1
     timed: Count = 3
 
 
@@ -146,6 +160,20 @@ class Ppo(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class Choice(Settings):
+    """The log-probabilities of the options of all questions a repetition; a request is an option."""
+
+    questions: Count = 32
+    examples: Whole = 5  # in front of each question, its own ones
+    question: Count = 48  # tokens of a question and of an example, on average
+    options: Count = 4  # of a question
+    option: Count = 6  # tokens of an option, on average
+    batch: Count = 16  # rows at a time
+    warmup: Count = 1
+    timed: Count = 3
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(Settings):
     """The model, and the sizes of each workload."""
 
@@ -164,6 +192,10 @@ class Config(Settings):
     reward_ragged: RewardRagged = RewardRagged()
     ppo_ragged: Ppo = Ppo(new=64, eos_fraction=0.03, buckets=8)
     packing: Packing = Packing()
+    choice: Choice = Choice()  # multiple choice with five examples in the prompt
+    rank_prefix: Rank = Rank()
+    # Options that share a long prompt.
+    choice_prefix: Choice = Choice(questions=24, examples=0, question=512, options=8, option=8)
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -409,9 +441,11 @@ def reward_ragged_workload(config: models.Config, cfg: Config) -> Workload:
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
-def sampler(config: models.Config, new: int, ends: tuple[int, ...]) -> Callable[[Prompts, int], sampling.Sample]:
+def sampler(
+    config: models.Config, new: int, ends: tuple[int, ...], group: int = 1
+) -> Callable[[Prompts, int], sampling.Sample]:
     """A function that samples a response to each prompt of a batch, with the noise of a seed."""
-    module, sampled = models.Transformer(config), sampling.Config(max_new_tokens=new, eos_id=ends)
+    module, sampled = models.Transformer(config), sampling.Config(max_new_tokens=new, eos_id=ends, group=group)
 
     def step(params: Params, prompts: Prompts, seed: jax.Array, axis: str | None) -> sampling.Sample:
         keys = parallel.row_keys(jax.random.key(seed), prompts.tokens.shape[0], axis)
@@ -430,6 +464,36 @@ def decode_workload(config: models.Config, cfg: Config) -> Workload:
         timed=w.timed,
         repeat=lambda i: clock(w.batch * w.new, lambda: LAYOUT.gather(sample(prompts, i))),
         least_seconds=lambda limits, count: limits.decoding(w.batch, w.prompt, w.batch * w.new),
+    )
+
+
+def rank_prefix_workload(config: models.Config, cfg: Config) -> Workload:
+    w = cfg.rank_prefix
+    rows = w.prompts * w.responses
+    prompts = best_of_n.repeat(random_prompts(config, w.prompts, w.prompt), w.responses)
+    once, each_time = sampler(config, w.new, (), w.responses), sampler(config, w.new, ())
+    times: list[tuple[float, float]] = []
+
+    def repeat(i: int) -> tuple[float, float]:
+        taken = clock(rows * w.new, lambda: LAYOUT.gather(once(prompts, i)))
+        times.append((taken[1], clock(rows * w.new, lambda: LAYOUT.gather(each_time(prompts, i)))[1]))
+        return taken
+
+    def extra() -> dict[str, float]:
+        ours, plain = (statistics.median(column) for column in zip(*times[w.warmup :], strict=True))
+        return {"times_plain": plain / ours}
+
+    def least_seconds(limits: Limits, count: float) -> float:
+        prefill = limits.forward(w.prompts, w.prompt, 1)
+        return prefill + limits.decoding(rows, w.prompt, rows * w.new) - limits.forward(rows, w.prompt, 1)
+
+    return Workload(
+        unit="tokens_per_s",
+        warmup=w.warmup,
+        timed=w.timed,
+        repeat=repeat,
+        least_seconds=least_seconds,
+        extra=extra,
     )
 
 
@@ -459,6 +523,52 @@ def decode_ragged_workload(config: models.Config, cfg: Config) -> Workload:
         timed=w.timed,
         repeat=repeat,
         least_seconds=lambda limits, count: limits.decoding(w.prompts, w.prompt, count),
+    )
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def choice_workload(config: models.Config, cfg: Config) -> Workload:
+    return options_workload(config, cfg.choice)
+
+
+def choice_prefix_workload(config: models.Config, cfg: Config) -> Workload:
+    return options_workload(config, cfg.choice_prefix)
+
+
+def options_workload(config: models.Config, w: Choice) -> Workload:
+    """Each option's log-probability and, in turn with these, those of options that share nothing with each other."""
+    module = models.Transformer(config)
+    model = models.Model(config, random_params(module, 0), None, models.bind(module))
+    read = likelihood.Reader(model, LAYOUT, w.batch)
+    alone = likelihood.Reader(model, LAYOUT, w.batch, share=False)
+    sizes = questions.Sizes(w.questions, w.examples, w.question, w.options, w.option)
+    asked = [likelihood.Request(*pair) for pair in questions.draw(sizes, FIRST, config.vocab_size)]
+    shared = {tuple(request.context) for request in asked}
+    columns = sum(map(len, shared)) + sum(len(request.continuation) - 1 for request in asked)
+    times: list[tuple[float, float]] = []
+
+    def repeat(i: int) -> tuple[float, float]:
+        taken = clock(len(asked), lambda: read(asked))
+        times.append((taken[1], clock(len(asked), lambda: alone(asked))[1]))
+        return taken
+
+    def extra() -> dict[str, float]:
+        ours, one_by_one = (statistics.median(column) for column in zip(*times[w.warmup :], strict=True))
+        return {"times_plain": one_by_one / ours}
+
+    return Workload(
+        unit="requests_per_s",
+        warmup=w.warmup,
+        timed=w.timed,
+        repeat=repeat,
+        least_seconds=lambda limits, count: limits.forward(
+            len(shared),
+            columns / len(shared),
+            sum(len(request.continuation) for request in asked) / len(shared),
+        ),
+        extra=extra,
     )
 
 
@@ -583,4 +693,7 @@ WORKLOADS: dict[str, Callable[[models.Config, Config], Workload]] = {
     "reward_ragged": reward_ragged_workload,
     "ppo_ragged": ppo_ragged_workload,
     "packing": packing_workload,
+    "rank_prefix": rank_prefix_workload,
+    "choice": choice_workload,
+    "choice_prefix": choice_prefix_workload,
 }

@@ -68,6 +68,12 @@ def test_every_layout_gives_the_same():
         assert_same(likelihood.loglikelihoods(of, requests, layout=layout, batch=8), expected)
 
 
+def test_sharing_changes_nothing():
+    of, requests = model(), questions()
+    alone = likelihood.Reader(of, parallel.PMAP, 8, share=False)
+    assert_same(alone(requests), likelihood.loglikelihoods(of, requests, batch=8))
+
+
 def test_what_texts_share_is_read_once():
     requests = questions()
     rows = list(likelihood._trees(likelihood._inputs(requests, 24), [r.continuation for r in requests], tiny.GPT))

@@ -20,6 +20,10 @@ class Stub:
     """Two models that repeat what they are told; `fault` is what goes wrong with the next answers."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was asked, and how to answer."""
         self.names = ["ada", "bob"]
         self.fault = ""
         self.asked: list[dict[str, Any]] = []

@@ -1,9 +1,8 @@
-"""A server in a process of its own, as `scripts/people.sh` starts it, and a browser to look at it."""
+"""A server in a process of its own, as `scripts/people.sh` starts it, or in a thread of the test."""
 
 import contextlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import uvicorn
 
 from rlhf_jax.people import __main__ as command
@@ -96,18 +94,3 @@ class Thread:
         self._thread.join()
         self._listening.__exit__(None, None, None)
         self._store.close()
-
-
-@contextlib.contextmanager
-def browsing() -> Iterator[Any]:
-    """A Chromium, driven by Playwright; skips the test where either is missing."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    path = os.environ.get("CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if path is None:
-        pytest.skip("needs Chromium: apt-get install chromium, or its path in CHROMIUM")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()

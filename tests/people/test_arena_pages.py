@@ -14,9 +14,9 @@ from rlhf_jax.people import arena
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
+from tests.people import browsing
+from tests.people.browsing import Site, check_access, order, picture, shown, stored, until
 from tests.people.labelling import person
-from tests.people.serving import Thread, browsing
-from tests.people.test_pages import Site, check_access, order, picture, shown, stored, until
 
 PPO = "Plants catch sunlight with their leaves, and make sugar out of water and air with it. The oxygen is left over."
 SFT = "Plants eat sunlight."
@@ -25,37 +25,33 @@ TEXTS = {"runs/ppo/model": PPO, "runs/sft/model": SFT, "runs/base/model": BASE}
 PROMPT = "How do plants make their own food?"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with browsing() as browser:
-        yield browser
-
-
 @pytest.fixture
 def site(tmp_path: Path, browser: Any) -> Iterator[Site]:
     """A site with three battles of three models, each for two people, and one of two equal answers."""
-    site = Site(tmp_path, browser)
-    with Store(site.db) as store:
-        store.set_rules(Rules(gold_share=0.0, repeat_share=0.0))
     pairs = (("ppo", "sft"), ("sft", "base"), ("ppo", "base"))
     rows = []
     for n, pair in enumerate(pairs):
         models = [f"runs/{name}/model" for name in pair]
         rows.append({"prompt": f"{PROMPT} ({n})", "responses": [TEXTS[model] for model in models], "models": models})
     rows.append({"prompt": "Again?", "responses": [SFT, SFT + "\n"], "models": ["runs/ppo/model", "runs/sft/model"]})
-    site.add(*(row | {"task": "arena", "overlap": 2} for row in rows))
-    site.server = Thread(site.db)
-    try:
+    with browsing.site(tmp_path, browser, Rules(gold_share=0.0, repeat_share=0.0)) as site:
+        site.add(*(row | {"task": "arena", "overlap": 2} for row in rows))
         yield site
-        assert not site.errors
-    finally:
-        for context in browser.contexts:
-            context.close()
-        site.server.close()
 
 
 def place(page: Any, text: str) -> int:
     return order(page, [text, next(other for other in shown(page) if other != text)]).index(0)
+
+
+def until_lit(page: Any, *texts: str) -> None:
+    """Wait until the cards of these answers alone have the colour of a choice."""
+    lit = (
+        "[...document.querySelectorAll('.card')].filter((card) => getComputedStyle(card).borderTopColor"
+        " === getComputedStyle(document.querySelector('.brand svg')).fill)"
+    )
+    until(
+        page, f"{lit}.map((card) => card.querySelector('.text').textContent).join() === {json.dumps(','.join(texts))}"
+    )
 
 
 def names_nobody(page: Any) -> None:
@@ -75,7 +71,6 @@ def test_from_the_invitation_to_the_table(site: Site):
     admin.click("text=How the models fare in the arena")
     admin.wait_for_url("**/admin/arena")
     assert admin.inner_text("tbody").count("no battle yet") == 3
-    check_access(admin)
 
     ann = site.page(viewport={"width": 1280, "height": 860})  # by mouse
     ann.goto(link)
@@ -83,7 +78,7 @@ def test_from_the_invitation_to_the_table(site: Site):
     names_nobody(ann)
     label = ann.locator(".strength label").nth(place(ann, PPO))
     label.click()
-    assert ann.locator(".card.lit .text").inner_text() == PPO
+    until_lit(ann, PPO)
     picture(ann, "people-arena")
     check_access(ann)
     ann.click("#theme")
@@ -100,13 +95,12 @@ def test_from_the_invitation_to_the_table(site: Site):
     ann.click("#submit")
     stored(ann, 2)
     ann.click("#undo")
-    until(ann, "document.querySelector('.card.lit')")
-    assert ann.locator(".card.lit .text").inner_text() == BASE
+    until_lit(ann, BASE)
     ann.locator(".strength label").nth(place(ann, SFT)).click()
     ann.click("#submit")
     stored(ann, 2)
     ann.locator(".strength label").nth(3).click()  # both are bad
-    assert ann.locator(".card.lit").count() == 0
+    until_lit(ann)
     ann.click("#submit")
     stored(ann, 3)
     assert "word for word" in ann.inner_text("[role=note]") and ann.locator(".strength input:disabled").count() == 2

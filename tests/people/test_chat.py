@@ -21,7 +21,7 @@ from rlhf_jax.people.items import Item
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
 from tests.people import test_server
-from tests.people.endpoints import Stub, answering
+from tests.people.endpoints import Stub
 from tests.people.labelling import person
 
 RULES = Rules(ratings="none", gold_share=0.0, repeat_share=0.0, turns=2)
@@ -32,18 +32,6 @@ HELLO = [{"role": "user", "content": "Hello"}]
 def store(store: Store) -> Store:
     store.set_rules(RULES)
     return store
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Stub, str]]:
-    with answering() as found:
-        yield found
-
-
-@pytest.fixture
-def stub(served: tuple[Stub, str]) -> Stub:
-    served[0].__init__()  # type: ignore[misc]
-    return served[0]
 
 
 class Talker(test_server.Browser):

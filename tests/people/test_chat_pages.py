@@ -11,10 +11,9 @@ pytest.importorskip("httpx2", reason="needs the extra people: pip install -e .[p
 pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
 
 from rlhf_jax.people.rules import Rules
-from rlhf_jax.people.store import Store
-from tests.people.endpoints import Stub, answering
-from tests.people.serving import Thread, browsing
-from tests.people.test_pages import HOSTILE, Site, check_access, picture, stored, until
+from tests.people import browsing
+from tests.people.browsing import HOSTILE, Site, check_access, picture, stored, until
+from tests.people.endpoints import Stub
 
 FIRST = "What makes the sky blue? Please explain it to a child."
 SECOND = "And why is it red in the evening?"
@@ -33,38 +32,12 @@ WORSE = {
 }
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with browsing() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Stub, str]]:
-    with answering() as found:
-        yield found
-
-
-@pytest.fixture
-def stub(served: tuple[Stub, str]) -> Stub:
-    served[0].__init__()  # type: ignore[misc]
-    return served[0]
-
-
 @pytest.fixture
 def site(tmp_path: Path, browser: Any, stub: Stub, served: tuple[Stub, str]) -> Iterator[Site]:
     """A site with models to talk to."""
-    site = Site(tmp_path, browser)
-    with Store(site.db) as store:
-        store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.0))
-    site.server = Thread(site.db, served[1])
-    try:
+    rules = Rules(ratings="none", gold_share=0.0, repeat_share=0.0)
+    with browsing.site(tmp_path, browser, rules, served[1]) as site:
         yield site
-        assert not site.errors
-    finally:
-        for context in browser.contexts:
-            context.close()
-        site.server.close()
 
 
 def talking(site: Site, name: str = "ann", **options: Any) -> Any:
@@ -277,13 +250,13 @@ def choices(page: Any) -> Any:
 def test_three_turns_by_mouse(site: Site, stub: Stub):
     add_conversations(site, 1, "Ask about something that you see every day.")
     page = site.person(viewport={"width": 1280, "height": 900})
-    page.wait_for_selector("#text")
+    page.wait_for_selector("#message")
     page.click("#submit")
     assert "needs more turns" in page.inner_text("#banner")
     wanted = []
     for n, message in enumerate(SAID):
         stub.said = {("ada", message): SAID[message], ("bob", message): WORSE[message]}
-        page.fill("#text", message)
+        page.fill("#message", message)
         page.click("#send")
         labels = choices(page)
         assert labels.count() == 8 and page.locator("#choose").is_disabled()
@@ -305,7 +278,7 @@ def test_three_turns_by_mouse(site: Site, stub: Stub):
         wanted.append(SAID[message])
         page.click("#choose")
         stored(page, n + 1)
-        page.wait_for_selector("#text")
+        page.wait_for_selector("#message")
     assert "Enough turns" in page.inner_text(".progress")
     page.click("#submit")
     stored(page, 4)
@@ -322,11 +295,11 @@ def test_three_turns_by_keyboard_alone_with_an_undo_and_a_broken_one(site: Site,
     site.add({"task": "chat", "prompt": [{"role": "system", "content": "Be brief."}]})
     page = site.person(locale="zh-CN", viewport={"width": 360, "height": 740})
     press, write = page.keyboard.press, page.keyboard.type
-    page.wait_for_selector("#text")
+    page.wait_for_selector("#message")
     check_access(page)
 
     def turn(message: str, digit: str) -> None:
-        page.wait_for_selector("#text")
+        page.wait_for_selector("#message")
         write(message)
         press("Enter")
         choices(page)
@@ -335,11 +308,11 @@ def test_three_turns_by_keyboard_alone_with_an_undo_and_a_broken_one(site: Site,
 
     turn("one", "1")
     stored(page, 1)
-    page.wait_for_selector("#text")
+    page.wait_for_selector("#message")
     write("two")
     until(page, "document.getElementById('draft').textContent === '草稿已保存'")
     page.reload()
-    until(page, "document.getElementById('text')?.value === 'two'")
+    until(page, "document.activeElement.value === 'two'")
     stub.fault = "cut"
     press("Enter")
     page.wait_for_selector("#retry")
@@ -352,7 +325,7 @@ def test_three_turns_by_keyboard_alone_with_an_undo_and_a_broken_one(site: Site,
     press("8")
     press("Enter")
     stored(page, 2)
-    page.wait_for_selector("#text")
+    page.wait_for_selector("#message")
     for _ in range(3):
         press("Tab")
     press("u")  # the last turn is to be chosen again
@@ -363,21 +336,10 @@ def test_three_turns_by_keyboard_alone_with_an_undo_and_a_broken_one(site: Site,
     stored(page, 2)
     turn("three", "4")
     stored(page, 3)
-    page.wait_for_selector("#text")
+    page.wait_for_selector("#message")
     press("Control+Enter")
     stored(page, 4)
     rows = site.exported()
     shown = [row["strength"] * (1 if row["shown"] == [0, 1] else -1) for row in rows[:3]]
     assert sorted(shown) == [-4, -2, -1] and len(rows) == 4
     assert json.dumps(rows[3]["messages"]).count("heard:") == 3
-
-
-def test_a_thumb_as_a_task(site: Site):
-    site.add({"task": "thumb", "prompt": "Say hi.", "responses": ["Hi!"]})
-    page = site.person()
-    page.wait_for_selector(".strength")
-    check_access(page)
-    page.keyboard.press("2")
-    page.keyboard.press("Enter")
-    stored(page, 1)
-    assert [(row["response"], row["label"]) for row in site.exported()] == [("Hi!", False)]

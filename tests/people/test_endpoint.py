@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,19 +10,7 @@ pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[
 
 from rlhf_jax.people import endpoint
 from rlhf_jax.people.endpoint import Asked, Endpoint, Failure, Piece
-from tests.people.endpoints import Stub, answering
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Stub, str]]:
-    with answering() as found:
-        yield found
-
-
-@pytest.fixture
-def stub(served: tuple[Stub, str]) -> Stub:
-    served[0].__init__()  # type: ignore[misc]
-    return served[0]
+from tests.people.endpoints import Stub
 
 
 def heard(url: str, key: str = "", patience: float = 5.0) -> list[Piece]:

@@ -251,6 +251,15 @@ def test_headers_and_cookies(store: Store):
     assert ann.get("/enter").headers["cache-control"] == "no-store"
 
 
+def test_a_page_comes_in_the_theme_that_was_chosen(store: Store):
+    ann = client(store)
+    assert 'data-theme=""' in ann.get("/enter").text
+    ann.cookies.set("theme", "dark")
+    assert 'data-theme="dark"' in ann.get("/enter").text
+    ann.cookies.set("theme", "'><script>")
+    assert "'><script>" not in ann.get("/enter").text
+
+
 def test_nothing_comes_from_elsewhere():
     for path in frame.PAGES.rglob("*.*"):
         text = path.read_text()

@@ -115,6 +115,25 @@ def test_other_devices_sample_the_same(config, platform, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("config", "platform"), [(tiny.GPT, "cpu"), (tiny.LLAMA, "tpu")])
+def test_a_prompt_is_read_once_for_its_group(config, platform, monkeypatch):
+    """With the tokens of the plain way, also where a batch has parts of groups alone."""
+    tokens, mask = (np.repeat(x, 6, axis=0) for x in (tiny.random_tokens(0, 2, 6), tiny.ragged(1, 2, 6)))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(7)))(jnp.arange(12))
+    plain = generate(config, tokens, mask, keys, eos_id=EOS)
+    on(platform, monkeypatch)
+    read, prefill = [], sampling._Network.prefill
+    monkeypatch.setattr(sampling._Network, "prefill", lambda self, *x: read.append(len(x[0])) or prefill(self, *x))
+    for rows, prompts in ((slice(None), 2), (slice(3, 12), 3)):
+        fresh(monkeypatch)
+        read.clear()
+        sample = generate(config, tokens[rows], mask[rows], keys[rows], eos_id=EOS, group=6)
+        assert set(read) == {prompts}
+        np.testing.assert_array_equal(sample.tokens, plain.tokens[rows])
+        np.testing.assert_allclose(sample.logp, plain.logp[rows], atol=1e-5)
+
+
+@pytest.mark.slow
 @BOTH
 def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))

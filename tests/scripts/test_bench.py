@@ -24,6 +24,9 @@ SIZES = {
     "ppo_ragged": {"episodes": 16, "prompt": 4, "new": 8, "epochs": 1, "eos_fraction": 0.2, "buckets": 2}
     | {"warmup": 1, "timed": 2},
     "packing": {"batch": 8, "length": 16, "mean": 5.0, "warmup_steps": 1, "timed_steps": 2},
+    "rank_prefix": {"prompts": 8, "responses": 2, "prompt": 8, "new": 4, "timed": 2},
+    "choice": {"questions": 8, "examples": 2, "question": 4, "options": 3, "option": 2, "batch": 8, "timed": 2},
+    "choice_prefix": {"questions": 8, "question": 16, "options": 4, "option": 2, "batch": 8, "timed": 2},
     "learning_rate": 1e-3,
 }
 
@@ -46,6 +49,7 @@ def test_a_workload_has_rates_a_limit_and_memory(cfg, name):
     assert result["peak_mib"] > 0 and result["first_s"] > 0
     assert ("times_pairs_one_by_one" in result) == (name == "reward_k9")
     assert ("times_padded" in result) == (name in ("reward_ragged", "ppo_ragged"))
+    assert ("times_plain" in result) == (name in ("rank_prefix", "choice", "choice_prefix"))
     assert ("update_s" in result) == name.startswith("ppo")
 
 

@@ -1,963 +1,1148 @@
-// The script of all pages: the head, the entrance, administration, and work.
+// The script of all pages. Templates of the page say what it consists of; this puts in what people and models wrote, as
+// text and never as HTML, and what is entered lives in the fields of the page's form.
 
-import { $, CONTROL, el, letter, newName, post, shownText as textShown, speaker } from "./common.js";
-import { conversation, talk } from "./chat.js";
+const $ = (id) => document.getElementById(id);
+const boot = JSON.parse($("boot")?.textContent ?? "{}");
+const letter = (n) => String.fromCharCode(65 + n);
+const say = (text) => ($("live").textContent = text);
+const pause = (time) => new Promise((resolve) => setTimeout(resolve, time));
 
-// Light or dark ------------------------------------------------------------------------------------------------------
+// A text in the person's language, with {values} filled in.
+const t = (name, values = {}) => boot.words[name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
 
-const stored = localStorage.getItem("theme");
-if (stored) document.documentElement.dataset.theme = stored;
-$("theme").addEventListener("click", () => {
-  const dark = document.documentElement.dataset.theme
-    ? document.documentElement.dataset.theme === "dark"
-    : matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = dark ? "light" : "dark";
-  localStorage.setItem("theme", dark ? "light" : "dark");
+function el(tag, props = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children);
+  return node;
+}
+
+const copy = (template) => $(template)?.content.cloneNode(true) ?? document.createDocumentFragment();
+
+function banner(text, kind = "") {
+  $("banner").textContent = text;
+  $("banner").className = `banner ${kind}`;
+  $("banner").hidden = !text;
+}
+
+// What went wrong, in words; only an administrator is told what a model's server said.
+function why({ error, message }) {
+  const known = boot.words[`error_${error}`] ?? "";
+  const detail = error?.startsWith("chat_") && message !== known ? message : "";
+  return known && detail ? `${known} (${detail})` : known || message || error;
+}
+
+// What a person has entered is kept in the browser too, as long as there is room.
+function keep(what, value) {
+  try {
+    if (value === null) localStorage.removeItem(`${what}/${boot.person}`);
+    else localStorage.setItem(`${what}/${boot.person}`, JSON.stringify(value));
+  } catch {
+    // it is full: this lasts as long as the page
+  }
+}
+
+function kept(what) {
+  try {
+    return JSON.parse(localStorage.getItem(`${what}/${boot.person}`));
+  } catch {
+    return null; // what is kept there is of no use
+  }
+}
+
+function put(form, name, value) {
+  for (const field of [...form.elements].filter((one) => one.name === name))
+    if (!["radio", "checkbox"].includes(field.type)) field.value = value ?? "";
+    else field.checked = [value].flat().map(String).includes(field.value);
+}
+
+// Requests ------------------------------------------------------------------------------------------------------------
+
+const send = (path, body) =>
+  fetch(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json", "X-CSRF": document.querySelector("meta[name=csrf]").content },
+    body: JSON.stringify(body),
+  });
+
+async function post(path, body) {
+  const response = await send(path, body);
+  return [response.status, await response.json().catch(() => ({}))];
+}
+
+// A name for what is sent: what has one name is stored once, however often it comes.
+const newName = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
+
+// Post until there is an answer.
+async function deliver(path, body) {
+  for (let wait = 500; ; wait = Math.min(2 * wait, 15000)) {
+    const [status, found] = await post(path, body).catch(() => [0, {}]);
+    if (status && status !== 429 && status < 500) {
+      if (wait > 500) banner("");
+      return [status, found];
+    }
+    banner(t(status === 507 ? "error_disk" : "offline"), "warn");
+    await pause(wait);
+  }
+}
+
+// Ask models for answers, and tell `on` what has come of each: (texts, ends). Returns what the server says at the end:
+// {turn}, by which the answers are judged, or {error, message}.
+async function ask(body, on) {
+  const texts = [];
+  const ends = [];
+  let last = { error: "chat_cut" };
+  try {
+    const response = await send("/api/chat/answer", body);
+    if (!response.ok) return await response.json();
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return last;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const event of lines.map((line) => JSON.parse(line))) {
+        if ("text" in event) texts[event.n] = (texts[event.n] ?? "") + event.text;
+        else if ("n" in event) ends[event.n] = event.end;
+        else last = event;
+      }
+      on(texts, ends);
+    }
+  } catch {
+    return last;
+  }
+}
+
+const stop = (name) => post("/api/chat/stop", { name }).catch(() => {});
+
+// Text of a model: characters that would hide or reorder it are shown by their numbers --------------------------------
+
+const SHOWN = 20000; // characters of a text that are shown at first
+const CONTROL = // but for what joins and varies letters
+  /([[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\p{DI}\ufff9-\ufffb]--[\t\n\r\u200c\u200d\p{VS}]]|\r(?!\n))/gv;
+
+function shown(text) {
+  const box = el("div", { className: "text", dir: "auto" });
+  const fill = (part) =>
+    part.split(CONTROL).forEach((piece, n) => {
+      const name = n % 2 && `U+${piece.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+      box.append(name ? el("span", { className: "control", title: t("control") }, name) : piece);
+    });
+  const end = SHOWN + (text.codePointAt(SHOWN - 1) > 0xffff);
+  if (!text) box.append(el("span", { className: "muted" }, t("empty_answer")));
+  fill(text.slice(0, end));
+  if (text.length > end) {
+    const more = el("button", { type: "button", className: "more" }, t("show_all", { n: text.length }));
+    more.onclick = () => {
+      more.remove();
+      fill(text.slice(end));
+    };
+    box.append(more);
+  }
+  return box;
+}
+
+function card(text, n) {
+  const node = copy("card").firstElementChild;
+  node.id = `card-${n}`;
+  node.querySelector(".letter").textContent = letter(n);
+  node.querySelector(".hidden").textContent = node.querySelector(".body").ariaLabel = `${t("answer")} ${letter(n)}`;
+  node.querySelector(".badge").id = `badge-${n}`;
+  node.querySelector(".body").append(shown(text));
+  return node;
+}
+
+function message(role, text) {
+  const node = copy("message-template").firstElementChild;
+  node.classList.add(role);
+  node.querySelector(".who").textContent = t(role === "user" ? "chat_you" : `role_${role}`);
+  node.querySelector(".said").append(shown(text));
+  return node;
+}
+
+// Show an answer that is being written.
+function grow(box, text, end) {
+  box.classList.toggle("growing", !end);
+  box.ariaBusy = String(!end);
+  box.replaceChildren(text ? shown(text) : el("span", { className: "thinking" }, t("chat_thinking")));
+}
+
+// Enter sends a message, unless it ends the choice of a character or begins a line, as it does in a better answer.
+addEventListener("keydown", (event) => {
+  const area = event.target;
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+  if (!area.matches(".composer textarea, .rewrite textarea")) return;
+  const control = event.ctrlKey || event.metaKey;
+  if (control ? !area.value.trim() : area.closest(".rewrite.assistant")) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  area.parentElement.querySelector(".primary").click();
 });
 
-// Entrance: the token is behind the # of the link, which is in no log ---------------------------------------------------
+// Light or dark -------------------------------------------------------------------------------------------------------
 
-if ($("enter")) {
-  const form = $("enter");
-  const enter = async (text) => {
-    const token = text.trim().replace(/^.*#/, "");
-    try {
-      const [status, body] = await post("/enter", { token });
-      if (status === 200) return location.replace(body.to);
-      $("enter-error").textContent = status === 429 ? form.dataset.many : form.dataset.unknown;
-    } catch {
-      $("enter-error").textContent = form.dataset.offline;
-    }
-    form.hidden = false;
-    $("enter-busy").hidden = true;
+const root = document.documentElement;
+$("theme").onclick = () => {
+  const now = root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  root.dataset.theme = now === "dark" ? "light" : "dark";
+  document.cookie = `theme=${root.dataset.theme}; path=/; max-age=31536000; samesite=lax`; // the server's pages have it
+};
+
+// Entrance: the token is behind the # of the link, which is in no log -------------------------------------------------
+
+function entrance(form) {
+  const busy = (is) => {
+    form.hidden = is;
+    $("enter-busy").hidden = !is;
   };
-  form.addEventListener("submit", (event) => {
+  form.onsubmit = async (event) => {
     event.preventDefault();
-    enter($("token").value);
-  });
+    busy(true);
+    const token = $("token").value.trim().replace(/^.*#/, "");
+    const [status, body] = await post("/enter", { token }).catch(() => [0]);
+    if (status === 200) return location.replace(body.to);
+    $("enter-error").textContent = form.dataset[{ 0: "offline", 429: "many" }[status] ?? "unknown"];
+    busy(false);
+  };
   const follow = () => {
-    const token = location.hash.slice(1);
-    if (!token) return;
+    if (!location.hash) return;
+    $("token").value = location.hash;
     history.replaceState(null, "", location.pathname);
-    form.hidden = true;
-    $("enter-busy").hidden = false;
-    enter(token);
+    form.requestSubmit();
   };
   addEventListener("hashchange", follow);
   follow();
 }
 
-// Administration: what is live is read again every few seconds ---------------------------------------------------------
+// Administration: what is live is read again every few seconds --------------------------------------------------------
 
-if (document.querySelector("[data-live]")) {
-  for (const link of document.querySelectorAll("input.link")) link.select();
-  setInterval(async () => {
-    if (document.hidden || document.activeElement?.closest("[data-live]")) return;
-    try {
-      const response = await fetch(document.querySelector("[data-live]").dataset.live || "/admin");
-      if (!response.ok) return;
-      const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
-      const parts = fresh.querySelectorAll("[data-live]");
-      document.querySelectorAll("[data-live]").forEach((part, n) => part.replaceChildren(...parts[n].childNodes));
-    } catch {
-      // the next time
-    }
-  }, 5000);
+async function refresh(parts) {
+  if (document.hidden || document.activeElement?.closest("[data-live]")) return;
+  const response = await fetch(parts[0].dataset.live || "/admin").catch(() => null); // else the next time
+  if (!response?.ok) return;
+  const fresh = new DOMParser().parseFromString(await response.text(), "text/html").querySelectorAll("[data-live]");
+  if (fresh.length === parts.length) parts.forEach((part, n) => part.replaceChildren(...fresh[n].childNodes));
 }
 
-// Work -----------------------------------------------------------------------------------------------------------------
+// Work: a task --------------------------------------------------------------------------------------------------------
 
-if ($("boot")) work(JSON.parse($("boot").textContent));
-if ($("chat-boot")) talk(JSON.parse($("chat-boot").textContent));
+const IDLE = 120000; // milliseconds without a sign of life, after which time no longer counts
+const api = boot.api ?? { task: "/api/task", draft: "/api/draft", submit: "/api/submit", undo: "/api/undo" };
+const title = document.title;
+const form = $("task");
+const tabs = new BroadcastChannel("people");
+let task = null; // what the server gave
+let ranks = []; // the place of each answer; null for one that was never put in one
+let looked = 0; // milliseconds spent on the task
+let sign = Date.now(); // last sign of life
+let busy = false; // an answer is on its way
+let timer = 0; // of the next draft, or of the next question for a task
+let waiting = false; // nothing was left to do
+let missed = false; // the banner says what is missing
+let wanted = boot.api ? new URLSearchParams(location.search).get("item") : null; // the item to decide next
 
-function work(boot) {
-  const words = boot.words;
-  const t = speaker(words);
-  const shownText = (text) => textShown(text, t);
-  const IDLE = 120000; // milliseconds without a sign of life, after which time no longer counts
+function later(act, time) {
+  clearTimeout(timer);
+  timer = setTimeout(act, time);
+}
 
-  let task = null; // what the server gave
-  let answer = null; // what the person has entered
-  let looked = 0; // milliseconds spent on the task
-  let sign = Date.now(); // last sign of life
-  let busy = false;
-  let talking = null; // the conversation, where that is the task
-  let timer = 0; // of the next draft, or of the next question for a task
-  let selected = null; // chip that a click on a place will put there
-  let waiting = false; // nothing was left to do
-  const title = document.title;
-  const api = boot.api || { task: "/api/task", draft: "/api/draft", submit: "/api/submit", undo: "/api/undo" };
-  let wanted = boot.api ? new URLSearchParams(location.search).get("item") : null; // item to decide next
-  const tabs = "BroadcastChannel" in window ? new BroadcastChannel("people") : null;
-
-  const key = (what) => `${what}/${boot.person}`;
-  const say = (text) => ($("live").textContent = text);
-
-  function banner(text, kind = "") {
-    $("banner").textContent = text;
-    $("banner").className = `banner ${kind}`;
-    $("banner").hidden = !text;
+async function load(focus = !document.querySelector("dialog[open]")) {
+  let response, body;
+  try {
+    response = await fetch(wanted ? `${api.task}?item=${encodeURIComponent(wanted)}` : api.task);
+    body = await response.json();
+  } catch {
+    banner(t("offline"), "warn");
+    return later(load, 3000);
   }
+  if (!response.ok) {
+    later(load, 5000);
+    return refused(body);
+  }
+  for (const name of ["today", "done", "left"]) $(`pace-${name}`).textContent = body.pace[name];
+  $("pace-seconds").textContent = body.pace.seconds ? `${Math.round(body.pace.seconds)} s` : "–";
+  $("undo").disabled = !body.pace.done;
+  if (body.gone) banner(t(`error_${body.gone}`), "warn");
+  task = body.task;
+  talk = null;
+  wanted = null;
+  if (boot.api) history.replaceState(null, "", task ? `?item=${task.item}` : location.pathname);
+  form.hidden = !task;
+  $("resting").hidden = Boolean(task || body.aside || boot.nothing);
+  if (!task) {
+    waiting = true;
+    $("bench").replaceChildren();
+    $("ask").textContent = t(body.aside ? "aside" : (boot.nothing ?? "nothing_left"));
+    return later(load, 5000);
+  }
+  clearTimeout(timer);
+  if (waiting) {
+    say(t("new_task"));
+    if (document.hidden) document.title = `● ${title}`; // until somebody looks
+  }
+  waiting = false;
+  looked = 0;
+  const own = kept("draft");
+  const drafts = [own?.assignment === task.id ? own.answer : null, task.draft].filter(Boolean);
+  draw(drafts.sort((a, b) => (b.at ?? 0) - (a.at ?? 0))[0] ?? {});
+  scrollTo(0, 0);
+  if (task.task === "chat") loadTalk();
+  else if (focus) ($("text") ?? firstOpen()).focus({ preventScroll: true });
+}
 
-  // Time -----------------------------------------------------------------------------------------------------------
+function refused(body) {
+  if (body.error === "guidelines") return location.assign("/guidelines");
+  banner(why(body), "warn");
+}
 
+// Show the task with an answer to it that was begun.
+function draw(answer) {
+  const { task: kind, responses, orders, prompt } = task;
+  const cards = responses.map(card);
+  form.reset();
+  form.classList.remove("expanded");
+  form.dataset.task = kind;
+  const share = Math.round(100 * task.share);
+  $("ask").textContent = orders ? t("decide_ask", { n: orders.length, share }) : t(`task_${kind}`);
+  $("prompt").hidden = kind === "chat";
+  $("submit").textContent = t(kind === "chat" ? "chat_finish" : "submit");
+  $("submit").className = kind === "chat" ? "quiet" : "primary";
+  $("draft").textContent = "";
+  const turns = kind === "chat" ? [] : typeof prompt === "string" ? [{ role: "user", content: prompt }] : prompt;
+  $("turns").replaceChildren(...turns.map(({ role, content }) => {
+    const turn = copy("turn").firstElementChild;
+    turn.classList.add(role);
+    turn.firstElementChild.textContent = t(`role_${role}`);
+    turn.append(shown(content));
+    return turn;
+  }));
+  cards.forEach((node, n) => {
+    node.append(copy(`card-${kind}`));
+    for (const field of node.querySelectorAll("input"))
+      if (kind === "best") field.value = n;
+      else field.name += `-${n}`;
+  });
+  const list = copy("cards").firstElementChild;
+  list.dataset.count = cards.length;
+  list.append(...cards);
+  $("bench").replaceChildren(...(cards.length ? [list] : []), copy(`kind-${kind}`));
+  if (kind === "rank") drawPanel();
+  if (kind === "arena" && responses[0].trim() === responses[1].trim()) {
+    $("same").hidden = false;
+    for (const field of form.querySelectorAll("[data-better='0'], [data-better='1']")) field.disabled = true;
+  }
+  $("orders").hidden = !orders;
+  if (orders) drawOrders(orders);
+  fill(answer);
+}
+
+function fill(answer) {
+  const putAll = (values, suffix) => Object.entries(values).forEach(([name, value]) => put(form, name + suffix, value));
+  putAll(answer, "");
+  answer.ratings?.forEach((rating, n) => putAll(rating, `-${n}`));
+  ranks = answer.ranks?.length === task.responses.length ? [...answer.ranks] : task.responses.map(() => null);
+  for (const details of form.querySelectorAll("details")) details.open = Boolean(details.querySelector(":checked"));
+  if (task.task === "rank") placeChips();
+  view();
+}
+
+// The answer that stands in the form.
+function read() {
+  const data = new FormData(form);
+  const number = (name) => (data.get(name) ? Number(data.get(name)) : null);
+  const rating = (_, n) => ({
+    ...Object.fromEntries(boot.scales.map((scale) => [scale, number(`${scale}-${n}`)])),
+    flags: data.getAll(`flags-${n}`),
+  });
+  const said = {
+    rank: () => ({ ranks, ratings: boot.ratings === "none" ? null : task.responses.map(rating) }),
+    compare: () => ({ strength: number("strength") }),
+    arena: () => ({ verdict: data.get("verdict") }),
+    thumb: () => ({ thumb: data.get("thumb") }),
+    best: () => ({ best: number("best") }),
+    demonstrate: () => ({ text: data.get("text"), edited: number("edited") }),
+    chat: () => ({ text: data.get("text") }),
+  };
+  return {
+    ...said[task.task](),
+    ...taken(number("taken")),
+    prompt_flags: data.getAll("prompt_flags"),
+    confidence: number("confidence"),
+    note: data.get("note"),
+  };
+}
+
+// What follows on the page from what was entered.
+function view() {
+  const panel = form.querySelector(".panel");
+  if (panel) {
+    const missing = form.querySelectorAll(".card .scale:invalid").length;
+    panel.classList.toggle("locked", missing > 0);
+    for (const chip of form.querySelectorAll(".chip")) chip.disabled = missing > 0;
+    $("rank-hint").textContent = missing ? t("rank_locked", { n: missing }) : t("rank_hint");
+  }
+  if ($("text")) {
+    const from = form.elements.edited.value;
+    $("text").setCustomValidity($("text").value.trim() ? "" : t("missing_text"));
+    $("count").textContent = t("characters", { n: $("text").value.length });
+    $("from").textContent = from && t("edited_from", { a: letter(Number(from)) });
+    $("fresh").hidden = !from;
+  }
+  if (talk) viewTalk();
+}
+
+// The first thing that is still to be filled in, or else what comes after it.
+function firstOpen() {
+  if (task.task === "chat") return openInTalk();
+  return form.querySelector(":is(input, textarea):invalid") ?? $(`chip-${ranks.indexOf(null)}`) ?? $("submit");
+}
+
+// Go on from the text of answer n, or from nothing.
+function startFrom(n) {
+  const { text, edited } = read();
+  const before = edited === null ? "" : task.responses[edited];
+  if (text.trim() && text !== before && !confirm(t("replace_text"))) return;
+  put(form, "edited", n);
+  put(form, "text", n === null ? "" : task.responses[n]);
+  changed();
+  $("text").focus();
+}
+
+// Ranking: answers lie in places, by mouse, by touch or by keys -------------------------------------------------------
+
+function drawPanel() {
+  const count = task.responses.length;
+  $("bench").querySelector(".panel").classList.toggle("many", count > 6);
+  for (let place = 0; place < count; place++) {
+    const [gap, level] = copy("level").children;
+    gap.dataset.gap = level.dataset.place = place;
+    const end = { 0: "best", [count - 1]: "worst" }[place];
+    level.firstElementChild.append(String(place + 1), el("small", {}, end ? t(end) : ""));
+    $("levels").append(gap, level);
+  }
+  $("levels").append(el("div", { className: "gap" }));
+  $("levels").lastElementChild.dataset.gap = count;
+  task.responses.forEach((text, n) => {
+    const chip = copy("chip").firstElementChild;
+    chip.id = `chip-${n}`;
+    chip.querySelector(".letter").textContent = letter(n);
+    chip.querySelector(".snippet").textContent = text.slice(0, 160).replace(CONTROL, "·").replace(/\s+/g, " ");
+    const light = () => form.querySelectorAll(".card").forEach((one, k) => one.classList.toggle("lit", k === n));
+    chip.addEventListener("focus", light);
+    chip.addEventListener("pointerenter", light);
+    chip.addEventListener("pointerdown", (event) => drag(event, chip, n));
+    $("tray").append(chip);
+  });
+  form.querySelector(".panel").addEventListener("click", (event) => {
+    const chip = event.target.closest(".chip");
+    const picked = form.querySelector(".chip[aria-pressed=true]");
+    if (!chip && picked) return drop(numberOf(picked), event.target.closest(".level, .gap"));
+    if (!chip || chip.dataset.dragged) return;
+    if (picked) picked.ariaPressed = "false";
+    if (picked !== chip) chip.ariaPressed = "true";
+  });
+}
+
+const numberOf = (chip) => Number(chip.id.slice(5));
+const placeOf = (n) => t(ranks[n] === null ? "unplaced" : "placed", { a: letter(n), n: ranks[n] + 1 });
+const better = (strength) => letter(Number(strength > 0)); // the answer that a strength is for
+
+function placeChips() {
+  ranks.forEach((rank, n) => {
+    const chip = $(`chip-${n}`);
+    (rank === null ? $("tray") : form.querySelector(`[data-place="${rank}"] .chips`)).append(chip);
+    chip.ariaPressed = "false";
+    chip.querySelector(".hidden").textContent = placeOf(n);
+    $(`badge-${n}`).textContent = rank === null ? "" : `#${rank + 1}`;
+  });
+}
+
+// Put answer n at a place, with those that are there, or before them, with the others moved down.
+function move(n, place, before = false) {
+  ranks[n] = null;
+  if (before && (ranks.includes(place) || place === ranks.length)) {
+    const places = [...new Set(ranks.filter((rank) => rank !== null))].sort(); // gaps are closed, to make room
+    const at = places.filter((one) => one < place).length;
+    ranks = ranks.map((rank) => (rank === null ? null : places.indexOf(rank) + Number(places.indexOf(rank) >= at)));
+    place = at;
+  }
+  ranks[n] = place;
+  placeChips();
+  changed();
+  say(placeOf(n));
+  $(`chip-${n}`).focus({ preventScroll: true });
+}
+
+function drop(n, spot) {
+  if (spot?.id === "tray") move(n, null);
+  else if (spot) move(n, Number(spot.dataset.place ?? spot.dataset.gap), "gap" in spot.dataset);
+}
+
+function drag(from, chip, n) {
+  if (from.button || chip.disabled) return;
+  const ended = new AbortController();
+  let spot = null;
+  const over = (next) => {
+    spot?.classList.remove("over");
+    next?.classList.add("over");
+    spot = next;
+  };
+  const on = (name, act) => chip.addEventListener(name, act, { signal: ended.signal });
+  const end = (event) => {
+    const found = event.type === "pointerup" ? spot : null;
+    ended.abort();
+    over(null);
+    chip.classList.remove("dragged");
+    chip.style.transform = "";
+    setTimeout(() => delete chip.dataset.dragged); // after the click that this may be as well
+    drop(n, found);
+  };
+  chip.setPointerCapture(from.pointerId);
+  on("pointerup", end);
+  on("pointercancel", end);
+  on("pointermove", ({ clientX, clientY }) => {
+    const [x, y] = [clientX - from.clientX, clientY - from.clientY];
+    if (!chip.dataset.dragged && Math.hypot(x, y) < 6) return;
+    chip.dataset.dragged = "yes";
+    chip.classList.add("dragged");
+    chip.style.transform = `translate(${x}px, ${y}px)`;
+    const below = document.elementsFromPoint(clientX, clientY);
+    over(below.find((one) => one.matches(".gap")) ?? below.find((one) => one.matches(".level")) ?? null);
+    const edge = 60; // near the edge of the window, scroll
+    scrollBy(0, clientY < edge ? -12 : clientY > innerHeight - edge ? 12 : 0);
+  });
+}
+
+// Adjudication: the orders of others, of which one may be taken -------------------------------------------------------
+
+function drawOrders(orders) {
+  const columns = []; // [heading, the cell of an order]; one that no order fills is left out
+  const add = (heading, cell) => orders.some(cell) && columns.push([heading, cell]);
+  const strength = (value) => {
+    const how = t(`strength_${Math.abs(value)}`);
+    return value ? t("strength_of", { a: better(value), how }) : how;
+  };
+  const mark = ({ ratings }, n) => {
+    const rating = el("small", { title: t("scale_overall") }, String(ratings?.[n]?.overall ?? ""));
+    return el("span", { className: "placed" }, el("span", { className: "letter" }, letter(n)), rating);
+  };
+  task.responses.forEach((_, place) =>
+    add(t("place", { n: place + 1 }), (order) => {
+      const marks = order.ranks.flatMap((rank, n) => (rank === place ? [mark(order, n)] : []));
+      return marks.length ? el("span", { className: "marks" }, ...marks) : null;
+    }),
+  );
+  add(t("by_how_much"), (order) => order.strength !== undefined && strength(order.strength));
+  add(t("confidence"), (order) => order.confidence && String(order.confidence));
+  const note = (text) => el("span", { className: "said", dir: "auto" }, text.replace(CONTROL, "·"));
+  add(t("note"), (order) => order.note && note(order.note));
+  const rows = orders.map((order) => {
+    const button = el("button", { type: "button", className: "take" }, t("take"));
+    button.ariaLabel = t("take_of", { name: order.person });
+    button.onclick = () => {
+      const best = task.task === "best" ? order.ranks.indexOf(0) : null;
+      fill({ ...read(), ranks: order.ranks, strength: order.strength ?? null, best, taken: order.label });
+      changed();
+      say(t("taken", { name: order.person }));
+      banner(t("taken", { name: order.person }));
+      $("submit").focus();
+    };
+    const cells = columns.map(([, cell]) => el("td", {}, cell(order) || ""));
+    return el("tr", {}, el("th", { scope: "row" }, order.person), el("td", {}, button), ...cells);
+  });
+  const head = el("tr", {}, el("td"), el("td"), ...columns.map(([heading]) => el("th", { scope: "col" }, heading)));
+  $("orders").querySelector("thead").replaceChildren(head);
+  $("orders").querySelector("tbody").replaceChildren(...rows);
+}
+
+// The label that is taken, as long as the answer is as it says.
+function taken(label) {
+  const order = task.orders?.find((one) => one.label === label);
+  const chosen = (name) => new FormData(form).get(name);
+  const same = {
+    rank: () => String(ranks) === String(order.ranks),
+    compare: () => chosen("strength") === String(order.strength),
+    best: () => chosen("best") === String(order.ranks.indexOf(0)),
+  };
+  return order && same[task.task]() ? { taken: label } : {};
+}
+
+// Drafts and submission -----------------------------------------------------------------------------------------------
+
+const written = (answer) => ({ ...answer, at: Date.now() });
+
+function changed() {
+  view();
+  if (missed) banner("");
+  missed = false;
+  keep("draft", { assignment: task.id, answer: written(read()) });
+  later(saveDraft, 500);
+}
+
+async function saveDraft() {
+  if (!task || busy) return;
+  const number = task.id;
+  const [status, body] = await post(api.draft, { assignment: number, draft: written(read()) }).catch(() => [0]);
+  if (status === 200 && $("banner").textContent === t("offline")) banner("");
+  if (status === 401) return refused(body);
+  if (status === 409 && task?.id === number) return lost(body);
+  $("draft").textContent = t(status === 200 ? "draft_saved" : "draft_local");
+  if (!status) later(saveDraft, 4000);
+}
+
+// The task is no longer this person's, or no longer open.
+function lost(body, text = task && read().text) {
+  banner(why(body), "warn");
+  keep("draft", null);
+  if (body.error === "taken_back") wanted = task?.item;
+  if (text?.trim()) {
+    $("lost").querySelector("textarea").value = text;
+    $("lost").showModal();
+  }
+  load();
+}
+
+// Ask something in a dialog: the value of the button that closes it, which is empty where nothing is chosen.
+const asked = (dialog) =>
+  new Promise((resolve) => {
+    dialog.returnValue = "";
+    dialog.onclose = () => resolve(dialog.returnValue);
+    dialog.showModal();
+  });
+
+function finish() {
+  const open = firstOpen();
+  if (task.task === "chat" ? talk?.enough : open === $("submit")) return submit(read());
+  banner(task.task === "chat" ? t("chat_short") : open.closest("[data-missing]").dataset.missing, "warn");
+  missed = true;
+  open?.focus();
+}
+
+function submit(answer) {
+  if (busy) return;
+  clearTimeout(timer);
+  const pending = { assignment: task.id, submission: newName(), answer, seconds: looked / 1000 };
+  keep("pending", pending);
+  settle(pending);
+}
+
+async function settle(pending) {
+  busy = $("submit").disabled = true;
+  const [status, body] = await deliver(api.submit, pending);
+  busy = $("submit").disabled = false;
+  keep("pending", null);
+  if (status === 200) {
+    keep("draft", null);
+    banner("");
+    say(t("submitted"));
+    tabs.postMessage({ person: boot.person, assignment: pending.assignment });
+    return load();
+  }
+  if (body.error === "contradiction") {
+    if (!task) await load(false);
+    return task?.id === pending.assignment ? contradict(pending.answer, body.pairs) : undefined;
+  }
+  if (status === 409) return lost(body, pending.answer.text);
+  refused(body);
+  if (!task) load();
+}
+
+async function contradict(answer, pairs) {
+  const lines = pairs.map(([a, b]) => el("li", {}, t("contradiction_pair", { a: letter(a), b: letter(b) })));
+  $("contradiction").querySelector("ul").replaceChildren(...lines);
+  if (await asked($("contradiction"))) submit({ ...answer, confirmed: true });
+}
+
+async function skip() {
+  const reason = await asked($("skipping"));
+  if (!reason) return;
+  const { prompt_flags, confidence, note } = read();
+  submit({ skip: reason, prompt_flags, confidence, note });
+}
+
+async function undo() {
+  if (busy) return;
+  clearTimeout(timer);
+  try {
+    if (task) await post(api.draft, { assignment: task.id, draft: written(read()) });
+    const [status, body] = await post(api.undo, {});
+    if (status !== 200) return refused(body);
+    wanted = body.item ?? null;
+    keep("draft", null);
+    banner(t("undone"));
+    tabs.postMessage({ person: boot.person, assignment: null });
+    await load();
+  } catch {
+    banner(t("offline"), "warn");
+  }
+}
+
+// Keys ----------------------------------------------------------------------------------------------------------------
+
+function onKey(event) {
+  if (document.querySelector("dialog[open]") || event.isComposing) return;
+  const act = keyed(event, document.activeElement);
+  if (!act) return;
+  event.preventDefault();
+  act();
+}
+
+// What a key does; nothing, where it is to do what it does everywhere.
+function keyed(event, at) {
+  const key = event.key.toLowerCase();
+  if (event.key === "Escape" && $("stop")) return () => $("stop").click();
+  const control = event.ctrlKey || event.metaKey;
+  if (event.key === "Enter" && task && control) return talk ? goOn : finish;
+  if (event.key === "Enter" && at.matches("#task :is(input, select)")) return () => {}; // a button submits
+  if (control || event.altKey) return null;
+  if (at.matches("textarea, select, input:not([type=radio], [type=checkbox])")) return null;
+  if (key === "?") return () => $("keys").showModal();
+  if (key === "u") return undo;
+  if (!task) return null;
+  const count = task.responses.length;
+  const digit = Number(/^(Digit|Numpad)([1-9])$/.exec(event.code)?.[2]);
+  if (at.matches(".chip")) {
+    const n = numberOf(at);
+    const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    if (digit <= count)
+      return () => {
+        move(n, digit - 1, event.shiftKey);
+        firstOpen().focus({ preventScroll: true });
+      };
+    if (step && ranks[n] === null) return () => step < 0 && move(n, count - 1);
+    if (step) return () => move(n, Math.min(Math.max(ranks[n] + step, 0), count - 1));
+  }
+  if (digit && !event.shiftKey) {
+    const group = at.closest(".card .scale");
+    const option = (group ?? form).querySelectorAll(group ? "input" : ".strength input, .pick input")[digit - 1];
+    if (!option || option.disabled || !option.checkVisibility()) return null;
+    return () => {
+      option.click();
+      if (group) return nextScale(group);
+      (talk ? $("choose") : $("submit")).focus({ preventScroll: true });
+    };
+  }
+  const n = key.length === 1 ? key.charCodeAt(0) - 97 : -1;
+  if (n >= 0 && n < count) {
+    const chip = form.querySelector(`#chip-${n}:enabled`);
+    const node = $(`card-${n}`);
+    const rated = node.querySelector(".scale input:checked");
+    return () => {
+      (chip ?? rated ?? node.querySelector(".scale input, .pick input") ?? node.querySelector(".body")).focus();
+      if (!chip) node.scrollIntoView({ block: "nearest" });
+    };
+  }
+  if (key === "t" && task.orders) return () => form.querySelector(".take").focus();
+  return { x: () => form.classList.toggle("expanded"), s: () => $("skip").click(), n: () => $("note").focus() }[key];
+}
+
+function nextScale(group) {
+  const groups = [...form.querySelectorAll(".card .scale")];
+  const next = groups[groups.indexOf(group) + 1];
+  const open = next ? (next.querySelector("input:checked") ?? next.querySelector("input")) : firstOpen();
+  open.focus({ preventScroll: true });
+  open.closest(".card")?.scrollIntoView({ block: "nearest" });
+}
+
+// The task "chat": two answers a turn, and the chosen one continues the conversation ----------------------------------
+
+let talk = null; // the conversation: {opening, turns, least} as the server has it, and how it stands on this page
+
+async function loadTalk() {
+  const number = task.id;
+  talk = null;
+  try {
+    const response = await fetch(`/api/chat/conversation?assignment=${number}`);
+    const body = await response.json();
+    if (task?.id !== number) return;
+    if (!response.ok) return refused(body.error === "missing" ? { error: "chat_away" } : body);
+    const done = body.turns.filter((turn) => turn.strength !== null);
+    const pending = body.turns.find((turn) => turn.strength === null);
+    talk = { ...body, done, pending, enough: done.length >= body.least, since: looked, asking: null };
+    drawTalk(pending ? "choose" : "write");
+  } catch {
+    setTimeout(() => task?.id === number && loadTalk(), 3000);
+  }
+}
+
+// Show the conversation where a message is written, waited for, failed, or where one of two answers is to be chosen.
+function drawTalk(stage, asked = talk.pending?.message) {
+  const { opening, done, pending, least } = talk;
+  talk.stage = stage;
+  $("conversation").hidden = false;
+  const topic = typeof opening === "string";
+  $("topic").hidden = !topic || !opening;
+  if (topic) $("topic").lastElementChild.replaceChildren(shown(opening));
+  $("list").replaceChildren(
+    ...(topic ? [] : opening.map(({ role, content }) => message(role, content))),
+    ...done.flatMap(({ message: said, responses, strength }) => [
+      message("user", said),
+      message("assistant", responses[Number(strength > 0)]),
+    ]),
+    ...(asked !== undefined && stage !== "write" ? [message("user", asked)] : []),
+  );
+  $("list").hidden = !$("list").childElementCount;
+  if (stage === "choose") $("pair").replaceChildren(...pending.responses.map(card));
+  put(form, "strength", null);
+  for (const part of form.querySelectorAll("[data-in]")) part.hidden = !part.dataset.in.split(" ").includes(stage);
+  $("turns-done").textContent = talk.enough ? t("chat_enough") : t("chat_turn_of", { n: done.length + 1, least });
+  $("submit").className = talk.enough && stage === "write" ? "" : "quiet";
+  viewTalk();
+  openInTalk().focus({ preventScroll: true });
+  $("turns-done").scrollIntoView({ block: "end" });
+  const pair = form.querySelector("#pair:not([hidden])");
+  if (pair?.getBoundingClientRect().top < 64) pair.scrollIntoView(); // from its beginning, if not all of it can be seen
+}
+
+// Where the person goes on; while answers come not at what stops them, as Enter may come twice.
+function openInTalk() {
+  const chosen = !$("choose").disabled;
+  const first = { write: "#message", wait: ".body", broken: "#retry", choose: chosen ? "#choose" : ".strength input" };
+  return form.querySelector(first[talk?.stage ?? "write"]);
+}
+
+function viewTalk() {
+  const strength = new FormData(form).get("strength");
+  $("send").disabled = !$("message").value.trim();
+  $("choose").disabled = strength === null;
+  $("choose").textContent = strength === null ? t("chat_go_on_none") : t("chat_go_on", { a: better(strength) });
+}
+
+async function sendTurn(text) {
+  const here = talk;
+  if (here.asking || !text.trim()) return;
+  here.asking = newName();
+  here.asked = text;
+  banner("");
+  $("pair").replaceChildren(card("", 0), card("", 1));
+  const bodies = [...$("pair").querySelectorAll(".body")];
+  const show = (texts, ends) => bodies.forEach((body, n) => grow(body, texts[n], ends[n]));
+  show([], []);
+  drawTalk("wait", text);
+  let came = [];
+  const question = { name: here.asking, assignment: task.id, message: text };
+  const last = await ask(question, (texts, ends) => show((came = texts), ends));
+  here.asking = null;
+  if (talk !== here) return;
+  if (["expired", "answered", "foreign", "guidelines", "no_session"].includes(last.error)) {
+    refused(last);
+    return last.error === "no_session" ? undefined : load();
+  }
+  put(form, "text", "turn" in last ? "" : text);
+  changed();
+  if ("turn" in last) say(t("chat_answered"));
+  if ("turn" in last || last.error === "moved") return loadTalk();
+  show(came, ["cut", "cut"]);
+  $("failed").textContent = why(last);
+  drawTalk("broken", text);
+}
+
+async function choose() {
+  const here = talk;
+  const strength = Number(new FormData(form).get("strength"));
+  if (here.asking || !strength) return;
+  here.asking = newName();
+  $("choose").disabled = $("others").disabled = true;
+  const seconds = Math.max(0, looked - here.since) / 1000;
+  const label = { assignment: here.pending.id, submission: here.asking, answer: { strength }, seconds };
+  const [status, body] = await deliver("/api/submit", label);
+  if (talk !== here) return;
+  if (status !== 200) refused(body);
+  load();
+}
+
+// What Ctrl+Enter does: the next step.
+function goOn() {
+  if ($("choose").checkVisibility()) return $("choose").disabled ? firstOpen().focus() : $("choose").click();
+  if ($("message").checkVisibility() && $("message").value.trim()) return $("send").click();
+  finish();
+}
+
+function work() {
+  const acts = {
+    skip,
+    fresh: () => startFrom(null),
+    send: () => sendTurn($("message").value),
+    stop: () => talk?.asking && stop(talk.asking),
+    retry: () => sendTurn(talk.asked),
+    change: () => drawTalk("write"),
+    others: () => sendTurn(talk.pending.message),
+    choose,
+  };
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    finish();
+  };
+  form.addEventListener("input", changed);
+  form.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (button?.matches(".edit-this")) startFrom([...form.querySelectorAll(".edit-this")].indexOf(button));
+    else acts[button?.id]?.();
+  });
+  $("undo").onclick = undo;
+  $("help").onclick = () => $("keys").showModal();
+  $("skipping").onkeydown = (event) => $("skipping").querySelectorAll("button[value]")[event.key - 1]?.click();
+  addEventListener("keydown", onKey);
+  tabs.onmessage = ({ data }) => {
+    if (data.person !== boot.person || !task || ![task.id, null].includes(data.assignment) || busy) return;
+    if (boot.api) wanted = task.item;
+    load(false);
+  };
   setInterval(() => {
     if (!document.hidden && Date.now() - sign < IDLE) looked += 250;
   }, 250);
   for (const name of ["pointermove", "pointerdown", "keydown", "scroll", "wheel"])
     addEventListener(name, () => (sign = Date.now()), { passive: true, capture: true });
-
-  addEventListener("visibilitychange", () => {
-    if (!document.hidden) document.title = title;
-  });
-
-  // Radio buttons in a row ---------------------------------------------------------------------------------------------
-
-  function choices(name, legend, values, chosen, choose, title = (value) => String(value), face = title) {
-    const row = el("div", { className: "choices" });
-    for (const value of values) {
-      const input = el("input", { type: "radio", name, value: String(value), checked: value === chosen });
-      input.addEventListener("change", () => choose(value));
-      const mark = el("span", { "aria-hidden": "true" }, face(value));
-      row.append(el("label", { title: title(value) }, input, mark, el("span", { className: "hidden" }, title(value))));
-    }
-    return el("fieldset", { className: "scale", data: { name } }, el("legend", {}, legend), row);
-  }
-
-  function boxes(names, prefix, chosen, change) {
-    const list = el("div", { className: "boxes" });
-    for (const name of names) {
-      const input = el("input", { type: "checkbox", checked: chosen.includes(name) });
-      input.addEventListener("change", () => {
-        const found = new Set(chosen);
-        input.checked ? found.add(name) : found.delete(name);
-        chosen.splice(0, chosen.length, ...names.filter((one) => found.has(one)));
-        change();
-      });
-      list.append(el("label", {}, input, t(`${prefix}_${name}`)));
-    }
-    return list;
-  }
-
-  // The task -----------------------------------------------------------------------------------------------------------
-
-  function empty(count) {
-    return {
-      ranks: Array(count).fill(null),
-      ratings: Array.from({ length: count }, () => ({ flags: [] })),
-      strength: null,
-      verdict: null,
-      thumb: null,
-      best: null,
-      text: "",
-      edited: null,
-      prompt_flags: [],
-      confidence: null,
-      note: "",
-      taken: null,
-    };
-  }
-
-  // The draft as it was saved last, here or on the server.
-  function restored(count) {
-    const local = JSON.parse(localStorage.getItem(key("draft")) || "null");
-    const kept = local && local.assignment === task.id ? local.answer : null;
-    const newest = [kept, task.draft].filter(Boolean).sort((a, b) => (b.at || 0) - (a.at || 0))[0];
-    const found = Object.assign(empty(count), newest || {});
-    if (found.ranks.length !== count || found.ratings.length !== count) return empty(count);
-    found.ratings = found.ratings.map((rating) => ({ flags: [], ...rating }));
-    return found;
-  }
-
-  async function load(focus = !document.querySelector("dialog[open]")) {
-    let body;
-    try {
-      const response = await fetch(wanted ? `${api.task}?item=${encodeURIComponent(wanted)}` : api.task);
-      body = await response.json();
-      if (!response.ok) {
-        clearTimeout(timer);
-        timer = setTimeout(load, 5000);
-        return refused(response.status, body);
-      }
-    } catch {
-      banner(t("offline"), "warn");
-      clearTimeout(timer);
-      timer = setTimeout(load, 3000);
-      return;
-    }
-    const { pace } = body;
-    $("pace-today").textContent = pace.today;
-    $("pace-done").textContent = pace.done;
-    $("pace-left").textContent = pace.left;
-    $("pace-seconds").textContent = pace.seconds ? `${Math.round(pace.seconds)} s` : "–";
-    $("undo").disabled = !pace.done;
-    task = body.task;
-    wanted = null;
-    if (body.gone) banner(t(`error_${body.gone}`), "warn");
-    if (boot.api) history.replaceState(null, "", task ? `?item=${task.item}` : location.pathname);
-    if (!task) {
-      $("ask").textContent = body.aside ? t("aside") : t(boot.nothing || "nothing_left");
-      if (body.aside || !waiting) $("task").replaceChildren();
-      if (!body.aside && !waiting && !boot.nothing) {
-        const dot = el("span", { className: "pulse", "aria-hidden": "true" });
-        $("task").append(el("p", { className: "resting" }, dot, t("resting")));
-      }
-      waiting = true;
-      clearTimeout(timer);
-      timer = setTimeout(load, 5000);
-      return;
-    }
-    clearTimeout(timer);
-    if (waiting) {
-      say(t("new_task"));
-      if (document.hidden) document.title = `● ${title}`; // until somebody looks
-    }
-    waiting = false;
-    looked = 0;
-    selected = null;
-    answer = restored(task.responses.length);
-    draw();
-    scrollTo(0, 0);
-    if (focus) focusFirst();
-  }
-
-  function refused(status, body) {
-    if (body.error === "guidelines") return location.assign("/guidelines");
-    if (status === 401) return banner(t("error_no_session"), "warn");
-    banner(words[`error_${body.error}`] || body.message || String(status), "warn");
-  }
-
-  function draw() {
-    const kind = task.task;
-    const share = task.orders && Math.round(100 * task.share);
-    $("ask").textContent = task.orders ? t("decide_ask", { n: task.orders.length, share }) : t(`task_${kind}`);
-    talking?.close();
-    talking = null;
-    if (kind === "chat") return drawConversation();
-    const parts = [drawPrompt()];
-    if (task.orders) parts.push(drawOrders());
-    const cards = el("section", { className: "cards", "aria-label": t("answers") }, ...task.responses.map(drawCard));
-    cards.dataset.count = task.responses.length;
-    if (kind === "rank") parts.push(el("div", { className: "bench" }, cards, drawPanel()));
-    else if (kind === "compare") parts.push(cards, drawStrength());
-    else if (kind === "arena") parts.push(...drawVerdict(cards));
-    else if (kind === "thumb") parts.push(cards, drawThumbs());
-    else if (kind === "demonstrate") parts.push(...(task.responses.length ? [cards] : []), drawEditor());
-    else parts.push(cards);
-    parts.push(drawBar());
-    $("task").replaceChildren(...parts);
-    $("task").dataset.task = kind;
-    if (kind === "rank") drawLevels();
-    if (kind === "best") drawBest();
-    if (kind === "arena") lightBetter();
-  }
-
-  function drawConversation() {
-    talking = conversation({ task, answer, words, t, choices, changed, banner, reload: load, refused, say, strongest: boot.strongest, looked: () => looked });
-    $("task").replaceChildren(talking.node, drawBar());
-    $("task").dataset.task = "chat";
-    $("submit").textContent = t("chat_finish");
-  }
-
-  function drawThumbs() {
-    const group = choices("thumb", t("task_thumb"), ["up", "down"], answer.thumb, (value) => {
-      answer.thumb = value;
-      changed();
-    }, (value) => t(`thumb_${value}`));
-    group.classList.add("strength");
-    return group;
-  }
-
-  function drawPrompt() {
-    const turns = typeof task.prompt === "string" ? [{ role: "user", content: task.prompt }] : task.prompt;
-    const list = el("div", { className: "turns", tabIndex: 0, role: "group", "aria-label": t("prompt") });
-    for (const turn of turns)
-      list.append(
-        el("div", { className: `turn ${turn.role}` }, el("span", { className: "who" }, t(`role_${turn.role}`)), shownText(turn.content)),
-      );
-    const about = el("details", { className: "about" }, el("summary", {}, t("about_prompt")));
-    about.open = answer.prompt_flags.length > 0;
-    about.append(boxes(boot.prompt_flags, "pflag", answer.prompt_flags, changed));
-    return el("section", { className: "prompt" }, list, about);
-  }
-
-  function drawCard(text, n) {
-    const name = `${t("answer")} ${letter(n)}`;
-    const head = el("header", {}, el("h2", {}, el("span", { className: "letter" }, letter(n)), el("span", { className: "hidden" }, name)));
-    const badge = el("span", { className: "badge", id: `badge-${n}` });
-    head.append(badge);
-    const body = el("div", { className: "body", tabIndex: 0, role: "group", "aria-label": name }, shownText(text));
-    const card = el("article", { className: "card", id: `card-${n}` }, head, body);
-    if (task.task === "rank" && boot.ratings !== "none") card.append(...drawRatings(n));
-    if (task.task === "best") {
-      const input = el("input", { type: "radio", name: "best", checked: answer.best === n });
-      input.addEventListener("change", () => {
-        answer.best = n;
-        drawBest();
-        changed();
-      });
-      card.append(el("label", { className: "pick" }, input, t("choose")));
-    }
-    if (task.task === "demonstrate") {
-      const edit = el("button", { type: "button" }, t("edit_this"));
-      edit.addEventListener("click", () => startFrom(n));
-      card.append(edit);
-    }
-    return card;
-  }
-
-  const scales = () => (boot.ratings === "overall" ? boot.scales.slice(0, 1) : boot.scales);
-
-  function drawRatings(n) {
-    const rating = answer.ratings[n];
-    const groups = scales().map((scale) =>
-      choices(`${scale}-${n}`, t(`scale_${scale}`), [1, 2, 3, 4, 5, 6, 7], rating[scale], (value) => {
-        rating[scale] = value;
-        changed();
-        lock();
-      }),
-    );
-    const flags = el("details", { className: "flags" }, el("summary", {}, t("flags")));
-    flags.open = rating.flags.length > 0;
-    flags.append(boxes(boot.flags, "flag", rating.flags, changed));
-    return [el("div", { className: "ratings" }, ...groups), flags];
-  }
-
-  const unrated = () =>
-    boot.ratings === "none" ? 0 : answer.ratings.reduce((sum, rating) => sum + scales().filter((scale) => !rating[scale]).length, 0);
-
-  // Places -------------------------------------------------------------------------------------------------------------
-
-  function drawPanel() {
-    return el(
-      "aside",
-      { className: task.responses.length > 6 ? "panel many" : "panel", "aria-label": t(task.orders ? "step_order" : "step_rank") },
-      el("h2", {}, t(task.orders ? "step_order" : "step_rank")),
-      el("p", { className: "hint", id: "rank-hint" }),
-      el("div", { className: "levels", id: "levels" }),
-      el("h3", {}, t("tray")),
-      el("div", { className: "tray level", id: "tray" }),
-    );
-  }
-
-  function chip(n) {
-    const words = task.responses[n].slice(0, 160).replace(CONTROL, "·").replace(/\s+/g, " ");
-    const node = el(
-      "button",
-      { type: "button", className: "chip", id: `chip-${n}`, "aria-pressed": String(selected === n) },
-      el("span", { className: "letter" }, letter(n)),
-      el("span", { className: "snippet", dir: "auto" }, words),
-    );
-    const place = answer.ranks[n];
-    const where = place === null ? t("unplaced", { a: letter(n) }) : t("placed", { a: letter(n), n: place + 1 });
-    node.append(el("span", { className: "hidden" }, where));
-    node.addEventListener("focus", () => light(n));
-    node.addEventListener("pointerenter", () => light(n));
-    node.addEventListener("pointerdown", (event) => drag(event, n, node));
-    node.addEventListener("click", () => {
-      if (node.dataset.dragged) return;
-      selected = selected === n ? null : n;
-      for (const other of document.querySelectorAll(".chip")) other.setAttribute("aria-pressed", String(selected !== null && other === $(`chip-${selected}`)));
-    });
-    return node;
-  }
-
-  function light(n) {
-    for (const card of document.querySelectorAll(".card")) card.classList.toggle("lit", card.id === `card-${n}`);
-  }
-
-  function drawLevels() {
-    const count = task.responses.length;
-    const rows = [];
-    for (let place = 0; place < count; place++) {
-      const row = el("div", { className: "level", data: { place } });
-      const word = place === 0 ? t("best") : place === count - 1 ? t("worst") : "";
-      row.append(el("span", { className: "number" }, String(place + 1), el("small", {}, word)));
-      const holder = el("div", { className: "chips" });
-      answer.ranks.forEach((rank, n) => rank === place && holder.append(chip(n)));
-      row.append(holder);
-      row.addEventListener("click", (event) => event.target.closest(".chip") || chosen(place));
-      const gap = el("div", { className: "gap", data: { gap: place } });
-      gap.addEventListener("click", () => selected !== null && move(selected, place, true));
-      rows.push(gap, row);
-    }
-    rows.push(el("div", { className: "gap", data: { gap: count } }));
-    $("levels").replaceChildren(...rows);
-    $("tray").replaceChildren(...answer.ranks.map((rank, n) => (rank === null ? chip(n) : null)).filter(Boolean));
-    answer.ranks.forEach((rank, n) => ($(`badge-${n}`).textContent = rank === null ? "" : `#${rank + 1}`));
-    lock();
-  }
-
-  function chosen(place) {
-    if (selected !== null) move(selected, place, false);
-  }
-
-  function lock() {
-    if (!$("levels")) return;
-    const missing = unrated();
-    const panel = document.querySelector(".panel");
-    panel.classList.toggle("locked", missing > 0);
-    for (const node of panel.querySelectorAll(".chip")) node.disabled = missing > 0;
-    $("rank-hint").textContent = missing ? t("rank_locked", { n: missing }) : t("rank_hint");
-  }
-
-  // Put response n at a place: with those that are there, or (between) before them, with the others moved down.
-  function move(n, place, between) {
-    const count = task.responses.length;
-    answer.ranks[n] = null;
-    if (between) {
-      const taken = [...new Set(answer.ranks.filter((rank) => rank !== null))].sort((a, b) => a - b);
-      if (answer.ranks.includes(place) || place >= count) {
-        // Close the gaps, so that there is room for one more.
-        const level = taken.filter((rank) => rank < place).length;
-        answer.ranks = answer.ranks.map((rank) => (rank === null ? null : taken.indexOf(rank) + (taken.indexOf(rank) >= level ? 1 : 0)));
-        place = level;
-      }
-    }
-    answer.ranks[n] = place === null ? null : Math.max(0, Math.min(count - 1, place));
-    selected = null;
-    drawLevels();
-    say(place === null ? t("unplaced", { a: letter(n) }) : t("placed", { a: letter(n), n: answer.ranks[n] + 1 }));
-    changed();
-  }
-
-  function drag(event, n, node) {
-    if (event.button !== 0 || node.disabled) return;
-    const start = [event.clientX, event.clientY];
-    let target = null;
-    let moving = false;
-    delete node.dataset.dragged;
-    node.setPointerCapture(event.pointerId);
-    const over = (next) => {
-      if (next === target) return;
-      target?.classList.remove("over");
-      next?.classList.add("over");
-      target = next;
-    };
-    const onMove = (move) => {
-      const [x, y] = [move.clientX - start[0], move.clientY - start[1]];
-      if (!moving && Math.hypot(x, y) < 6) return;
-      moving = true;
-      node.dataset.dragged = "yes";
-      node.classList.add("dragged");
-      node.style.transform = `translate(${x}px, ${y}px)`;
-      const below = document.elementsFromPoint(move.clientX, move.clientY);
-      over(below.find((one) => one.matches(".gap")) || below.find((one) => one.matches(".level")) || null);
-      const edge = 60; // near the edge of the window, scroll
-      if (move.clientY < edge) scrollBy(0, -12);
-      else if (move.clientY > innerHeight - edge) scrollBy(0, 12);
-    };
-    const onEnd = (end) => {
-      node.removeEventListener("pointermove", onMove);
-      node.removeEventListener("pointerup", onEnd);
-      node.removeEventListener("pointercancel", onEnd);
-      const dropped = target;
-      over(null);
-      node.classList.remove("dragged");
-      node.style.transform = "";
-      if (!moving || end.type === "pointercancel" || !dropped) return;
-      if (dropped.id === "tray") move(n, null, false);
-      else if (dropped.dataset.gap !== undefined) move(n, Number(dropped.dataset.gap), true);
-      else move(n, Number(dropped.dataset.place), false);
-      $(`chip-${n}`).focus();
-    };
-    node.addEventListener("pointermove", onMove);
-    node.addEventListener("pointerup", onEnd);
-    node.addEventListener("pointercancel", onEnd);
-  }
-
-  // The orders of others, of which one may be taken ------------------------------------------------------------------
-
-  function drawOrders() {
-    const columns = []; // [heading, the cell of an order]; one that no order fills is left out
-    const add = (heading, cell) => task.orders.some(cell) && columns.push([heading, cell]);
-    task.responses.forEach((_, place) => add(t("place", { n: place + 1 }), (order) => inPlace(order, place)));
-    add(t("by_how_much"), (order) =>
-      order.strength === undefined ? null
-        : order.strength === 0 ? t("strength_0")
-        : t("strength_of", { a: letter(order.strength < 0 ? 0 : 1), how: t(`strength_${Math.abs(order.strength)}`) }),
-    );
-    add(t("confidence"), (order) => order.confidence && String(order.confidence));
-    add(t("note"), (order) => order.note && el("span", { className: "said", dir: "auto" }, order.note.replace(CONTROL, "·")));
-    const rows = task.orders.map((order) => {
-      const button = el("button", { type: "button", className: "take", "aria-label": t("take_of", { name: order.person }) }, t("take"));
-      button.addEventListener("click", () => take(order));
-      const cells = columns.map(([, cell]) => el("td", {}, cell(order) || ""));
-      return el("tr", {}, el("th", { scope: "row" }, order.person), el("td", {}, button), ...cells);
-    });
-    const head = el("tr", {}, el("td"), el("td"), ...columns.map(([heading]) => el("th", { scope: "col" }, heading)));
-    const table = el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows));
-    const scroll = el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": t("their_orders") }, table);
-    return el("section", { className: "orders" }, el("h2", {}, t("their_orders")), scroll);
-  }
-
-  // The responses that a person put in a place, with the overall ratings.
-  function inPlace(order, place) {
-    const found = order.ranks.flatMap((rank, n) => (rank === place ? [n] : []));
-    if (!found.length) return null;
-    const mark = (n) => {
-      const rating = order.ratings?.[n]?.overall;
-      return el("span", { className: "placed" }, el("span", { className: "letter" }, letter(n)), rating ? el("small", { title: t("scale_overall") }, String(rating)) : null);
-    };
-    return el("span", { className: "marks" }, ...found.map(mark));
-  }
-
-  function take(order) {
-    answer.ranks = [...order.ranks];
-    answer.strength = order.strength ?? null;
-    answer.best = task.task === "best" ? order.ranks.indexOf(0) : null;
-    answer.taken = order.label;
-    draw();
-    changed();
-    say(t("taken", { name: order.person }));
-    banner(t("taken", { name: order.person }));
-    $("submit").focus();
-  }
-
-  // The label that is taken, if the answer still is as it says.
-  function taken() {
-    const order = task.orders?.find((one) => one.label === answer.taken);
-    if (!order) return {};
-    const same = {
-      rank: () => String(answer.ranks) === String(order.ranks),
-      compare: () => answer.strength === order.strength,
-      best: () => answer.best === order.ranks.indexOf(0),
-    };
-    return same[task.task]() ? { taken: order.label } : {};
-  }
-
-  // Compare, choose, write ---------------------------------------------------------------------------------------------
-
-  function drawStrength() {
-    const values = [];
-    for (let value = -boot.strongest; value <= boot.strongest; value++) values.push(value);
-    const title = (value) =>
-      value === 0 ? t("strength_0") : t("strength_of", { a: letter(value < 0 ? 0 : 1), how: t(`strength_${Math.abs(value)}`) });
-    const group = choices("strength", t("task_compare"), values, answer.strength, (value) => {
-      answer.strength = value;
-      changed();
-    }, title, (value) => String(value + boot.strongest + 1)); // the digit that chooses it
-    group.classList.add("strength");
-    for (const [n, label] of [...group.querySelectorAll("label")].entries()) label.append(el("small", { "aria-hidden": "true" }, title(values[n])));
-    return group;
-  }
-
-  // In the order of their digits, as the strengths are.
-  function drawVerdict(cards) {
-    const title = (value) => t(`verdict_${value}`);
-    const group = choices("verdict", t("task_arena"), boot.verdicts, answer.verdict, (value) => {
-      answer.verdict = value;
-      lightBetter();
-      changed();
-    }, title, (value) => String(boot.verdicts.indexOf(value) + 1));
-    group.classList.add("strength", "verdict");
-    for (const [n, label] of [...group.querySelectorAll("label")].entries()) label.append(el("small", { "aria-hidden": "true" }, title(boot.verdicts[n])));
-    if (task.responses[0].trim() !== task.responses[1].trim()) return [cards, group];
-    for (const input of [...group.querySelectorAll("input")].slice(0, 2)) input.disabled = true;
-    return [cards, el("p", { className: "banner", role: "note" }, t("same_answers")), group];
-  }
-
-  function lightBetter() {
-    task.responses.forEach((_, n) => $(`card-${n}`).classList.toggle("lit", answer.verdict === boot.verdicts[n]));
-  }
-
-  function drawBest() {
-    task.responses.forEach((_, n) => {
-      $(`card-${n}`).classList.toggle("lit", answer.best === n);
-      $(`badge-${n}`).textContent = answer.best === n ? "★" : "";
-    });
-  }
-
-  function drawEditor() {
-    const area = el("textarea", { id: "text", rows: 8, value: answer.text, spellcheck: true, dir: "auto" });
-    area.addEventListener("input", () => {
-      answer.text = area.value;
-      count();
-      changed();
-    });
-    const from = el("span", { className: "muted", id: "from" });
-    const fresh = el("button", { type: "button", className: "quiet", id: "fresh" }, t("write_new"));
-    fresh.addEventListener("click", () => startFrom(null));
-    const box = el(
-      "section",
-      { className: "editor" },
-      el("label", { for: "text" }, t("your_answer")),
-      area,
-      el("p", { className: "row" }, el("span", { className: "muted", id: "count" }), from, fresh),
-    );
-    queueMicrotask(count);
-    return box;
-  }
-
-  function count() {
-    $("count").textContent = t("characters", { n: answer.text.length });
-    $("from").textContent = answer.edited === null ? "" : t("edited_from", { a: letter(answer.edited) });
-    $("fresh").hidden = answer.edited === null;
-  }
-
-  function startFrom(n) {
-    const before = answer.edited === null ? "" : task.responses[answer.edited];
-    if (answer.text.trim() && answer.text !== before && !confirm(t("replace_text"))) return;
-    answer.edited = n;
-    answer.text = n === null ? "" : task.responses[n];
-    $("text").value = answer.text;
-    count();
-    changed();
-    $("text").focus();
-  }
-
-  // The bar below ------------------------------------------------------------------------------------------------------
-
-  function drawBar() {
-    const confidence = el("select", { id: "confidence" }, el("option", { value: "" }, t("confidence_none")));
-    for (let n = 1; n <= 9; n++) confidence.append(el("option", { value: String(n) }, String(n)));
-    confidence.value = answer.confidence === null ? "" : String(answer.confidence);
-    confidence.addEventListener("change", () => {
-      answer.confidence = confidence.value ? Number(confidence.value) : null;
-      changed();
-    });
-    const note = el("input", { id: "note", value: answer.note, maxLength: 5000, autocomplete: "off", dir: "auto" });
-    note.addEventListener("input", () => {
-      answer.note = note.value;
-      changed();
-    });
-    const skip = el("button", { type: "button", className: "quiet", id: "skip" }, t("skip"));
-    skip.addEventListener("click", askSkip);
-    const send = el("button", { type: "button", className: "primary", id: "submit" }, t("submit"));
-    send.addEventListener("click", () => finish());
-    return el(
-      "footer",
-      { className: "bar" },
-      el("label", { for: "confidence" }, t("confidence"), confidence),
-      el("label", { for: "note", className: "grow" }, t("note"), note),
-      el("span", { className: "muted", id: "draft", role: "status" }),
-      skip,
-      send,
-    );
-  }
-
-  function dialog(title, ...children) {
-    const box = el("dialog", { "aria-label": title }, el("h2", {}, title), ...children);
-    document.body.append(box);
-    box.addEventListener("close", () => box.remove());
-    box.showModal();
-    return box;
-  }
-
-  function askSkip() {
-    const list = el("div", { className: "reasons" });
-    const box = dialog(t("skip_title"), list);
-    boot.skips.forEach((reason, n) => {
-      const button = el("button", { type: "button" }, `${n + 1} · ${t(`skip_${reason}`)}`);
-      button.addEventListener("click", () => {
-        box.close();
-        send({ skip: reason, ...common() });
-      });
-      list.append(button);
-    });
-    const close = el("button", { type: "button", className: "quiet" }, t("close"));
-    close.addEventListener("click", () => box.close());
-    list.append(close);
-    box.addEventListener("keydown", (event) => {
-      const n = Number(event.key) - 1;
-      if (list.children[n] && n < boot.skips.length) list.children[n].click();
-    });
-  }
-
-  // Drafts -------------------------------------------------------------------------------------------------------------
-
-  function changed() {
-    answer.at = Date.now();
-    localStorage.setItem(key("draft"), JSON.stringify({ assignment: task.id, answer }));
-    clearTimeout(timer);
-    timer = setTimeout(keepDraft, 500);
-  }
-
-  async function keepDraft() {
-    if (!task || busy) return;
-    const number = task.id;
-    const status = $("draft");
-    try {
-      const [code, body] = await post(api.draft, { assignment: number, draft: answer });
-      if (code === 200) {
-        status.textContent = t("draft_saved");
-        if (!$("banner").hidden && $("banner").textContent === t("offline")) banner("");
-      } else if (code === 409 && task?.id === number) lost(body);
-      else if (code === 401) refused(code, body);
-      else status.textContent = t("draft_local");
-    } catch {
-      status.textContent = t("draft_local");
-      clearTimeout(timer);
-      timer = setTimeout(keepDraft, 4000);
-    }
-  }
-
-  // The task is no longer this person's, or no longer open.
-  function lost(body, written = ["demonstrate", "chat"].includes(task?.task) ? answer.text : "") {
-    banner(words[`error_${body.error}`] || body.message, "warn");
-    localStorage.removeItem(key("draft"));
-    if (body.error === "taken_back") wanted = task?.item;
-    if (written.trim()) {
-      const close = el("button", { type: "button", autofocus: true }, t("close"));
-      const box = dialog(t("lost_text"), el("textarea", { rows: 8, readOnly: true, value: written, "aria-label": t("your_answer") }), close);
-      close.addEventListener("click", () => box.close());
-    }
-    load();
-  }
-
-  // Submission ---------------------------------------------------------------------------------------------------------
-
-  function common() {
-    return { prompt_flags: answer.prompt_flags, confidence: answer.confidence, note: answer.note };
-  }
-
-  function finish() {
-    const missing = (what, node) => {
-      banner(t(what), "warn");
-      node?.focus();
-    };
-    switch (task.task) {
-      case "rank": {
-        if (unrated()) return missing("missing_ratings", firstOpen());
-        if (answer.ranks.includes(null)) return missing("missing_places", firstOpen());
-        const ratings = boot.ratings === "none" ? null : answer.ratings;
-        return send({ ranks: answer.ranks, ratings, ...common(), ...taken() });
-      }
-      case "compare":
-        if (answer.strength === null) return missing("missing_choice", firstOpen());
-        return send({ strength: answer.strength, ...common(), ...taken() });
-      case "arena":
-        if (answer.verdict === null) return missing("missing_choice", firstOpen());
-        return send({ verdict: answer.verdict, ...common() });
-      case "thumb":
-        if (answer.thumb === null) return missing("missing_choice", firstOpen());
-        return send({ thumb: answer.thumb, ...common() });
-      case "chat":
-        if (!talking.enough()) return missing("chat_short", firstOpen());
-        return send(common());
-      case "best":
-        if (answer.best === null) return missing("missing_choice", firstOpen());
-        return send({ best: answer.best, ...common(), ...taken() });
-      case "demonstrate":
-        if (!answer.text.trim()) return missing("missing_text", $("text"));
-        return send({ text: answer.text, edited: answer.edited, ...common() });
-    }
-  }
-
-  function send(content) {
-    if (busy) return;
-    clearTimeout(timer);
-    const pending = { assignment: task.id, submission: newName(), answer: content, seconds: looked / 1000 };
-    localStorage.setItem(key("pending"), JSON.stringify(pending));
-    deliver(pending, 500);
-  }
-
-  // Send until there is an answer: the server stores what has one name once, however often it comes.
-  async function deliver(pending, wait) {
-    busy = true;
-    if ($("submit")) $("submit").disabled = true;
-    let code, body;
-    try {
-      [code, body] = await post(api.submit, pending);
-    } catch {
-      code = 0;
-    }
-    if (code === 0 || code === 429 || code >= 500) {
-      banner(code === 507 ? t("error_disk") : t("offline"), "warn");
-      return setTimeout(() => deliver(pending, Math.min(2 * wait, 15000)), wait);
-    }
-    busy = false;
-    if ($("submit")) $("submit").disabled = false;
-    localStorage.removeItem(key("pending"));
-    if (code === 200) {
-      localStorage.removeItem(key("draft"));
-      banner("");
-      say(t("submitted"));
-      tabs?.postMessage({ person: boot.person, assignment: pending.assignment });
-      return load();
-    }
-    if (body.error === "contradiction") {
-      if (!task) await load(false);
-      return task?.id === pending.assignment ? contradiction(pending, body.pairs) : undefined;
-    }
-    if (code === 409) return lost(body, pending.answer.text);
-    refused(code, body);
-    if (!task) load();
-  }
-
-  function contradiction(pending, pairs) {
-    const list = el("ul", {}, ...pairs.map(([a, b]) => el("li", {}, t("contradiction_pair", { a: letter(a), b: letter(b) }))));
-    const back = el("button", { type: "button", autofocus: true }, t("change"));
-    const keep = el("button", { type: "button", className: "primary" }, t("keep"));
-    const box = dialog(t("contradiction_title"), list, el("p", {}, t("contradiction_why")), el("p", { className: "row" }, back, keep));
-    back.addEventListener("click", () => box.close());
-    keep.addEventListener("click", () => {
-      box.close();
-      send({ ...pending.answer, confirmed: true });
-    });
-  }
-
-  tabs?.addEventListener("message", ({ data }) => {
-    if (data.person !== boot.person || !task || (data.assignment !== task.id && data.assignment !== null) || busy) return;
-    if (boot.api) wanted = task.item;
-    load(false);
-  });
-
-  $("undo").addEventListener("click", undo);
-
-  async function undo() {
-    if (busy) return;
-    clearTimeout(timer);
-    try {
-      if (task) await post(api.draft, { assignment: task.id, draft: answer });
-      const [code, body] = await post(api.undo, {});
-      if (code !== 200) return refused(code, body);
-      wanted = body.item ?? null;
-      localStorage.removeItem(key("draft"));
-      banner(t("undone"));
-      tabs?.postMessage({ person: boot.person, assignment: null });
-      await load();
-    } catch {
-      banner(t("offline"), "warn");
-    }
-  }
-
-  // Keys ---------------------------------------------------------------------------------------------------------------
-
-  // The first thing that is still to be filled in.
-  function firstOpen() {
-    const kind = task.task;
-    if (kind === "rank") {
-      for (const group of document.querySelectorAll(".card .scale"))
-        if (!group.querySelector("input:checked")) return group.querySelector("input");
-      const n = answer.ranks.indexOf(null);
-      return n < 0 ? $("submit") : $(`chip-${n}`);
-    }
-    if (kind === "chat") return talking.firstOpen() || $("submit");
-    if (kind === "thumb") return document.querySelector(answer.thumb === null ? ".strength input" : "#submit");
-    if (kind === "compare") return document.querySelector(answer.strength === null ? ".strength input" : "#submit");
-    if (kind === "arena") return document.querySelector(answer.verdict === null ? ".strength input:enabled" : "#submit");
-    if (kind === "best") return document.querySelector(answer.best === null ? ".pick input" : "#submit");
-    return $("text");
-  }
-
-  function focusFirst() {
-    firstOpen()?.focus({ preventScroll: true });
-  }
-
-  function rate(group, digit) {
-    const input = group.querySelector(`input[value="${digit}"]`);
-    if (!input) return;
-    input.checked = true;
-    input.dispatchEvent(new Event("change"));
-    const groups = [...document.querySelectorAll(".card .scale")];
-    const next = groups[groups.indexOf(group) + 1];
-    const open = next ? next.querySelector("input:checked") || next.querySelector("input") : firstOpen();
-    open.focus({ preventScroll: true });
-    open.closest(".card")?.scrollIntoView({ block: "nearest" });
-  }
-
-  function help() {
-    const keys = [
-      ["1 – 7", "key_rate"],
-      ["1 – 4", "key_verdict"],
-      ["1 – 9", "key_place"],
-      ["Shift 1 – 9", "key_insert"],
-      ["↑ ↓", "key_move"],
-      ["A – I", "key_letter"],
-      ["Ctrl Enter", "key_submit"],
-      ["Enter", "key_send"],
-      ["Esc", "key_stop"],
-      ["X", "key_expand"],
-      ["S", "key_skip"],
-      ["U", "key_undo"],
-      ["N", "key_note"],
-      ["?", "key_help"],
-    ];
-    if (task?.orders) keys.splice(5, 0, ["T", "key_take"]);
-    const list = el("dl", { className: "keys" }, ...keys.flatMap(([name, what]) => [el("dt", {}, el("kbd", {}, name)), el("dd", {}, t(what))]));
-    const close = el("button", { type: "button", className: "primary", autofocus: true }, t("close"));
-    const box = dialog(t("help"), list, close);
-    close.addEventListener("click", () => box.close());
-  }
-  $("help").addEventListener("click", help);
-
-  document.addEventListener("keydown", (event) => {
-    if (document.querySelector("dialog[open]")) return;
-    if (event.key === "?" && !document.activeElement?.matches("input:not([type=radio]), textarea")) return help();
-    if (!task) return event.key === "u" && !event.ctrlKey && !event.metaKey ? undo() : undefined;
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      return talking ? talking.next() : finish();
-    }
-    if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
-    const at = document.activeElement;
-    if (at?.matches("textarea, select, input:not([type=radio]):not([type=checkbox])")) return;
-    const digit = /^(Digit|Numpad)([1-9])$/.exec(event.code)?.[2];
-    const done = () => event.preventDefault();
-    const focused = at?.id?.startsWith("chip-") ? Number(at.id.slice(5)) : null;
-    if (digit && focused !== null && Number(digit) <= task.responses.length) {
-      done();
-      move(focused, Number(digit) - 1, event.shiftKey);
-      const next = answer.ranks.indexOf(null);
-      return $(next < 0 ? "submit" : `chip-${next}`).focus({ preventScroll: true });
-    }
-    if (focused !== null && ["ArrowUp", "ArrowDown"].includes(event.key)) {
-      done();
-      const place = answer.ranks[focused];
-      const step = event.key === "ArrowUp" ? -1 : 1;
-      const last = task.responses.length - 1;
-      if (place === null && step < 0) move(focused, last, false);
-      else if (place !== null && place + step <= last && place + step >= 0) move(focused, place + step, false);
-      return $(`chip-${focused}`).focus({ preventScroll: true });
-    }
-    if (digit && !event.shiftKey) {
-      if (["compare", "arena", "thumb", "chat"].includes(task.task)) {
-        const input = document.querySelectorAll(".strength input")[Number(digit) - 1];
-        if (!input || input.disabled) return;
-        done();
-        input.click();
-        return ($("choose") || $("submit")).focus({ preventScroll: true });
-      }
-      if (task.task === "best") {
-        const input = document.querySelectorAll(".pick input")[Number(digit) - 1];
-        if (!input) return;
-        done();
-        input.click();
-        return $("submit").focus({ preventScroll: true });
-      }
-      if (task.task === "rank") {
-        const group = at?.closest?.(".card .scale");
-        if (group) {
-          done();
-          return rate(group, digit);
-        }
-      }
-    }
-    const name = event.key.toLowerCase();
-    const n = name.length === 1 ? name.charCodeAt(0) - 97 : -1;
-    if (n >= 0 && n < Math.min(9, task.responses.length)) {
-      done();
-      if (task.task === "rank" && !unrated()) return $(`chip-${n}`).focus({ preventScroll: true });
-      const first = $(`card-${n}`).querySelector(".scale input:checked, .scale input, .pick input") || $(`card-${n}`).querySelector(".body, button");
-      first.focus();
-      return $(`card-${n}`).scrollIntoView({ block: "nearest" });
-    }
-    const acts = { x: expand, s: askSkip, u: undo, n: () => $("note").focus() };
-    if (task.orders) acts.t = () => document.querySelector(".take").focus();
-    if (acts[name]) {
-      done();
-      acts[name]();
-    }
-  });
-
-  function expand() {
-    $("task").classList.toggle("expanded");
-  }
-
-  // Start: what was not yet acknowledged when the page was closed is sent first ------------------------------------------
-
-  const pending = JSON.parse(localStorage.getItem(key("pending")) || "null");
-  if (pending) deliver(pending, 500);
+  addEventListener("visibilitychange", () => document.hidden || (document.title = title));
+  const pending = kept("pending"); // not yet acknowledged when the page was closed
+  if (pending) settle(pending);
   else load();
 }
+
+// The page that talks to one model ------------------------------------------------------------------------------------
+
+let chat; // {messages, former, fields}, which is kept in the browser
+let models = null; // their names; null for one whose name is not told
+let running = null; // the name of the question that is being answered
+let saved = 0;
+let judging = Promise.resolve(); // thumbs are sent one after the other
+
+function readChat() {
+  chat = { messages: [], former: null, fields: {}, ...kept("chat") };
+  const broken = chat.messages.filter((one) => one.growing); // when the page was closed
+  for (const one of broken) Object.assign(one, { growing: false, failed: { error: "chat_cut" } });
+  for (const [name, value] of Object.entries(chat.fields)) put($("talk"), name, value);
+}
+
+function saveChat() {
+  saved = Date.now();
+  chat.fields = { ...chat.fields, ...Object.fromEntries(new FormData($("talk"))) };
+  keep("chat", chat);
+}
+
+async function findModels() {
+  try {
+    const response = await fetch("/api/chat/models");
+    const body = await response.json();
+    if (response.ok) {
+      models = body.models;
+      const option = (name, n) => el("option", { value: n }, name ?? t("chat_model_n", { n: n + 1 }));
+      $("model").append(...models.map(option));
+      $("model").value = Math.min(chat.fields.model ?? 0, models.length - 1);
+      $("model").disabled = false;
+      banner("");
+      return drawChat();
+    }
+    if (body.error === "guidelines") return location.assign("/guidelines");
+    banner(["chat_away", "chat_slow"].includes(body.error) ? t("chat_waiting") : why(body));
+    if (response.status < 500) return;
+  } catch {
+    banner(t("chat_waiting"));
+  }
+  setTimeout(findModels, 3000);
+}
+
+function drawChat() {
+  const { messages, former } = chat;
+  $("list").replaceChildren(...messages.map(drawMessage));
+  $("list").hidden = !messages.length;
+  $("nothing").hidden = messages.length > 0;
+  $("former").hidden = !former;
+  $("new").hidden = !messages.length || Boolean(running);
+  viewChat();
+  saveChat();
+  if (document.activeElement === document.body) $("message").focus({ preventScroll: true });
+}
+
+// A message without an answer is to be asked again, or changed, first.
+function stuck() {
+  const last = chat.messages.at(-1);
+  return last?.role === "user" || (last?.failed && !last.content);
+}
+
+function viewChat() {
+  $("send").hidden = Boolean(running);
+  $("stop").hidden = !running;
+  $("send").disabled = !models || !$("message").value.trim() || stuck();
+}
+
+function drawMessage(one, n) {
+  const node = message(one.role, one.content);
+  const said = node.querySelector(".said");
+  if (one.better) node.querySelector(".who").append(el("span", { className: "badge" }, t("chat_better_stored")));
+  if (one.growing) grow(said, one.content);
+  else if (one.failed && !one.content) said.remove();
+  if (one.failed) node.append(copy("acts-failed"));
+  if (one.failed) node.querySelector(".failed span").textContent = why(one.failed);
+  if (running) return node;
+  node.append(copy(`acts-${one.role}`));
+  const useless = [
+    ...(n < chat.messages.length - 1 ? [".retry"] : []),
+    ...(!one.turn || one.better ? [".thumb", ".better"] : []),
+    ...(one.failed ? [".again"] : []),
+    ...(one.cut ? [] : [".cut"]),
+  ];
+  for (const name of useless) node.querySelectorAll(`.acts ${name}`).forEach((part) => part.remove());
+  for (const button of node.querySelectorAll(".thumb")) button.ariaPressed = String(one.thumb === button.value);
+  return node;
+}
+
+function sendMessage(text) {
+  if (running || !models || !text.trim() || stuck()) return;
+  chat.messages.push({ role: "user", content: text });
+  chat.former = null;
+  put($("talk"), "text", "");
+  answer();
+}
+
+// Have the last message answered.
+async function answer() {
+  if (running || !models) return;
+  const valid = (id) => ($(id).validity.valid && $(id).value ? Number($(id).value) : null);
+  const system = $("system").value.trim() ? [{ role: "system", content: $("system").value }] : [];
+  const one = { role: "assistant", content: "", growing: true };
+  running = newName();
+  const question = {
+    name: running,
+    model: Number($("model").value),
+    messages: [...system, ...chat.messages.map(({ role, content }) => ({ role, content }))],
+    temperature: valid("temperature") ?? 1,
+    max_tokens: valid("tokens"),
+  };
+  chat.messages.push(one);
+  drawChat();
+  $("message").focus({ preventScroll: true });
+  follow(true);
+  const last = await ask(question, ([text = ""], [end]) => {
+    one.content = text;
+    one.cut = end === "length";
+    grow($("list").lastElementChild.querySelector(".said"), text);
+    follow();
+    if (Date.now() - saved > 500) saveChat();
+  });
+  running = null;
+  if (last.error === "guidelines") return location.assign("/guidelines");
+  Object.assign(one, { growing: false, at: Date.now() }, "turn" in last ? { turn: last.turn } : { failed: last });
+  drawChat();
+  follow(true);
+  say(one.failed ? why(one.failed) : t("chat_answered"));
+}
+
+// Keep the end in sight, unless the person has gone up to read.
+function follow(always = false) {
+  const end = root.scrollHeight - innerHeight;
+  if (always || end - scrollY < 160) scrollTo(0, root.scrollHeight);
+}
+
+function again(n) {
+  if (running || !models) return;
+  chat.messages.length = n;
+  answer();
+}
+
+// What is said of an answer, with the seconds for which the person may have looked at it.
+function judged(one, said) {
+  const seconds = Math.min((Date.now() - one.at) / 1000, 600);
+  return { assignment: one.turn, submission: newName(), seconds, ...said };
+}
+
+// Thumbs may change; the former one is withdrawn.
+function thumb(one, which) {
+  const before = one.thumb;
+  const now = (one.thumb = before === which ? null : which);
+  judging = judging.then(async () => {
+    if (before) await deliver("/api/chat/withdraw", { assignment: one.turn });
+    if (!now) return;
+    const [status, body] = await deliver("/api/submit", judged(one, { answer: { thumb: now } }));
+    if (status === 200) return;
+    one.thumb = null;
+    drawChat();
+    banner(why(body));
+  });
+}
+
+function edit(n) {
+  const one = chat.messages[n];
+  drawChat(); // one at a time
+  const node = $("list").children[n];
+  node.querySelectorAll(".said, .acts").forEach((part) => part.remove());
+  node.append(copy(`rewrite-${one.role}`));
+  $("edited").value = one.content;
+  $("edited").focus();
+}
+
+async function rewrite(n) {
+  const text = $("edited").value;
+  const one = chat.messages[n];
+  if (!text.trim()) return $("edited").focus();
+  if (one.role === "user") {
+    chat.messages.length = n;
+    return sendMessage(text);
+  }
+  const [status, body] = await deliver("/api/chat/better", judged(one, { text }));
+  if (status !== 200) return banner(why(body));
+  Object.assign(one, { content: text, better: true, cut: false });
+  drawChat();
+}
+
+function chatting() {
+  const acts = {
+    thumb: (n, button) => {
+      const one = chat.messages[n];
+      thumb(one, button.value);
+      const both = button.parentElement.querySelectorAll(".thumb"); // drawn here, so that the focus stays
+      for (const other of both) other.ariaPressed = String(one.thumb === other.value);
+      saveChat();
+    },
+    edit,
+    better: edit,
+    again,
+    retry: (n) => again(chat.messages[n].role === "user" ? n + 1 : n),
+    done: rewrite,
+    cancel: drawChat,
+  };
+  $("list").addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    const n = [...$("list").children].indexOf(event.target.closest("li"));
+    for (const name of button?.classList ?? []) acts[name]?.(n, button);
+  });
+  $("talk").addEventListener("input", () => {
+    viewChat();
+    saveChat();
+  });
+  $("send").onclick = () => sendMessage($("message").value);
+  $("stop").onclick = () => stop(running);
+  $("new").onclick = () => {
+    Object.assign(chat, { messages: [], former: chat.messages });
+    drawChat();
+  };
+  $("former").onclick = () => {
+    Object.assign(chat, { messages: chat.former, former: null });
+    drawChat();
+  };
+  addEventListener("keydown", (event) => {
+    const mine = chat.messages.findLastIndex((one) => one.role === "user");
+    if (event.key === "Escape" && running) stop(running);
+    else if (event.key === "Escape" && $("edited")) drawChat();
+    else if (event.key === "ArrowUp" && event.target === $("message") && !$("message").value && mine >= 0 && !running) {
+      event.preventDefault();
+      edit(mine);
+    }
+  });
+  addEventListener("storage", (event) => {
+    if (event.key !== `chat/${boot.person}` || running || $("edited")) return;
+    readChat(); // another tab has gone on with the conversation
+    drawChat();
+  });
+  readChat();
+  drawChat();
+  follow(true);
+  findModels();
+}
+
+const live = [...document.querySelectorAll("[data-live]")];
+if (live.length) setInterval(refresh, 5000, live);
+document.querySelector("input.link")?.select();
+if ($("enter")) entrance($("enter"));
+if (form) work();
+if ($("talk")) chatting();

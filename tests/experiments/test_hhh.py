@@ -1,0 +1,35 @@
+"""The comparisons by virtue, run on models of random parameters."""
+
+import json
+
+import pytest
+
+from experiments import hhh
+from rlhf_jax import models
+from rlhf_jax.models import heads
+from rlhf_jax.types import InputError
+from tests import tiny
+from tests.evaluation.models import model
+
+
+def test_hhh(tmp_path, capsys):
+    one = model()
+    models.save(one, one.params, tmp_path / "model")
+    reward = models.Model(one.config, None, one.tokenizer, heads.score_fn(one.config))
+    models.save(reward, tiny.scalar(one.config), tmp_path / "reward")
+    found = hhh.main(
+        hhh.Config(model=tmp_path / "model", reward=tmp_path / "reward", pairs=2, batch=8, out=tmp_path / "out")
+    )
+    assert list(found) == ["log-probability", "by token", "by character", "reward"]
+    written = json.loads((tmp_path / "out" / "hhh.json").read_text())
+    assert list(written["reward"]) == ["helpful", "honest", "harmless", "other", "macro average"]
+    assert written["reward"]["macro average"]["pairs"] == 8
+    assert written["by token"]["honest"]["score"]["value"] == found["by token"]["honest"].score.value
+    assert (tmp_path / "out" / "hhh.png").stat().st_size > 5000
+    said = capsys.readouterr().out
+    assert "| macro average |" in said and "reward: 8 pairs, 0 ties" in said
+
+
+def test_nothing_to_evaluate():
+    with pytest.raises(InputError, match="name a language model by --model, or a reward model by --reward"):
+        hhh.main(hhh.Config())
