@@ -37,11 +37,7 @@ class Config(runs.Stage):
 
 def main(cfg: Config) -> dict:
     """Evaluate, print the table, and write the result; returns the metrics of each task by name."""
-    if not cfg.tasks:
-        raise InputError("--tasks is missing: name tasks of lm-evaluation-harness, or files of such")
-    for path in (*(Path(task) for task in cfg.tasks if task.endswith((".yaml", ".yml"))), cfg.include):
-        if path is not None and not path.exists():
-            raise InputError(f"{path}: no such file or folder of tasks")
+    check(cfg)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when `datasets` is imported
     from rlhf_jax.evaluation import harness
 
@@ -61,6 +57,15 @@ def main(cfg: Config) -> dict:
         result = {"settings": runs.settings(cfg)} | results
         runs.write(cfg.out / "results.json", json.dumps(result, indent=2, default=str) + "\n")
     return results["results"]
+
+
+def check(cfg: Config) -> None:
+    """Raises InputError where no tasks are named, or files that there are not."""
+    if not cfg.tasks:
+        raise InputError("--tasks is missing: name tasks of lm-evaluation-harness, or files of such")
+    for path in (*(Path(task) for task in cfg.tasks if task.endswith((".yaml", ".yml"))), cfg.include):
+        if path is not None and not path.exists():
+            raise InputError(f"{path}: no such file or folder of tasks")
 
 
 if __name__ == "__main__":

@@ -642,6 +642,7 @@ def test_chains_of_thought(tmp_path, capsys):
         "Which?\\nOptions:\\n(A) ice\\n(B) tea\t(A)\tIt is cold.",
         'Which one?\\nOptions:\\n- Sentence A: "So."\\n- Sentence B: "Or: so."\\n\tSentence B\tOr.',
         "Why?\tSo\t",
+        "Is it?\tno\t",
         "Which?\\nOptions:\\n- ice\\n- ice\tice\tTwice.",
         "Which?\\nOptions:\\n- ice\\n- tea\tcoffee\tNone.",
     ]
@@ -651,6 +652,7 @@ def test_chains_of_thought(tmp_path, capsys):
         (["(A)"], ["(A)", "(B)"]),
         (["Sentence B"], ["Sentence A", "Sentence B"]),
         (["So"], []),
+        (["no"], ["yes", "no"]),
     ]
     assert rows[0]["question"] == "Is ice\ncold?\nOptions:\n- yes\n- no" and rows[0]["rationale"] == "It is frozen."
     assert "1 rows refused, two options are the same; 1 rows refused, the answer is none" in capsys.readouterr().out
@@ -707,7 +709,7 @@ def test_big_bench_hard_is_for_evaluation_alone(tmp_path):
 
 
 def test_published_examples(tmp_path, shared):
-    """Counts of what the files hold, which their publishers do not say."""
+    """How many rows the files hold, and how many of them have options."""
     data = shared / "data"
     if not (data / "cot").exists():
         pytest.skip("needs ../shared/data/cot")
@@ -718,7 +720,7 @@ def test_published_examples(tmp_path, shared):
         rows = list(sources.rows(f"{name}:{data / file}", "examples", data_dir=tmp_path, split=split))
         found[file, split] = len(rows), sum(bool(row["options"]) for row in rows)
     assert found == {
-        ("cot/creak.tsv", "train"): (1500, 1066),
+        ("cot/creak.tsv", "train"): (1500, 1500),
         ("cot/ecqa.tsv", "train"): (1488, 1488),
         ("sst_dev.csv", "train"): (872, 872),
         ("bbh/navigate.json", "held_out"): (250, 250),

@@ -159,7 +159,8 @@ def test_parity_with_the_harness_own_backend(name, directories, tasks):
         else:
             logp, logp_ = np.array(ours, float), np.array(others, float)  # and, beside options, whether it is greedy
             print(f"\n{name}, {task}: {len(ours)} log-likelihoods within {np.abs(logp - logp_).max():.1e}", end="")
-            np.testing.assert_allclose(logp, logp_, rtol=0, atol=1e-3)
+            # Of a whole text: PyTorch's log_softmax in float32 is off by up to 1e-5 nats a token, always to one side.
+            np.testing.assert_allclose(logp, logp_, rtol=1e-5 if logp.ndim == 1 else 0, atol=1e-3)
         for metric, value in expected["results"][task].items():
             if "stderr" not in metric and isinstance(value, float):
                 print(f", {metric.partition(',')[0]} {value:.4g}", end="")
