@@ -116,7 +116,7 @@ _AS: dict[Kind, Reader] = {  # what the rows of a format become as rows of a kin
 def hh(row: Any, where: str, counts: Counter[str]) -> Row | None:
     """Read two dialogues, which share all but the assistant's last turn: the prompt."""
     chosen, rejected = (
-        dialogue(text_field(row, name, where), f"{where}, field {name}") for name in ("chosen", "rejected")
+        read_dialogue(text_field(row, name, where), f"{where}, field {name}") for name in ("chosen", "rejected")
     )
     for dialogue in (chosen, rejected):
         if [turn["role"] for turn in dialogue] != ["user", "assistant"] * (len(dialogue) // 2):
@@ -128,7 +128,7 @@ def hh(row: Any, where: str, counts: Counter[str]) -> Row | None:
     return {"prompt": chosen[:-1], "responses": [chosen[-1]["content"], rejected[-1]["content"]], "ranks": [0, 1]}
 
 
-def dialogue(text: str, where: str) -> list[Message]:
+def read_dialogue(text: str, where: str) -> list[Message]:
     """The messages of a dialogue in the format of HH-RLHF; InputError if it has none."""
     before, *rest = re.split(r"\n\n(Human|Assistant):", text)
     if before.strip() or not rest:
@@ -285,7 +285,7 @@ def nectar(row: Any, where: str, counts: Counter[str]) -> Row | None:
 
     Nectar has ranks as floats.
     """
-    turns = dialogue(text_field(row, "prompt", where), f"{where}, field prompt")
+    turns = read_dialogue(text_field(row, "prompt", where), f"{where}, field prompt")
     if turns[-1] == {"role": "assistant", "content": ""}:
         turns.pop()
     if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:

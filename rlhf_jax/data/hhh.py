@@ -78,5 +78,5 @@ def _big_bench(file: Path) -> Iterator[tuple[str, str, Row]]:
 def _dialogue(text: str, where: str) -> list:
     """The messages of an input, whose first turn may lack its "Human:" and whose last is the person's."""
     begun = text if re.match(r"\s*Human:", text) else f"Human: {text}"
-    messages = formats.dialogue(f"\n\n{begun.lstrip()}", f"{where}, field input")
+    messages = formats.read_dialogue(f"\n\n{begun.lstrip()}", f"{where}, field input")
     return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
