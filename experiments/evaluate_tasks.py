@@ -103,9 +103,9 @@ def _panels(results: Sequence[tasks.Result]) -> dict[str, dict[str, list[tuple[f
     for result in results:
         series = panels.setdefault(result.task, {})
         for name, score in result.scores.items():
-            series.setdefault(name, []).append((result.shots, score.value, score.error))
+            series.setdefault(name, []).append((float(result.shots), score.value, score.error))
         if "chance" in result.figures:
-            series.setdefault("chance", []).append((result.shots, result.figures["chance"], 0.0))
+            series.setdefault("chance", []).append((float(result.shots), result.figures["chance"], 0.0))
     return panels
 
 
