@@ -215,8 +215,8 @@ MUTANTS = [
         "algorithms/ppo",
         "policy_loss",
         ("plain = -advantage * ratio", "plain = advantage * ratio"),
-        ("jnp.clip(ratio, 1 - clip, 1 + clip)", "ratio"),
-        ("jnp.clip(ratio, 1 - clip, 1 + clip)", "jnp.clip(ratio, 1 - clip, None)"),
+        ("jnp.clip(ratio, 1 - clip, 1 + (clip if clip_high is None else clip_high))", "ratio"),
+        ("1 + (clip if clip_high is None else clip_high)", "None"),
         ("jnp.maximum(plain, clipped)", "jnp.minimum(plain, clipped)"),
         ("clipped > plain", "clipped >= plain"),
         ("0.5 * jnp.square(log_ratio)", "jnp.square(log_ratio)"),
@@ -290,14 +290,16 @@ MUTANTS = [
         ("(logp_rejected - ref_rejected)", "(logp_rejected + ref_rejected)"),
         ("(logp_chosen - ref_chosen) - ", "(logp_chosen - ref_chosen) + "),
     ),
-    *mutants("algorithms/dpo", "sequence_logprobs", ("jnp.where(mask, logp, 0.0)", "logp"), ("jnp.sum(", "jnp.mean(")),
+    *mutants(
+        "algorithms/preferences", "sequence_logprobs", ("jnp.where(mask, logp, 0.0)", "logp"), ("jnp.sum(", "jnp.mean(")
+    ),
     *mutants(
         "algorithms/grpo",
         "loss",
         ('policy * totals["tokens"] / totals["weights"]', "policy"),
         ('"k3"', '"k2"'),
         ("total + cfg.kl_coef *", "total - cfg.kl_coef *"),
-        ("batch.advantage[:, None] * weight", "batch.advantage[:, None]"),
+        ("batch.advantage[:, None]) * weight", "batch.advantage[:, None])"),
     ),
     *mutants(
         "algorithms/grpo",

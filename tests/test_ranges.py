@@ -263,6 +263,8 @@ def test_flags_keep_their_spelling_and_types():
 
 
 FILES = {
+    "scaling",
+    "workload",
     "db",
     "responses",
     "guidelines",
