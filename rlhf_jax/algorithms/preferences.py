@@ -1,4 +1,4 @@
-"""What DPO and its kin share: log-probabilities of ranked responses, and one update on a batch of rankings.
+"""The parts that DPO and its kin share: log-probabilities of ranked responses, and one update on a batch of rankings.
 
 A ranking of K responses contributes all its pairs, as in `reward`.
 """

@@ -223,7 +223,7 @@ def batches_values(open_batches: Callable[[], Iterator[Any]], title: str) -> Val
 
 
 def _reading(read: Callable[[], Any], where: str) -> Any:
-    """What `read` returns; InputError where the file is broken, for which Arrow has errors of many types."""
+    """The result of `read`; InputError where the file is broken, for which Arrow has errors of many types."""
     try:
         return read()
     except (OSError, ValueError, TypeError, NotImplementedError, ArithmeticError, KeyError, MemoryError) as error:

@@ -18,7 +18,7 @@ _SPEC = re.compile(r"hub:(?P<name>[\w.\-]+(?:/[\w.\-]+)?)(?:@(?P<revision>[\w.\-
 
 
 class _Name(NamedTuple):
-    """What a spec says."""
+    """The parts of a spec."""
 
     name: str
     revision: str | None

@@ -128,7 +128,7 @@ def _all(sizes: Sequence[int]) -> np.ndarray:
 
 
 def _drawn(sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
-    """As many rows as there are, of each source its share, in random order."""
+    """The order of all rows, drawn at random, in which each source has its share."""
     total, most = sum(sizes), max(weights)
     scaled = [weight / most for weight in weights]  # without overflow
     exact = [weight / math.fsum(scaled) * total for weight in scaled]

@@ -204,7 +204,7 @@ def _is_world(spec: str) -> bool:
 
 
 class _WorldOptions(NamedTuple):
-    """What the spec of a world says."""
+    """The options in the spec of a world."""
 
     seed: int = 0
     rows: int = 10_000
@@ -212,7 +212,7 @@ class _WorldOptions(NamedTuple):
 
 
 def _world_options(spec: str) -> _WorldOptions:
-    """What the spec of a world says, and the defaults of what it does not say."""
+    """The options in the spec of a world, with defaults for those that it leaves out."""
     options = _WorldOptions()
     for option in filter(None, spec.partition(":")[2].split(",")):
         name, _, value = option.partition("=")

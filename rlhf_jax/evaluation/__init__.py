@@ -1,1 +1,1 @@
-"""What a model knows and can do without being trained for it: likelihoods of answers, and the harness that asks."""
+"""Measures of a model that is not trained for them: likelihoods of answers, and the harness that asks."""

@@ -110,7 +110,7 @@ class _Batch(NamedTuple):
 
 
 def _inputs(requests: Sequence[Request], max_length: int) -> list[np.ndarray]:
-    """What the model reads for each request: context and continuation but for its last token, cut on the left."""
+    """The input of each request: context and continuation but for its last token, cut on the left."""
     texts, cut = [], 0
     for n, (context, continuation) in enumerate(requests):
         if not len(context) or not len(continuation):

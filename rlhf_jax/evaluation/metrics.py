@@ -93,7 +93,7 @@ _MARKED = re.compile(r"(?:####|answer is:?)\s*\$?([-\N{MINUS SIGN}]?\$?[\d.,]+)"
 
 
 def stated(text: str) -> str | None:
-    """What follows the last "answer is" of a text, up to the end of the sentence; None if the text does not say it."""
+    """The words after the last "answer is" of a text, to the end of the sentence; None if the text does not say it."""
     found = _STATED.findall(text)
     return found[-1].strip().strip("*\"'") if found else None
 

@@ -1,4 +1,4 @@
-"""What a model answers to the questions of tasks on which nobody trains it, with any number of examples in the prompt.
+"""The answers of a model to tasks on which nobody trains it, with any number of examples in the prompt.
 
     results = tasks.evaluate(model, [task], tasks.Config(shots=(0, 4)), layout=layout, data_dir="runs/data")
     results[0].score.value  # of the task's own metric, without examples
@@ -55,7 +55,7 @@ class Config(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model answered to one question."""
+    """The answer of the model to one question."""
 
     row: int  # number in the held-out rows
     shots: int  # examples in front of it

@@ -186,7 +186,7 @@ _Source = _Directory | gguf_file.File  # what a model is read from
 
 
 def _open(path: Path) -> _Source:
-    """What a model is read from, a GGUF file or a directory; fetched first if the path is a name of the Hub."""
+    """The source of a model, a GGUF file or a directory; fetched first if the path is a name of the Hub."""
     path = hub.local(path)
     return gguf_file.File(path) if gguf_file.is_one(path) else _Directory(path)
 

@@ -1,4 +1,4 @@
-"""What administrators decided about people and rules, and who of them did: appended, and never changed.
+"""The decisions of administrators about people and rules, and who made them: appended, and never changed.
 
 An act without an administrator was done by a rule, or on the command line.
 """

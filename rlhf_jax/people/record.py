@@ -31,7 +31,7 @@ class Sampling:
 
 
 def unfinished(store: Store) -> Sampling | None:
-    """What was begun last, unless it has been finished."""
+    """The sampling that was begun last, unless it has been finished."""
     row = store.one("SELECT body, finished FROM samplings ORDER BY id DESC LIMIT 1")
     if row is None or row["finished"] is not None:
         return None

@@ -238,7 +238,7 @@ def _order(size: int, *seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=512)
 def _chosen(size: int, used: int, *seed: int) -> np.ndarray:
-    """As many numbers below `size` as are used, each once."""
+    """The numbers below `size` that are used, each once."""
     if used == size:
         return np.arange(size, dtype=np.int32)
     return np.random.default_rng(seed).choice(size, used, replace=False).astype(np.int32)
@@ -353,7 +353,7 @@ class Sizes:
 
 @dataclasses.dataclass
 class Counts:
-    """What became of the draws up to some place of a stream. Printed, it is one line."""
+    """The fate of the draws up to some place of a stream. Printed, it is one line."""
 
     learnt: int = 0
     unusable: int = 0  # rows that the reader of their task has no use for
@@ -502,6 +502,6 @@ class Packing:
 
 
 def counts(batches: Any) -> Counts:
-    """What became of the draws of a stream's iterator so far."""
+    """The fate of the draws of a stream's iterator so far."""
     state = batches.get_state()
     return Counts(*(state[field.name] for field in dataclasses.fields(Counts)))

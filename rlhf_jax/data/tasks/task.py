@@ -1,4 +1,4 @@
-"""What a task is (after FLAN, arXiv:2109.01652), and how a template puts one of its questions into words.
+"""A task (after FLAN, arXiv:2109.01652), and how a template puts one of its questions into words.
 
     task = Task(
         name="opposites",

@@ -1,4 +1,4 @@
-"""What belongs to no other cluster: conversations, the sense of words, kinds of questions, grammar, algebra,"
+"""Tasks that belong to no other cluster: conversations, the sense of words, kinds of questions, grammar, algebra,"
 " punctuation."""
 
 import re

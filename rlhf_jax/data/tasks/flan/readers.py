@@ -1,4 +1,4 @@
-"""What most readers of published data sets have in common: a record becomes an example, or None if it is of no use."""
+"""Readers that most published data sets share: a record becomes an example, or None if it is of no use."""
 
 from collections.abc import Callable, Iterable, Mapping
 
