@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.algorithms import preferences
 from rlhf_jax.algorithms.preferences import mean_logprobs, sequence_logprobs
-from rlhf_jax.algorithms.reward import correct_pairs, margins, pair_mask, pair_mean
+from rlhf_jax.algorithms.reward import margins, pair_mask, pair_mean
 from rlhf_jax.settings import LabelNoise, Positive, Settings
 from rlhf_jax.types import InputError, LogprobsFn, Metrics, Params, Rankings, TrainState
 
@@ -134,14 +134,13 @@ def train_step(
     """
     reduce = mean_logprobs if cfg.per_token else sequence_logprobs
 
-    def objective(params: Params, batch: Rankings, keys: Array, count: Array) -> tuple[Array, Metrics]:
+    def objective(params: Params, batch: Rankings, keys: Array, count: Array) -> tuple[Array, Array, Metrics]:
         policy = preferences.response_logprobs(params, batch, logprobs_fn, keys, reduce)
         gain = policy - preferences.response_logprobs(reference, batch, logprobs_fn, reduce=reduce)
         pair = pair_mask(batch.rank)
         h = margins(gain, pair)
-        correct, pairs = correct_pairs(gain, batch.rank)
         value = pair_mean(TERMS[cfg.loss](h, cfg), pair, count)
         margin = cfg.beta * pair_mean(h, pair, count)
-        return value, {"loss/dpo": value, "reward/margin": margin, "correct": correct, "pairs": pairs}
+        return value, gain, {"loss/dpo": value, "reward/margin": margin}
 
     return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, axis=axis)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.algorithms import preferences
 from rlhf_jax.algorithms.preferences import mean_logprobs
-from rlhf_jax.algorithms.reward import correct_pairs, margins, pair_mask, pair_mean
+from rlhf_jax.algorithms.reward import margins, pair_mask, pair_mean
 from rlhf_jax.settings import Positive, Settings
 from rlhf_jax.types import LogprobsFn, Metrics, Params, Rankings, TrainState
 
@@ -56,17 +56,11 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of rankings: the mean over each prompt's pairs, then over prompts."""
 
-    def objective(params: Params, batch: Rankings, keys: Array, count: Array) -> tuple[Array, Metrics]:
+    def objective(params: Params, batch: Rankings, keys: Array, count: Array) -> tuple[Array, Array, Metrics]:
         logp = preferences.response_logprobs(params, batch, logprobs_fn, keys, mean_logprobs)
-        correct, pairs = correct_pairs(logp, batch.rank)
         likelihood, odds = losses(logp, batch, count)
         value = likelihood + cfg.weight * odds
-        return value, {
-            "loss/orpo": value,
-            "loss/likelihood": likelihood,
-            "loss/odds": odds,
-            "correct": correct,
-            "pairs": pairs,
-        }
+        metrics = {"loss/orpo": value, "loss/likelihood": likelihood, "loss/odds": odds}
+        return value, logp, metrics
 
     return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, axis=axis)

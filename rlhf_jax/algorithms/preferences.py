@@ -12,13 +12,13 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import optim
-from rlhf_jax.algorithms.reward import pair_mask
+from rlhf_jax.algorithms.reward import correct_pairs, pair_mask
 from rlhf_jax.devices import parallel
 from rlhf_jax.types import LogprobsFn, Metrics, Params, Rankings, TrainState
 
-# (params, rows, keys [B K], count of all prompts that have a pair) -> the share that these rows have in the loss, and
-# metrics that add up over shares, among them "correct" and "pairs" (`reward.correct_pairs`).
-Objective = Callable[[Params, Rankings, Array, Array], tuple[Array, Metrics]]
+# (params, rows, keys [B K], count of all prompts that have a pair) -> the share that these rows have in the loss, the
+# score [B, K] that should order the responses, and metrics that add up over shares.
+Objective = Callable[[Params, Rankings, Array, Array], tuple[Array, Array, Metrics]]
 
 
 def sequence_logprobs(logp: Float[Array, "*rows T"], mask: Bool[Array, "*rows T"]) -> Float[Array, "*rows"]:
@@ -60,14 +60,16 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of rankings, whose prompts are spread over `axis`.
 
-    The metrics are those of the objective, with the accuracy in place of its counts, and describe the parameters before
-    the update.
+    The metrics are those of the objective, and how many pairs its scores order as the ranks do; they describe the
+    parameters before the update.
     """
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.rank.size, axis)
     count = parallel.psum(jnp.sum(jnp.any(pair_mask(batch.rank), axis=(1, 2))), axis)
 
     def loss(params: Params, batch: Rankings, keys: Array) -> tuple[Array, Metrics]:
-        return objective(params, batch, keys.reshape(-1), count)
+        value, score, metrics = objective(params, batch, keys.reshape(-1), count)
+        correct, pairs = correct_pairs(score, batch.rank)
+        return value, metrics | {"correct": correct, "pairs": pairs}
 
     share = functools.partial(jax.grad(loss, has_aux=True), state.params)
     grads, sums = parallel.accumulate(share, microbatches)(batch, keys.reshape(batch.rank.shape))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax.algorithms import preferences
 from rlhf_jax.algorithms.preferences import mean_logprobs
-from rlhf_jax.algorithms.reward import correct_pairs, margins, pair_mask, pair_mean
+from rlhf_jax.algorithms.reward import margins, pair_mask, pair_mean
 from rlhf_jax.settings import NonNegative, Positive, Settings
 from rlhf_jax.types import LogprobsFn, Metrics, Params, Rankings, TrainState
 
@@ -42,13 +42,12 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of rankings: the mean over each prompt's pairs, then over prompts."""
 
-    def objective(params: Params, batch: Rankings, keys: Array, count: Array) -> tuple[Array, Metrics]:
+    def objective(params: Params, batch: Rankings, keys: Array, count: Array) -> tuple[Array, Array, Metrics]:
         score = preferences.response_logprobs(params, batch, logprobs_fn, keys, mean_logprobs)
         pair = pair_mask(batch.rank)
         h = margins(score, pair)
-        correct, pairs = correct_pairs(score, batch.rank)
         value = pair_mean(terms(h, cfg.beta, cfg.gamma), pair, count)
         margin = cfg.beta * pair_mean(h, pair, count)
-        return value, {"loss/simpo": value, "reward/margin": margin, "correct": correct, "pairs": pairs}
+        return value, score, {"loss/simpo": value, "reward/margin": margin}
 
     return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, axis=axis)

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float
 
 from rlhf_jax.algorithms import preferences
-from rlhf_jax.algorithms.reward import correct_pairs, margins, pair_mask, pair_mean
+from rlhf_jax.algorithms.reward import margins, pair_mask, pair_mean
 from rlhf_jax.logprobs import masked_mean
 from rlhf_jax.settings import NonNegative, Positive, Settings
 from rlhf_jax.types import LogprobsFn, Metrics, Params, Rankings, TrainState
@@ -42,21 +42,15 @@ def train_step(
     The target whose likelihood is kept up is the response of smallest rank, the first among equals.
     """
 
-    def objective(params: Params, batch: Rankings, keys: Array, count: Array) -> tuple[Array, Metrics]:
+    def objective(params: Params, batch: Rankings, keys: Array, count: Array) -> tuple[Array, Array, Metrics]:
         logp = preferences.response_logprobs(params, batch, logprobs_fn, keys)
         pair = pair_mask(batch.rank)
         best = jnp.argmin(jnp.where(batch.rank >= 0, batch.rank, jnp.iinfo(batch.rank.dtype).max), axis=1)
         target = jnp.take_along_axis(logp, best[:, None], axis=1)[:, 0]
         calibration = pair_mean(terms(margins(logp, pair), cfg.delta), pair, count)
         likelihood = masked_mean(-target, jnp.any(pair, axis=(1, 2)), count)
-        correct, pairs = correct_pairs(logp, batch.rank)
         value = calibration + cfg.weight * likelihood
-        return value, {
-            "loss/slic": value,
-            "loss/calibration": calibration,
-            "loss/likelihood": likelihood,
-            "correct": correct,
-            "pairs": pairs,
-        }
+        metrics = {"loss/slic": value, "loss/calibration": calibration, "loss/likelihood": likelihood}
+        return value, logp, metrics
 
     return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, axis=axis)
