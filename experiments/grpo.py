@@ -141,7 +141,7 @@ def main(
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
         )
 
-    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets)
+    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets, algorithm.group)
     tx, collect, step_fn = build(cfg, policy.config, models.stop_ids(policy), layout, train_step)
     refill = (
         layout.step(functools.partial(grpo_lib.refill, group=algorithm.group, cfg=algorithm)) if cfg.resample else None
