@@ -167,6 +167,7 @@ def main(
             text_rows=updates_a_step * cfg.text_batch if cfg.text else 0,
             text_length=cfg.text_length,
             peak=flops.peak(cfg.compute.dtype),
+            group=algorithm.group if cfg.compute.shares(cfg.prompt_length, cfg.max_new_tokens, algorithm.group) else 1,
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters
