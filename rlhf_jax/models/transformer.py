@@ -253,7 +253,8 @@ class Transformer(nn.Module):
         columns at a time. Of each `group` rows, whose `segment` is a mask, the prompt is computed once where that pays.
         """
         group = shared.rows(len(tokens), group)
-        if self.config.compute.shares(start + 1, tokens.shape[1] - 1 - start, group):
+        shares = self.config.compute.shares(start + 1, tokens.shape[1] - 1 - start, group)
+        if shares and not isinstance(segment, Tree):
             joined, tree = shared.fork(tokens[:, :-1], segment[:, :-1], start, group)
             hidden = self.hidden(joined, tree, None if keys is None else keys[::group], slice(start, None))
             hidden = hidden.reshape(len(tokens), -1, hidden.shape[-1])

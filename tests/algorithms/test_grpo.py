@@ -200,7 +200,7 @@ def test_ppo_without_value_or_lambda_is_a_policy_gradient_too():
 
 def on_shared_prompts() -> Rollout:
     """Two groups of eight responses of up to 5 tokens, to prompts of up to 6."""
-    tokens, mask = test_shared.rows_that_share(0, rows=16, group=8, prompt=6, answer=N)
+    tokens, mask = tiny.arrays(test_shared.rows_that_share(0, rows=16, group=8, prompt=6, answer=N))
     rng = np.random.default_rng(0)
     logp, _ = models.logprobs_fn(tiny.GPT)(tiny.policy(), tokens, mask, start=5)
     draw = lambda *shape: jnp.array(rng.normal(size=shape), jnp.float32)
@@ -220,23 +220,19 @@ def on_shared_prompts() -> Rollout:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "devices", "count", "buckets", "microbatches"),
-    [
-        (grpo, parallel.Config(), 1, 2, 2),
-        (rloo, parallel.Config(), 8, 1, 1),
-        (grpo, parallel.Config(fsdp=2, tensor=2), 4, 2, 1),
-    ],
-    ids=["parts", "pmap", "mesh"],
+    ("module", "devices", "buckets", "microbatches"),
+    [(rloo, parallel.Config(), 1, 2), (grpo, parallel.Config(fsdp=2), 2, 1)],
+    ids=["pmap", "mesh"],
 )
-def test_prompts_that_a_group_shares_change_nothing(module, devices, count, buckets, microbatches):
+def test_prompts_that_a_group_shares_change_nothing(module, devices, buckets, microbatches):
     """Two minibatches of a group each, on devices and parts that each have some of it."""
-    tx, found = optax.sgd(1.0), []
-    layout = parallel.layout(devices, jax.devices()[:count])
+    tx, found = optax.sgd(0.1), []
+    layout = parallel.layout(devices, jax.devices()[:2])
     for place, share, settings, parts in (
         (parallel.Pmap(jax.devices()[:1]), False, {}, 1),
         (layout, True, {"buckets": buckets}, microbatches),
     ):
-        cfg = module.Config(epochs=2, minibatches=2, group=8, whole_groups=True, entropy_coef=0.1, **settings)
+        cfg = module.Config(minibatches=2, group=8, whole_groups=True, entropy_coef=0.1, **settings)
         config = dataclasses.replace(tiny.GPT, compute=models.Compute(share_prompts=share))
         policy_fn = models.part("policy", models.logprobs_fn(config))
         step = functools.partial(module.train_step, policy_fn=policy_fn, tx=tx, cfg=cfg, microbatches=parts)

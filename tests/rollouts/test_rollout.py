@@ -66,13 +66,12 @@ def test_one_device_equals_eight(cfg):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "buckets"), [(1, 2), (8, 1)])
-def test_reference_and_reward_model_read_a_prompt_once(count, buckets):
-    """Eight devices have two answers each of a group of four."""
-    place, asked = parallel.layout(devices=jax.devices()[:count]), best_of_n.repeat(prompts(4), 4)
+def test_reference_and_reward_model_read_a_prompt_once():
+    """Of each group of four, in two buckets on each of two devices."""
+    place, asked = parallel.layout(devices=jax.devices()[:2]), best_of_n.repeat(prompts(4), 4)
     cfg = dataclasses.replace(CFG, group=4)
     found, programs = [], []
-    for share, parts in ((False, 1), (True, buckets)):
+    for share, parts in ((False, 1), (True, 2)):
         config = dataclasses.replace(tiny.GPT, compute=models.Compute(share_prompts=share))
         collect = rollout.collector(config, place, cfg, buckets=parts)
         judge = scores.scoring(config, EOS, 0.0, place, parts, group=4)
@@ -82,7 +81,7 @@ def test_reference_and_reward_model_read_a_prompt_once(count, buckets):
         sampled = collect(*rows)
         found.append(place.gather(judge(model, sampled)))
         program = str(jax.make_jaxpr(judge)(model, sampled)) + str(jax.make_jaxpr(collect)(*rows))
-        programs.append(f"f32[{16 // count // parts},9,16]" in program)  # hidden states of all columns of all rows
+        programs.append(f"f32[{8 // parts},9,16]" in program)  # hidden states of all columns of all rows
     tiny.assert_close(found[1], found[0], atol=2e-5)
     assert np.ptp(found[0].response_mask.sum(axis=1)) > 0
     assert programs == [True, False]
