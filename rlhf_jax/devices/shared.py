@@ -18,10 +18,9 @@ LEAST = 32  # columns of a prompt
 
 
 def worthwhile(prompt: int, answer: int, group: int) -> bool:
-    """Whether a prompt of so many columns is long enough to be computed once for a group of answers of so many.
+    """Whether a prompt of so many columns is computed once, unless settings say otherwise, for a group of answers.
 
-    It is if that saves a third of all columns. What is saved of a short prompt is little beside what a step takes
-    anyway.
+    It is if it has `LEAST` columns, and that saves a third of all columns.
     """
     return prompt >= LEAST and 3 * (prompt + group * answer) <= 2 * group * (prompt + answer)
 
