@@ -249,6 +249,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches of updates on one rollout, in one compiled call. `state` is from `updates.init`.
@@ -262,6 +263,7 @@ def train_step(
         loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg),
         totals=functools.partial(totals, cfg=cfg),
         live=live,
+        balance=balance,
     )
     state, update_metrics = updates.apply(
         state,

@@ -19,6 +19,20 @@ class RopeScaling(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts(Settings):
+    """A mixture of experts in place of each MLP; `d_ff` is the width of one expert."""
+
+    count: Count  # experts of a layer
+    active: Count  # of them that compute a token, those to which the router gives the highest probabilities
+    normalized: bool = True  # a token's experts are weighted by their shares of these; False: by the probabilities
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.active > self.count:
+            raise InputError(f"active={self.active} experts a token: expected at most count={self.count}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(Settings):
     """The architecture, and how it is computed; the defaults are GPT-2 small."""
 
@@ -34,6 +48,7 @@ class Config(Settings):
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"  # gelu is the tanh form
     bias: Literal["all", "qkv", "none"] = "all"  # which linear maps have one
+    experts: Experts | None = None  # None: each layer has one MLP
     tie_embeddings: bool = True  # the unembedding is the embedding
     scale_embedding: bool = False  # embeddings times sqrt(d_model)
     norm_eps: Positive = 1e-5

@@ -6,6 +6,7 @@ prompt), by `token_view` where one column is appended to a cache, by `appended_v
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ class View(struct.PyTreeNode):
     window_mask: Leaf  # [B, T, S] bool, those of them within the window; None without one
     segment: Any  # [B, T], see `types`, or a `Tree`
     keys: Leaf  # [B] dropout keys, or None to evaluate
+    balance: Leaf = None  # [2], see `experts.Mixture`; None to evaluate, and without experts
 
 
 def whole_view(
@@ -92,6 +94,11 @@ def appended_view(config: Config, column: Int[Array, "B"], columns: int, size: i
         segment=jnp.ones_like(position, bool),
         keys=None,
     )
+
+
+def real_tokens(segment: Int[Array, "B T"] | Bool[Array, "B T"] | Tree) -> Bool[Array, "B T"]:
+    """A mask of the tokens that are no padding."""
+    return (segment.reach if isinstance(segment, Tree) else segment) > 0
 
 
 def positions(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -207,6 +214,12 @@ class Linear(nn.Module):
         return y
 
 
+def activation(mlp: str) -> Callable[[Array], Array]:
+    """The nonlinearity of an MLP, from what its first projection yields: [..., F], or with a gate [..., 2, F]."""
+    nonlinearity = jax.nn.silu if mlp == "swiglu" else jax.nn.gelu  # its default is the tanh form
+    return nonlinearity if mlp == "gelu" else lambda x: nonlinearity(x[..., 0, :]) * x[..., 1, :]
+
+
 class MLP(nn.Module):
     """GELU in its tanh form, as GPT-2's, or SwiGLU or GeGLU with gate and input in one projection."""
 
@@ -217,7 +230,5 @@ class MLP(nn.Module):
         c = self.config
         gated, biased = c.mlp != "gelu", c.bias == "all"
         hidden = Linear(c, (c.d_model,), (2, c.d_ff) if gated else (c.d_ff,), 0.02, biased, name="up")(x)
-        nonlinearity = jax.nn.silu if c.mlp == "swiglu" else jax.nn.gelu  # its default is the tanh form
-        activate = lambda x: nonlinearity(x[..., 0, :]) * x[..., 1, :] if gated else nonlinearity(x)
-        hidden = recompute(activate)(hidden)
+        hidden = recompute(activation(c.mlp))(hidden)
         return Linear(c, (c.d_ff,), (c.d_model,), 0.02 / (2 * c.n_layers) ** 0.5, biased, name="down")(hidden)

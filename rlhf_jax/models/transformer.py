@@ -26,6 +26,7 @@ from rlhf_jax.logprobs import entropy, map_columns, token_logprobs
 from rlhf_jax.models import attention
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Compute, Config
+from rlhf_jax.models.experts import Mixture
 from rlhf_jax.models.layers import (
     ALL,
     MLP,
@@ -34,6 +35,7 @@ from rlhf_jax.models.layers import (
     View,
     appended_view,
     dropout,
+    real_tokens,
     soft_cap,
     take_columns,
     token_view,
@@ -61,7 +63,12 @@ class Block(nn.Module):
         if c.post_norm:
             mixed = Norm(c, name="post_norm_1")(mixed)
         x = take_columns(x, columns) + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
-        added = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
+        normed = Norm(c, name="norm_2")(x)
+        if c.experts is None:
+            added = MLP(c, name="mlp")(normed)
+        else:
+            mask = take_columns(real_tokens(view.segment), columns)
+            added = Mixture(c, name="mlp")(normed, mask, view.balance)
         if c.post_norm:
             added = Norm(c, name="post_norm_2")(added)
         x = x + dropout(added, view.keys, 2 * layer + 2, c.dropout)
@@ -106,6 +113,8 @@ class Transformer(nn.Module):
     ) -> Float[Array, "B N D"]:
         """Final hidden states at these columns; `keys` [B] turn residual dropout on."""
         view = whole_view(self.config, segment, rotary_table(tokens.shape[1], self.config), keys)
+        if self.config.experts is not None and self.has_variable("params", "balance"):
+            view = view.replace(balance=self.variables["params"]["balance"] / self.config.n_layers)
         x = self._embed(tokens, view)
         if not self.is_initializing() and unrolled(self.config, self.variables["params"]):
             layers = layers_of(self.variables["params"], self.config)
@@ -193,11 +202,14 @@ class Transformer(nn.Module):
     ) -> tuple[Array, Any]:
         """All blocks, one by one: the output at these columns, and the cache.
 
-        The last one computes these columns alone, unless that is no faster, as with a kernel, or takes dropout of all.
+        The last one computes these columns alone, unless that is no faster, as with a kernel, or takes dropout of all,
+        or a router to balance.
         """
         c, length = self.config, x.shape[1]
-        whole = (view.keys is not None and c.dropout > 0) or attention.kernel(
-            c, length, length, isinstance(view.segment, Tree)
+        whole = (
+            (view.keys is not None and c.dropout > 0)
+            or view.balance is not None
+            or attention.kernel(c, length, length, isinstance(view.segment, Tree))
         )
         of_last, afterwards = (ALL, columns) if whole else (columns, ALL)
         for layer, params in enumerate(layers):
