@@ -162,7 +162,7 @@ def forward(
     c = config
     width = c.n_heads * c.head_dim
     qkv = c.d_model * (width + 2 * c.n_kv_heads * c.head_dim)  # for every column, since others see its key and value
-    mlp = (2 if c.mlp == "gelu" else 3) * c.d_ff
+    mlp = (3 if c.gated else 2) * c.d_ff
     if c.experts is not None:  # those that compute a token, and the router
         mlp = c.experts.active * mlp + c.experts.count
     out_and_mlp = c.d_model * (width + mlp)

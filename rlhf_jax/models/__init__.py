@@ -1,6 +1,6 @@
 """Networks and model directories: `load`, `load_reward` and `save` are where to begin."""
 
-from rlhf_jax.models.config import PRESETS, Compute, Config, Experts, RopeScaling, gpt, llama, preset
+from rlhf_jax.models.config import PRESETS, Compute, Config, Experts, gpt, llama, preset
 from rlhf_jax.models.directory import (
     Model,
     check_length,
@@ -14,6 +14,7 @@ from rlhf_jax.models.directory import (
     tokenizer_of,
 )
 from rlhf_jax.models.experts import balance_weight
+from rlhf_jax.models.scaling import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from rlhf_jax.models.transformer import (
     Transformer,
     bind,
@@ -29,9 +30,12 @@ __all__ = [
     "Compute",
     "Config",
     "Experts",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongScaling",
     "Model",
-    "RopeScaling",
     "Transformer",
+    "YarnScaling",
     "balance_weight",
     "bind",
     "check_length",

@@ -155,12 +155,12 @@ class Experts(nn.Module):
     ) -> Float[Array, "B T D"]:
         c = self.config
         assert c.experts is not None
-        count, hidden = c.experts.count, (c.d_ff,) if c.mlp == "gelu" else (2, c.d_ff)
+        count, hidden = c.experts.count, (2, c.d_ff) if c.gated else (c.d_ff,)
         up = Bank((count, c.d_model, *hidden), 0.02, name="up")()
         down = Bank((count, c.d_ff, c.d_model), 0.02 / (2 * c.n_layers) ** 0.5, name="down")()
         up, down = jax.tree.map(lambda kernel: kernel.astype(x.dtype), (up, down))
         chosen = jnp.where(mask[..., None], chosen, count)  # padding goes to none
-        return _per_device(functools.partial(_compute, activate=recompute(activation(c.mlp))), count)(
+        return _per_device(functools.partial(_compute, activate=recompute(activation(c))), count)(
             x, weight, chosen, up, down
         )
 

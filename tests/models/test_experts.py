@@ -83,7 +83,7 @@ def one_by_one(x, weight, chosen, up, down):
 @pytest.mark.parametrize("compute", [experts.compute_sorted, experts.compute_all])
 def test_experts_compute_what_each_token_through_its_own_would(compute, adapted):
     x, weight, chosen, up, down = arguments(adapted)
-    compute = functools.partial(compute, activate=layers.activation("swiglu"))
+    compute = functools.partial(compute, activate=layers.activation(MIXTRAL))
     weigh = jnp.array(np.random.default_rng(1).normal(size=(TOKENS, WIDTH)), jnp.float32)
     value = lambda compute, x, weight, up, down: jnp.sum(compute(x, weight, chosen, up, down) * weigh)
     found = jax.value_and_grad(jax.jit(functools.partial(value, compute)), argnums=(0, 1, 2, 3))(x, weight, up, down)
@@ -102,7 +102,7 @@ def test_rows_of_no_expert_reach_nothing(monkeypatch):
 
     x, weight, chosen, up, down = arguments()
     value = lambda x, weight, up, down: jnp.sum(
-        experts.compute_sorted(x, weight, chosen, up, down, layers.activation("swiglu"))
+        experts.compute_sorted(x, weight, chosen, up, down, layers.activation(MIXTRAL))
     )
     clean = jax.value_and_grad(value, argnums=(0, 1, 2, 3))(x, weight, up, down)
     monkeypatch.setattr(jax.lax, "ragged_dot", littered)
@@ -163,10 +163,12 @@ def test_adapters_of_experts_begin_as_nothing_and_merge():
 def test_a_token_has_no_more_experts_than_there_are():
     with pytest.raises(InputError, match="active=3 experts a token: expected at most count=2"):
         models.Experts(count=2, active=3)
+    with pytest.raises(InputError, match="bias=all: experts have no biases, expected one of attention, qkv, none"):
+        dataclasses.replace(tiny.GPT, experts=models.Experts(count=3, active=1))
 
 
 @pytest.mark.slow
 def test_plain_experts_have_no_gate():
-    config = dataclasses.replace(tiny.GPT, experts=models.Experts(count=3, active=1))
+    config = dataclasses.replace(tiny.GPT, bias="attention", experts=models.Experts(count=3, active=1))
     apply = jax.jit(models.bind(models.Transformer(config)))
     assert np.isfinite(apply(tiny.policy(config), *TEXT)).all()
