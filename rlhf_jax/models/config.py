@@ -149,6 +149,24 @@ PRESETS: dict[str, Config] = {
     "gpt3-175b": gpt(96, 12288, 96, max_length=2048),
     "llama3-8b": llama(32, 4096, 32, 8, 14336, vocab_size=128256, max_length=8192, rope_theta=5e5),
     "llama3-70b": llama(80, 8192, 64, 8, 28672, vocab_size=128256, max_length=8192, rope_theta=5e5),
+    "mixtral-micro": llama(1, 32, 2, 1, 44, vocab_size=512, max_length=128, experts=Experts(count=4, active=2)),
+    "mixtral-8x7b": llama(
+        *(32, 4096, 32, 8, 14336),
+        vocab_size=32000,
+        max_length=32768,
+        rope_theta=1e6,
+        experts=Experts(count=8, active=2),
+    ),
+    "qwen3-30b-a3b": llama(
+        *(48, 2048, 32, 4, 768),
+        vocab_size=151936,
+        max_length=40960,
+        head_dim=128,
+        norm_eps=1e-6,
+        qk_norm="head",
+        rope_theta=1e6,
+        experts=Experts(count=128, active=8),
+    ),
 }
 
 

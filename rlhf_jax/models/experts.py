@@ -1,9 +1,9 @@
 """A mixture of experts in place of an MLP (arXiv:1701.06538): a router sends each token to a few of many experts.
 
-No token is dropped, whatever the router does, and all shapes are static. On a TPU or GPU the pairs of a token and an
-expert are sorted by expert and multiplied group by group (`ragged_dot`), so that only these are computed; elsewhere
-every expert computes every token, and what was not asked for gets the weight 0. On a mesh each device of the axis
-"tensor" holds some of the experts, and computes these for the tokens of its rows; the results are summed.
+No token is dropped, whatever the router does, and all shapes are static. On a TPU the pairs of a token and an expert
+are sorted by expert and multiplied group by group (`ragged_dot`), so that only these are computed. Elsewhere XLA has no
+such product, and every expert computes every token; what was not asked for gets the weight 0. On a mesh each device of
+the axis "tensor" holds some of the experts, and computes these for the tokens of its rows; the results are summed.
 
 A router left to itself comes to send all tokens to the same few experts, so training adds a `balance_loss`, see
 `algorithms.balance`.
@@ -168,7 +168,7 @@ class Experts(nn.Module):
 def _compute(
     x: Float[Array, "B T D"], weight: Array, chosen: Array, up: Params, down: Params, *, activate: Callable
 ) -> Float[Array, "B T D"]:
-    compute = compute_sorted if parallel.platform() in ("tpu", "gpu") else compute_all
+    compute = compute_sorted if parallel.platform() == "tpu" else compute_all
     flat = lambda part: part.reshape(-1, part.shape[-1])
     return compute(flat(x), flat(weight), flat(chosen), up, down, activate).reshape(x.shape)
 

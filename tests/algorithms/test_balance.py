@@ -12,7 +12,7 @@ import pytest
 from rlhf_jax import models
 from rlhf_jax.algorithms import balance, dpo, optim, ppo, reward, sft, updates
 from rlhf_jax.devices import parallel
-from rlhf_jax.models import experts, heads, lora
+from rlhf_jax.models import experts, heads, layers, lora, rope, transformer
 from tests import tiny
 from tests.algorithms import test_dpo, test_ppo, test_reward, test_sft
 
@@ -31,28 +31,32 @@ def test_the_weight_lies_beside_the_layers_of_each_network():
     np.testing.assert_array_equal(attached["policy"]["balance"], [0.125, 0.0])
     np.testing.assert_array_equal(attached["critic"]["trunk"]["balance"], [0.125, 0.0])
     assert attached["head"] == params["head"]
-    grads, metrics = balance.detach(attached | {"policy": policy | {"balance": jnp.array([3.0, 2.0])}})
+    attached["policy"]["balance"] = jnp.array([3.0, 2.0])
+    attached["critic"]["trunk"]["balance"] = jnp.zeros(2)
+    grads, metrics = balance.detach(attached)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     assert metrics == {"loss/balance/policy": 1.5, "loss/balance/critic": 0.0}
     assert balance.detach(balance.attach(policy, 1.0, 1, None))[1].keys() == {"loss/balance"}
 
 
+@jax.jit
 def by_hand(params, rows):
     """The mean of each router's loss, from what goes into the routers."""
-    module = models.Transformer(dataclasses.replace(CONFIG, compute=models.Compute(unroll=True)))
-    _, seen = module.apply(
-        {"params": params},
-        rows.tokens,
-        rows.segment,
-        capture_intermediates=lambda module, _: module.name == "router",
-        mutable=["intermediates"],
-    )
-    losses = []
-    for logits in jax.tree.leaves(seen):
-        for layer in logits if logits.ndim == 4 else [logits]:
-            probability = jax.nn.softmax(layer)
-            chosen = jax.lax.top_k(probability, CONFIG.experts.active)[1]
-            losses.append(experts.balance_loss(probability, chosen, rows.segment > 0))
+    view = layers.whole_view(CONFIG, rows.segment, rope.rotary_table(rows.tokens.shape[1], CONFIG))
+    x, losses = params["embedding"][rows.tokens], []
+    for n, layer in enumerate(transformer.layers_of(params, CONFIG)):
+        ((x, _), _), seen = transformer.Block(CONFIG).apply(
+            {"params": layer},
+            (x, None),
+            n,
+            view,
+            capture_intermediates=lambda module, _: module.name == "router",
+            mutable=["intermediates"],
+        )
+        (logits,) = seen["intermediates"]["mlp"]["router"]["__call__"]
+        probability = jax.nn.softmax(logits)
+        chosen = jax.lax.top_k(probability, CONFIG.experts.active)[1]
+        losses.append(experts.balance_loss(probability, chosen, rows.segment > 0))
     return jnp.mean(jnp.array(losses))
 
 
@@ -115,11 +119,12 @@ def test_one_device_and_its_micro_batches_equal_eight_and_experts_that_are_sprea
     monkeypatch.setattr(experts, "compute_all", experts.compute_sorted)
     step, state, rows = STEPS[name]()
     expected = placed(ONE, step, state, rows, microbatches=4)
-    assert 0.9 < expected[1]["loss/balance"] < 4
+    assert 0.3 < expected[1]["loss/balance"] < 4
     for layout in OTHERS:
         tiny.assert_close(placed(layout, step, state, rows), expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_reference_has_no_part_in_it():
     rows, other = test_dpo.batch(0), tiny.policy(CONFIG, seed=3)
     step = functools.partial(dpo.train_step, logprobs_fn=LOGPROBS, tx=TX, cfg=dpo.Config())
@@ -127,9 +132,10 @@ def test_a_reference_has_no_part_in_it():
     _, metrics = jax.jit(functools.partial(step, balance=WEIGHT))(state, rows, other)
     flat = rows.tokens.reshape(-1, rows.tokens.shape[2]), rows.mask.reshape(-1, rows.mask.shape[2])
     texts = test_sft.Tokens(tokens=flat[0], segment=flat[1].astype(int), target=flat[1])
-    np.testing.assert_allclose(metrics["loss/balance"], jax.jit(by_hand)(PARAMS, texts), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/balance"], by_hand(PARAMS, texts), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_learn_it_through_a_frozen_router():
     cfg = lora.Config(rank=2, kernels=("qkv",))
     trained, base = lora.split(PARAMS, cfg, jax.random.key(1))
@@ -140,6 +146,7 @@ def test_adapters_learn_it_through_a_frozen_router():
     assert jax.tree.structure(state.params) == jax.tree.structure(trained) and metrics["loss/balance"] > 0.9
 
 
+@pytest.mark.slow
 def test_ppo_balances_policy_and_critic():
     """The policy reads the responses and the pretraining text; a critic on its trunk adds nothing."""
     critics = {
@@ -161,7 +168,7 @@ def test_ppo_balances_policy_and_critic():
         state = ppo.init({"policy": PARAMS, "critic": critic}, ppo.optimizer(TX, TX), cfg, jax.random.key(0))
         text = test_ppo.text(0, 1)
         _, metrics = jax.jit(step)(state, rollout, text)
-        of_policy = [jax.jit(by_hand)(PARAMS, x) for x in (texts, jax.tree.map(lambda x: x[0], text))]
+        of_policy = [by_hand(PARAMS, x) for x in (texts, jax.tree.map(lambda x: x[0], text))]
         np.testing.assert_allclose(metrics["loss/balance/policy"], np.mean(of_policy), rtol=1e-5)
         assert ("loss/balance/critic" in metrics) == (name == "separate")
         assert metrics.keys() >= {"grad_norm/policy", "grad_norm/critic"}
@@ -174,15 +181,16 @@ def test_models_without_experts_have_none():
     assert updates.ratio_limits("float32", routed=True) == {}
 
 
+@pytest.mark.slow
 def test_training_spreads_the_load():
     """All tokens begin with the same experts, which the loss alone changes."""
     skewed = jax.tree.map(lambda x: x, PARAMS)
     router = skewed["blocks"]["mlp"]["router"]
     router["kernel"] = 0.02 * router["kernel"]
     found = {}
-    for weight in (0.0, 30.0):
+    for weight in (1e-9, 3.0):
         params = skewed
         for seed in range(6):
             params, metrics = tuned(params, test_sft.batch(seed), weight)
         found[weight] = float(metrics["loss/balance"])
-    assert found[30.0] < found[0.0]
+    assert found[3.0] < found[1e-9]

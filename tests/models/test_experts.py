@@ -1,14 +1,18 @@
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from rlhf_jax import models
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import experts, layers, lora
+from rlhf_jax.rollouts import sampling
 from rlhf_jax.types import InputError
 from tests import tiny
 
@@ -117,7 +121,7 @@ def on_sorted(monkeypatch):
     monkeypatch.setattr(experts, "compute_all", experts.compute_sorted)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe"])
 def test_a_mesh_whose_devices_have_some_experts_each_says_and_learns_the_same(name, monkeypatch):
     config = tiny.CONFIGS[name]
     logprobs_fn = models.logprobs_fn(config)
@@ -131,7 +135,7 @@ def test_a_mesh_whose_devices_have_some_experts_each_says_and_learns_the_same(na
     place = parallel.layout(parallel.Config(data=2, fsdp=2, tensor=2))
     params = place.state(tiny.policy(config))
     held = params["blocks"]["mlp"]["experts"]["up"]["kernel"]
-    assert held.addressable_data(0).shape == (2, config.experts.count // 2, 8, 2, 10)
+    assert held.addressable_data(0).shape == (2, config.experts.count // 2, 8, 2, 12)
     spread_grads, spread = place.step(lambda params, rows, axis: read(params, rows))(params, place.rows(TEXT))
     np.testing.assert_allclose(spread, logp, atol=1e-5)
     tiny.assert_close(spread_grads, grads, atol=1e-4)
@@ -149,7 +153,7 @@ def test_adapters_of_experts_begin_as_nothing_and_merge():
     cfg = lora.Config(rank=3, alpha=4.5)
     trained, base = lora.split(tiny.policy(MIXTRAL), cfg, jax.random.key(1))
     up = trained["blocks"]["mlp"]["experts"]["up"]
-    assert up["kernel_a"].shape == (2, 4, 16, 3) and up["kernel_b"].shape == (2, 4, 3, 20)
+    assert up["kernel_a"].shape == (2, 4, 16, 3) and up["kernel_b"].shape == (2, 4, 3, 24)
     assert "router" not in trained["blocks"]["mlp"]
     apply = jax.jit(models.bind(models.Transformer(MIXTRAL)))
     np.testing.assert_allclose(
@@ -172,3 +176,104 @@ def test_plain_experts_have_no_gate():
     config = dataclasses.replace(tiny.GPT, bias="attention", experts=models.Experts(count=3, active=1))
     apply = jax.jit(models.bind(models.Transformer(config)))
     assert np.isfinite(apply(tiny.policy(config), *TEXT)).all()
+
+
+# Model directories ----------------------------------------------------------------------------------------------------
+
+
+def published(shared, name, config, directory):
+    """A copy of an oracle with either of its configs."""
+    source = shared / "oracles" / "hf2" / name
+    shutil.copy(source / "model.safetensors", directory)
+    shutil.copy(source / config, directory / "config.json")
+    return directory, np.load(source / "expected.npz")
+
+
+def assert_kept(loaded, load, path, saved):
+    """What was loaded from `path` is written as it is there, and read again."""
+    models.save(loaded, loaded.params, saved)
+    theirs, ours = (safetensors.numpy.load_file(at / "model.safetensors") for at in (path, saved))
+    assert ours.keys() == theirs.keys()
+    for tensor, value in theirs.items():
+        assert ours[tensor].dtype == value.dtype and ours[tensor].tobytes() == value.tobytes(), tensor
+    assert load(saved).config == loaded.config
+    before, after = (json.loads((at / "config.json").read_text()) for at in (path, saved))
+    assert before["model_type"] == after["model_type"] and before["architectures"] == after["architectures"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_published_layouts_oracle(name, shared, tmp_path):
+    path, expected = published(shared, name, "config_v4.json", tmp_path)
+    old = models.load(path)
+    shutil.copy(shared / "oracles" / "hf2" / name / "config.json", path)
+    loaded = models.load(path)
+    assert old.config == loaded.config
+    tokens, mask = jnp.array(expected["input_ids"], jnp.int32), jnp.array(expected["attention_mask"], bool)
+    logits = np.asarray(jax.jit(loaded.apply)(loaded.params, tokens, mask))
+    np.testing.assert_allclose(logits[np.asarray(mask)], expected["logits"], rtol=0, atol=3e-4)
+    prompt = jnp.array(expected["greedy_prompt_ids"], jnp.int32)
+    mask = jnp.arange(prompt.shape[1])[None] < jnp.array(expected["greedy_prompt_length"])[:, None]
+    cfg = sampling.Config(max_new_tokens=12, temperature=0.0)
+    sample = sampling.generate(loaded, loaded.params, prompt, mask, jax.random.key(0), cfg)
+    np.testing.assert_array_equal(sample.tokens, expected["greedy_tokens"])
+    assert_kept(loaded, models.load, path, tmp_path / "saved")
+
+
+def test_a_published_reward_model_oracle(shared, tmp_path, monkeypatch):
+    path, expected = published(shared, "qwen3_moe_reward", "config.json", tmp_path)
+    loaded = models.load_reward(path)
+    tokens, mask = jnp.array(expected["input_ids"], jnp.int32), jnp.array(expected["attention_mask"], bool)
+    for in_groups in (False, True):
+        if in_groups:
+            on_sorted(monkeypatch)
+        score = jax.jit(lambda *args: loaded.apply(*args))(loaded.params, tokens, mask)
+        np.testing.assert_allclose(score, expected["scores"], rtol=0, atol=3e-4)
+    assert_kept(loaded, models.load_reward, path, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_local_experts": 3}, r"tensors that its config.json does not ask for \(.*experts.3.w1.weight"),
+        ({"num_local_experts": 5}, r"no tensor 'model.layers.0.block_sparse_moe.experts.4.w2.weight'"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5: expected at most the number of experts, 4"),
+        ({"num_experts_per_tok": 0}, r"num_experts_per_tok=0: expected a whole number from 1 to 2\^31 - 1"),
+        (
+            {"intermediate_size": 11},
+            r"experts.0.w2.weight \[16, 12\] does not fit config.json, which asks for \[16, 11\]",
+        ),
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported: expected 0.0"),
+    ],
+    ids=str,
+)
+def test_a_config_that_its_tensors_do_not_fit_is_refused_by_name(change, said, tmp_path):
+    models.save(models.Model(MIXTRAL, tiny.policy(MIXTRAL), None, lambda: None), tiny.policy(MIXTRAL), tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=said):
+        models.load(tmp_path / "m")
+
+
+def test_a_router_of_another_size_is_refused_by_name(tmp_path):
+    models.save(models.Model(MIXTRAL, tiny.policy(MIXTRAL), None, lambda: None), tiny.policy(MIXTRAL), tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file(tensors | {name: np.zeros((5, 16), np.float32)}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{name} \[5, 16\] does not fit config.json, which asks for \[4, 16\]"):
+        models.load(tmp_path / "m")
+
+
+def test_layers_without_experts_among_others_are_refused_by_name(tmp_path):
+    config = tiny.CONFIGS["qwen3_moe"]
+    models.save(models.Model(config, tiny.policy(config), None, lambda: None), tiny.policy(config), tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    for change in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
+        written = json.loads(file.read_text())
+        file.write_text(json.dumps(written | change))
+        ((name, value),) = change.items()
+        with pytest.raises(InputError) as error:
+            models.load(tmp_path / "m")
+        assert f"{name}={value} is not supported: expected " in str(error.value)
+        file.write_text(json.dumps(written))
