@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.types import Metrics, Params
 
-LEAF = "balance"  # [2]: the weight, and 0; by the second, the derivative is how often the first counted
+LEAF = "balance"  # [2]: the weight, and 0, by which the derivative is the share of rows that are not all padding
 LAYERS = "blocks"  # what a network with layers has
 
 
@@ -46,7 +46,7 @@ def detach(grads: Params) -> tuple[Params, Metrics]:
     """The gradients without those by the weights, and the loss of each network that has one.
 
     The metric is "loss/balance", or "loss/balance/policy" where the network is one of several. It is the mean over
-    routers, and 1 where all experts are equally loaded.
+    routers and rows that are not all padding, and 1 where all experts are equally loaded.
     """
     metrics: Metrics = {}
 

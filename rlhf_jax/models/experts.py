@@ -174,7 +174,7 @@ def _compute(
 
 
 def _per_device(compute: Callable[..., Array], count: int) -> Callable[..., Array]:
-    """`compute`, on a mesh by each device for its own rows and experts; of `count` experts, all where they are odd."""
+    """`compute`, on a mesh by each device for its own rows and experts: all of `count` where these do not divide."""
     if not parallel.has_mesh():
         return compute
 
@@ -215,5 +215,5 @@ class Mixture(nn.Module):
         y = Experts(c, name="experts")(x, weight, chosen, mask)
         if balance is None:
             return y
-        loss = balance_loss(probability, chosen, mask)
-        return with_loss(y, balance[0] * loss + balance[1])
+        loss, real = balance_loss(probability, chosen, mask), jnp.mean(jnp.any(mask, axis=1))
+        return with_loss(y, balance[0] * loss + balance[1] * real)

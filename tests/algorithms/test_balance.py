@@ -60,6 +60,11 @@ def by_hand(params, rows):
     return jnp.mean(jnp.array(losses))
 
 
+def metric(params, rows):
+    """The mean over rows that are not all padding."""
+    return by_hand(params, rows) / jnp.mean(jnp.any(rows.segment > 0, axis=1))
+
+
 @functools.partial(jax.jit, static_argnames=("weight", "unroll"))
 def tuned(params, rows, weight, unroll=None):
     config = dataclasses.replace(CONFIG, compute=models.Compute(unroll=unroll))
@@ -119,7 +124,7 @@ def test_one_device_and_its_micro_batches_equal_eight_and_experts_that_are_sprea
     monkeypatch.setattr(experts, "compute_all", experts.compute_sorted)
     step, state, rows = STEPS[name]()
     expected = placed(ONE, step, state, rows, microbatches=4)
-    assert 0.3 < expected[1]["loss/balance"] < 4
+    assert 0.9 < expected[1]["loss/balance"] < 4
     for layout in OTHERS:
         tiny.assert_close(placed(layout, step, state, rows), expected, atol=2e-5)
 
@@ -132,7 +137,7 @@ def test_a_reference_has_no_part_in_it():
     _, metrics = jax.jit(functools.partial(step, balance=WEIGHT))(state, rows, other)
     flat = rows.tokens.reshape(-1, rows.tokens.shape[2]), rows.mask.reshape(-1, rows.mask.shape[2])
     texts = test_sft.Tokens(tokens=flat[0], segment=flat[1].astype(int), target=flat[1])
-    np.testing.assert_allclose(metrics["loss/balance"], by_hand(PARAMS, texts), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/balance"], metric(PARAMS, texts), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -168,7 +173,7 @@ def test_ppo_balances_policy_and_critic():
         state = ppo.init({"policy": PARAMS, "critic": critic}, ppo.optimizer(TX, TX), cfg, jax.random.key(0))
         text = test_ppo.text(0, 1)
         _, metrics = jax.jit(step)(state, rollout, text)
-        of_policy = [by_hand(PARAMS, x) for x in (texts, jax.tree.map(lambda x: x[0], text))]
+        of_policy = [metric(PARAMS, x) for x in (texts, jax.tree.map(lambda x: x[0], text))]
         np.testing.assert_allclose(metrics["loss/balance/policy"], np.mean(of_policy), rtol=1e-5)
         assert ("loss/balance/critic" in metrics) == (name == "separate")
         assert metrics.keys() >= {"grad_norm/policy", "grad_norm/critic"}
