@@ -91,6 +91,7 @@ def build(
             tx=tx,
             cfg=algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config),
         ),
     )
     sampled = sampling.Config(
@@ -157,7 +158,7 @@ def main(
     key = layout.state(named_key(cfg.seed, "grpo/sampling"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
-        at_most={"ratio/first_error": updates.RATIO_ERROR[cfg.compute.dtype]},
+        at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
         derive=rates.Rates(
             policy=policy.config,
             critic=None,

@@ -36,7 +36,7 @@ WITH_PEOPLE = {"db", "data", "overlap", "enough", "round"}  # settings of `rank`
 ASKED = {
     sources: ["rows"],
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
-    models: ["load", "load_reward", "logprobs_fn", "preset", "tokenizer_of"],
+    models: ["load", "load_reward", "logprobs_fn", "preset", "tokenizer_of", "balance_weight"],
     heads: ["critic", "shared_critic", "score_fn"],
     mixture: ["open_mixture", "Sizes"],
     probe: ["prepare"],
