@@ -116,6 +116,7 @@ PRESETS: dict[str, Config] = {
     "gpt3-6.7b": gpt(32, 4096, 32, max_length=2048),
     "gpt3-13b": gpt(40, 5120, 40, max_length=2048),  # the table has 5140, which 40 heads of 128 are not
     "gpt3-175b": gpt(96, 12288, 96, max_length=2048),
+    "deepseek-7b": llama(30, 4096, 32, 32, 11008, vocab_size=102400, max_length=4096),
     "llama3-8b": llama(32, 4096, 32, 8, 14336, vocab_size=128256, max_length=8192, rope_theta=5e5),
     "llama3-70b": llama(80, 8192, 64, 8, 28672, vocab_size=128256, max_length=8192, rope_theta=5e5),
 }
