@@ -136,7 +136,7 @@ def forward(
     c = config
     width = c.n_heads * c.head_dim
     qkv = c.d_model * (width + 2 * c.n_kv_heads * c.head_dim)  # for every column, since others see its key and value
-    out_and_mlp = c.d_model * (width + (2 if c.mlp == "gelu" else 3) * c.d_ff)
+    out_and_mlp = c.d_model * (width + (3 if c.gated else 2) * c.d_ff)
     # The term in `width` is query . key and weights . value over the columns that each one sees.
     layer = lambda read: columns * qkv + read * (out_and_mlp + width * (2 * columns - read + 1))
     unembedding = read * c.d_model * c.vocab_size if logits else 0

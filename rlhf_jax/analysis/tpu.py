@@ -240,7 +240,7 @@ def train_bytes(
     tokens = rows * columns / parts  # on a chip
     gradient = 4 * models.parameter_count(c) / (mesh["fsdp"] * tensor) * (1 if microbatches == 1 else 2)
     query, both = c.n_heads * c.head_dim, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
-    gates = 1 if c.mlp == "gelu" else 2
+    gates = 2 if c.gated else 1
     weights = c.d_model * (both + query + (gates + 1) * c.d_ff) / tensor
     activations = 5 * c.d_model + (both + query + (gates + 1) * c.d_ff) / tensor  # of a token
     vocabulary = c.vocab_size / (1 if c.vocab_size % tensor else tensor)

@@ -7,6 +7,7 @@ prompt), by `token_view` where one column is appended to a cache, by `continued_
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class View(struct.PyTreeNode):
     """The masks and positions that every layer needs, of T columns that are computed and S that they may attend to."""
 
     position: Leaf  # [B, T] int32, within the document; arbitrary at padding
-    rotation: Any  # `rope.Rotation` of these positions; None without RoPE
+    rotation: Any  # `rope.Rotations` of these positions; None without RoPE
     mask: Leaf  # [B, T, S] bool, the columns that a token attends to
     window_mask: Leaf  # [B, T, S] bool, those of them within the window; None without one
     segment: Any  # [B, T], see `types`, or a `Tree`
@@ -44,7 +45,7 @@ class View(struct.PyTreeNode):
 def whole_view(
     config: Config,
     segment: Int[Array, "B T"] | Bool[Array, "B T"] | Tree,
-    table: rope.Table | None,
+    table: rope.Rotations | None,
     keys: Array | None = None,
 ) -> View:
     """The view of T columns that attend to each other alone."""
@@ -63,7 +64,7 @@ def whole_view(
     )
 
 
-def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Table | None) -> View:
+def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Rotations | None) -> View:
     """The view of each row's last real token, which attends to all the real columns of a cache with this mask."""
     position = jnp.sum(mask, axis=1, dtype=jnp.int32, keepdims=True) - 1
     attended = mask[:, None, :]
@@ -78,7 +79,7 @@ def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Table | Non
 
 
 def continued_view(
-    config: Config, mask: Bool[Array, "B S"], column: Int[Array, ""], columns: int, table: rope.Table | None
+    config: Config, mask: Bool[Array, "B S"], column: Int[Array, ""], columns: int, table: rope.Rotations | None
 ) -> View:
     """The view of so many columns from `column` on, which attend to all the real ones up to themselves of a cache with
     this mask; each row has a real one before them."""
@@ -95,7 +96,9 @@ def continued_view(
     )
 
 
-def appended_view(config: Config, column: Int[Array, "B"], columns: int, size: int, table: rope.Table | None) -> View:
+def appended_view(
+    config: Config, column: Int[Array, "B"], columns: int, size: int, table: rope.Rotations | None
+) -> View:
     """The view of so many columns of each row from its `column` on, in a cache `by_row` of this size.
 
     A row's columns are its tokens, so a column is a position; one beyond the cache, which nothing reads, gets the last.
@@ -165,22 +168,24 @@ recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm of [B, T, ..., D] over the last axis, in float32."""
+    """LayerNorm or RMSNorm of [B, T, ..., D] over the last axis, or the last `axes` together, in float32."""
 
     config: Config
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        c = self.config
-        features = (1,) * (x.ndim - 1) + x.shape[-1:]
-        scale = self.param("scale", nn.initializers.zeros if c.unit_offset else nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if c.norm == "layernorm" else None
+        c, over = self.config, tuple(range(-self.axes, 0))
+        shape = x.shape[-self.axes :]
+        features = (1,) * (x.ndim - self.axes) + shape
+        scale = self.param("scale", nn.initializers.zeros if c.unit_offset else nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape) if c.norm == "layernorm" else None
 
         def normalize(x: Array, scale: Array, bias: Array | None) -> Array:
             x = x.astype(jnp.float32)
             if bias is not None:
-                x = x - jnp.mean(x, axis=-1, keepdims=True)
-            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
+                x = x - jnp.mean(x, axis=over, keepdims=True)
+            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=over, keepdims=True) + c.norm_eps)
             scale = scale.astype(jnp.float32)  # 1 + w in bfloat16 would lose most of w
             x = x * (scale + 1.0 if c.unit_offset else scale).reshape(features)
             if bias is not None:
@@ -229,17 +234,26 @@ class Linear(nn.Module):
         return y
 
 
+# jax's GELU is the tanh form, by default.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+}
+
+
 class MLP(nn.Module):
-    """GELU in its tanh form, as GPT-2's, or SwiGLU or GeGLU with gate and input in one projection."""
+    """A nonlinearity between two projections or, where it is gated, times one of two, which lie in one matrix."""
 
     config: Config
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        gated, biased = c.mlp != "gelu", c.bias == "all"
+        gated, biased, nonlinearity = c.gated, c.bias in ("all", "mlp"), ACTIVATIONS[c.mlp]
         hidden = Linear(c, (c.d_model,), (2, c.d_ff) if gated else (c.d_ff,), 0.02, biased, name="up")(x)
-        nonlinearity = jax.nn.silu if c.mlp == "swiglu" else jax.nn.gelu  # its default is the tanh form
         activate = lambda x: nonlinearity(x[..., 0, :]) * x[..., 1, :] if gated else nonlinearity(x)
         hidden = recompute(activate)(hidden)
         return Linear(c, (c.d_ff,), (c.d_model,), 0.02 / (2 * c.n_layers) ** 0.5, biased, name="down")(hidden)

@@ -1,4 +1,4 @@
-"""The decoder-only Transformer. GPT-2, Llama, Mistral, Qwen and Gemma 2 are settings of one block.
+"""The decoder-only Transformer. Every family of `families` is settings of one block.
 
 The parameters of the layers are stacked on a leading axis [L], for one scan over them; where the layers are unrolled,
 each takes its slice. Query heads lie beside the key and value head that they share: one fused projection yields
@@ -47,7 +47,7 @@ LAST = slice(-1, None)  # the last column of each row
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP: one layer, which yields the residual stream at `columns` and the cache."""
+    """Attention and MLP: one layer, which yields the residual stream at `columns` and the cache."""
 
     config: Config
 
@@ -57,12 +57,14 @@ class Block(nn.Module):
     ) -> tuple[tuple, None]:
         c = self.config
         x, cache = carry
-        normed = Norm(c, name="norm_1")(x)
+        normed = Norm(c, name="norm_1")(x) if c.pre_norm else x
         mixed, cache = attention.Attention(c, name="attention")(normed, layer, view, cache, columns)
         if c.post_norm:
             mixed = Norm(c, name="post_norm_1")(mixed)
-        x = take_columns(x, columns) + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
-        added = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
+        before = take_columns(x, columns)
+        x = before + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
+        read = before if c.parallel_residual else x
+        added = MLP(c, name="mlp")(Norm(c, name="norm_2")(read) if c.pre_norm else read)
         if c.post_norm:
             added = Norm(c, name="post_norm_2")(added)
         x = x + dropout(added, view.keys, 2 * layer + 2, c.dropout)
@@ -83,7 +85,7 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (c.vocab_size, c.d_model))
         if c.position == "learned":
-            self.position_table = self.param("positions", init, (c.max_length, c.d_model))
+            self.position_table = self.param("positions", init, (c.position_offset + c.max_length, c.d_model))
         if not c.tie_embeddings:
             self.unembedding = self.param("unembedding", init, (c.vocab_size, c.d_model))
         block = Block
@@ -192,7 +194,8 @@ class Transformer(nn.Module):
         if c.position == "learned":
             if tokens.shape[1] > c.max_length and not isinstance(view.segment, Tree):  # which is wider than it is deep
                 raise InputError(f"{tokens.shape[1]} columns exceed the model's context of {c.max_length}")
-            x = x + self.position_table[view.position]
+            row = view.position + c.position_offset if c.position_offset else view.position
+            x = x + self.position_table[row]
         x = dropout(x.astype(c.compute.dtype), view.keys, 0, c.dropout)
         return parallel.constrain(x, parallel.ROWS, "tensor")
 

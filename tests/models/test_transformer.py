@@ -289,13 +289,13 @@ SETTINGS = {
     "query_size": 5,
     "attention_cap": 0.1,
     "logit_cap": 0.1,
-    "qk_norm": True,
+    "qk_norm": "head",
     "post_norm": True,
     "unit_offset": True,
     "scale_embedding": True,
     "mlp": "geglu",
     "bias": "qkv",
-    "rope_scaling": models.RopeScaling(factor=2.0, low=0.5, high=1.0, original_length=24),
+    "rope_scaling": models.Llama3Scaling(factor=2.0, low=0.5, high=1.0, original_length=24),
     "rope_theta": 50.0,
     "norm_eps": 0.1,
 }
@@ -323,15 +323,17 @@ def test_a_window_is_as_wide_as_it_says():
 
 def test_llama_3_scales_the_long_wavelengths():
     # Turns over the original 16 tokens: 16 f / (2 pi). From 4 on f stays, up to 1 it is f / 8, between it slides.
-    scaling = models.RopeScaling(factor=8.0, low=1.0, high=4.0, original_length=16)
+    scaling = models.Llama3Scaling(factor=8.0, low=1.0, high=4.0, original_length=16)
     config = dataclasses.replace(tiny.LLAMA, head_dim=8, rope_theta=16.0)
-    plain = rope.frequencies(config)
+    plain = rope.frequencies(config, 24)
     np.testing.assert_allclose(plain, [1.0, 0.5, 0.25, 0.125])
     kept = (16 / (2 * np.pi) - 1) / 3
     expected = [kept + (1 - kept) / 8, None, 0.25 / 8, 0.125 / 8]
     half = (8 / (2 * np.pi) - 1) / 3
     expected[1] = 0.5 * (half + (1 - half) / 8)
-    np.testing.assert_allclose(rope.frequencies(dataclasses.replace(config, rope_scaling=scaling)), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        rope.frequencies(dataclasses.replace(config, rope_scaling=scaling), 24), expected, rtol=1e-6
+    )
 
 
 def test_dropout_depends_on_the_rows_key_alone():
