@@ -41,10 +41,12 @@ RECIPES = {  # stages, by the slice on which their train steps are compiled
     "v5e:2x4": (
         *(f"tldr_stiennon2020:{stage}-1.3b" for stage in ("sft", "reward", "ppo")),
         *(f"instructgpt:{stage}-1.3b" for stage in ("sft", "init")),
+        *(f"tldr_huang2024:{stage}-1b" for stage in ("sft", "reward", "ppo")),
         *(f"ziegler2019:{stage}" for stage in ("reward-books", "ppo-books", "reward-tldr", "ppo-tldr")),
     ),
     "v5p:2x2x2": (
         *(f"tldr_stiennon2020:{stage}-6.7b" for stage in ("sft", "reward", "ppo")),
+        *(f"tldr_huang2024:{stage}-{size}" for size in ("2.8b", "6.9b") for stage in ("sft", "reward", "ppo")),
         *(f"instructgpt:{stage}" for stage in ("sft-6b", "init-6b", "reward", "ppo-1.3b", "ppo-6b")),
     ),
     "v5p:2x2x4": ("tulu3:dpo-8b", *(f"deepseekmath:{stage}-7b" for stage in ("sft", "reward", "grpo"))),
@@ -52,7 +54,12 @@ RECIPES = {  # stages, by the slice on which their train steps are compiled
 }
 # Micro-batches of a stage; PPO-ptx has eight rows of text an episode, and GRPO 64 answers a question.
 PARTS = {"instructgpt:ppo": 8, "instructgpt:reward": 4, "deepseekmath:grpo": 16, "deepseekmath": 4, "tulu3": 4}
-RESPONSES = {"ziegler2019": 4, "deepseekmath": 2, "tulu3": 2}  # to a prompt, where tpu_compile.py has 9
+RESPONSES = {
+    "ziegler2019": 4,
+    "tldr_huang2024": 2,
+    "deepseekmath": 2,
+    "tulu3": 2,
+}  # to a prompt, where tpu_compile.py has 9
 
 
 def cases() -> Iterator[tuple[str, str, str, str]]:
