@@ -167,6 +167,7 @@ def main(
             text_rows=updates_a_step * cfg.text_batch if cfg.text else 0,
             text_length=cfg.text_length,
             peak=flops.peak(cfg.compute.dtype),
+            learnt=algorithm.learnt,
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters

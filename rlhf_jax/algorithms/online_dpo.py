@@ -34,6 +34,11 @@ class Config(updates.Config, dpo.Config):
     # Learn from the best against the worst response to each prompt (the first of equal ones), or from all pairs.
     pairs: Literal["extremes", "all"] = "extremes"
 
+    @property
+    def learnt(self) -> float:
+        """The share of a rollout's episodes that the loss reads: two of each group, or all."""
+        return 2 / self.group if self.pairs == "extremes" else 1.0
+
 
 class Experience(struct.PyTreeNode):
     """A rollout as rankings of K responses to each of B prompts."""

@@ -23,6 +23,10 @@ def test_ranks_and_extremes_by_hand():
     assert online_dpo.extremes(SCORES).tolist() == [[2, 1], [0, 3], [1, 0], [0, 0]]
 
 
+def test_the_share_of_episodes_that_are_read():
+    assert online_dpo.Config(group=8).learnt == 0.25 and online_dpo.Config(group=8, pairs="all").learnt == 1.0
+
+
 def value_of(**settings):
     """The loss of a rollout with these scores, its metrics and its gradient, and the policy's log-ratios [4, 4]."""
     sampled, cfg = on_policy().replace(score=SCORES.reshape(-1)), online_dpo.Config(group=4, beta=0.3, **settings)
