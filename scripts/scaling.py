@@ -54,12 +54,9 @@ RECIPES = {  # stages, by the slice on which their train steps are compiled
 }
 # Micro-batches of a stage; PPO-ptx has eight rows of text an episode, and GRPO 64 answers a question.
 PARTS = {"instructgpt:ppo": 8, "instructgpt:reward": 4, "deepseekmath:grpo": 16, "deepseekmath": 4, "tulu3": 4}
-RESPONSES = {
-    "ziegler2019": 4,
-    "tldr_huang2024": 2,
-    "deepseekmath": 2,
-    "tulu3": 2,
-}  # to a prompt, where tpu_compile.py has 9
+# Answers to a prompt in rankings, where tpu_compile.py has 9.
+RESPONSES = {"ziegler2019": 4, "tldr_huang2024": 2, "deepseekmath": 2, "tulu3": 2}
+ROWS_OF = {"v5p:2x2x4": 16}  # parts of a batch on these slices; on others at most 8, for batches of few rows
 
 
 def cases() -> Iterator[tuple[str, str, str, str]]:
@@ -75,7 +72,7 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
     yield "ppo", "ppo", "v5p:2x2x4", f"{both} {ROLLS} --batch 128 --text-batch 16 --devices.fsdp 16 {BIG}"
     for topology, stages in RECIPES.items():
         for stage in stages:
-            rows = min(chips(topology), 8)  # batches are of 8 rows and more
+            rows = min(chips(topology), ROWS_OF.get(topology, 8))
             mesh = f"--devices.fsdp {rows} --devices.tensor {chips(topology) // rows}"
             own = 4 if topology == "v5e:2x4" else 1
             parts = next((n for name, n in PARTS.items() if stage.startswith(name)), own)
