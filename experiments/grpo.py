@@ -169,6 +169,7 @@ def main(
             text_length=cfg.text_length,
             peak=flops.peak(cfg.compute.dtype),
             group=algorithm.group if cfg.compute.shares(cfg.prompt_length, cfg.max_new_tokens, algorithm.group) else 1,
+            learnt=algorithm.learnt,
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters

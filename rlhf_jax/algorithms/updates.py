@@ -79,6 +79,11 @@ class Config(Settings):
                 "unfinished_score replaces the score that unfinished_penalty lowers: leave out one of them"
             )
 
+    @property
+    def learnt(self) -> float:
+        """The share of a rollout's episodes that the loss reads."""
+        return 1.0
+
 
 def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Config, rng: jax.Array) -> TrainState:
     """The state before the first rollout. `params` has an entry "policy" and one for each other trained network."""

@@ -206,6 +206,7 @@ class Norm(nn.Module):
             if bias is not None:
                 x = x - jnp.mean(x, axis=over, keepdims=True)
             x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=over, keepdims=True) + c.norm_eps)
+            scale = scale.astype(jnp.float32)  # 1 + w in bfloat16 would lose most of w
             x = x * (scale + 1.0 if c.unit_offset else scale).reshape(features)
             if bias is not None:
                 x = x + bias.reshape(features)
@@ -217,7 +218,8 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """`x @ kernel + bias`, from the last axes of x [B, T, *inputs] to [B, T, *outputs].
 
-    Where its parameters have LoRA's factors beside the kernel, `x @ kernel_a @ kernel_b` is added.
+    Where its parameters have LoRA's factors beside the kernel, `x @ kernel_a @ kernel_b` is added. An int8 kernel has a
+    scale beside it, which multiplies its outputs.
     """
 
     config: Config
@@ -239,13 +241,14 @@ class Linear(nn.Module):
             # One plain matrix product: XLA for CPU takes three times as long over the gradient of anything else.
             return (x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)).reshape(shape)
 
-        if self.has_variable("params", "kernel_a"):
+        adapted, quantized = (self.has_variable("params", name) for name in ("kernel_a", "kernel_scale"))
+        # The backward pass keeps a frozen kernel itself, not a cast and reshaped copy of it for each layer.
+        y = (recompute(matmul) if adapted or quantized else matmul)(x, kernel)
+        if quantized:
+            y = (y * self.variables["params"]["kernel_scale"][None, None]).astype(x.dtype)
+        if adapted:
             a, b = (self.variables["params"][f"kernel_{factor}"].astype(x.dtype) for factor in "ab")
-            # The backward pass keeps the kernel itself, not a cast and reshaped copy of it for each layer.
-            y = recompute(matmul)(x, kernel)
             y = y + (x.reshape(-1, fan_in) @ a @ b).reshape(shape)
-        else:
-            y = matmul(x, kernel)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype)[None, None]
         return y
