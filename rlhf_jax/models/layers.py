@@ -1,7 +1,8 @@
 """The layers of a block, and the view of the rows that all of them share: who attends to whom, and from which position.
 
 A view is made once a forward pass: by `whole_view` where all columns are computed at once (training, scoring, reading a
-prompt), by `token_view` where one column is appended to a cache, by `appended_view` to one that is filled by row.
+prompt), by `token_view` where one column is appended to a cache, by `continued_view` where several are, and by
+`appended_view` in a cache that is filled by row.
 """
 
 import functools
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import rope
 from rlhf_jax.models.config import Config
-from rlhf_jax.types import Leaf, Tree
+from rlhf_jax.types import Fork, Leaf, Tree
 
 # Columns of a row: a slice, the same for every row, or indices, each row's own.
 Columns = slice | Int[Array, "B N"]
@@ -49,8 +50,7 @@ def whole_view(
 ) -> View:
     """The view of T columns that attend to each other alone."""
     if isinstance(segment, Tree):
-        mask = ancestor_mask(segment)
-        position = jnp.maximum(jnp.sum(mask, axis=2, dtype=jnp.int32) - 1, 0)
+        position, mask = tree_positions(segment), ancestor_mask(segment)
     else:
         position, mask = positions(segment), causal_mask(segment)
     return View(
@@ -72,6 +72,24 @@ def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Rotations |
         rotation=rope.look_up(table, position),
         mask=attended,
         window_mask=within_window(config, attended, position, jnp.cumsum(mask, axis=1) - 1),
+        segment=jnp.ones_like(position, bool),
+        keys=None,
+    )
+
+
+def continued_view(
+    config: Config, mask: Bool[Array, "B S"], column: Int[Array, ""], columns: int, table: rope.Rotations | None
+) -> View:
+    """The view of so many columns from `column` on, which attend to all the real ones up to themselves of a cache with
+    this mask; each row has a real one before them."""
+    rank = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    position = jax.lax.dynamic_slice_in_dim(rank, column, columns, axis=1)
+    attended = mask[:, None, :] & (jnp.arange(mask.shape[1])[None] <= column + jnp.arange(columns)[:, None])[None]
+    return View(
+        position=position,
+        rotation=rope.look_up(table, position),
+        mask=attended,
+        window_mask=within_window(config, attended, position, rank),
         segment=jnp.ones_like(position, bool),
         keys=None,
     )
@@ -119,6 +137,21 @@ def ancestor_mask(tree: Tree) -> Bool[Array, "B T T"]:
     columns = jnp.arange(tree.reach.shape[1])
     behind = (columns[:, None] - columns[None, :])[None]
     return (behind >= 0) & (behind < tree.reach[:, None, :])
+
+
+def tree_positions(tree: Tree) -> Int[Array, "B T"]:
+    """The number of ancestors of each token. Arbitrary at padding."""
+    if tree.fork is None:
+        return jnp.maximum(jnp.sum(ancestor_mask(tree), axis=2, dtype=jnp.int32) - 1, 0)
+    real = (tree.reach > 0).astype(jnp.int32)
+    prefix, branches = real[:, : tree.fork.prefix], split_branches(real, tree.fork)
+    before = jnp.cumsum(branches, axis=2) - branches + jnp.sum(prefix, axis=1)[:, None, None]
+    return jnp.concatenate([jnp.cumsum(prefix, axis=1) - prefix, before.reshape(len(real), -1)], axis=1)
+
+
+def split_branches(x: Shaped[Array, "B T ..."], fork: Fork) -> Shaped[Array, "B K M ..."]:
+    """The columns of each of K branches of M columns."""
+    return x[:, fork.prefix :].reshape(x.shape[0], fork.branches, -1, *x.shape[2:])
 
 
 def within_window(
