@@ -26,15 +26,9 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.devices import parallel
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Config
-<<<<<<< HEAD
-from rlhf_jax.models.layers import Columns, Linear, Norm, View, soft_cap, take_columns
-from rlhf_jax.models.rope import layer_rotation, listed, rotate
-from rlhf_jax.types import InputError, Tree
-=======
 from rlhf_jax.models.layers import ALL, Columns, Linear, Norm, View, soft_cap, split_branches, take_columns
-from rlhf_jax.models.rope import rotate
+from rlhf_jax.models.rope import layer_rotation, listed, rotate
 from rlhf_jax.types import Fork, InputError, Tree
->>>>>>> main
 
 LANES = 128  # every block of columns is a multiple of this
 BLOCK = 512  # columns of the largest block

@@ -34,6 +34,7 @@ from rlhf_jax.models.layers import (
     View,
     appended_view,
     continued_view,
+    depth,
     dropout,
     soft_cap,
     take_columns,
@@ -108,7 +109,7 @@ class Transformer(nn.Module):
         columns: Columns = ALL,
     ) -> Float[Array, "B N D"]:
         """Final hidden states at these columns; `keys` [B] turn residual dropout on."""
-        view = whole_view(self.config, segment, rotary_table(tokens.shape[1], self.config), keys)
+        view = whole_view(self.config, segment, rotary_table(depth(tokens.shape[1], segment), self.config), keys)
         x = self._embed(tokens, view)
         if not self.is_initializing() and unrolled(self.config, self.variables["params"]):
             layers = layers_of(self.variables["params"], self.config)
