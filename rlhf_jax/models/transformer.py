@@ -35,6 +35,7 @@ from rlhf_jax.models.layers import (
     View,
     appended_view,
     continued_view,
+    depth,
     dropout,
     real_tokens,
     soft_cap,
@@ -115,7 +116,7 @@ class Transformer(nn.Module):
         columns: Columns = ALL,
     ) -> Float[Array, "B N D"]:
         """Final hidden states at these columns; `keys` [B] turn residual dropout on."""
-        view = whole_view(self.config, segment, rotary_table(tokens.shape[1], self.config), keys)
+        view = whole_view(self.config, segment, rotary_table(depth(tokens.shape[1], segment), self.config), keys)
         if self.config.experts is not None and self.has_variable("params", "balance"):
             view = view.replace(balance=self.variables["params"]["balance"] / self.config.n_layers)
         x = self._embed(tokens, view)
