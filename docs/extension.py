@@ -1,10 +1,10 @@
 """What the site adds to the Markdown of these pages.
 
-    links      to a file of the repository leads to a page of the site that shows it, in colours
-    pages      that are one link to README.md or its like become that file
-    lessons    `source(ppo.policy_loss)` is followed by the source of that function, as in a notebook
-    reference  a page for each room of the library, from docstrings, whose indented formulas are typeset
-    formulas   are MathML, which browsers draw themselves
+links      to a file of the repository leads to a page of the site that shows it, in colours
+pages      that are one link to README.md or its like become that file
+lessons    `source(ppo.policy_loss)` is followed by the source of that function, as in a notebook
+reference  a page for each room of the library, from docstrings, whose indented formulas are typeset
+formulas   are MathML, which browsers draw themselves
 """
 
 import os
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import formulas
 import latex2mathml.converter
 from docutils import nodes
 from pygments import highlight
@@ -24,7 +25,6 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
-import formulas
 from experiments.lessons import pages
 
 LOG = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ REPOSITORY = os.environ.get("GITHUB_REPOSITORY")  # OWNER/NAME, where GitHub bui
 WHOLE = {"README.md": "manual", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changes"}  # files, and their pages
 
 
-# Links and whole files -------------------------------------------------------------------------------------------------
+# Links and whole files ------------------------------------------------------------------------------------------------
 
 
 def read_source(app: Sphinx, page: str, source: list[str]) -> None:
@@ -107,7 +107,7 @@ def shown_files(app: Sphinx) -> Iterator[tuple[str, dict, str]]:
         yield f"source/{name}", {"title": name, "body": f"<h1>{name}</h1>{body}", "parents": []}, "page.html"
 
 
-# Formulas ---------------------------------------------------------------------------------------------------------------
+# Formulas -------------------------------------------------------------------------------------------------------------
 
 
 def inline_math(self: Any, node: nodes.math) -> None:
@@ -120,7 +120,7 @@ def block_math(self: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-# The reference -----------------------------------------------------------------------------------------------------------
+# The reference --------------------------------------------------------------------------------------------------------
 
 ROOMS = {
     "algorithms": "the papers, as pure functions",
@@ -189,7 +189,9 @@ def comment(name: str) -> str:
 
 def signature(app: Sphinx, kind: str, name: str, thing: Any, options: Any, given: str, result: str) -> tuple[str, str]:
     """A signature in which an array is called one."""
-    return tuple(part and re.sub(r"\b(?:jaxlib\._jax|jax|numpy)\.(?=Array|ndarray)", "", part) for part in (given, result))
+    return tuple(
+        part and re.sub(r"\b(?:jaxlib\._jax|jax|numpy)\.(?=Array|ndarray)", "", part) for part in (given, result)
+    )
 
 
 def skip(app: Sphinx, kind: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:

@@ -8,17 +8,32 @@ import re
 from collections.abc import Iterator, Sequence
 
 GREEK = {"alpha", "beta", "gamma", "delta", "epsilon", "lambda", "rho", "sigma", "theta", "pi", "mu", "tau"}
-RENAMED = {"lam": "lambda", "eps": "epsilon", "e": "epsilon_e"}
-FUNCTIONS = {"max", "min", "exp", "ln", "log", "clip", "sigmoid", "mean", "std", "sum", "sqrt", "softmax", "KL", "var"}
-TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d+)?)|([A-Za-z][A-Za-z0-9]*)|(>=|<=|\|\||->|[-+*/^_=<>()\[\]{},|!]))")
-SYMBOLS = {"*": r"\cdot ", ">=": r"\ge ", "<=": r"\le ", "||": r"\,\|\,", "|": r"\mid ", "->": r"\to ", "{": r"\{", "}": r"\}"}
+FUNCTIONS = {"max", "min", "exp", "ln", "log", "clip", "sigmoid", "mean", "std", "sqrt", "softmax", "KL"}
+BARE = {"max", "min", "exp", "ln", "log", "sigmoid"}  # functions also where no bracket follows
+NAMES = {"lam": r"\lambda ", "eps": r"\epsilon ", "sum": r"\sum ", "in": r"\in "}
+TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d+)?(?:e-?\d+)?)|([A-Za-z][A-Za-z0-9]*)|(>=|<=|\|\||->|[-+*/^_=<>()\[\]{},|!]))")
+SYMBOLS = {
+    "*": r"\cdot ",
+    ">=": r"\ge ",
+    "<=": r"\le ",
+    "||": r"\,\|\,",
+    "|": r"\mid ",
+    "->": r"\to ",
+    "{": r"\{",
+    "}": r"\}",
+}
 SENTENCE = re.compile(r"\b(if|and|of|the|where|plus|not|with|is|for|in|to)\b")
 
 
 def latex(line: str) -> str | None:
     """A line such as `A_t = delta_t + gamma lam A_{t+1}` in LaTeX; None if it is no formula."""
-    if SENTENCE.search(line) or "=" not in line and "(" not in line or '"' in line:
+    if SENTENCE.search(re.sub(r"\{.*?\}", "", line)) or ("=" not in line and "(" not in line):
         return None
+    return read(line)
+
+
+def read(line: str) -> str | None:
+    """The LaTeX of a formula or of a part of one; None if a character is not understood."""
     out, at = [], 0
     while at < len(line.rstrip()):
         match = TOKEN.match(line, at)
@@ -27,9 +42,9 @@ def latex(line: str) -> str | None:
         number, word, symbol = match.groups()
         at = match.end()
         if number is not None:
-            out.append(number)
+            out.append(re.sub(r"(?:1|(\d.*))e(-?\d+)", power, number))
         elif word is not None:
-            out.append(spelled(word))
+            out.append(spelled(word, line[at : at + 1] == "("))
         elif symbol in "_^":
             group, at = subscript(line, at)
             if group is None:
@@ -40,11 +55,17 @@ def latex(line: str) -> str | None:
     return " ".join(out)
 
 
-def spelled(word: str) -> str:
+def power(match: re.Match) -> str:
+    """A number such as 1e-8 with its power of ten."""
+    return (match[1] + r" \cdot " if match[1] else "") + f"10^{{{match[2]}}}"
+
+
+def spelled(word: str, called: bool) -> str:
     """A name: a Greek letter, a function, a letter, or a word set upright."""
-    if word in FUNCTIONS:
+    if word in NAMES:
+        return NAMES[word]
+    if word in BARE or (called and word in FUNCTIONS):
         return rf"\operatorname{{{word}}}"
-    word = {"lam": "lambda", "eps": "epsilon"}.get(word, word)
     if word in GREEK:
         return rf"\{word}"
     return word if len(word) == 1 else rf"\mathrm{{{word}}}"
@@ -54,16 +75,10 @@ def subscript(line: str, at: int) -> tuple[str | None, int]:
     """What a subscript or superscript at this place holds, and where it ends."""
     if line[at : at + 1] == "{":
         end = line.find("}", at)
-        inner = latex_inside(line[at + 1 : end]) if end > 0 else None
+        inner = read(line[at + 1 : end]) if end > 0 else None
         return inner, end + 1
     match = re.match(r"-?\w+?(?=_|\W|$)", line[at:])
-    return (latex_inside(match[0]), at + match.end()) if match else (None, at)
-
-
-def latex_inside(text: str) -> str | None:
-    """The LaTeX of a subscript."""
-    found = latex(f"({text})")
-    return None if found is None else found[2:-2]
+    return (read(match[0]), at + match.end()) if match else (None, at)
 
 
 def escaped(line: str) -> str:

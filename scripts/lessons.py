@@ -1,9 +1,9 @@
 """Measures the curves of the lessons (docs/learn/), and makes their figures and notebooks.
 
-    scripts/lessons.py measure [NAME ...]        runs the cells of lessons at four seeds, and draws what came out
-    scripts/lessons.py draw [NAME ...]           draws the curves that were measured once more
-    scripts/lessons.py notebooks --out DIR       writes a Jupyter notebook for each lesson
-    scripts/lessons.py stages --run DIR          draws the four stages of a quickstart run, for the front page
+scripts/lessons.py measure [NAME ...]        runs the cells of lessons at four seeds, and draws what came out
+scripts/lessons.py draw [NAME ...]           draws the curves that were measured once more
+scripts/lessons.py notebooks --out DIR       writes a Jupyter notebook for each lesson
+scripts/lessons.py stages --run DIR          draws the four stages of a quickstart run, for the front page
 """
 
 import argparse
@@ -104,12 +104,21 @@ def stages(run: Path, out: Path) -> None:
         axis.text(x + 0.15, 1.34, source, fontsize=9.5, color=course.INK, va="center")
         axis.text(x + 0.15, 0.95, result, fontsize=12, color=course.INK, va="center")
         if gold is not None:
-            axis.add_patch(FancyBboxPatch((x + 0.15, 0.6), 1.75, 0.13, boxstyle="square,pad=0", fc="#dde6ec", ec="none"))
+            axis.add_patch(
+                FancyBboxPatch((x + 0.15, 0.6), 1.75, 0.13, boxstyle="square,pad=0", fc="#dde6ec", ec="none")
+            )
             axis.add_patch(
                 FancyBboxPatch((x + 0.15, 0.6), 1.75 * gold, 0.13, boxstyle="square,pad=0", fc=course.BAND, ec="none")
             )
         else:
-            axis.text(x + 0.15, 0.66, f"two labelers agree on {100 * agreement:.0f} %", fontsize=8, color="#777777", va="center")
+            axis.text(
+                x + 0.15,
+                0.66,
+                f"two labelers agree on {100 * agreement:.0f} %",
+                fontsize=8,
+                color="#777777",
+                va="center",
+            )
         if n < 3:
             axis.annotate("", (x + 2.42, 1.35), (x + 2.08, 1.35), arrowprops={"arrowstyle": "-|>", "color": "#888888"})
     note = "gold: the true quality of an answer, 0 to 1, by a rule that no model is trained on"
@@ -122,7 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("measure", "draw"):
-        commands.add_parser(command).add_argument("names", nargs="*", metavar="NAME", help="lessons; all of them if none")
+        commands.add_parser(command).add_argument(
+            "names", nargs="*", metavar="NAME", help="lessons; all of them if none"
+        )
     writing = commands.add_parser("notebooks")
     writing.add_argument("--out", type=Path, required=True, help="folder of the notebooks")
     writing.add_argument("--repository", help="OWNER/NAME on GitHub, from which notebooks install themselves")

@@ -21,7 +21,20 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if missing:
         pytest.skip(f"the site needs {', '.join(missing)}: pip install -e .[docs]")
     out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", f"{out}.cache", "docs", out]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-b",
+        "html",
+        "-d",
+        f"{out}.cache",
+        "docs",
+        out,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
@@ -39,7 +52,9 @@ def test_links_of_the_site_lead_somewhere(site: Path):
             if target.scheme or link == "#":
                 continue
             file = (path.parent / urllib.parse.unquote(target.path)).resolve() if target.path else path
-            if not file.exists() or (target.fragment and urllib.parse.unquote(target.fragment) not in anchors.get(file, ())):
+            if not file.exists() or (
+                target.fragment and urllib.parse.unquote(target.fragment) not in anchors.get(file, ())
+            ):
                 dead.append(f"{path.relative_to(site)}: {link}")
         fetched = re.findall(r'<(?:script|img|iframe)[^>]*\bsrc="(\w+:)?//', text)
         fetched += re.findall(r'<link[^>]*rel="(?:stylesheet|preload)"[^>]*href="(\w+:)?//', text)

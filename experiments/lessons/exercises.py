@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import logprobs
@@ -24,21 +25,25 @@ def _float(x: Any) -> np.ndarray:
     return np.asarray(x, np.float64)
 
 
+def _row(x: Sequence[float]) -> jnp.ndarray:
+    """The numbers as the one row of a batch."""
+    return jnp.array([x], float)
+
+
 def _log_probability(logits: Sequence[float], word: int) -> float:
-    return float(logprobs.token_logprobs(np.array(logits, np.float32)[None, None], np.array([[word]]))[0, 0])
+    return float(logprobs.token_logprobs(jnp.array([[logits]], float), jnp.array([[word]]))[0, 0])
 
 
 def _loss_of_text(logp: Sequence[float], counts: Sequence[bool]) -> float:
-    return float(logprobs.masked_mean(-np.array(logp, np.float32), np.array(counts)))
+    return float(logprobs.masked_mean(-jnp.array(logp), jnp.array(counts)))
 
 
 def _pair_loss(better: float, worse: float) -> float:
-    score, rank = np.array([[better, worse]], np.float32), np.array([[0, 1]], np.int32)
-    return float(reward.bradley_terry_loss(score, rank))
+    return _ranking_loss([better, worse], [0, 1])
 
 
 def _ranking_loss(scores: Sequence[float], ranks: Sequence[int]) -> float:
-    return float(reward.bradley_terry_loss(np.array([scores], np.float32), np.array([ranks], np.int32)))
+    return float(reward.bradley_terry_loss(jnp.array([scores], float), jnp.array([ranks])))
 
 
 def _probability_better(better: float, worse: float) -> float:
@@ -46,29 +51,25 @@ def _probability_better(better: float, worse: float) -> float:
 
 
 def _leave_one_out(rewards: Sequence[float]) -> np.ndarray:
-    return _float(advantages.leave_one_out(np.array([rewards], np.float32))[0])
+    return _float(advantages.leave_one_out(_row(rewards))[0])
 
 
 def _group_normalize(rewards: Sequence[float]) -> np.ndarray:
-    return _float(advantages.group_normalize(np.array([rewards], np.float32))[0])
+    return _float(advantages.group_normalize(_row(rewards))[0])
 
 
 def _reinforce_loss(logp: Sequence[float], advantage: Sequence[float]) -> float:
     return float(-np.mean(np.array(logp) * np.array(advantage)))
 
 
-def _one_row(x: Sequence[float]) -> np.ndarray:
-    return np.array([x], np.float32)
-
-
 def _gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: float) -> np.ndarray:
-    mask = np.ones((1, len(rewards)), bool)
-    return _float(advantages.gae(_one_row(rewards), _one_row(values), mask, gamma, lam)[0][0])
+    mask = jnp.ones((1, len(rewards)), bool)
+    return _float(advantages.gae(_row(rewards), _row(values), mask, gamma, lam)[0][0])
 
 
 def _clipped_loss(logp: float, logp_old: float, advantage: float, clip: float) -> float:
-    one = np.ones((1, 1), bool)
-    return float(ppo.policy_loss(_one_row([logp]), _one_row([logp_old]), _one_row([advantage]), one, clip)[0])
+    one = jnp.ones((1, 1), bool)
+    return float(ppo.policy_loss(_row([logp]), _row([logp_old]), _row([advantage]), one, clip)[0])
 
 
 def _value_target(advantage: Sequence[float], value: Sequence[float]) -> np.ndarray:
@@ -76,13 +77,13 @@ def _value_target(advantage: Sequence[float], value: Sequence[float]) -> np.ndar
 
 
 def _token_rewards(score: float, logp: Sequence[float], logp_ref: Sequence[float], kl_coef: float) -> np.ndarray:
-    kl = logprobs.kl_estimate(_one_row(logp), _one_row(logp_ref))
-    mask = np.ones(kl.shape, bool)
-    return _float(advantages.token_rewards(np.array([score], np.float32), kl, mask, kl_coef)[0])
+    kl = logprobs.kl_estimate(_row(logp), _row(logp_ref))
+    mask = jnp.ones(kl.shape, bool)
+    return _float(advantages.token_rewards(jnp.array([score], float), kl, mask, kl_coef)[0])
 
 
 def _k3(logp: float, logp_ref: float) -> float:
-    return float(logprobs.kl_estimate(_one_row([logp]), _one_row([logp_ref]), "k3")[0, 0])
+    return float(logprobs.kl_estimate(_row([logp]), _row([logp_ref]), "k3")[0, 0])
 
 
 def _next_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
@@ -90,7 +91,7 @@ def _next_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horiz
 
 
 def _dpo_loss(chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float) -> float:
-    each = (np.array([x], np.float32) for x in (chosen, rejected, ref_chosen, ref_rejected))
+    each = (jnp.array([x], float) for x in (chosen, rejected, ref_chosen, ref_rejected))
     return float(dpo.loss(*each, beta))
 
 

@@ -10,6 +10,7 @@ is a review. Half of all first clauses praise. So a language model can be compar
 
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -65,30 +66,28 @@ def entropy() -> float:
     return (first + GOES_ON * second) / words
 
 
-def moods(text: str) -> list[bool] | None:
-    """For each clause whether it praises; None if the text is no review."""
-    words, found = text.split(), []
-    while True:
-        size = 5 if words[3:4] == ["very"] else 4
-        part, joint, words = words[:size], words[size : size + 1], words[size + 1 :]
-        if len(part) < size or part[0] not in OWNERS or part[1] not in THINGS or part[2] != "was":
+_CLAUSE = rf"(?:{'|'.join(OWNERS)}) (?:{'|'.join(THINGS)}) was (very )?({'|'.join(PRAISE + BLAME)})"
+_REVIEW = re.compile(rf"{_CLAUSE}(?: (and|but) {_CLAUSE})? \.")
+
+
+def points(text: str) -> list[int] | None:
+    """The points of each clause of a review: 1 for praise, -1 for blame, twice that with "very". None: no review."""
+    match = _REVIEW.fullmatch(text)
+    if match is None:
+        return None
+    very, word, joint, later_very, later_word = match.groups()
+    found = [(2 if very else 1) * (1 if word in PRAISE else -1)]
+    if joint:
+        found.append((2 if later_very else 1) * (1 if later_word in PRAISE else -1))
+        if (joint == "and") != (found[0] * found[1] > 0):
             return None
-        if part[-1] not in PRAISE + BLAME:
-            return None
-        found.append(part[-1] in PRAISE)
-        if len(found) > 1 and (before == ["and"]) != (found[-1] == found[-2]):
-            return None
-        if joint == ["."]:
-            return None if words or len(found) > 2 else found
-        if joint not in (["and"], ["but"]):
-            return None
-        before = joint
+    return found
 
 
 def kindness(text: str) -> float:
-    """How kind a review is, from 0 to 1: the share of its clauses that praise. What is no review has 0."""
-    found = moods(text)
-    return sum(found) / len(found) if found else 0.0
+    """How kind a review is, from 0 to 1: its points, which are from -4 to 4, to that scale. What is no review has 0."""
+    found = points(text)
+    return 0.0 if found is None else (4 + sum(found)) / 8
 
 
 def encode(texts: Sequence[str], length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +151,7 @@ def rankings(texts: Sequence[Sequence[str]], ranks: Sequence[Sequence[int]]) -> 
 def rank(texts: Sequence[str], rng: random.Random, slips: float = 0.1) -> list[int]:
     """The ranks that a person gives these reviews: kinder is better, equally kind is a tie.
 
-    With probability `slips` the person's eye slips, and sees a review as 0.6 kinder or less kind than it is.
+    With probability `slips` the person's eye slips, and sees a review as half kinder or less kind than it is.
     """
-    seen = [kindness(text) + (rng.choice((-0.6, 0.6)) if rng.random() < slips else 0.0) for text in texts]
+    seen = [kindness(text) + (rng.choice((-0.5, 0.5)) if rng.random() < slips else 0.0) for text in texts]
     return [sum(other > one + 1e-6 for other in seen) for one in seen]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -47,7 +48,7 @@ def labelled(count: int, seed: int | str, ranks: Ranks = language.rank) -> Ranki
     """Four reviews of each of `count` openings, as a person ranks them."""
     rng = random.Random(f"labels/{seed}")
     texts = language.rivals(count, 4, seed)
-    return language.rankings(texts, [ranks(each, rng) for each in texts])
+    return jax.tree.map(jnp.asarray, language.rankings(texts, [ranks(each, rng) for each in texts]))
 
 
 def epochs(batch: Rankings, size: int, seed: int) -> Iterator[Rankings]:
@@ -55,7 +56,7 @@ def epochs(batch: Rankings, size: int, seed: int) -> Iterator[Rankings]:
     rng = np.random.default_rng(seed)
     while True:
         rows = rng.choice(len(batch.rank), size, replace=False)
-        yield jax.tree.map(lambda x: x[rows], batch)
+        yield jax.tree.map(functools.partial(jnp.take, indices=rows, axis=0), batch)
 
 
 @functools.cache
@@ -78,10 +79,8 @@ def sampling_at(temperature: float) -> sampling.Config:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def answer(
-    params: dict[str, Params], openings: Prompts, key: jax.Array, cfg: sampling.Config = SAMPLING
-) -> Rollout:
-    """One answer to each opening by params["policy"], with what "reference" and "critic" say of it, if they are there."""
+def answer(params: dict[str, Params], openings: Prompts, key: jax.Array, cfg: sampling.Config = SAMPLING) -> Rollout:
+    """One answer to each opening by params["policy"], with what "reference" and "critic" in `params` say of it."""
     critic = CRITIC if "critic" in params else None
     transformer = models.Transformer(CONFIG)
     return rollout.collect(params, openings, key, np.uint32(0), policy=transformer, cfg=cfg, critic_fn=critic)
@@ -120,11 +119,11 @@ def write(params: Params, count: int, seed: int = 0) -> list[str]:
     return texts(answer({"policy": params}, language.prompts(count, seed), named_key(seed, "lessons/write")))
 
 
-def kindness(reviews: list[str]) -> np.ndarray:
+def kindness(reviews: list[str]) -> jax.Array:
     """The kindness of each review."""
-    return np.array([language.kindness(text) for text in reviews], np.float32)
+    return jnp.array([language.kindness(text) for text in reviews])
 
 
 def sense(reviews: list[str]) -> float:
     """The share of texts that are reviews, by the grammar of the language."""
-    return float(np.mean([language.moods(text) is not None for text in reviews]))
+    return float(np.mean([language.points(text) is not None for text in reviews]))

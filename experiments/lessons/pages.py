@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def run(name: str, sizes: Mapping[str, int] | None = None) -> dict:
     return namespace
 
 
-# Sources ----------------------------------------------------------------------------------------------------------------
+# Sources --------------------------------------------------------------------------------------------------------------
 
 
 def imported(code: str) -> dict[str, str]:
@@ -79,7 +80,7 @@ def locate(dotted: str) -> tuple[Path, str]:
 
 
 def with_sources(text: str) -> str:
-    """The page with the source of a function in the place of each `course.source(function)`, which ends its cell."""
+    """The page with the source of a function in the place of each `course.source(function)` that ends a cell."""
     paths = imported("\n".join(code for is_code, code in cells(text) if is_code))
 
     def followed(match: re.Match) -> str:
@@ -95,16 +96,15 @@ def with_sources(text: str) -> str:
     return FENCE.sub(followed, text)
 
 
-# Notebooks --------------------------------------------------------------------------------------------------------------
+# Notebooks ------------------------------------------------------------------------------------------------------------
 
 
 def notebook(name: str, repository: str | None = None) -> str:
-    """The lesson as a Jupyter notebook. With `repository`, OWNER/NAME on GitHub, it installs itself on a fresh machine."""
+    """The lesson as a Jupyter notebook; with `repository`, OWNER/NAME on GitHub, it installs the library first."""
     text = FIGURE.sub("", read(name))
     if repository:
-        text = re.sub(r"\]\(\.\./\.\./(?=[\w.])", f"](https://github.com/{repository}/blob/main/", text)
-        text = re.sub(r"\]\(\.\./(?=[\w.])", f"](https://github.com/{repository}/blob/main/docs/", text)
-        text = re.sub(r"\]\((?=[\w-]+\.md)", f"](https://github.com/{repository}/blob/main/docs/learn/", text)
+        folder = f"https://github.com/{repository}/blob/main/docs/learn/"
+        text = re.sub(r"\]\((?!\w+:|#)([^)]+)\)", lambda link: f"]({urllib.parse.urljoin(folder, link[1])})", text)
     parts = list(cells(text))
     if repository:
         folder = repository.partition("/")[2]

@@ -20,10 +20,11 @@ SMALL = {"STEPS": 2, "EVERY": 1, "BATCH": 8, "GROUPS": 2}
 
 
 def test_kindness_by_hand():
-    assert language.kindness("the soup was great .") == 1
-    assert language.kindness("the soup was very cold .") == 0
-    assert language.kindness("the soup was great but our staff was very rude .") == 0.5
-    assert language.kindness("the soup was great and our staff was kind .") == 1
+    assert language.kindness("the soup was great .") == 5 / 8
+    assert language.kindness("the soup was very cold .") == 2 / 8
+    assert language.kindness("the soup was great but our staff was very rude .") == 3 / 8
+    assert language.kindness("the soup was very great and our staff was very kind .") == 1
+    assert language.kindness("the soup was very dull and our staff was very rude .") == 0
 
 
 @pytest.mark.parametrize(
@@ -41,20 +42,20 @@ def test_kindness_by_hand():
     ],
 )
 def test_what_is_no_review_has_no_kindness(text: str):
-    assert language.moods(text) is None
+    assert language.points(text) is None
     assert language.kindness(text) == 0
 
 
 def price(text: str) -> tuple[float, int]:
     """-ln p of a review's words after the first, by the rules of the language, and the number of these words."""
     words = text.split()
-    found = language.moods(text)
+    found = language.points(text)
     assert found is not None
     nats = -math.log(1 / 2 / 5 / 7)  # mood, word of praise or blame, thing
     nats -= math.log(language.GOES_ON if len(found) == 2 else 1 - language.GOES_ON)
     nats -= sum(math.log(language.VERY if very else 1 - language.VERY) for very in clauses_with_very(words))
     if len(found) == 2:
-        nats -= math.log(1 / 2 / 5 / 7) + math.log(language.TURNS if found[0] != found[1] else 1 - language.TURNS)
+        nats -= math.log(1 / 2 / 5 / 7) + math.log(language.TURNS if found[0] * found[1] < 0 else 1 - language.TURNS)
     return nats, len(words) - 1
 
 
@@ -80,11 +81,16 @@ def test_texts_are_encoded_and_decoded():
 def test_rivals_have_the_same_opening():
     for texts in language.rivals(10, 4, 0):
         assert len({" ".join(text.split()[:3]) for text in texts}) == 1
-        assert all(language.moods(text) is not None for text in texts)
+        assert all(language.points(text) is not None for text in texts)
 
 
 def test_ranks_follow_kindness():
-    texts = ["the soup was cold .", "the soup was great .", "the soup was warm .", "the soup was cold but the bread was great ."]
+    texts = [
+        "the soup was cold .",
+        "the soup was great .",
+        "the soup was warm .",
+        "the soup was cold but the bread was great .",
+    ]
     assert language.rank(texts, random.Random(0), slips=0.0) == [3, 0, 0, 2]
 
 
@@ -140,7 +146,9 @@ ANSWERS = {
     "value_target": lambda advantage, value: advantage + value,
     "token_rewards": token_rewards,
     "k3": lambda logp, logp_ref: math.exp(logp_ref - logp) - 1 + logp - logp_ref,
-    "next_kl_coef": lambda coef, kl, target, n, horizon: coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon),
+    "next_kl_coef": lambda coef, kl, target, n, horizon: (
+        coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
+    ),
     "implicit_reward": lambda logp, logp_ref, beta: beta * (sum(logp) - sum(logp_ref)),
     "dpo_loss": lambda w, l, ref_w, ref_l, beta: -math.log(sigmoid(beta * ((w - ref_w) - (l - ref_l)))),  # noqa: E741
     "first_loss": lambda: math.log(2),
@@ -193,7 +201,9 @@ def test_a_lesson_is_complete(name: str):
 
 
 def test_sources_follow_their_cells():
-    text = "```python\nfrom rlhf_jax.algorithms import ppo\n```\n\n```python\ncourse.source(ppo.adapt_kl_coef)\n```\nx\n"
+    text = (
+        "```python\nfrom rlhf_jax.algorithms import ppo\n```\n\n```python\ncourse.source(ppo.adapt_kl_coef)\n```\nx\n"
+    )
     found = pages.with_sources(text)
     assert found == pages.with_sources(text.replace("```\n\n```python\n", "\n", 1))
     assert "course.source" not in found
