@@ -7,6 +7,8 @@ reference  a page for each room of the library, from docstrings, whose indented 
 formulas   are MathML, which browsers draw themselves
 """
 
+import functools
+import inspect
 import os
 import posixpath
 import re
@@ -23,11 +25,9 @@ from pygments.lexers import TextLexer, get_lexer_for_filename
 from pygments.util import ClassNotFound
 from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.util import logging
 
 from experiments.lessons import pages
 
-LOG = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 REPOSITORY = os.environ.get("GITHUB_REPOSITORY")  # OWNER/NAME, where GitHub builds the site
@@ -167,24 +167,25 @@ def page_of(title: str, modules: list[str]) -> str:
 
 def docstring(app: Sphinx, kind: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Turn a docstring of this project, which is plain text with `code`, into what Sphinx reads."""
-    if kind == "attribute" and not any(lines):
-        lines[:] = [comment(name)]
     lines[:] = formulas.typeset(lines)
+    if kind == "class":
+        lines += fields(name)
 
 
-def comment(name: str) -> str:
-    """The comment beside a field of a class, or above it, which is what the command line shows as its help."""
-    owner, _, field = name.rpartition(".")
+def fields(name: str) -> list[str]:
+    """The fields of a class with the comments beside or above them, which are what the command line shows as help."""
     try:
-        _, code = pages.locate(owner)
+        _, code = pages.locate(name)
     except LookupError:
-        return ""
-    above: list[str] = []
-    for line in code.splitlines():
-        if found := re.match(rf"\s+{field}:[^#]*(?:#\s*(.*))?$", line):
-            return " ".join(above) if found[1] is None else found[1]
-        above = [*above, line.strip(" #")] if line.strip().startswith("#") else []
-    return ""
+        return []
+    lines, above = [], ""
+    for line in code.splitlines()[1:]:
+        found = re.match(r"    (\w+): ([^#]*?)\s*(?:#\s*(.*))?$", line)
+        if found and not found[1].startswith("_"):
+            told = formulas.escaped(found[3] or above)
+            lines += [f"``{found[1]}: {found[2]}``", f"   {told}" if told else "   \\ ", ""]
+        above = f"{above} {line.strip(' #')}".strip() if line.startswith("    #") else ""
+    return lines
 
 
 def signature(app: Sphinx, kind: str, name: str, thing: Any, options: Any, given: str, result: str) -> tuple[str, str]:
@@ -195,8 +196,10 @@ def signature(app: Sphinx, kind: str, name: str, thing: Any, options: Any, given
 
 
 def skip(app: Sphinx, kind: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:
-    """Leave out what has no docstring of its own and is no setting: methods that flax and dataclasses add."""
+    """Leave out the fields of classes, which `fields` lists, and what flax and dataclasses add."""
     if name in ("replace", "setup", "parent", "scope", "name") or name.startswith("__"):
+        return True
+    if kind == "class" and not (inspect.isroutine(thing) or isinstance(thing, (property, functools.cached_property))):
         return True
     return None
 

@@ -54,7 +54,7 @@ def draw(name: str) -> None:
     FIGURES.mkdir(exist_ok=True)
     for suffix, runs in {"": {"seed 7": drawn[YOURS]}, "-faults": faults, "-more": others}.items():
         if runs:
-            course.figure(lesson, runs).savefig(FIGURES / f"{name}{suffix}.png", dpi=110)
+            course.figure(lesson, runs).savefig(FIGURES / f"{name}{suffix}.png", dpi=140)
     print(summary(found))
 
 

@@ -14,6 +14,43 @@ ROOT = Path(__file__).parents[1]
 NEEDED = ("sphinx", "myst_parser", "furo", "sphinx_copybutton", "latex2mathml")
 
 
+def load(name: str):
+    """A module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("line", "latex"),
+    [
+        ("A_t = delta_t + gamma lam A_{t+1}", r"A_{t}=\delta_{t}+\gamma\lambda A_{t+1}"),
+        (
+            "max(-A rho, -A clip(rho, 1 - clip, 1))",
+            r"\operatorname{max}(-A\rho,-A\operatorname{clip}(\rho,1-\mathrm{clip},1))",
+        ),
+        ("sum_{j in U} exp(score_j)^2", r"\sum_{j\in U}\operatorname{exp}(\mathrm{score}_{j})^{2}"),
+        ("x = 2.5e-3 + 1e-8", r"x=2.5\cdot 10^{-3}+10^{-8}"),
+        ("h = ln(y_w) - 1 plus the mean", None),
+        ("token      a b  c d  e", None),
+        ('kl = "k3"', None),
+    ],
+)
+def test_formulas_of_docstrings(line: str, latex: str | None):
+    found = load("formulas").latex(line)
+    assert (found and found.replace(" ", "")) == (latex and latex.replace(" ", ""))
+
+
+def test_docstrings_become_restructured_text():
+    lines = ["The mean of `x`s, a*b and c_.", "", "    A_t = r_t", "", "    any text", "", "End."]
+    found = load("formulas").typeset(lines)
+    assert found[0] == r"The mean of ``x``\ s, a\*b and c\_."
+    assert found[2:5] == [".. math::", "", "   A _{t} = r _{t}"]
+    assert found[6:9] == ["::", "", "    any text"]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built."""

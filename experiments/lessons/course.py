@@ -51,8 +51,10 @@ def figure(lesson: Lesson, runs: Mapping[str, Records]) -> Any:
     from matplotlib.figure import Figure
 
     seeds = lesson.expected()
-    drawing = Figure(figsize=(4.3 * len(lesson.panels), 3.2), layout="constrained")
-    axes = np.atleast_1d(drawing.subplots(1, len(lesson.panels)))
+    columns = 2 if len(lesson.panels) == 4 else len(lesson.panels)
+    rows = -(-len(lesson.panels) // columns)
+    drawing = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
+    axes = np.ravel(drawing.subplots(rows, columns))
     for axis, (name, title) in zip(axes, lesson.panels.items(), strict=True):
         if seeds:
             steps = [row["step"] for row in seeds[0]]
@@ -71,7 +73,8 @@ def figure(lesson: Lesson, runs: Mapping[str, Records]) -> Any:
         axis.tick_params(labelsize=8, colors=INK, length=3, color="#999999")
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axis.margins(x=0.02)
-    axes[0].legend(frameon=False, fontsize=8, labelcolor=INK)
+    handles, labels = axes[0].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
     return drawing
 
 

@@ -58,6 +58,10 @@ def _group_normalize(rewards: Sequence[float]) -> np.ndarray:
     return _float(advantages.group_normalize(_row(rewards))[0])
 
 
+def _without_scale(rewards: Sequence[float]) -> np.ndarray:
+    return _float(advantages.subtract_mean(_row(rewards))[0])
+
+
 def _reinforce_loss(logp: Sequence[float], advantage: Sequence[float]) -> float:
     return float(-np.mean(np.array(logp) * np.array(advantage)))
 
@@ -91,8 +95,8 @@ def _next_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horiz
 
 
 def _dpo_loss(chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float) -> float:
-    each = (jnp.array([x], float) for x in (chosen, rejected, ref_chosen, ref_rejected))
-    return float(dpo.loss(*each, beta))
+    each = [jnp.array([x], float) for x in (chosen, rejected, ref_chosen, ref_rejected)]
+    return float(dpo.loss(each[0], each[1], each[2], each[3], beta))
 
 
 def _implicit_reward(logp: Sequence[float], logp_ref: Sequence[float], beta: float) -> float:
@@ -136,6 +140,21 @@ EXERCISES = {
         _group_normalize,
         [([1.0, 0.0, 0.5, 0.0],), ([0.2, 0.9],)],
         "subtract the mean, divide by the standard deviation (of the group, not of a sample) plus 1e-4",
+    ),
+    "without_scale": Exercise(
+        _without_scale,
+        [([1.0, 0.0, 0.5, 0.0],), ([0.2, 0.9],)],
+        "subtract the mean of the group, and no more",
+    ),
+    "flat_probability": Exercise(
+        lambda p, group: p**group + (1 - p) ** group,
+        [(0.5, 2), (0.1, 8), (0.9, 8)],
+        "all right: p to the power of group; all wrong: the same of 1 - p",
+    ),
+    "sequence_mean": Exercise(
+        lambda losses: float(np.mean([np.mean(one) for one in losses])),
+        [([[1.0, 2.0, 3.0], [4.0]],), ([[0.5, -0.5]],)],
+        "a mean of means: a short answer weighs as much as a long one",
     ),
     "gae": Exercise(
         _gae,

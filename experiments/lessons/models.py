@@ -12,7 +12,7 @@ import optax
 
 from experiments.lessons import language
 from rlhf_jax import models
-from rlhf_jax.algorithms import optim, ppo, reward, sft, updates
+from rlhf_jax.algorithms import optim, ppo, sft, updates
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.types import Params, Prompts, Rankings, Rollout, Tokens, named_key
@@ -44,6 +44,11 @@ def guest(steps: int = 1000) -> Params:
     return state.params
 
 
+def critic() -> Params:
+    """A critic with the trunk of `guest`, which at first guesses 0 everywhere."""
+    return {"trunk": heads.trunk(guest()), **heads.fresh(CONFIG)}
+
+
 def labelled(count: int, seed: int | str, ranks: Ranks = language.rank) -> Rankings:
     """Four reviews of each of `count` openings, as a person ranks them."""
     rng = random.Random(f"labels/{seed}")
@@ -59,20 +64,6 @@ def epochs(batch: Rankings, size: int, seed: int) -> Iterator[Rankings]:
         yield jax.tree.map(functools.partial(jnp.take, indices=rows, axis=0), batch)
 
 
-@functools.cache
-def judge(labels: int = 400, steps: int = 150) -> Params:
-    """A reward model of a person's rankings: the reward model's lesson, in seconds. Its scores have mean 0 and SD 1."""
-    rankings = labelled(labels, "judge")
-    tx = optim.adamw(optim.cosine(1e-3, steps))
-    params = heads.from_policy(guest(), CONFIG, named_key(0, "lessons/head"))
-    state = optim.init(params, tx, named_key(0, "lessons/judge"))
-    step = jax.jit(functools.partial(reward.train_step, score_fn=SCORE, tx=tx))
-    for batch, _ in zip(epochs(rankings, 32, 0), range(steps), strict=False):
-        state, _ = step(state, batch)
-    score = jax.jit(functools.partial(reward.scores, score_fn=SCORE))(state.params, rankings)
-    return reward.normalize(state.params, float(score.mean()), float(score.std()))
-
-
 def sampling_at(temperature: float) -> sampling.Config:
     """How answers are sampled, at another temperature than 1."""
     return dataclasses.replace(SAMPLING, temperature=temperature)
@@ -83,19 +74,13 @@ def answer(params: dict[str, Params], openings: Prompts, key: jax.Array, cfg: sa
     """One answer to each opening by params["policy"], with what "reference" and "critic" in `params` say of it."""
     critic = CRITIC if "critic" in params else None
     transformer = models.Transformer(CONFIG)
-    return rollout.collect(params, openings, key, np.uint32(0), policy=transformer, cfg=cfg, critic_fn=critic)
+    return rollout.collect(params, openings, key, jnp.uint32(0), policy=transformer, cfg=cfg, critic_fn=critic)
 
 
 def compiled(train_step: Callable, tx: optax.GradientTransformation, cfg: ppo.Config) -> Callable:
     """A train step of PPO for these models: (state, episodes, text) -> (state, metrics)."""
     policy = models.part("policy", LOGPROBS)
     return jax.jit(functools.partial(train_step, policy_fn=policy, critic_fn=CRITIC, tx=tx, cfg=cfg))
-
-
-@jax.jit
-def score(judge: Params, episodes: Rollout) -> jax.Array:
-    """The reward model's score of each text."""
-    return SCORE(judge, episodes.tokens, episodes.mask)
 
 
 @jax.jit

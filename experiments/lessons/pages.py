@@ -41,7 +41,8 @@ def run(name: str, sizes: Mapping[str, int] | None = None) -> dict:
 
     `sizes` replaces what the page assigns to names in capitals, such as STEPS, right after the cell that does so.
     """
-    text, namespace = read(name), {"__name__": f"lesson_{name.replace('-', '_')}"}
+    text = read(name)
+    namespace: dict[str, object] = {"__name__": f"lesson_{name.replace('-', '_')}"}
     for number, (is_code, code) in enumerate(cells(text)):
         if not is_code:
             continue
@@ -55,7 +56,7 @@ def run(name: str, sizes: Mapping[str, int] | None = None) -> dict:
 
 def imported(code: str) -> dict[str, str]:
     """The dotted path of each name that a program imports."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
