@@ -45,12 +45,20 @@ def read_source(app: Sphinx, page: str, source: list[str]) -> None:
         text = re.sub(r"\]\((?!\w+:|#)", "](../", (ROOT / file).read_text())
     if page.startswith("learn/") and page != "learn/index":
         text = with_links(pages.with_sources(text), posixpath.basename(page))
-    if page == "index" and not (DOCS / "troubleshooting.md").exists():
-        text = text.replace("\ntroubleshooting\n", "\n")
+    if page == "index":
+        text = complete(text)
     up = posixpath.relpath(".", posixpath.dirname(page) or ".")
     for name, target in WHOLE.items():
         text = re.sub(rf"\]\((?:\.\./)+{re.escape(name)}", f"]({up}/{target}.md", text)
     source[0] = re.sub(r"\]\((?:\.\./)+docs/", f"]({up}/", text)
+
+
+def complete(text: str) -> str:
+    """The front page with all pages in its contents: those that it does not name are ways to do something."""
+    there = {path.stem for path in DOCS.glob("*.md")} - {"index"}
+    named = set(re.findall(r"^(?:.* <)?([\w/]+)>?$", text, re.MULTILINE))
+    text = re.sub(r"^contributing$", "\n".join([*sorted(there - named), "contributing"]), text, flags=re.MULTILINE)
+    return text if "troubleshooting" in there else text.replace("\ntroubleshooting\n", "\n")
 
 
 def with_links(text: str, name: str) -> str:
