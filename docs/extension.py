@@ -12,7 +12,6 @@ import inspect
 import os
 import posixpath
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +101,33 @@ def forget(app: Sphinx, env: Any, page: str) -> None:
     getattr(env, "shown_files", {}).pop(page, None)
 
 
-def shown_files(app: Sphinx) -> Iterator[tuple[str, dict, str]]:
-    """A page for each file of the repository that another page links to."""
+SOURCE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name} - rlhf_jax</title>
+<link rel="stylesheet" href="{root}/_static/pygments.css">
+<link rel="stylesheet" href="{root}/_static/site.css">
+<body class="source">
+<p><a href="{root}/index.html">rlhf_jax</a> / {name}</p>
+{code}
+"""
+
+
+def write_sources(app: Sphinx, error: Exception | None) -> None:
+    """Write a page for each file of the repository that another page links to."""
+    if error is not None:
+        return
     formatter = HtmlFormatter(linenos="inline", lineanchors="line", anchorlinenos=True)
-    names = set().union(*app.env.shown_files.values()) if app.env.shown_files else set()  # type: ignore[attr-defined]
-    for name in sorted(names):
+    for name in sorted(set().union(*app.env.shown_files.values())):  # type: ignore[attr-defined]
         try:
             lexer = get_lexer_for_filename(name)
         except ClassNotFound:
             lexer = TextLexer()
-        body = highlight((ROOT / name).read_text(), lexer, formatter)
-        yield f"source/{name}", {"title": name, "body": f"<h1>{name}</h1>{body}", "parents": []}, "page.html"
+        page = Path(app.outdir) / "source" / f"{name}.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        code = highlight((ROOT / name).read_text(), lexer, formatter)
+        page.write_text(SOURCE.format(name=name, root="../" * name.count("/") + "..", code=code))
 
 
 # Formulas -------------------------------------------------------------------------------------------------------------
@@ -218,8 +233,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("env-purge-doc", forget)
     app.connect("source-read", read_source)
     app.connect("doctree-read", link_sources, priority=1)
-    app.connect("html-collect-pages", shown_files)
     app.connect("build-finished", write_notebooks)
+    app.connect("build-finished", write_sources)
     app.connect("autodoc-process-docstring", docstring)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-skip-member", skip)

@@ -1,11 +1,15 @@
 """A lesson is a Markdown page whose Python fences are its cells: this reads, runs and converts it."""
 
 import ast
+import functools
 import json
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+Namespace = dict[str, Any]  # of the cells of a lesson
 
 ROOT = Path(__file__).parents[2]
 LESSONS = ROOT / "docs" / "learn"
@@ -36,18 +40,21 @@ def cells(text: str) -> Iterator[tuple[bool, str]]:
         yield False, rest
 
 
-def run(name: str, sizes: Mapping[str, int] | None = None) -> dict:
+def run(name: str, replaced: Mapping[str, Callable] | None = None) -> Namespace:
     """Run the cells of a lesson in one namespace, and return it.
 
-    `sizes` replaces what the page assigns to names in capitals, such as STEPS, right after the cell that does so.
+    `replaced` maps a name to a function of what the page assigns to it, which is applied after the cell that does so.
     """
     text = read(name)
-    namespace: dict[str, object] = {"__name__": f"lesson_{name.replace('-', '_')}"}
+    namespace: Namespace = {"__name__": f"lesson_{name.replace('-', '_')}"}
     for number, (is_code, code) in enumerate(cells(text)):
         if not is_code:
             continue
+        before = dict(namespace)
         exec(compile(code, f"docs/learn/{name}.md, cell {number}", "exec"), namespace)
-        namespace |= {size: value for size, value in (sizes or {}).items() if size in namespace}
+        for key, change in (replaced or {}).items():
+            if key in namespace and namespace[key] is not before.get(key):
+                namespace[key] = change(namespace[key])
     return namespace
 
 
@@ -63,14 +70,20 @@ def imported(code: str) -> dict[str, str]:
     return found
 
 
+@functools.cache
+def _parsed(file: Path) -> tuple[str, ast.Module]:
+    text = file.read_text()
+    return text, ast.parse(text)
+
+
 def locate(dotted: str) -> tuple[Path, str]:
     """The file of a function or class with this dotted path, and its source there; LookupError if there is none."""
     parts = dotted.split(".")
     for end in range(len(parts) - 1, 0, -1):
         file = ROOT.joinpath(*parts[:end]).with_suffix(".py")
         if file.exists():
-            text = file.read_text()
-            body: list[ast.stmt] = ast.parse(text).body
+            text, module = _parsed(file)
+            body: list[ast.stmt] = module.body
             node = None
             for part in parts[end:]:
                 node = next((one for one in body if getattr(one, "name", None) == part), None)

@@ -1,17 +1,18 @@
 """The lessons: their language, their exercises, and their cells, which run at a small size."""
 
+import inspect
 import json
 import math
 import random
 import re
+from collections.abc import Callable
 
-import jax
 import numpy as np
 import pytest
 
 from experiments.lessons import course, exercises, language, models, pages
 
-SMALL = {"STEPS": 2, "EVERY": 1, "BATCH": 8, "GROUPS": 2, "TEXTS": 16}
+SMALL = {"STEPS": 2, "EVERY": 1, "BATCH": 8, "GROUPS": 2, "TEXTS": 8, "SAMPLES": 8}
 
 
 # The language ---------------------------------------------------------------------------------------------------------
@@ -235,14 +236,25 @@ def untrained():
         yield
 
 
+def once(run: Callable) -> Callable:
+    """`run` of a lesson that computes the first time alone; later calls, of the faults, have to fit its signature."""
+    found: list[course.Records] = []
+
+    def call(*args, **changes):
+        inspect.signature(run).bind(*args, **changes)
+        if not found:
+            found.append(run(*args, **changes))
+        return found[0]
+
+    return call
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", pages.names())
 def test_a_lesson_runs(name: str, untrained: None):
-    """All cells, at a small size; every record is finite, and every exercise is asked and not yet answered."""
-    namespace = pages.run(name, SMALL)
-    lesson = namespace["lesson"]
+    """All cells, at a small size; every record is finite. `scripts/lessons.py measure` runs the faults too."""
+    sizes = {size: lambda _, value=value: value for size, value in SMALL.items()}
+    lesson = pages.run(name, sizes | {"run": once})["lesson"]
     assert len(lesson.drawn) >= 4
-    for records in lesson.drawn.values():
-        assert len(records) >= 2 and all(lesson.panels.keys() <= row.keys() for row in records)
-    assert all(np.isfinite(float(row[key])) for row in lesson.drawn["yours"] for key in lesson.panels)
-    jax.clear_caches()
+    for row in lesson.drawn["yours"]:
+        assert all(np.isfinite(float(row[key])) for key in lesson.panels)
