@@ -91,6 +91,7 @@ def build(
             tx=tx,
             cfg=algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config),
         ),
     )
     sampled = sampling.Config(
@@ -141,7 +142,7 @@ def main(
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
         )
 
-    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets)
+    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets, algorithm.group)
     tx, collect, step_fn = build(cfg, policy.config, models.stop_ids(policy), layout, train_step)
     refill = (
         layout.step(functools.partial(grpo_lib.refill, group=algorithm.group, cfg=algorithm)) if cfg.resample else None
@@ -157,7 +158,7 @@ def main(
     key = layout.state(named_key(cfg.seed, "grpo/sampling"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
-        at_most={"ratio/first_error": updates.RATIO_ERROR[cfg.compute.dtype]},
+        at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
         derive=rates.Rates(
             policy=policy.config,
             critic=None,
@@ -167,6 +168,8 @@ def main(
             text_rows=updates_a_step * cfg.text_batch if cfg.text else 0,
             text_length=cfg.text_length,
             peak=flops.peak(cfg.compute.dtype),
+            group=algorithm.group if cfg.compute.shares(cfg.prompt_length, cfg.max_new_tokens, algorithm.group) else 1,
+            learnt=algorithm.learnt,
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters

@@ -124,6 +124,7 @@ def build(
             tx=tx,
             cfg=cfg.algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config),
         ),
     )
     scores = functools.partial(reward_lib.scores, score_fn=heads.score_fn(config), buckets=cfg.algorithm.buckets)
@@ -153,6 +154,7 @@ def main(cfg: Config) -> dict[str, float]:
         batch=cfg.batch,
         seed=cfg.seed,
         virtue=cfg.virtue,
+        shares=cfg.compute.shares,
     )
     train, held_out = source(cfg.data), source(cfg.held_out) if cfg.held_out else None
     batches = read(train, epochs=cfg.epochs)

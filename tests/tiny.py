@@ -11,7 +11,7 @@ from rlhf_jax import models
 
 GPT = models.gpt(2, 16, 2, vocab_size=31, max_length=24)
 LLAMA = models.llama(2, 16, 4, 2, 24, vocab_size=31, max_length=24)
-_SCALING = models.RopeScaling(factor=4.0, low=1.0, high=4.0, original_length=12)
+_SCALING = models.Llama3Scaling(factor=4.0, low=1.0, high=4.0, original_length=12)
 CONFIGS = {  # every family that there is, with each of its settings
     "gpt": GPT,
     "llama": LLAMA,
@@ -19,12 +19,16 @@ CONFIGS = {  # every family that there is, with each of its settings
     "mistral": dataclasses.replace(LLAMA, window=3),
     "qwen2": dataclasses.replace(LLAMA, bias="qkv"),
     "qwen2-window": dataclasses.replace(LLAMA, bias="qkv", window=3, full_layers=(0,)),
-    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=6, tie_embeddings=True),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm="head", head_dim=6, tie_embeddings=True),
     "gemma2": dataclasses.replace(
         LLAMA,
         **{"mlp": "geglu", "unit_offset": True, "post_norm": True, "scale_embedding": True, "tie_embeddings": True},
         **{"window": 3, "full_layers": (1,), "query_size": 7, "attention_cap": 2.0, "logit_cap": 3.0},
         head_dim=6,
+    ),
+    "mixtral": dataclasses.replace(LLAMA, d_ff=12, experts=models.Experts(count=4, active=2)),
+    "qwen3_moe": dataclasses.replace(
+        LLAMA, d_ff=12, qk_norm="head", head_dim=6, experts=models.Experts(count=6, active=3, normalized=False)
     ),
 }
 
