@@ -22,6 +22,7 @@ import optax
 from rlhf_jax import models, runs
 from rlhf_jax.algorithms import best_of_n, optim, updates
 from rlhf_jax.algorithms import grpo as grpo_lib
+from rlhf_jax.algorithms import rewards as rewards_lib
 from rlhf_jax.analysis import flops, rates
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
@@ -68,8 +69,8 @@ class Config(runs.Config):
             raise InputError(f"batch={self.batch}: expected a multiple of the group of {self.algorithm.group} answers")
         rewards = self.algorithm.rewards
         rewards.check(len(self.reward), self.cost is not None)
-        if self.resample and (rewards.weights or rewards.threshold is not None):
-            raise InputError("resample compares scores that are one already: leave out the weights and the cost model")
+        if self.resample and rewards != rewards_lib.Config():
+            raise InputError("resample compares scores before algorithm.rewards changes them: leave out one of them")
 
 
 def build(

@@ -277,6 +277,13 @@ MUTANTS = [
     *mutants("algorithms/rewards", "normalize", ("- moments.mean[None]", ""), ("jax.lax.rsqrt", "jnp.sqrt")),
     *mutants("algorithms/rewards", "weighted_sum", (" * jnp.array(weights, jnp.float32)[None]", "")),
     *mutants(
+        "algorithms/rewards",
+        "adjust",
+        ("-cfg.clip, cfg.clip", "0.0, cfg.clip"),
+        ("score - penalty", "score + penalty"),
+        (" * jnp.sum(rollout.response_mask, axis=1)", " * jnp.ones_like(score)"),
+    ),
+    *mutants(
         "algorithms/dpo",
         "sigmoid_terms",
         ("-(1 - label_smoothing)", "(1 - label_smoothing)"),
