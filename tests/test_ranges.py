@@ -267,6 +267,7 @@ FILES = {
     "workload",
     "db",
     "responses",
+    "rubric",
     "guidelines",
     "certificate",
     "key",

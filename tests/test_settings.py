@@ -31,7 +31,8 @@ from rlhf_jax.runs import plots, run
 from tests.experiments import test_sentiment
 from tests.quickstart import LENGTHS
 
-LATER = {"out", "saves", "samples_every", "samples", "held_out_every", "resample"}  # of these the loop asks
+JUDGE = {"judge"}  # whom tests/experiments/test_judge.py has
+LATER = {"out", "saves", "samples_every", "samples", "held_out_every", "resample"} | JUDGE  # of these the loop asks
 WITH_PEOPLE = {"db", "data", "overlap", "enough", "round"}  # settings of `rank`, which tests/experiments has
 ASKED = {
     sources: ["rows"],

@@ -65,6 +65,14 @@ class Config(Settings):
         if self.threshold is not None and not cost:
             raise InputError("threshold bounds the scores of a cost model: name one by --cost")
 
+    def check_process(self) -> None:
+        """Raise InputError for settings that would change a score where steps have rewards of their own."""
+        if dataclasses.replace(self, length_penalty=0.0) != Config():
+            raise InputError(
+                "of algorithm.rewards only length_penalty goes with process rewards, which are no scores of the whole:"
+                " leave out the others"
+            )
+
 
 class Moments(struct.PyTreeNode):
     """Running mean and variance of R scores."""

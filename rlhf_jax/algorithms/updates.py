@@ -135,6 +135,7 @@ def describe(rollout: Rollout, score: Float[Array, "B"]) -> Metrics:
             "response/ended": jnp.mean(rollout.ended),
         }
         | ({} if rollout.disagreement is None else {"reward/disagreement": jnp.mean(rollout.disagreement)})
+        | ({} if rollout.unjudged is None else {"reward/unjudged": jnp.mean(rollout.unjudged)})
     )
 
 
