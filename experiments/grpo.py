@@ -172,7 +172,7 @@ def main(
         derive=rates.Rates(
             policy=policy.config,
             critic=None,
-            rewards=tuple(scorer.config for scorer in scorers.every),
+            rewards=scores.readers(scorers, other),
             batch=cfg.batch,
             epochs=algorithm.epochs,
             text_rows=updates_a_step * cfg.text_batch if cfg.text else 0,

@@ -29,7 +29,7 @@ from rlhf_jax import models, runs
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data.builders import Row, Rows
 from rlhf_jax.data.world import World, labelers
-from rlhf_jax.devices import hosts, parallel
+from rlhf_jax.devices import hosts, parallel, progress
 from rlhf_jax.people.asking import Asked
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.store import Store
@@ -225,8 +225,8 @@ def compare(cfg: Config) -> float:
     consistent = 0.0
     for split, rows in sample(cfg).items():
         rankings: list[judge_lib.Ranking] = []
-        for first in range(0, len(rows), cfg.batch):
-            part = rows[first : first + cfg.batch]
+        parts = [rows[first : first + cfg.batch] for first in range(0, len(rows), cfg.batch)]
+        for part in progress.of(parts, f"judging {split} answers"):
             rankings += judge.rank([row["prompt"] for row in part], [row["responses"] for row in part])
         kept = [
             row | {"ranks": ranking.ranks, "labeler": str(cfg.judge)}

@@ -2,8 +2,8 @@
 
 A model is fine-tuned on solutions, half of which have a fault. A process reward model learns from labels of steps up
 to the first wrong one, as PRM800K has them. PPO and GRPO then get the logarithm of its probability that a step is
-right, at the end of each step, and no other reward. Sums that are in no training row tell how many solutions are right
-in all steps, and how many in the answer.
+right, at the end of each step, and no other reward. Sums of the training rows, and others, tell how many solutions are
+right in all steps, and how many in the answer.
 
 Run:     python -m experiments.studies.steps --init runs/quickstart/sft/model
 Parent:  sft, process_reward, ppo, grpo
@@ -40,9 +40,9 @@ class Config(runs.Stage):
     out: Path = Path("runs/steps")  # run directory; each stage has a folder in it
     init: Path = Path("runs/quickstart/sft/model")  # model directory that is fine-tuned on solutions
     world: Seed = 0  # seed of the world
-    solutions: Count = 2000  # solutions to fine-tune on
-    labelled: Count = 2000  # solutions whose steps are labelled
-    held_out: Count = 256  # solutions of other sums, by which the models are measured
+    solutions: Count = 4000  # solutions to fine-tune on, whose sums are the prompts of PPO and GRPO
+    labelled: Count = 4000  # solutions whose steps are labelled
+    held_out: Count = 256  # solutions of training sums, and of others, by which the models are measured
     sft: "sft.Config" = sft.Config(text=None, epochs=1, batch=32)
     process_reward: "process_reward.Config" = process_reward.Config()
     ppo: "ppo.Config" = ppo.Config(
@@ -122,30 +122,37 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def measure(cfg: Config, model: Path, tuned: Path) -> dict[str, float]:
-    """The shares of held-out sums that a model solves rightly in all steps, and in the answer, and its KL."""
+    """The shares of sums that a model solves rightly in all steps, and in the answer; and its KL on training sums."""
     layout = parallel.layout(cfg.devices)
     loaded = models.load(model, compute=cfg.compute, place=layout.sharding)
     reference = models.load(tuned, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(loaded)
-    rows = [*sums.rows(World.generate(cfg.world), cfg.held_out, seed=9, held_out=True)]
-    prompts, _ = pipeline.every_prompt(rows, tokenizer, length=cfg.ppo.prompt_length)
-    sampled = rollout.episodes(
-        loaded,
-        prompts,
-        named_key(cfg.seed, "steps/measure"),
-        sampling.Config(max_new_tokens=cfg.ppo.max_new_tokens, eos_id=models.stop_ids(loaded)),
-        batch=cfg.ppo.batch,
-        reference=reference,
-        layout=layout,
-    )
-    texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
-    asked = [(*rows[int(index)]["sum"], text.split("\n")) for index, text in zip(sampled.index, texts, strict=True)]
-    ratio = np.where(sampled.response_mask, sampled.logp - sampled.logp_ref, 0.0)
-    return {
-        "right_in_all_steps": float(np.mean([sums.is_right(*one) for one in asked])),
-        "right_answer": float(np.mean([lines[-1] == sums.solution(start, up)[-1] for start, up, lines in asked])),
-        "kl": float(np.sum(ratio, axis=1).mean()),
-    }
+    world, found = World.generate(cfg.world), {}
+    for split in ("train", "held_out"):
+        rows = [*sums.rows(world, cfg.held_out, seed=9, held_out=split == "held_out")]
+        prompts, _ = pipeline.every_prompt(rows, tokenizer, length=cfg.ppo.prompt_length)
+        sampled = rollout.episodes(
+            loaded,
+            prompts,
+            named_key(cfg.seed, f"steps/{split}"),
+            sampling.Config(max_new_tokens=cfg.ppo.max_new_tokens, eos_id=models.stop_ids(loaded)),
+            batch=cfg.ppo.batch,
+            reference=reference,
+            layout=layout,
+        )
+        texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
+        lines = [text.split("\n") for text in texts]
+        asked = [rows[int(index)]["sum"] for index in sampled.index]
+        right = [sums.is_right(*pair, steps) for pair, steps in zip(asked, lines, strict=True)]
+        answers = [steps[-1] == sums.solution(*pair)[-1] for pair, steps in zip(asked, lines, strict=True)]
+        found |= {
+            f"{split}/right_in_all_steps": float(np.mean(right)),
+            f"{split}/right_answer": float(np.mean(answers)),
+        }
+        if split == "train":
+            ratio = np.where(sampled.response_mask, sampled.logp - sampled.logp_ref, 0.0)
+            found["kl"] = float(np.sum(ratio, axis=1).mean())
+    return found
 
 
 def main(cfg: Config) -> dict[str, dict[str, float]]:
@@ -155,7 +162,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     runs.write_config(cfg.out, cfg)
     world = World.generate(cfg.world)
     write(cfg.out / "solutions.jsonl", sums.rows(world, cfg.solutions, seed=8))
-    write(cfg.out / "held_out.jsonl", sums.rows(world, cfg.held_out, seed=9, held_out=True))
+    held_out = sums.rows(world, cfg.held_out, seed=9, held_out=True)
+    write(cfg.out / "held_out.jsonl", map(sums.to_first_fault, held_out))
     runs.once(sft.main, stage.sft)
     found = {"process_reward": runs.once(process_reward.main, stage.process_reward)}
     runs.once(ppo.main, stage.ppo)

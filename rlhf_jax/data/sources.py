@@ -180,7 +180,7 @@ class AssistantWorld(builders.Builder):
             "rankings": lambda: labelers.rankings(world, n, seed=4, held_out=held_out),
             "thumbs": lambda: map(_thumb, itertools.count(), _judged(world, n, held_out)),
             "prompts": lambda: world.prompt_rows(n, seed=5, held_out=held_out),
-            "steps": lambda: map(_to_first_fault, world_steps.rows(world, n, seed=7, held_out=held_out)),
+            "steps": lambda: map(world_steps.to_first_fault, world_steps.rows(world, n, seed=7, held_out=held_out)),
             "examples": lambda: world_tasks.rows(world, config.task, n, held_out),
             "records": lambda: world_tasks.rows(world, config.task, n, held_out),
         }
@@ -199,12 +199,6 @@ def _thumb(number: int, ranking: Row) -> Row:
     label = number % 2 == 0
     pick = (min if label else max)(range(len(ranking["ranks"])), key=ranking["ranks"].__getitem__)
     return {"prompt": ranking["prompt"], "completion": ranking["responses"][pick], "label": label}
-
-
-def _to_first_fault(row: Row) -> Row:
-    """A solution up to its first wrong step, as PRM800K has them."""
-    right = sum(label > 0 for label in row["labels"])
-    return row | {"steps": row["steps"][: right + 1], "labels": row["labels"][: right + 1]}
 
 
 def _is_world(spec: str) -> bool:

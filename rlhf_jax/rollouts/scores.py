@@ -249,6 +249,14 @@ def scorer(
     return lambda episodes: add_cost(source(episodes))
 
 
+def readers(scorers: Models, other: Other) -> tuple[models.Config, ...]:
+    """The architectures of the models by which `scorer` has responses read on the devices."""
+    costs = [model.config for model in scorers.every[-1:] if scorers.costs]
+    if other is None:
+        return tuple(model.config for model in scorers.every)
+    return (other.model.config, *costs) if isinstance(other, TokenModel) else tuple(costs)
+
+
 def each_model(
     rewards: Sequence[Model], eos_id: Ends, layout: parallel.Layout = parallel.PMAP, buckets: int = 1
 ) -> Source:

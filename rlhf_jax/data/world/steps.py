@@ -5,15 +5,17 @@
                                               It is 5.
 
 About half of the solutions have a fault: a number is left out or said twice, the counting ends early or goes on, or the
-answer is another. As in `World.prompts`, the pairs of numbers of held-out sums are in no training sum.
+answer is another. A quarter of all pairs of numbers are asked in held-out rows alone.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 
 from rlhf_jax.data.world.world import World
 
 FAULTY = 0.5  # share of solutions with a fault
+STARTS, UPS = range(13), range(1, 7)  # numbers to start at, and to go up by
 
 
 def solution(start: int, up: int) -> list[str]:
@@ -38,12 +40,19 @@ def question(start: int, up: int) -> str:
     return f"Count up from {start}: what is {start} plus {up}?"
 
 
+def pairs(world: World, held_out: bool = False) -> list[tuple[int, int]]:
+    """The pairs of numbers that are asked."""
+    every = list(itertools.product(STARTS, UPS))
+    random.Random(f"{world.seed}/steps").shuffle(every)
+    return every[: len(every) // 4] if held_out else every[len(every) // 4 :]
+
+
 def rows(world: World, n: int, seed: int, held_out: bool = False) -> Iterator[dict]:
     """The solutions of `n` sums: {"prompt": messages, "steps", "labels", "sum": the two numbers}."""
     rng = random.Random(f"{world.seed}/steps/{held_out}/{seed}")
-    pairs = (world.held_out if held_out else world.train).pairs
+    asked = pairs(world, held_out)
     for _ in range(n):
-        start, up = (int(x) for x in rng.sample(rng.choice(pairs).split(" and "), 2))
+        start, up = rng.choice(asked)
         steps = _with_fault(start, up, rng) if rng.random() < FAULTY else solution(start, up)
         yield {
             "prompt": [{"role": "user", "content": question(start, up)}],
@@ -51,6 +60,12 @@ def rows(world: World, n: int, seed: int, held_out: bool = False) -> Iterator[di
             "labels": labels(start, up, steps),
             "sum": [start, up],
         }
+
+
+def to_first_fault(row: dict) -> dict:
+    """A solution up to its first wrong step, as PRM800K has them."""
+    right = sum(label > 0 for label in row["labels"])
+    return row | {"steps": row["steps"][: right + 1], "labels": row["labels"][: right + 1]}
 
 
 def _with_fault(start: int, up: int, rng: random.Random) -> list[str]:
@@ -71,5 +86,5 @@ def _with_fault(start: int, up: int, rng: random.Random) -> list[str]:
             counted.append(start + up + 1)
             answer += 1
         case "answer":
-            answer += rng.choice((-1, 1)) if answer else 1
+            answer += rng.choice((-1, 1))
     return [*map(str, counted), f"It is {answer}."]
