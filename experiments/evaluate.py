@@ -79,7 +79,7 @@ def episodes(cfg: Config, model: models.Model, rows: Rows, prompts: Prompts, lay
     loaded, score = {cfg.model: model} | ({} if reference is model else {cfg.reference: reference}), None
     if cfg.reward:
         loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
-        score = scores.reward_models([loaded[cfg.reward]], models.stop_ids(model), layout=layout)
+        score = scores.reward_models([loaded[cfg.reward]], models.stop_ids(model), layout=layout, group=cfg.best_of)
     if judge := judge_lib.load(cfg.judge, layout, cfg.compute, cfg.seed):
         if cfg.reward:
             raise InputError("reward has no effect where a judge scores: leave out one of them")

@@ -80,7 +80,7 @@ def pick(cfg: Config) -> None:
     else:
         reward = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
         models.check_vocabularies({cfg.init: model, cfg.reward: reward})
-        score = scores.reward_models([reward], models.stop_ids(model), layout=layout)
+        score = scores.reward_models([reward], models.stop_ids(model), layout=layout, group=cfg.best_of)
         del reward  # as it was loaded: `score` has a copy
     sampled = rollout.episodes(
         model,
