@@ -285,7 +285,8 @@ def experience(rollout: Rollout, kl_coef: Array, cfg: Config) -> tuple[Experienc
     reward = token_rewards(score, kl, mask, kl_coef if cfg.kl_in == "reward" else 0.0, value_mask)
     if rollout.token_score is not None:
         reward = reward + jnp.where(mask, rollout.token_score, 0.0)
-    metrics = updates.describe(rollout, score) | {"reward/total": jnp.mean(jnp.sum(reward, axis=1)), "kl/coef": kl_coef}
+    described = updates.describe(rollout, updates.response_score(rollout, cfg))
+    metrics = described | {"reward/total": jnp.mean(jnp.sum(reward, axis=1)), "kl/coef": kl_coef}
     if cfg.whiten_rewards:
         reward = whiten(reward, value_mask, shift_mean=False)
     advantage, target = estimate(reward, rollout.value, value_mask, cfg)
