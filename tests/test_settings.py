@@ -31,7 +31,15 @@ from rlhf_jax.runs import plots, run
 from tests.experiments import test_sentiment
 from tests.quickstart import LENGTHS
 
-LATER = {"out", "saves", "samples_every", "samples", "held_out_every", "resample"}  # of these the loop asks
+LATER = {
+    "out",
+    "saves",
+    "samples_every",
+    "samples",
+    "token_samples",
+    "held_out_every",
+    "resample",
+}  # of these the loop asks
 WITH_PEOPLE = {"db", "data", "overlap", "enough", "round"}  # settings of `rank`, which tests/experiments has
 ASKED = {
     sources: ["rows"],

@@ -29,6 +29,7 @@ FREE = {
     "profile",
     "samples",
     "samples_every",
+    "token_samples",
     "saves",
     "docs",
     "held_out_every",
