@@ -44,7 +44,7 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
 
 
 def judge(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
-    """The `experience` of a whole rollout by the state's statistics, and the state that remembers those of its scores."""
+    """The `experience` of a whole rollout, and the state with the statistics of its scores."""
     state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
     batch, metrics = experience(rollout, cfg)
     return state, batch, metrics | reward_metrics

@@ -275,7 +275,7 @@ class Transformer(nn.Module):
     def distributions(
         self, tokens: Int[Array, "B T"], segment: Array | Tree, *, start: int, temperature: float, best: int
     ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Int[Array, "B N K"], Float[Array, "B N K"]]:
-        """As `logprobs`, with entropies, and the `best` likeliest tokens of each distribution with their log-probability."""
+        """As `logprobs`, with entropies, and the `best` likeliest tokens of each distribution with theirs."""
         hidden = self.hidden(tokens, segment, None, slice(start, -1))
 
         def read(hidden: Array, targets: Array) -> tuple[Array, Array, Array, Array]:

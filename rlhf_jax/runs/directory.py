@@ -69,6 +69,11 @@ def settings(config: Any) -> dict[str, Any]:
     return json.loads(gcs.named(json.dumps(whole, ensure_ascii=False)))
 
 
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The `settings` of the run in `directory`; empty if it has none that can be read."""
+    return _read_config(directory) or {}
+
+
 def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
     """How two `settings` differ, by the names of those that do: `0.1 there, 0.2 here`, or `rows.jsonl differs`.
 
