@@ -404,6 +404,13 @@ def short(value: Any) -> str:
 # -- builders ----------------------------------------------------------------------------------------------------------
 
 
+class _OwnInfo(tfds.core.DatasetInfo):
+    """The facts of rows that are made here alone."""
+
+    def initialize_from_bucket(self) -> None:
+        """Do nothing: TFDS would leave an empty temporary folder behind, and find nothing in its bucket."""
+
+
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Store the rows that `rows` yields, in their order. A further reader is a subclass with `rows` and a config.
 
@@ -421,7 +428,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict({"row": tfds.features.Text(), "place": tfds.features.Text()})
         counts = tfds.core.MetadataDict()
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True, metadata=counts)
+        return _OwnInfo(builder=self, features=features, disable_shuffling=True, metadata=counts)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {self.builder_config.split: self._generate_examples()}

@@ -233,20 +233,21 @@ def _shots(put: _Put) -> dict[str, float]:
 
 def _write(model: models.Model, put: Sequence[_Put], cfg: Config, layout: parallel.Layout) -> list[Result]:
     """The results of questions whose answers are written."""
-    texts = writing.answers(
-        model,
-        [question.ids for one in put for question in one.questions for _ in range(cfg.samples)],
-        writing.Config(
-            max_new_tokens=new_tokens(cfg, model.config.max_length),
-            temperature=cfg.temperature,
-            stop="" if cfg.chat else "\n\n",  # an empty line is what stands between examples
-            batch=cfg.batch,
-            seed=cfg.seed,
-        ),
-        layout=layout,
+    ids = [[question.ids for question in one.questions] for one in put]
+    apart = [writing.worth_sharing(model.config, some) > 0 for some in ids]
+    form = writing.Config(
+        samples=cfg.samples,
+        max_new_tokens=new_tokens(cfg, model.config.max_length),
+        temperature=cfg.temperature,
+        stop="" if cfg.chat else "\n\n",  # an empty line is what stands between examples
+        batch=cfg.batch,
+        seed=cfg.seed,
     )
-    said = iter(texts)
-    return [_written(one, [[next(said) for _ in range(cfg.samples)] for _ in one.questions], cfg) for one in put]
+    said = {n: writing.answers(model, some, form, layout=layout) for n, some in enumerate(ids) if apart[n]}
+    if rest := [prompt for n, some in enumerate(ids) if not apart[n] for prompt in some]:
+        found = iter(writing.answers(model, rest, form, layout=layout))
+        said |= {n: [next(found) for _ in some] for n, some in enumerate(ids) if not apart[n]}
+    return [_written(one, said[n], cfg) for n, one in enumerate(put)]
 
 
 def _written(put: _Put, texts: list[list[str]], cfg: Config) -> Result:

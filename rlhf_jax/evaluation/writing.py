@@ -1,6 +1,11 @@
-"""Answers in writing: sampled or greedy, up to where the answer ends, prompts of like length in a batch."""
+"""Answers in writing: sampled or greedy, up to where the answer ends, prompts of like length in a batch.
+
+What all prompts begin with, such as the examples in front of questions, is read once where that is worth a program of
+its own.
+"""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +22,7 @@ from rlhf_jax.types import Prompts, named_key
 class Config(Settings):
     """How answers are written."""
 
+    samples: Count = 1  # answers to each prompt
     max_new_tokens: Count = 32  # most tokens of an answer
     temperature: NonNegative = 0.0  # 0 takes the likeliest token
     stop: str = ""  # text before which an answer ends, where the model does not end it itself; "": there is none
@@ -24,11 +30,25 @@ class Config(Settings):
     seed: Seed = 0
 
 
+WORTH = 1e12  # floating-point operations, about as long on two CPU cores as compiling another program
+
+
+def worth_sharing(config: models.Config, prompts: Sequence[tokenizers.Ids]) -> int:
+    """How many tokens with which all prompts begin are worth to be read apart from what follows; 0: none."""
+    most = min(map(len, prompts)) - 1  # each has one of its own left
+    whole = np.stack([ids[:most] for ids in prompts])
+    shared = int(np.argmin([*(whole == whole[0]).all(axis=0), False]))
+    saved = 2 * models.parameter_count(config) * shared * (len(prompts) - 1)
+    return shared if saved > WORTH else 0
+
+
 def answers(
     model: models.Model, prompts: Sequence[tokenizers.Ids], cfg: Config, *, layout: parallel.Layout = parallel.PMAP
-) -> list[str]:
-    """The answer to each prompt, without what ends it; the same prompt twice is answered by two samples."""
+) -> list[list[str]]:
+    """The answers to each prompt, `cfg.samples` of them, without what ends them."""
     tokenizer = models.tokenizer_of(model)
+    shared = worth_sharing(model.config, prompts)
+    prompts = [ids for ids in prompts for _ in range(cfg.samples)]
     width = max(map(len, prompts))
     tokens, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
     for n, ids in enumerate(prompts):
@@ -41,6 +61,8 @@ def answers(
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             eos_id=(*models.stop_ids(model), *_spelling(tokenizer, cfg.stop)),
+            group=math.gcd(cfg.samples, cfg.batch),  # a batch begins with a prompt's first answer, or that of a part
+            shared=shared,
         ),
         batch=cfg.batch,
         layout=layout,
@@ -49,7 +71,8 @@ def answers(
         tokenizers.decode(tokenizer, ids, on)
         for ids, on in zip(written.response_tokens, written.response_mask, strict=True)
     ]
-    return [(text.partition(cfg.stop)[0] if cfg.stop else text).strip() for text in texts]
+    texts = [(text.partition(cfg.stop)[0] if cfg.stop else text).strip() for text in texts]
+    return [texts[first : first + cfg.samples] for first in range(0, len(texts), cfg.samples)]
 
 
 def _spelling(tokenizer: tokenizers.Tokenizer, stop: str) -> list[int]:

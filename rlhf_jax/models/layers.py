@@ -1,7 +1,8 @@
 """The layers of a block, and the view of the rows that all of them share: who attends to whom, and from which position.
 
 A view is made once a forward pass: by `whole_view` where all columns are computed at once (training, scoring, reading a
-prompt), by `token_view` where one column is appended to a cache, by `appended_view` to one that is filled by row.
+prompt), by `token_view` where one column is appended to a cache, by `continued_view` where several are, and by
+`appended_view` in a cache that is filled by row.
 """
 
 import functools
@@ -71,6 +72,24 @@ def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Table | Non
         rotation=rope.look_up(table, position),
         mask=attended,
         window_mask=within_window(config, attended, position, jnp.cumsum(mask, axis=1) - 1),
+        segment=jnp.ones_like(position, bool),
+        keys=None,
+    )
+
+
+def continued_view(
+    config: Config, mask: Bool[Array, "B S"], column: Int[Array, ""], columns: int, table: rope.Table | None
+) -> View:
+    """The view of so many columns from `column` on, which attend to all the real ones up to themselves of a cache with
+    this mask; each row has a real one before them."""
+    rank = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    position = jax.lax.dynamic_slice_in_dim(rank, column, columns, axis=1)
+    attended = mask[:, None, :] & (jnp.arange(mask.shape[1])[None] <= column + jnp.arange(columns)[:, None])[None]
+    return View(
+        position=position,
+        rotation=rope.look_up(table, position),
+        mask=attended,
+        window_mask=within_window(config, attended, position, rank),
         segment=jnp.ones_like(position, bool),
         keys=None,
     )

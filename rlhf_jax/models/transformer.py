@@ -33,6 +33,7 @@ from rlhf_jax.models.layers import (
     Norm,
     View,
     appended_view,
+    continued_view,
     dropout,
     soft_cap,
     take_columns,
@@ -127,6 +128,18 @@ class Transformer(nn.Module):
         """
         cache = cache.extend_mask(mask)
         return self._next_logits(tokens, whole_view(self.config, mask, cache.rotary_table), cache, layers)
+
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        cache: Cache,
+        layers: Sequence[Params] | None = None,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """As `prefill`, of tokens that follow those in the cache, of which each row has one at least."""
+        cache = cache.extend_mask(mask)
+        view = continued_view(self.config, cache.mask, cache.column, tokens.shape[1], cache.rotary_table)
+        return self._next_logits(tokens, view, cache, layers)
 
     def decode(
         self, token: Int[Array, "B"], cache: Cache, layers: Sequence[Params] | None = None

@@ -44,6 +44,7 @@ class Config(Settings):
     eos_id: Whole | tuple[Whole, ...] | None = None  # tokens that end a response; None: there are none
     stop_at_eos: bool = True  # False: a response goes on after its end, up to max_new_tokens
     group: Count = 1  # responses to one prompt, whose rows follow each other: it is read once for all of them
+    shared: Whole = 0  # tokens with which all prompts begin, each of which has more: they are read once for all of them
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -146,7 +147,8 @@ def generate(
 ) -> Sample:
     """Sample a response to each prompt.
 
-    With `cfg.group`, rows g * group to (g + 1) * group - 1 must hold the same prompt, and the first of them is read.
+    With `cfg.group`, rows g * group to (g + 1) * group - 1 must hold the same prompt, and the first of them is read;
+    with `cfg.shared`, so many tokens are read in the first row alone (on a mesh, which shards rows, in each).
     `key` is one key, into which row b folds its number, or an array of keys [B]. A row's sample depends on its own
     prompt and key alone, not on the rest of the batch. Padding may be anywhere in a prompt. Raises InputError when
     the model's context is too short.
@@ -209,6 +211,9 @@ class _Network(struct.PyTreeNode):
     def prefill(self, tokens: Array, mask: Array, cache: Cache) -> tuple[Array, Cache]:
         return bind(Transformer(self.config), Transformer.prefill)(self.params, tokens, mask, cache, self.layers)
 
+    def extend(self, tokens: Array, mask: Array, cache: Cache) -> tuple[Array, Cache]:
+        return bind(Transformer(self.config), Transformer.extend)(self.params, tokens, mask, cache, self.layers)
+
     def decode(self, token: Array, cache: Cache) -> tuple[Array, Cache]:
         return bind(Transformer(self.config), Transformer.decode)(self.params, token, cache, self.layers)
 
@@ -219,10 +224,17 @@ class _Network(struct.PyTreeNode):
 class _Prompts(struct.PyTreeNode):
     """The inputs of sampling, before the prefill. Each of the A prompts has B / A responses, in consecutive rows."""
 
-    tokens: Leaf  # [A, P], padded on the left
+    shared: Leaf  # [1, S], with which each of them begins, to be read once; None: each is read as a whole
+    tokens: Leaf  # [A, P], what follows, padded on the left
     mask: Leaf  # [A, P]
     uniform: Leaf  # [B, N], which decides each token
-    cache: Cache  # empty, of A rows and P + N columns
+    cache: Cache  # empty, of S + P + N columns, and of A rows, or of one where something is shared
+
+    def split(self, count: int) -> "_Prompts":
+        """The same prompts, their first `count` tokens apart."""
+        first = jax.lax.dynamic_slice_in_dim(self.tokens[:1], jnp.argmax(self.mask[0]), count, axis=1)
+        own = self.mask & (jnp.cumsum(self.mask, axis=1) > count)
+        return self.replace(shared=first, tokens=self.tokens[:, count:], mask=own[:, count:])
 
 
 class _Rows(struct.PyTreeNode):
@@ -254,9 +266,12 @@ def _generate(config: models.Config, params: Params, tokens: Array, mask: Array,
     group = math.gcd(len(keys), cfg.group)  # a batch, or a device's part of it, may hold parts of groups
     tokens, mask = left_pad(tokens[::group], mask[::group])
     network = _converted(config, params)
-    cache = Cache.empty(network.config, tokens.shape[0], tokens.shape[1] + cfg.max_new_tokens)
+    shared = 0 if parallel.has_mesh() else cfg.shared
+    cache = Cache.empty(network.config, 1 if shared else tokens.shape[0], tokens.shape[1] + cfg.max_new_tokens)
     uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(cfg.max_new_tokens))
-    prompts = _Prompts(tokens=tokens, mask=mask, uniform=uniform, cache=cache)
+    prompts = _Prompts(shared=None, tokens=tokens, mask=mask, uniform=uniform, cache=cache)
+    if shared:
+        prompts = prompts.split(shared)
     stacked = functools.partial(_sample_stacked, cfg=cfg)
     # As a branch it is compiled to a program that is a tenth faster on CPU than inline. The other is cheap to trace.
     if parallel.platform() == "cpu":
@@ -322,7 +337,11 @@ def _scatter(sample: Sample, rows: _Rows) -> Sample:
 
 def _prefill(network: _Network, prompts: _Prompts, cfg: Config) -> _Rows:
     """The rows after their first token."""
-    logits, cache = network.prefill(prompts.tokens, prompts.mask, prompts.cache)
+    if prompts.shared is None:
+        logits, cache = network.prefill(prompts.tokens, prompts.mask, prompts.cache)
+    else:
+        _, cache = network.prefill(prompts.shared, jnp.ones(prompts.shared.shape, bool), prompts.cache)
+        logits, cache = network.extend(prompts.tokens, prompts.mask, cache.repeat(len(prompts.tokens)))
     group = len(prompts.uniform) // len(prompts.tokens)
     logits, cache = jnp.repeat(logits, group, axis=0), cache.repeat(group)
     token, logp = choose(logits, prompts.uniform[:, 0], cfg)

@@ -17,12 +17,29 @@ def test_answers_of_the_sampler():
     """Each row draws by its own key, so that one prompt has several answers."""
     tokenizer, one = model().tokenizer, model()
     (ids,) = tokenizers.encode(tokenizer, ["Is it?"], special=False)
-    found = writing.answers(one, [ids, ids], writing.Config(max_new_tokens=6, batch=8, temperature=1.0))
+    (found,) = writing.answers(one, [ids], writing.Config(samples=2, max_new_tokens=6, batch=8, temperature=1.0))
     cfg = sampling.Config(max_new_tokens=6, eos_id=tokenizer.eos_token_id)
     prompts = jnp.asarray([ids, ids])
     drawn = sampling.generate(one, one.params, prompts, prompts >= 0, named_key(0, "evaluation/writing"), cfg)
     texts = [tokenizers.decode(tokenizer, *map(np.asarray, row)) for row in zip(drawn.tokens, drawn.mask, strict=True)]
     assert found == [text.strip() for text in texts] and found[0] != found[1]
+
+
+@pytest.mark.slow
+def test_what_prompts_share_is_read_apart_where_it_is_worth_it(monkeypatch):
+    """With the same answers: the examples in front of two questions, of three answers each."""
+    tokenizer, one = model().tokenizer, model()
+    texts = ["Is it? It is.\n\nIs it hot?", "Is it? It is.\n\nIs that so or is it not?"]
+    prompts = tokenizers.encode(tokenizer, texts, special=False)
+    cfg = writing.Config(samples=3, max_new_tokens=6, batch=8, temperature=1.0)
+    assert writing.worth_sharing(one.config, prompts) == 0
+    plain = writing.answers(one, prompts, cfg)
+    monkeypatch.setattr(writing, "WORTH", 1.0)
+    shared = writing.worth_sharing(one.config, prompts)
+    assert tokenizer.decode(prompts[0][:shared]).strip() == "Is it? It is.\n\nIs"
+    assert writing.worth_sharing(one.config, prompts[:1]) == 0
+    assert writing.worth_sharing(one.config, [prompts[0][:shared], prompts[0]]) == shared - 1
+    assert writing.answers(one, prompts, cfg) == plain and len(set(plain[0])) > 1
 
 
 def test_where_answers_end(monkeypatch):
@@ -40,8 +57,8 @@ def test_where_answers_end(monkeypatch):
 
     monkeypatch.setattr(writing.rollout, "episodes", episodes)
     prompts = [np.array([5], np.int32), np.array([5, 6], np.int32)]
-    assert writing.answers(model(), prompts, writing.Config(stop="\n\n", seed=3)) == ["yes", "no"]
-    assert writing.answers(model(), prompts, writing.Config(stop="\n"))[0] == ""
+    assert writing.answers(model(), prompts, writing.Config(stop="\n\n", seed=3)) == [["yes"], ["no"]]
+    assert writing.answers(model(), prompts, writing.Config(stop="\n"))[0] == [""]
     (newline,) = tokenizers.encode(tokenizer, ["\n"], special=False)[0].tolist()
     assert newline in seen[1][0].ends and newline not in seen[0][0].ends
     assert jax.random.key_data(seen[0][2]).tolist() == jax.random.key_data(named_key(3, "evaluation/writing")).tolist()

@@ -134,6 +134,31 @@ def test_a_prompt_is_read_once_for_its_group(config, platform, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("config", "platform"), [(tiny.GPT, "cpu"), (tiny.LLAMA, "cpu"), (tiny.LLAMA, "tpu")])
+def test_what_prompts_have_in_common_is_read_once(config, platform, monkeypatch):
+    """With the tokens of the plain way, wherever the padding is, and for a group of answers to each prompt."""
+    config = dataclasses.replace(config, window=3 if config.position == "rope" else None)
+    tokens, mask = tiny.random_tokens(0, 6, 9), np.arange(9) < np.array([5, 9, 6, 7, 5, 8])[:, None]
+    tokens[:, :4] = [5, 3, 7, 6]
+    tokens, mask = (np.repeat(x, 2, axis=0) for x in (tokens, mask))
+    tokens[8:], mask[8:] = (
+        np.roll(tokens[8:], 1, axis=1),
+        np.roll(mask[8:], 1, axis=1),
+    )  # these begin later
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(7)))(jnp.arange(12))
+    plain = generate(config, tokens, mask, keys, eos_id=EOS)
+    on(platform, monkeypatch)
+    read, prefill = [], sampling._Network.prefill
+    monkeypatch.setattr(sampling._Network, "prefill", lambda self, *x: read.append(x[0].shape) or prefill(self, *x))
+    for group in (1, 2):
+        fresh(monkeypatch)
+        sample = generate(config, tokens, mask, keys, eos_id=EOS, group=group, shared=4)
+        np.testing.assert_array_equal(sample.tokens, plain.tokens)
+        np.testing.assert_allclose(sample.logp, plain.logp, atol=1e-5)
+    assert set(read) == {(1, 4)}
+
+
+@pytest.mark.slow
 @BOTH
 def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
