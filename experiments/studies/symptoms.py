@@ -50,20 +50,23 @@ def main(cfg: Config) -> dict[str, Any]:
         raise InputError(f"--only {' '.join(sorted(unknown))}: expected some of {', '.join(RUNS)}")
     if not (cfg.quickstart / "sft" / "model").is_dir():
         raise InputError(f"--quickstart {cfg.quickstart}: expected the directory of a quickstart, with its models")
-    rows = []
+    path = cfg.out / "symptoms.json"  # keeps what was said of runs that are not made again
+    rows = {row["run"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
     for name in cfg.only or RUNS:
         planted, make = RUNS[name]
         start = time.process_time()
         with contextlib.suppress(log.BrokenRunError):  # which ends a run at its first bad step
             make(cfg, cfg.out / name)
         found = diagnose.main(diagnose.Config(run=cfg.out / name))["symptoms"]
-        rows.append({"run": name, "planted": planted, "found": found, "seconds": time.process_time() - start})
+        seconds = round(time.process_time() - start, 1)
+        rows[name] = {"run": name, "planted": planted, "found": found, "seconds": seconds}
         print(f"== {name}: {planted or 'healthy'}; named: {', '.join(found) or 'nothing'}", flush=True)
-    right = sum(row["found"][:1] == ([row["planted"]] if row["planted"] else []) for row in rows)
+    right = sum(row["found"][:1] == ([row["planted"]] if row["planted"] else []) for row in rows.values())
     print(f"{right} of {len(rows)} as planted")
-    runs.write(cfg.out / "symptoms.json", json.dumps(rows, indent=2) + "\n")
+    known = [rows[name] for name in RUNS if name in rows]
+    runs.write(path, json.dumps(known, indent=2) + "\n")
     draw(cfg.out)
-    return {"runs": rows}
+    return {"runs": known}
 
 
 # The metric that tells, by the name of the run.

@@ -1,8 +1,8 @@
 """What goes wrong in training, as a run's own metrics tell it; docs/troubleshooting.md has the causes of each symptom.
 
-A check compares the means of a metric where the run begins and where it ends. Its bounds are far from what healthy runs
-of the assistant world do. The checks are in the order in which one fault causes another: the first symptom that is found
-is the one to begin with.
+A check compares the means of a metric at the beginning of the run and at its end. Its bounds are far from what healthy
+runs of the assistant world do. The checks are in the order in which one fault causes another: the first symptom that is
+found is the one to begin with.
 """
 
 import dataclasses
