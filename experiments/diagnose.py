@@ -45,7 +45,7 @@ def read(directory: Path) -> symptoms.Course:
     answers = [
         symptoms.Graded(
             step=row["step"],
-            prompt=row["prompt"],
+            prompt=f"{row.get('ranking', '')} {row['prompt']}",  # ranks are comparable within one ranking
             score=row["score"],
             length=len(row["tokens"]),
             gold=world.gold(row["prompt"], row["response"]).score if world and row["part"] == "watched" else None,

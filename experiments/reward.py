@@ -116,12 +116,13 @@ def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, runn
     parts = [running_fn(ids[first : first + READ], mask[first : first + READ]) for first in range(0, count, READ)]
     running, known = np.concatenate(parts), dict[int, str]()
     answers = [
-        (row["prompt"], *pair, said)
-        for row, told in zip(rows, ended, strict=True)
+        (n, row["prompt"], *pair, said)
+        for n, (row, told) in enumerate(zip(rows, ended, strict=True))
         for *pair, said in zip(row["responses"], row["ranks"], told, strict=True)
     ]
     return [
         {
+            "ranking": n,
             "prompt": tokenizer_lib.prompt_text(prompt),
             "response": text,
             "rank": rank,
@@ -131,7 +132,7 @@ def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, runn
             "tokens": tokens.spell(tokenizer, ids[b, len(start) :][mask[b, len(start) :]], known),
             "value": running[b, len(start) :][mask[b, len(start) :]],
         }
-        for b, ((prompt, text, rank, said), (start, _)) in enumerate(zip(answers, pairs, strict=True))
+        for b, ((n, prompt, text, rank, said), (start, _)) in enumerate(zip(answers, pairs, strict=True))
     ]
 
 

@@ -29,7 +29,7 @@ class Graded:
     """An answer whose worth is known: of a policy, or among the ranked ones of a reward model."""
 
     step: int
-    prompt: str
+    prompt: str  # which tells one ranking from another too
     score: float  # of the reward model
     length: int  # in tokens
     gold: float | None = None  # worth in the world, where it is the world's

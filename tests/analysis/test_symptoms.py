@@ -93,8 +93,8 @@ def judged(accuracy: float) -> list[dict[str, Any]]:
 def test_reward_models():
     assert named(judged(0.72)) == []
     assert named(judged(0.51)) == ["The reward model is near chance"]
-    long = [Graded(59, f"p{n}", score=k, length=k, rank=n % 3) for n in range(20) for k in range(4)]
-    fair = [Graded(59, f"p{n}", score=(k * (n % 5)) % 4, length=k, rank=k) for n in range(20) for k in range(4)]
+    long = [Graded(59, f"p{n}", score=float(k), length=k, rank=n % 3) for n in range(20) for k in range(4)]
+    fair = [Graded(59, f"p{n}", score=float((k * (n % 5)) % 4), length=k, rank=k) for n in range(20) for k in range(4)]
     assert named(judged(0.72), *long) == ["The reward model prefers length"]
     assert named(judged(0.72), *fair) == named(judged(0.72), *long[:8]) == []
 

@@ -17,7 +17,7 @@ import jinja2
 
 HERE = Path(__file__).parent
 POINTS = 500  # of a curve, at most: beyond, neighbours are averaged
-EPISODE = ("score", "kl", "cost", "disagreement", "rank")  # numbers of an episode
+EPISODE = ("score", "kl", "cost", "disagreement", "ranking", "rank")  # numbers of an episode
 TOKEN = ("logp", "logp_ref", "logp_after", "entropy", "reward", "value", "advantage")  # numbers of each token
 SHOWN = 5  # of the likeliest tokens of policy and reference, beside the one that was sampled
 
@@ -62,7 +62,7 @@ def pack(records: Sequence[Record], differences: Mapping[str, str]) -> dict[str,
     }
 
 
-def curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+def curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[int | float | None]]:
     """Each metric over the steps of `step`; what is absent or not finite is None."""
     names = dict.fromkeys(name for row in metrics for name in row if name != "time")
     size = max(1, -(-len(metrics) // POINTS))
@@ -104,12 +104,12 @@ def _episode(row: Mapping[str, Any], run: int, words: _Table, prompts: _Table) -
     return packed
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Sequence[int | float | None]) -> int | float | None:
     there = [value for value in values if value is not None and math.isfinite(value)]
     return _short(sum(there) / len(there)) if there else None
 
 
-def _short(value: float) -> float | None:
+def _short(value: int | float) -> int | float | None:
     """A number with as many digits as a page shows; None if it is not finite."""
     if not math.isfinite(value):
         return None

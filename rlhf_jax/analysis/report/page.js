@@ -404,7 +404,7 @@ function siblings(e) {
   return episodes.filter((other) => other.prompt === e.prompt && other.rank === undefined && (other.part === "watched") === (e.part === "watched"));
 }
 function course(e) {
-  const all = e.rank === undefined ? siblings(e).sort((a, b) => a.step - b.step || a.run - b.run || a.number - b.number) : episodes.filter((x) => x.rank !== undefined && x.prompt === e.prompt && x.run === e.run).sort((a, b) => a.rank - b.rank);
+  const all = e.rank === undefined ? siblings(e).sort((a, b) => a.step - b.step || a.run - b.run || a.number - b.number) : episodes.filter((x) => x.rank !== undefined && x.ranking === e.ranking && x.prompt === e.prompt && x.run === e.run).sort((a, b) => a.rank - b.rank);
   if (all.length < 2) return el("div", { id: "course" });
   const ranked = e.rank !== undefined, first = all[0];
   const rows = all.map((x) => {
@@ -417,7 +417,7 @@ function course(e) {
   return el("section", { class: "sheet", id: "course" },
     el("h2", { text: ranked ? "All answers to this prompt" : "The same prompt over the course of training" }),
     el("table", { class: "course" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", text: ranked ? "Rank" : "Step" }), el("th", { scope: "col", text: first.part === "watched" ? "Answer, always sampled with the same noise" : "Answer" }), el("th", { scope: "col", class: "n", text: "Score" }), ranked ? null : el("th", { scope: "col", class: "n", text: "KL" }))), el("tbody", {}, rows)),
-    runs.length > 1 && all.some((x) => x.run) ? el("p", { class: "soft", text: `A wavy line marks what ${runs[1].name} says otherwise than ${runs[0].name} at the same step.` }) : null);
+    runs.length > 1 && all.some((x) => x.run) ? el("p", { class: "soft", text: `A line below marks what ${runs[1].name} says otherwise than ${runs[0].name} at the same step.` }) : null);
 }
 function go(e) {
   if (state.view !== "answers") open("answers");
@@ -439,7 +439,7 @@ function besideView() {
   const differ = Object.entries(data.differences);
   const panel = el("section", { class: "panel full" },
     el("details", { ...(differ.length && differ.length < 8 ? { open: "" } : {}) }, el("summary", { text: differ.length ? `${differ.length} settings differ` : "The settings are the same" }),
-      el("table", { class: "settings" }, el("tbody", {}, differ.map(([name, text]) => el("tr", {}, el("th", { scope: "row", text: name }), el("td", { text })))))),
+      el("table", { class: "settings" }, el("tbody", {}, differ.map(([name, text]) => el("tr", {}, el("th", { scope: "row", text: name }), ...(runs.every((run) => name in run.settings) ? runs.map((run, n) => el("td", {}, el("span", { class: `dot${n}` }), run.settings[name])) : [el("td", { colspan: 2, text })])))))),
     el("div", { class: "count", role: "status", text: pairs.length ? `${pairs.length} answers to the same prompts at the same steps; the number is B's score less A's. Enter opens B's answer.` : "The two runs have no prompt and step in common." }),
     list.box);
   current.beside = list;
@@ -450,11 +450,14 @@ function besideView() {
 // Reward models: which answers they prefer, and whether people did
 function pairsView() {
   const groups = new Map();
-  for (const e of episodes) if (e.rank !== undefined) groups.set(`${e.run}/${e.prompt}`, [...(groups.get(`${e.run}/${e.prompt}`) ?? []), e]);
-  const pairs = [], byText = new Map();
+  const key = (e) => `${e.run}/${e.ranking}/${e.prompt}`;
+  for (const e of episodes) if (e.rank !== undefined) groups.set(key(e), [...(groups.get(key(e)) ?? []), e]);
+  const pairs = [], byText = new Map(), known = new Set();
   for (const group of groups.values()) for (const better of group) for (const worse of group) if (better.rank < worse.rank) {
     const pair = { better, worse, margin: better.score - worse.score, run: better.run, longer: better.length - worse.length };
-    const key = [better.prompt, better.text, worse.text].join("\u0000");
+    const texts = [better.run, better.ranking, better.text, worse.text].join("\u0000"), key = [better.prompt, better.text, worse.text].join("\u0000");
+    if (known.has(texts)) continue;  // people were shown the same text twice
+    known.add(texts);
     if (better.run === 1 && byText.has(key)) byText.get(key).second = pair; else if (better.run === 0) byText.set(key, pair);
     if (better.run === 0 || !runs[0].curves["reward/accuracy"]) pairs.push(pair);
   }
@@ -469,8 +472,8 @@ function pairsView() {
   const rate = (xs) => percent(xs.reduce((sum, pair) => sum + (pair.margin > 0) + 0.5 * (pair.margin === 0), 0) / xs.length);
   const unequal = pairs.filter((pair) => pair.longer), share = (test) => percent(unequal.filter(test).length / Math.max(1, unequal.length));
   const facts = el("div", { class: "facts" },
-    el("span", { class: "chip" }, "right on ", el("b", { text: rate(pairs) }), ` of ${pairs.length} pairs, chance is 50 %`),
-    el("span", { class: "chip" }, "the model prefers the longer answer in ", el("b", { text: share((p) => p.margin > 0 === p.longer > 0) }), ", people in ", el("b", { text: share((p) => p.longer > 0) })));
+    el("span", { class: "chip" }, el("span", {}, "right on ", el("b", { text: rate(pairs) }), ` of ${pairs.length} pairs, chance is 50 %`)),
+    el("span", { class: "chip" }, el("span", {}, "the model prefers the longer answer in ", el("b", { text: share((p) => p.margin > 0 === p.longer > 0) }), ", people in ", el("b", { text: share((p) => p.longer > 0) }))));
   const update = () => {
     const kept = pairs.filter((pair) => !settings.show || (settings.show === "wrong" ? pair.margin <= 0 : settings.show === "right" ? pair.margin > 0 : pair.second && pair.margin > 0 !== pair.second.margin > 0));
     const keys = { wrong: (p) => p.margin, right: (p) => -p.margin, close: (p) => Math.abs(p.margin), longer: (p) => p.longer, apart: (p) => -Math.abs(p.margin - (p.second?.margin ?? p.margin)) };
