@@ -27,7 +27,7 @@ from rlhf_jax.algorithms import optim
 from rlhf_jax.analysis import symptoms
 from rlhf_jax.data.tokenizer import Prompt
 from rlhf_jax.rollouts import rollout, sampling
-from rlhf_jax.runs import cli, log, plots
+from rlhf_jax.runs import checkpoint, cli, log, plots
 from rlhf_jax.settings import Count, Seed, Settings
 from rlhf_jax.types import InputError, Rollout
 
@@ -42,6 +42,9 @@ class Config(Settings):
     seed: Seed = 0  # seed of the planted runs; the healthy ones have those after it
     steps: Count = 30  # rollouts of a run of PPO
     rankings: Count = 1200  # prompts that a reward model learns from
+
+
+ANEW = checkpoint.Config(resume="never")
 
 
 def main(cfg: Config) -> dict[str, Any]:
@@ -109,6 +112,7 @@ def policy(cfg: Config, out: Path, **changes: Any) -> ppo.Config:
         steps=cfg.steps,
         samples_every=cfg.steps // 2,
         token_samples=64,
+        saves=ANEW,
         **changes,
     )
 
@@ -163,8 +167,8 @@ def other_temperature(cfg: Config, out: Path) -> None:
 
 
 def unseen_temperature(cfg: Config, out: Path) -> None:
-    with patched("collect", collect_unseen):
-        ppo.main(policy(cfg, out, text=None))
+    with patched("collect", collect_unseen):  # the entropy bonus makes the policy flatter than what is sampled of it
+        ppo.main(with_algorithm(policy(cfg, out, text=None), entropy_coef=0.3))
 
 
 def rankings(cfg: Config, out: Path, rank: Callable[[dict], list[int]]) -> tuple[Path, Path]:
@@ -189,6 +193,7 @@ def judge(cfg: Config, out: Path, rank: Callable[[dict], list[int]], **changes: 
         init=cfg.quickstart / "sft" / "model",
         data=str(data),
         held_out=str(held_out),
+        saves=ANEW,
     )
     reward.main(dataclasses.replace(run, **changes))
 
@@ -226,7 +231,7 @@ def slow(response: str) -> float:
 
 
 def without_entropy(cfg: Config, out: Path) -> None:
-    ppo.main(with_algorithm(policy(cfg, out, text=None), entropy_coef=-0.3))
+    ppo.main(with_algorithm(policy(cfg, out, text=None, lr=1e-3), entropy_coef=-1.0))
 
 
 def without_reference(cfg: Config, out: Path) -> None:
@@ -259,6 +264,7 @@ def healthy_grpo(cfg: Config, out: Path) -> None:
             steps=run.steps,
             samples_every=run.samples_every,
             token_samples=run.token_samples,
+            saves=ANEW,
         )
     )
 

@@ -157,7 +157,7 @@ def entropy_collapse(course: Course) -> str | None:
 def exploding_kl(course: Course) -> str | None:
     """A policy that has left the reference behind."""
     end, tokens = course.end("kl/reference"), course.end("response/tokens")
-    if not end > 0.5 * tokens:
+    if not end > 1.5 * tokens:
         return None
     return f"kl/reference ends at {end:.1f} nats an answer, {end / tokens:.2f} a token"
 
@@ -208,11 +208,11 @@ CHECKS: dict[str, Callable[[Course], str | None]] = {
     "The reward model prefers length": prefers_length,
     "The loss does not fall": loss_not_falling,
     "The value loss does not fall": value_not_falling,
+    "Reward up, gold down": gold_down,
     "Answers end at once": ends_at_once,
+    "The KL explodes": exploding_kl,
     "Answers grow": answers_grow,
     "The entropy collapses": entropy_collapse,
-    "The KL explodes": exploding_kl,
-    "Reward up, gold down": gold_down,
     "Rollouts are slow": slow_rollouts,
 }
 AT_ONCE = (not_finite, ratio_not_one)  # what one step is enough to tell

@@ -56,7 +56,7 @@ def test_nothing_is_said_of_a_run_with_nothing_wrong():
     [
         ({"ratio__first_error": 0.01}, "The ratio is not 1 at the first step"),
         ({"kl__reference": -0.4}, "The KL is negative"),
-        ({"kl__reference": 6.0}, "The KL explodes"),
+        ({"kl__reference": 16.0}, "The KL explodes"),
         ({"policy__entropy": 0.01}, "The entropy collapses"),
         ({"response__tokens": 14.0}, "Answers grow"),
         ({"response__tokens": 1.5}, "Answers end at once"),
@@ -82,8 +82,8 @@ def test_a_negative_kl_within_its_scatter_is_none():
 
 
 def test_the_cause_comes_before_what_it_brings_on():
-    ends = {"kl__reference": 6.0, "policy__entropy": 0.01, "loss__value": 0.7, "value__explained_variance": -1.0}
-    assert named(run(**ends)) == ["The value loss does not fall", "The entropy collapses", "The KL explodes"]
+    ends = {"kl__reference": 16.0, "policy__entropy": 0.01, "loss__value": 0.7, "value__explained_variance": -1.0}
+    assert named(run(**ends)) == ["The value loss does not fall", "The KL explodes", "The entropy collapses"]
 
 
 def judged(accuracy: float) -> list[dict[str, Any]]:
@@ -120,11 +120,11 @@ def test_pretraining():
 
 
 def test_the_command_links_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    lines = [json.dumps(row) for row in run(kl__reference=6.0)]
+    lines = [json.dumps(row) for row in run(kl__reference=16.0)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert diagnose.main(diagnose.Config(run=tmp_path)) == {"symptoms": ["The KL explodes"]}
     said = capsys.readouterr().out
-    assert "kl/reference ends at 6" in said and "docs/troubleshooting.md#the-kl-explodes" in said
+    assert "kl/reference ends at 1" in said and "docs/troubleshooting.md#the-kl-explodes" in said
 
 
 def test_every_symptom_has_its_section():
