@@ -90,6 +90,7 @@ def main(
         seed=cfg.seed,
         epochs=cfg.epochs,
         virtue=cfg.virtue,
+        shares=cfg.compute.shares,
     )
     print(f"{cfg.data}: {batches.counts}")
     steps = batches.steps

@@ -12,7 +12,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms.advantages import extend_to_first_pad
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.devices import hosts, parallel, ragged
+from rlhf_jax.devices import hosts, parallel, progress, ragged
 from rlhf_jax.rollouts import sampling
 from rlhf_jax.types import InputError, Params, Prompts, Rollout, ValueFn
 
@@ -35,9 +35,9 @@ def collect(
 
     Row b of the global batch samples with `fold_in(key, first + b)`, or with `fold_in(key, first[b])` where `first` [B]
     has a number for each row. `params` holds "policy" and, where the rollout is to have their word, "reference" and,
-    with `critic_fn`, "critic": both read the responses in so many `buckets`, see `ragged`. The behaviour
-    log-probabilities are the sampler's own. Without `cfg.stop_at_eos` every response has all its columns and each
-    counts, as in Ziegler et al. 2019.
+    with `critic_fn`, "critic": both read the responses in so many `buckets`, see `ragged`. The reference reads the
+    prompt of a `cfg.group` once, where that pays. The behaviour log-probabilities are the sampler's own. Without
+    `cfg.stop_at_eos` every response has all its columns and each counts, as in Ziegler et al. 2019.
     """
     prompt_tokens, prompt_mask = sampling.left_pad(prompts.tokens, prompts.mask)
     if first.ndim:
@@ -52,7 +52,14 @@ def collect(
     def read(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         logp_ref = value = None
         if "reference" in params:
-            logp_ref, _ = logprobs_fn(params["reference"], tokens, mask, start=start, temperature=cfg.temperature)
+            logp_ref, _ = logprobs_fn(
+                params["reference"],
+                tokens,
+                mask,
+                start=start,
+                temperature=cfg.temperature,
+                group=cfg.group,
+            )
         if critic_fn is not None:
             value = critic_fn(params, tokens, mask, start)
         return logp_ref, value
@@ -60,7 +67,8 @@ def collect(
     logp_ref = value = None
     if "reference" in params or critic_fn is not None:
         # A critic is asked for the value of the first column after a response too: PPO may put the score there.
-        logp_ref, value = ragged.in_buckets(read, extend_to_first_pad(sample.mask), buckets, tokens, mask)
+        live = extend_to_first_pad(sample.mask)
+        logp_ref, value = ragged.in_buckets(read, live, buckets, tokens, mask, group=cfg.group)
     return Rollout(
         tokens=tokens,
         mask=mask,
@@ -147,7 +155,7 @@ def episodes(
     real_last = np.argsort(prompts.mask, axis=1, kind="stable")
     tokens, mask = (np.take_along_axis(np.asarray(x), real_last, axis=1) for x in (prompts.tokens, prompts.mask))
     parts, order = [], []
-    for numbers, width in by_width(mask.sum(axis=1), columns, batch):
+    for numbers, width in progress.of(list(by_width(mask.sum(axis=1), columns, batch)), "sampling"):
         front = columns - width  # columns of padding in every row
         part = Prompts(tokens=tokens[numbers, front:], mask=mask[numbers, front:], index=prompts.index[numbers])
         rows = layout.rows(hosts.share(part)), keys, layout.rows(hosts.share(numbers.astype(np.uint32)))
