@@ -147,7 +147,7 @@ def collect_cooler(*args: Any, cfg: sampling.Config, **others: Any) -> Rollout:
 
 def collect_unseen(params: Any, *args: Any, cfg: sampling.Config, policy: Any, **others: Any) -> Rollout:
     """Sampled at a temperature that the log-probabilities do not know of either: they tell of another distribution."""
-    cooler = dataclasses.replace(cfg, temperature=0.5)
+    cooler = dataclasses.replace(cfg, temperature=0.1)
     sampled = COLLECT(params, *args, cfg=cooler, policy=policy, **others)
     logprobs_fn, on = models.logprobs_fn(policy.config), sampled.response_mask
     read = functools.partial(
@@ -168,7 +168,7 @@ def other_temperature(cfg: Config, out: Path) -> None:
 
 def unseen_temperature(cfg: Config, out: Path) -> None:
     with patched("collect", collect_unseen):  # the entropy bonus makes the policy flatter than what is sampled of it
-        ppo.main(with_algorithm(policy(cfg, out, text=None), entropy_coef=0.3))
+        ppo.main(with_algorithm(policy(cfg, out, text=None), entropy_coef=0.1))
 
 
 def rankings(cfg: Config, out: Path, rank: Callable[[dict], list[int]]) -> tuple[Path, Path]:

@@ -132,7 +132,7 @@ def value_not_falling(course: Course) -> str | None:
 def ends_at_once(course: Course) -> str | None:
     """Answers that shrink to next to nothing."""
     start, end = course.start("response/tokens"), course.end("response/tokens")
-    if not end < max(2.0, 0.5 * start):
+    if not end < max(2.0, 0.65 * start):
         return None
     return f"response/tokens goes from {start:.1f} to {end:.1f}"
 
@@ -208,11 +208,11 @@ CHECKS: dict[str, Callable[[Course], str | None]] = {
     "The reward model prefers length": prefers_length,
     "The loss does not fall": loss_not_falling,
     "The value loss does not fall": value_not_falling,
-    "Reward up, gold down": gold_down,
     "Answers end at once": ends_at_once,
     "The KL explodes": exploding_kl,
     "Answers grow": answers_grow,
     "The entropy collapses": entropy_collapse,
+    "Reward up, gold down": gold_down,
     "Rollouts are slow": slow_rollouts,
 }
 AT_ONCE = (not_finite, ratio_not_one)  # what one step is enough to tell
