@@ -28,7 +28,7 @@ from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.rollouts import judge as judge_lib
-from rlhf_jax.rollouts import rollout, sampling, scores
+from rlhf_jax.rollouts import rollout, sampling, scores, tokens
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, Positive, Whole
 from rlhf_jax.types import InputError, TrainState, named_key
@@ -65,6 +65,9 @@ class Config(runs.Config):
     resample: Whole = 0
     samples_every: Count = 20  # number of steps between tables of samples
     samples: Count = 8  # number of episodes in a table of samples
+    # Episodes of those steps whose tokens are recorded one by one, and as many answers to prompts that stay the same
+    # throughout the run, for `experiments.report`; 0: none.
+    token_samples: Whole = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,11 +114,15 @@ def build(
 
 
 def main(
-    cfg: Config, train_step: Callable = grpo_lib.train_step, score_text: scores.ScoreText | None = None
+    cfg: Config,
+    train_step: Callable = grpo_lib.train_step,
+    score_text: scores.ScoreText | None = None,
+    judge: Callable = grpo_lib.judge,
 ) -> TrainState:
     """Train, and write the run directory; returns the final state on the host.
 
-    `train_step` is that of `grpo`, or of `rloo` with its settings. `score_text` replaces the reward models' scores.
+    `train_step` and `judge` are those of `grpo`, or of `rloo` with its settings. `score_text` replaces the reward
+    models' scores.
     """
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
@@ -167,6 +174,21 @@ def main(
         reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))
     del trained, frozen
     key = layout.state(named_key(cfg.seed, "grpo/sampling"))
+    recorder = tokens.Recorder(
+        policy.config,
+        layout,
+        functools.partial(judge, cfg=algorithm),
+        cfg.token_samples,
+        algorithm.temperature,
+        rows,
+        tokenizer,
+    )
+    # Prompts whose answers are recorded too, always sampled with the same noise.
+    watched = (
+        layout.rows(best_of_n.repeat(next(iter(prompts)), algorithm.group)),
+        layout.state(named_key(cfg.seed, "grpo/watched")),
+        layout.state(np.uint32(0)),
+    )
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
         at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
@@ -207,10 +229,16 @@ def main(
                 episodes, flat = refill(*((episodes, fresh) if attempt else (fresh, None)))
                 if not layout.get(flat):
                     break
+            is_sampled, parts = (step - 1) % cfg.samples_every == 0 or step == cfg.steps, list[tokens.Part]()
+            if is_sampled and cfg.token_samples:
+                answers = score(collect(params, *watched))
+                parts = recorder.before(state, params, {"trained": episodes, "watched": answers})
+                run.clock.done("record", [part.reference for part in parts])
             state, metrics = step_fn(state, base, episodes, text_rows)
             run.clock.done("update", metrics)
-            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+            if is_sampled:
                 run.samples(step, rollout.table(rows, tokenizer, layout.gather(episodes), cfg.samples))
+                run.tokens(step, recorder.after(parts, lora_lib.attach(base, state.params, cfg.lora)["policy"]))
             run.record(step, state, metrics)
     state = layout.get(state)
     learnt = state.opt_state.get("ema", state.params["policy"])

@@ -28,7 +28,7 @@ from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.rollouts import judge as judge_lib
-from rlhf_jax.rollouts import rollout, sampling, scores
+from rlhf_jax.rollouts import rollout, sampling, scores, tokens
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, NonNegative, Positive, Whole
 from rlhf_jax.types import InputError, Params, TrainState, named_key
@@ -65,6 +65,9 @@ class Config(runs.Config):
     lora: lora_lib.Config = lora_lib.Config()  # low-rank adapters of policy and critic
     samples_every: Count = 20  # number of steps between tables of samples
     samples: Count = 8  # number of episodes in a table of samples
+    # Episodes of those steps whose tokens are recorded one by one, and as many answers to prompts that stay the same
+    # throughout the run, for `experiments.report`; 0: none.
+    token_samples: Whole = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,6 +187,21 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     else:  # a copy, since the train step donates the buffers of the policy
         reference_params = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze((reference or policy).params)))
     key = layout.state(named_key(cfg.seed, "ppo/sampling"))
+    recorder = tokens.Recorder(
+        policy.config,
+        layout,
+        functools.partial(ppo_lib.judge, cfg=algorithm),
+        cfg.token_samples,
+        algorithm.temperature,
+        rows,
+        tokenizer,
+    )
+    # Prompts whose answers are recorded too, always sampled with the same noise.
+    watched = (
+        layout.rows(next(iter(prompts))),
+        layout.state(named_key(cfg.seed, "ppo/watched")),
+        layout.state(np.uint32(0)),
+    )
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
         at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
@@ -216,10 +234,16 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
             run.clock.done("generate", sampled)
             episodes = score(sampled)
             run.clock.done("score", episodes)
+            is_sampled, parts = (step - 1) % cfg.samples_every == 0 or step == cfg.steps, list[tokens.Part]()
+            if is_sampled and cfg.token_samples:
+                answers = score(collect(params, *watched))
+                parts = recorder.before(state, params, {"trained": episodes, "watched": answers})
+                run.clock.done("record", [part.reference for part in parts])
             state, metrics = step_fn(state, base, episodes, text_rows)
             run.clock.done("update", metrics)
-            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+            if is_sampled:
                 run.samples(step, rollout.table(rows, tokenizer, layout.gather(episodes), cfg.samples))
+                run.tokens(step, recorder.after(parts, lora_lib.attach(base, state.params, cfg.lora)["policy"]))
             run.record(step, state, metrics)
     state = layout.get(state)
     trained = state.opt_state.get("ema", state.params["policy"])

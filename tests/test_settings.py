@@ -32,7 +32,8 @@ from tests.experiments import test_sentiment
 from tests.quickstart import LENGTHS
 
 JUDGE = {"judge", "process"}  # which tests/experiments/test_judge.py and test_steps.py have
-LATER = {"out", "saves", "samples_every", "samples", "held_out_every", "resample"} | JUDGE  # of these the loop asks
+# Settings of which the loop asks.
+LATER = {"out", "saves", "samples_every", "samples", "token_samples", "held_out_every", "resample"} | JUDGE
 # Settings without effect by default, which tests/experiments has: of `rank` with people, of `rounds` with DPO.
 SPECIAL = {"rank": {"db", "data", "overlap", "enough", "round"}, "rounds": {"dpo"}}
 ASKED = {

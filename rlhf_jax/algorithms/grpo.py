@@ -25,7 +25,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Shaped
 
 from rlhf_jax.algorithms import updates
-from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean, whiten
+from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean, token_rewards, whiten
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import kl_estimate, masked_mean, precise
@@ -69,6 +69,7 @@ class Experience(struct.PyTreeNode):
 
     rollout: Rollout
     advantage: Leaf  # [B], or [B, N] where tokens of a response differ in it
+    reward: Leaf = None  # [B, N], of each token; for the records alone
 
 
 def groups(score: Float[Array, "B"], group: int) -> Float[Array, "B_over_G G"]:
@@ -166,7 +167,23 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
         "reward/spread": jnp.mean(jnp.std(grouped, axis=1)),
         "reward/flat": jnp.mean(flat(score, cfg.group)),  # share of groups without a gradient
     }
-    return Experience(rollout=rollout, advantage=advantage), metrics
+    return Experience(
+        rollout=rollout,
+        advantage=advantage,
+        reward=token_rewards(
+            score,
+            rollout.logp - rollout.logp_ref,
+            rollout.response_mask,
+            cfg.kl_coef if cfg.kl_in == "reward" else 0.0,
+        ),
+    ), metrics
+
+
+def judge(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
+    """The `experience` of a whole rollout, and the state with the statistics of its scores."""
+    state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
+    batch, metrics = experience(rollout, cfg)
+    return state, batch, metrics | reward_metrics
 
 
 def flat(score: Float[Array, "B"], group: int) -> Bool[Array, "B_over_G"]:
@@ -316,9 +333,8 @@ def train_step(
     Rows g * group to (g + 1) * group - 1 of the global batch must be the responses to one prompt. `text` is pretraining
     text, shaped as in `updates.apply`.
     """
-    state, rollout, reward_metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
-    batch, metrics = experience(rollout, cfg)
-    group = updates.shared_group(rollout, cfg, cfg.group, cfg.whole_groups)
+    state, batch, metrics = judge(state, parallel.all_gather(rollout, axis), cfg)
+    group = updates.shared_group(batch.rollout, cfg, cfg.group, cfg.whole_groups)
     objective = updates.Objective(
         loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg, group=group),
         totals=functools.partial(totals, cfg=cfg),
@@ -336,4 +352,4 @@ def train_step(
         microbatches=microbatches,
         axis=axis,
     )
-    return state, metrics | reward_metrics | update_metrics
+    return state, metrics | update_metrics
