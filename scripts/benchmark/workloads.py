@@ -15,13 +15,14 @@ import optax
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import best_of_n, optim, ppo, reward, sft
+from rlhf_jax.data import tokenizer
 from rlhf_jax.devices import parallel
 from rlhf_jax.evaluation import likelihood
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Settings, Whole
 from rlhf_jax.types import Metrics, Params, Prompts, Rankings, Tokens, TrainState
-from scripts.benchmark import questions
+from scripts.benchmark import questions, text
 from scripts.benchmark.limits import Limits, clock
 
 FIRST = 5  # smaller token ids are special
@@ -174,6 +175,17 @@ class Choice(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class Text(Settings):
+    """Text on disk to the first batch, once; the limit is the tokenizer's own rate, with all its threads."""
+
+    megabytes: Positive = 100.0
+    small: Positive = 10.0  # megabytes, with whose peak of memory that of the others is compared
+    tokenizer: str | None = None  # a directory; None trains one of the model's vocabulary
+    length: Count = 1024
+    batch: Count = 8
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(Settings):
     """The model, and the sizes of each workload."""
 
@@ -196,6 +208,7 @@ class Config(Settings):
     rank_prefix: Rank = Rank()
     # Options that share a long prompt.
     choice_prefix: Choice = Choice(questions=24, examples=0, question=512, options=8, option=8)
+    text_10gb: Text = Text()  # for ten gigabytes, as in its name, set `megabytes`
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -526,6 +539,40 @@ def decode_ragged_workload(config: models.Config, cfg: Config) -> Workload:
     )
 
 
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def text_10gb_workload(config: models.Config, cfg: Config) -> Workload:
+    w = cfg.text_10gb
+    tok = tokenizer.load(w.tokenizer) if w.tokenizer else text.trained(config.vocab_size)
+    taken: list[text.Taken] = []
+    peaks: list[float] = []
+
+    def repeat(i: int) -> tuple[float, float]:
+        taken.append(text.to_first_batch(w.megabytes if i else w.small, tok, w.length, w.batch))
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        return taken[-1].tokens, taken[-1].seconds
+
+    alone = functools.cache(lambda: text.alone(tok))
+
+    def extra() -> dict[str, float]:
+        ours = taken[-1].processor / taken[-1].tokens
+        return {
+            "above_small_mib": peaks[-1] - peaks[0],
+            "of_limit_processor": alone().processor / alone().tokens / ours,
+            "seconds": taken[-1].seconds,
+        }
+
+    return Workload(
+        unit="tokens_per_s",
+        warmup=1,
+        timed=1,
+        repeat=repeat,
+        least_seconds=lambda limits, count: count * alone().seconds / alone().tokens,
+        extra=extra,
+    )
+
+
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 
@@ -696,4 +743,5 @@ WORKLOADS: dict[str, Callable[[models.Config, Config], Workload]] = {
     "rank_prefix": rank_prefix_workload,
     "choice": choice_workload,
     "choice_prefix": choice_prefix_workload,
+    "text_10gb": text_10gb_workload,
 }
