@@ -33,6 +33,7 @@ PEAKS = {  # dense bfloat16 products a second, by `jax.Device.device_kind`, from
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12 / 2,  # a device is half a chip
 }
 
 

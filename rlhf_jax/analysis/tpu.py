@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, by the tables of cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); seconds and bytes."""
+    """One device: a chip, or half of a tpu7x. Seconds and bytes, by the tables of cloud.google.com/tpu/docs."""
 
     memory: float  # for a program, as the compiler tells when one uses more: a little less than in the tables
     flops: float  # bfloat16 products a second
@@ -44,11 +44,12 @@ CHIPS = {
     "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9),
     "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
     "v6e": Chip(31.25 * GIB, 918e12, 1638e9, 400e9),
+    "tpu7x": Chip(94.74 * GIB, 2307e12 / 2, 7380e9 / 2, 600e9 / 2),
 }
 
 
 def devices(topology: str) -> list[Any]:
-    """The devices of a slice such as "v5e:2x4", to compile for: one for each chip.
+    """The devices of a slice such as "v5e:2x4", to compile for: one for each chip, or two of a tpu7x.
 
     Raises InputError where there is no compiler for TPUs, or no such slice.
     """

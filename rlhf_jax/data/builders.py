@@ -42,7 +42,6 @@ import logging
 import math
 import os
 import sys
-import time
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,7 +56,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from rlhf_jax.data import records as records_lib
 from rlhf_jax.data.tokenizer import Message, Prompt
-from rlhf_jax.devices import hosts
+from rlhf_jax.devices import hosts, progress
 from rlhf_jax.types import BEST_RATING, VIRTUES, InputError
 
 Kind = Literal["text", "demonstrations", "rankings", "prompts", "thumbs", "steps", "examples", "records"]
@@ -417,35 +416,11 @@ def _unnamed(folder: str, shard: int) -> Path:
     return Path(folder) / f"{shard:05}.rows"
 
 
-class Progress:
-    """Prints on stderr, every ten seconds, how far something is that takes long."""
+class _OwnInfo(tfds.core.DatasetInfo):
+    """The facts of rows that are made here alone."""
 
-    EVERY = 10.0  # seconds
-
-    def __init__(self, what: str, total: int | None = None, before: int = 0):
-        self._what, self._total = what, total  # rows, as far as it is known
-        self._rows, self._before = before, before  # rows that an earlier run had done
-        self._tokens = 0
-        self._start = self._last = time.monotonic()
-
-    def add(self, rows: int, tokens: int = 0) -> None:
-        """Count rows that are done, and print a line if it is time."""
-        self._rows += rows
-        self._tokens += tokens
-        now = time.monotonic()
-        if now - self._last < self.EVERY:
-            return
-        self._last, seconds, done = now, now - self._start, self._rows - self._before
-        line = f"{self._what}: {self._rows:,}"
-        line += f" of {self._total:,} rows" if self._total else " rows"
-        if self._tokens:
-            line += f", {self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
-        else:
-            line += f", {done / seconds:,.0f} rows/s"
-        if self._total and done:
-            minutes = (self._total - self._rows) / done * seconds / 60
-            line += f", {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
-        print(line, file=sys.stderr, flush=True)
+    def initialize_from_bucket(self) -> None:
+        """Do nothing: TFDS would leave an empty temporary folder behind, and find nothing in its bucket."""
 
 
 class Builder(tfds.core.dataset_builder.FileReaderBuilder):
@@ -465,7 +440,7 @@ class Builder(tfds.core.dataset_builder.FileReaderBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict({"row": tfds.features.Text(), "place": tfds.features.Text()})
         counts = tfds.core.MetadataDict()
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True, metadata=counts)
+        return _OwnInfo(builder=self, features=features, disable_shuffling=True, metadata=counts)
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
         """Write the rows as they come: TFDS's own way holds all of them in memory, to put them in order."""
@@ -476,11 +451,11 @@ class Builder(tfds.core.dataset_builder.FileReaderBuilder):
         for first in records:
             partial = _unnamed(self.data_dir, len(shards))
             shards.append(records_lib.write(partial, itertools.chain([first], records), GROUP, SHARD))
+        if not shards:
+            raise ValueError("no rows")
         for n in range(len(shards)):
             path = template.sharded_filepath(shard_index=n, num_shards=len(shards))
             os.rename(_unnamed(self.data_dir, n), path)
-        if not shards:
-            raise ValueError("no rows")
         lengths, sizes = zip(*shards, strict=True)
         info = tfds.core.SplitInfo(
             name=split, shard_lengths=list(lengths), num_bytes=sum(sizes), filename_template=template
@@ -489,17 +464,17 @@ class Builder(tfds.core.dataset_builder.FileReaderBuilder):
 
     def _records(self) -> Iterator[bytes]:
         """Yield the rows as TFDS stores them."""
-        progress = Progress("reading")
-        for place, row in self.rows():
-            try:
-                text = json.dumps(row, ensure_ascii=False).encode()
-            except (TypeError, ValueError) as error:  # of a table of other types than JSON has
-                raise InputError(f"{place}: expected what JSON can hold ({short(str(error))})") from error
-            example = tf_example_pb2.Example()
-            for name, value in (("place", place.encode()), ("row", text)):
-                example.features.feature[name].bytes_list.value.append(value)
-            yield example.SerializeToString(deterministic=True)
-            progress.add(1)
+        with progress.bar(None, what="reading", unit="row", delay=10.0) as shown:
+            for place, row in self.rows():
+                try:
+                    text = json.dumps(row, ensure_ascii=False).encode()
+                except (TypeError, ValueError) as error:  # of a table of other types than JSON has
+                    raise InputError(f"{place}: expected what JSON can hold ({short(str(error))})") from error
+                example = tf_example_pb2.Example()
+                for name, value in (("place", place.encode()), ("row", text)):
+                    example.features.feature[name].bytes_list.value.append(value)
+                yield example.SerializeToString(deterministic=True)
+                shown.update()
 
 
 @dataclasses.dataclass(eq=False)

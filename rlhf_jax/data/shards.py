@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
@@ -31,7 +32,7 @@ import numpy as np
 from rlhf_jax.data import builders, records
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.devices import hosts
+from rlhf_jax.devices import hosts, progress
 
 PART = 2**25  # characters of the rows of a source that are packed together
 ROWS = 2**19  # at most so many of them
@@ -219,18 +220,27 @@ def _made(task: _Task, folder: Path) -> Shards:
         return found
     parts = _first_parts(folder)
     done = sum(part.source for part in parts)
-    progress = builders.Progress("tokenising", len(task.source) if isinstance(task.source, Sized) else None, done)
-    rows = _from(task.source, done)
-    try:
-        for first in rows:
-            part = _some(itertools.chain([first], rows))
-            parts.append(_write(task, part, done, _file(folder, len(parts)), progress))
-            done += parts[-1].source
-        _keep(folder / "complete.json", list(map(_numbers, parts)))
-    except Exception as error:
-        if builders.disk_is_full(error):
-            raise builders.full_disk(folder) from error
-        raise
+    total = len(task.source) if isinstance(task.source, Sized) else None
+    start, tokens = time.monotonic(), 0
+    with progress.bar(total, done=done, what="tokenising", unit="row", delay=10.0) as shown:
+
+        def tell(rows: int, new: int) -> None:
+            nonlocal tokens
+            tokens += new
+            shown.set_postfix_str(f"{tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
+            shown.update(rows)
+
+        rows = _from(task.source, done)
+        try:
+            for first in rows:
+                part = _some(itertools.chain([first], rows))
+                parts.append(_write(task, part, done, _file(folder, len(parts)), tell))
+                done += parts[-1].source
+            _keep(folder / "complete.json", list(map(_numbers, parts)))
+        except Exception as error:
+            if builders.disk_is_full(error):
+                raise builders.full_disk(folder) from error
+            raise
     return Shards(folder, parts, task.dtype)
 
 
@@ -262,8 +272,8 @@ def _size(value: Any) -> int:
     return sum(map(_size, value)) if isinstance(value, list) else 0
 
 
-def _write(task: _Task, rows: Iterator[builders.Row], first: int, file: Path, progress: builders.Progress) -> Part:
-    """Write the shard of some rows, and say how much it holds."""
+def _write(task: _Task, rows: Iterator[builders.Row], first: int, file: Path, tell: Callable[[int, int], None]) -> Part:
+    """Write the shard of some rows, and return how much it holds; `tell` hears of rows and tokens that are done."""
     ids: list[np.ndarray] = []
     targets: list[np.ndarray | None] = []
     source, counts = 0, Counts()
@@ -271,7 +281,7 @@ def _write(task: _Task, rows: Iterator[builders.Row], first: int, file: Path, pr
         ids += [one.astype(task.dtype) for one in made.ids]
         targets += made.targets or [None] * len(made.ids)
         source, counts = source + count, _sum([counts, made.counts])
-        progress.add(count, sum(map(len, made.ids)))
+        tell(count, sum(map(len, made.ids)))
     plan = pack(list(map(len, ids)), task.length) if task.recipe.pack else [[n] for n in range(len(ids))]
     partial = file.with_suffix(".partial")
     stored = (_record([ids[n] for n in row], [targets[n] for n in row]) for row in plan)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import models
-from rlhf_jax.devices import hosts, parallel
+from rlhf_jax.devices import hosts, parallel, progress
 from rlhf_jax.models.transformer import Transformer, bind
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.types import InputError, Leaf, Params, Tree
@@ -79,7 +79,7 @@ class Reader:
             part = hosts.share(_batch([rows[n] for n in numbers], width))
             scored.append((numbers, self._score(self._params if params is None else params, self._layout.rows(part))))
         total, greedy, left = np.zeros(len(requests)), np.ones(len(requests), bool), len(rows)
-        for numbers, results in scored:
+        for numbers, results in progress.of(scored, "reading"):
             logp, likeliest = self._layout.gather(results)
             for place, n in enumerate(numbers[:left]):  # without those that fill the last batch up
                 column, which, request = rows[n].reads.T

@@ -12,7 +12,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms.advantages import extend_to_first_pad
 from rlhf_jax.data import builders, pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.devices import hosts, parallel, ragged
+from rlhf_jax.devices import hosts, parallel, progress, ragged
 from rlhf_jax.rollouts import sampling
 from rlhf_jax.types import InputError, Params, Prompts, Rollout, ValueFn
 
@@ -147,7 +147,7 @@ def episodes(
     real_last = np.argsort(prompts.mask, axis=1, kind="stable")
     tokens, mask = (np.take_along_axis(np.asarray(x), real_last, axis=1) for x in (prompts.tokens, prompts.mask))
     parts, order = [], []
-    for numbers, width in by_width(mask.sum(axis=1), columns, batch):
+    for numbers, width in progress.of(list(by_width(mask.sum(axis=1), columns, batch)), "sampling"):
         front = columns - width  # columns of padding in every row
         part = Prompts(tokens=tokens[numbers, front:], mask=mask[numbers, front:], index=prompts.index[numbers])
         rows = layout.rows(hosts.share(part)), keys, layout.rows(hosts.share(numbers.astype(np.uint32)))

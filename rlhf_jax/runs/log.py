@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorboardX
-import tqdm
 
+from rlhf_jax.devices import progress
 from rlhf_jax.runs import checkpoint, events, gcs, timing
 from rlhf_jax.runs.directory import CHECKPOINTS, write_config, writing
 from rlhf_jax.types import InputError
@@ -104,7 +104,7 @@ class Records:
                 # Its thread dies when the disk is full; a full queue that nobody reads would then block the run.
                 max_queue=2**20,
             )
-            self._bar = _progress(total, step)
+            self._bar = progress.bar(total, done=step)
 
     def write(self, step: int | jax.Array, metrics: Mapping[str, Any]) -> None:
         """Record scalars of a step by name, such as "loss/policy", without waiting for the device."""
@@ -322,34 +322,6 @@ def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
     columns = list(table[0])
     rows = [columns, ["---"] * len(columns), *([cell(row.get(c, "")) for c in columns] for row in table)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-class _Lines:
-    """A stream for `tqdm` without a terminal, which writes each state of the bar as a line."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        self._stream.write(text.strip("\r").rstrip(" ") + "\n" if text.strip() else "")
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
-def _progress(total: int, step: int) -> Any:
-    """A progress bar with rate and time left: redrawn on a terminal, a line every ten seconds elsewhere."""
-    terminal = sys.stderr.isatty()
-    return tqdm.tqdm(
-        total=total,
-        initial=step,
-        unit=" step",
-        file=sys.stderr if terminal else _Lines(sys.stderr),
-        mininterval=0.1 if terminal else 10.0,
-        miniters=1,
-        dynamic_ncols=terminal,
-        bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-    )
 
 
 def _import_wandb() -> Any:

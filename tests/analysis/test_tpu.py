@@ -144,14 +144,19 @@ def test_a_machine_without_the_compiler_is_told_what_to_install(monkeypatch):
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x4", "v5e:", "v5e:8", "v5litepod-8"])
 def test_a_strange_topology_is_refused(topology, monkeypatch):
     monkeypatch.setattr(util, "find_spec", lambda name: True)
-    with pytest.raises(InputError, match="expected one of v4, v5e, v5p, v6e"):
+    with pytest.raises(InputError, match="expected one of v4, v5e, v5p, v6e, tpu7x"):
         tpu.devices(topology)
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("topology", "chips"), [("v4:2x2x2", 8), ("v5e:1x1", 1), ("v5p:2x2x4", 16), ("v6e:2x4", 8)])
-def test_slices_have_a_device_a_chip(topology, chips):
-    assert len(tpu.devices(topology)) == chips
+@pytest.mark.parametrize(
+    ("topology", "count"),
+    [("v4:2x2x2", 8), ("v5e:1x1", 1), ("v5p:2x2x4", 16), ("v6e:2x4", 8), ("tpu7x:2x2x1", 8), ("tpu7x:1x1x1", 2)],
+)
+def test_slices_have_a_device_a_chip_or_two_of_the_newest(topology, count):
+    found = tpu.devices(topology)
+    assert len(found) == count and found[0].device_kind in flops.PEAKS
+    assert flops.PEAKS[found[0].device_kind] == tpu.CHIPS[topology.partition(":")[0]].flops
 
 
 @needs_libtpu
@@ -179,11 +184,11 @@ def test_a_report_of_a_step_for_a_tpu():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_a_step_that_does_not_fit_is_reported(topology):
     place, memory = (
         jax.sharding.SingleDeviceSharding(tpu.devices(topology)[0]),
-        tpu.CHIPS[topology[:3].rstrip(":")].memory,
+        tpu.CHIPS[topology.partition(":")[0]].memory,
     )
     x = jax.ShapeDtypeStruct((int(0.6 * memory) // 4096, 1024), jnp.float32, sharding=place)
     step = jax.jit(lambda x: x + 1)

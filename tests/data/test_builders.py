@@ -150,6 +150,16 @@ def test_unchanged_file_is_reused_and_a_changed_one_prepared_anew(tmp_path, monk
     assert len(prepared) == 2
 
 
+def test_nothing_is_left_behind_in_the_temporary_folder(tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    write(tmp_path / "a.jsonl", {"text": "some"})
+    load(tmp_path / "a.jsonl", "text")
+    sources.rows("world:rows=8", "text", data_dir=tmp_path)
+    assert not list(temporary.iterdir())
+
+
 def test_preparing_is_quiet_and_writes_array_record(tmp_path, capfd):
     write(tmp_path / "data.jsonl", {"text": "a"})
     load(tmp_path / "data.jsonl", "text")

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from rlhf_jax.data import builders, pipeline, records, shards, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.devices import hosts
+from rlhf_jax.devices import hosts, progress
 from rlhf_jax.types import InputError
 
 LENGTH = 24
@@ -169,11 +170,17 @@ def test_memory_does_not_grow_with_the_text(tokenizer, tmp_path, monkeypatch):
     assert len(list(Path(made.folder).parents[1].glob("*.array_record*"))) > 3
 
 
-def test_progress_tells_rows_rate_and_time_left(tokenizer, rows, monkeypatch, capsys):
-    monkeypatch.setattr(builders.Progress, "EVERY", 0.0)
+def test_progress_tells_rows_and_tokens_a_second(tokenizer, rows, monkeypatch, capsys):
+    bar = progress.bar
+    monkeypatch.setattr(
+        progress, "bar", lambda total, done, what, unit, delay: bar(total, done=done, what=what, unit=unit)
+    )
     prepare(rows, tokenizer)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("tokenising: 200 of 200 rows, ") and "tokens/s, less than a minute left" in last
+    assert re.fullmatch(r"tokenising: 100% 200/200 \[.*<.*, .* row/s, [\d,]+ tokens/s\]", last)
+    with bar(None, what="reading", unit="row") as shown:
+        shown.update(3)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("reading: 3 row [")
 
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4"])
