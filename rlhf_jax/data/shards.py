@@ -279,7 +279,7 @@ def _write(task: _Task, rows: Iterator[builders.Row], first: int, file: Path, te
     source, counts = 0, Counts()
     for count, made in _sequences(task.recipe, rows, first):
         ids += [one.astype(task.dtype) for one in made.ids]
-        targets += made.targets or [None] * len(made.ids)
+        targets += [None] * len(made.ids) if made.targets is None else made.targets
         source, counts = source + count, _sum([counts, made.counts])
         tell(count, sum(map(len, made.ids)))
     plan = pack(list(map(len, ids)), task.length) if task.recipe.pack else [[n] for n in range(len(ids))]
@@ -374,7 +374,8 @@ def _numbers(part: Part) -> list[int]:
 
 def _part(numbers: list[int]) -> Part:
     """The inverse of `_numbers`."""
-    return Part(*numbers[:3], Counts(*numbers[3:]))
+    source, tokens, rows, *counts = numbers
+    return Part(source, tokens, rows, Counts(*counts))
 
 
 def _keep(file: Path, value: Any) -> None:

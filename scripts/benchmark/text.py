@@ -15,7 +15,7 @@ from rlhf_jax.data.tokenizer import Tokenizer
 
 WORDS = 50_000  # of which a few are in most sentences, as by Zipf
 SENTENCES = 20_000
-SAMPLE = 4_000_000  # characters on which the tokenizer alone is measured
+SAMPLE = 4.0  # megabytes on which the tokenizer alone is measured, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def documents(megabytes: float) -> Iterator[str]:
 def trained(vocabulary: int) -> Tokenizer:
     """A tokenizer of such documents."""
     with tempfile.TemporaryDirectory() as folder:
-        return tokenizer.train(documents(2.0), max(vocabulary, 300), folder)  # which has every byte
+        return tokenizer.train(documents(1.0), max(vocabulary, 300), folder)  # which has every byte
 
 
 def to_first_batch(megabytes: float, tok: Tokenizer, length: int, batch: int) -> Taken:
@@ -68,9 +68,9 @@ def to_first_batch(megabytes: float, tok: Tokenizer, length: int, batch: int) ->
         return Taken(prepared.tokens, seconds, processor)
 
 
-def alone(tok: Tokenizer) -> Taken:
-    """The time of the tokenizer alone, with its own threads, on a sample of such documents."""
-    some = list(documents(SAMPLE / 1e6))
+def alone(megabytes: float, tok: Tokenizer) -> Taken:
+    """The time of the tokenizer alone, with its own threads, on such documents, or on some of them."""
+    some = list(documents(min(megabytes, SAMPLE)))
     encode: Callable = tok.backend_tokenizer.encode_batch_fast
     encode(some[:64], add_special_tokens=False)  # its threads start
     start, processor = time.perf_counter(), time.process_time()

@@ -553,7 +553,7 @@ def text_10gb_workload(config: models.Config, cfg: Config) -> Workload:
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
         return taken[-1].tokens, taken[-1].seconds
 
-    alone = functools.cache(lambda: text.alone(tok))
+    alone = functools.cache(lambda: text.alone(w.megabytes, tok))
 
     def extra() -> dict[str, float]:
         ours = taken[-1].processor / taken[-1].tokens
