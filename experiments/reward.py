@@ -33,7 +33,7 @@ from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.models import heads
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.settings import Count, NonNegative, Positive, Rate
+from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Seed
 from rlhf_jax.types import InputError, Params, Rankings, Virtue, named_key
 
 
@@ -54,6 +54,7 @@ class Config(runs.Config):
     weight_decay: NonNegative = 0.0  # decoupled weight decay of matrices
     algorithm: reward_lib.Config = reward_lib.Config()
     lora: lora_lib.Config = lora_lib.Config()
+    head_seed: Seed | None = None  # seed of the new head, one for models that are to be averaged; None: seed
     normalize_first: bool = False  # also normalise scores before training, as Ziegler et al. (arXiv:1909.08593)
 
     def __post_init__(self) -> None:
@@ -124,6 +125,7 @@ def build(
             tx=tx,
             cfg=cfg.algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config),
         ),
     )
     scores = functools.partial(reward_lib.scores, score_fn=heads.score_fn(config), buckets=cfg.algorithm.buckets)
@@ -132,7 +134,8 @@ def build(
 
 def split(cfg: Config, config: models.Config, policy: Params) -> tuple[Params, Params]:
     """The trained parameters of a reward model that starts from a language model, and the frozen base weights."""
-    params = heads.from_policy(policy, config, named_key(cfg.seed, "reward/head"))
+    seed = cfg.seed if cfg.head_seed is None else cfg.head_seed
+    params = heads.from_policy(policy, config, named_key(seed, "reward/head"))
     trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
     return trained, cfg.compute.freeze(frozen)
 
@@ -153,6 +156,7 @@ def main(cfg: Config) -> dict[str, float]:
         batch=cfg.batch,
         seed=cfg.seed,
         virtue=cfg.virtue,
+        shares=cfg.compute.shares,
     )
     train, held_out = source(cfg.data), source(cfg.held_out) if cfg.held_out else None
     batches = read(train, epochs=cfg.epochs)

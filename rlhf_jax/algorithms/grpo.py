@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from rlhf_jax.algorithms import updates
 from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean, whiten
@@ -54,6 +54,9 @@ class Config(updates.Config):
     ratio: Literal["token", "response"] = "token"  # probability ratio: of each token, or the response's geometric mean
     # clip: PPO's; cispo: the clipped ratio is a constant weight of the log-probability, so that every token learns.
     surrogate: Literal["clip", "cispo"] = "clip"
+    # Draw minibatches of whole groups, so that an update computes a prompt once for its answers. None: if there is one
+    # minibatch, or prompts are long against the answers (`devices.shared.worthwhile`).
+    whole_groups: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,12 +98,67 @@ def token_advantages(rollout: Rollout, score: Float[Array, "B"], cfg: Config) ->
     return whiten(raw, mask)
 
 
+def step_rewards(reward: Float[Array, "B N"], over: Bool[Array, "B N"]) -> Float[Array, "B N"]:
+    """The rewards of tokens added up by step, at the column where each step is over; 0 elsewhere."""
+    number = jnp.cumsum(over, axis=1) - over  # of steps that are over before a column
+    added = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=over.shape[1]))(reward, number)
+    return jnp.where(over, jnp.take_along_axis(added, number, axis=1), 0.0)
+
+
+def step_advantages(
+    reward: Float[Array, "B N"],
+    over: Bool[Array, "B N"],
+    mask: Bool[Array, "B N"],
+    group: int,
+    scale: bool = True,
+) -> Float[Array, "B N"]:
+    """GRPO's advantages from rewards of steps (arXiv:2402.03300, section 4.1.3).
+
+        A_t = sum over the steps that are over at t or later of (r - mean(R)) / (std(R) + 1e-4)
+
+    R are the rewards of all steps of a prompt's responses; without `scale` nothing is divided by their deviation.
+    Rewards of other columns than `over` are ignored.
+    """
+    reward = precise(reward)
+    rewards, steps = (groups_of(x, group) for x in (jnp.where(over, reward, 0.0), over))
+    count = jnp.maximum(jnp.sum(steps, axis=(1, 2), keepdims=True), 1)
+    centred = jnp.where(steps, rewards - jnp.sum(rewards, axis=(1, 2), keepdims=True) / count, 0.0)
+    if scale:
+        deviation = jnp.sqrt(jnp.sum(jnp.square(centred), axis=(1, 2), keepdims=True) / count)
+        centred = centred / (deviation + 1e-4)
+    later = jnp.flip(jnp.cumsum(jnp.flip(centred.reshape(reward.shape), 1), axis=1), 1)
+    return jnp.where(mask, later, 0.0)
+
+
+def groups_of(x: Shaped[Array, "B N"], group: int) -> Shaped[Array, "B_over_G G N"]:
+    """The rows grouped by prompt, as `groups` has scores."""
+    return x.reshape(-1, group, x.shape[1])
+
+
+def process_advantages(rollout: Rollout, cfg: Config) -> Float[Array, "B N"]:
+    """The `step_advantages` of a rollout whose steps have scores.
+
+    A response's last token gets its final score too, and each token less kl_coef times its KL [if kl_in="reward"].
+    """
+    mask = rollout.response_mask
+    last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    reward = jnp.where(mask, rollout.token_score, 0.0) + jnp.where(
+        last, updates.final_score(rollout, cfg)[:, None], 0.0
+    )
+    if cfg.kl_in == "reward":
+        reward = reward - cfg.kl_coef * jnp.where(mask, rollout.logp - rollout.logp_ref, 0.0)
+    over = rollout.step | last
+    return step_advantages(step_rewards(reward, over), over, mask, cfg.group, cfg.scale)
+
+
 def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
     """The advantages of a whole rollout, and metrics of it."""
     score = updates.response_score(rollout, cfg)
     reward = score - cfg.kl_coef * updates.response_kl(rollout) if cfg.kl_in == "reward" else score
     grouped = groups(reward, cfg.group)
-    if cfg.baseline == "group":
+    if cfg.baseline == "group" and rollout.step is not None:
+        advantage = process_advantages(rollout, cfg)
+    elif cfg.baseline == "group":
         advantage = (group_normalize(grouped) if cfg.scale else subtract_mean(grouped)).reshape(-1)
     else:
         advantage = token_advantages(rollout, score, cfg)
@@ -202,17 +260,18 @@ def loss(
     *,
     policy_fn: LogprobsFn,
     cfg: Config,
+    group: int = 1,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The share that these rows have in the loss of the global minibatch, and its metrics (arXiv:2402.03300, eq. 3).
 
         sum_t w_t (surrogate_t [+ kl_coef k3_t, if kl_in="loss"]) / sum_t w_t + auxiliary losses
 
     The sums are over the tokens t of the minibatch, with w from `weights`. The surrogate is that of `ppo.policy_loss`
-    or `cispo_loss`; the last term is `updates.auxiliary_losses`.
+    or `cispo_loss`; the last term is `updates.auxiliary_losses`. Each `group` rows share their prompt.
     """
     rollout = batch.rollout
     mask = rollout.response_mask
-    logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
+    logp, entropy = updates.forward(params, rollout, policy_fn, cfg, group)
     weight, _ = weights(mask, cfg.mean)
     # The surrogate is linear in the advantage, so weighting the advantage weights the token's loss. `policy_loss`
     # divides by the number of tokens; the loss here is divided by the sum of the weights.
@@ -249,6 +308,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches of updates on one rollout, in one compiled call. `state` is from `updates.init`.
@@ -258,10 +318,13 @@ def train_step(
     """
     state, rollout, reward_metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
     batch, metrics = experience(rollout, cfg)
+    group = updates.shared_group(rollout, cfg, cfg.group, cfg.whole_groups)
     objective = updates.Objective(
-        loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg),
+        loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg, group=group),
         totals=functools.partial(totals, cfg=cfg),
         live=live,
+        group=group,
+        balance=balance,
     )
     state, update_metrics = updates.apply(
         state,

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms.balance import attach, detach
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import masked_mean, precise
 from rlhf_jax.settings import Count, LabelNoise, NonNegative, Settings
@@ -237,12 +238,15 @@ def scores(
 ) -> Float[Array, "B K"]:
     """The score of each response, from one forward pass over it and its prompt.
 
-    `keys` [B K] turn dropout on. Responses are read in `buckets` by length, see `devices.ragged`.
+    A prompt that has a `prefix` is read once for all responses, where that pays. `keys` [B K] turn dropout on.
+    Responses are read in `buckets` by length, see `devices.ragged`.
     """
     rows, responses, length = batch.tokens.shape
     tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
-    judge = lambda tokens, mask: score_fn(params, tokens, mask, keys)
-    return ragged.in_buckets(judge, mask, buckets, tokens, mask).reshape(rows, responses)
+    start, group = (batch.prefix - 1, responses) if batch.prefix else (0, 1)
+    judge = lambda tokens, mask: score_fn(params, tokens, mask, keys, start=start, group=group)
+    found = ragged.in_buckets(judge, mask[:, batch.prefix :], buckets, tokens, mask, group=group)
+    return found.reshape(rows, responses)
 
 
 def train_step(
@@ -253,11 +257,13 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config = Config(),
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update of the reward model on the global batch of rankings, whose prompts are spread over `axis`.
 
-    Prompts are grouped by length into `cfg.buckets`, see `devices.ragged`. The metrics describe the parameters before
+    Prompts are grouped by length into `cfg.buckets`, see `devices.ragged`. `balance` is the weight of a load-balancing
+    loss, see `algorithms.balance`. The metrics describe the parameters before
     the update.
     """
     rows, responses, _ = batch.tokens.shape
@@ -268,30 +274,32 @@ def train_step(
         params: Params, padded: tuple[Array, Array], other: tuple[Array, Array, Array | None], keys: Array
     ) -> tuple[Array, tuple[Array, ...]]:
         (tokens, mask), (start, rank, harmful) = padded, other
-        batch = Rankings(tokens=tokens, mask=mask, start=start, rank=rank)
-        score = scores(params, batch, score_fn, keys.reshape(-1))
+        part = Rankings(tokens=tokens, mask=mask, start=start, rank=rank, prefix=batch.prefix)
+        score = scores(params, part, score_fn, keys.reshape(-1))
         value = loss(score, rank, cfg, count, harmful)
         # A cost is larger for the response ranked below.
         signs = (jnp.zeros(()),) * 2 if harmful is None else correct_signs(score, rank, harmful)
         return value, (value, *correct_pairs(-score if cfg.loss == "cost" else score, rank), *signs)
 
-    share: Callable = functools.partial(jax.grad(objective, has_aux=True), state.params)
-    local = (batch.tokens, batch.mask), (batch.start, batch.rank, batch.harmful), keys.reshape(rows, responses)
     parts = cfg.buckets * microbatches
+    params = attach(state.params, balance, parts, axis)
+    share: Callable = functools.partial(jax.grad(objective, has_aux=True), params)
+    local = (batch.tokens, batch.mask), (batch.start, batch.rank, batch.harmful), keys.reshape(rows, responses)
     if cfg.buckets > 1:
-        live = lambda padded: jnp.any(padded[1], axis=1)
+        live = lambda padded: jnp.any(padded[1], axis=1)[:, batch.prefix :]
         index = ragged.order(live(local[0]), parts)
         local = jax.tree.map(lambda x: x[index], local)
         share = ragged.trimmed(share, live, cfg.buckets)
     grads, sums = parallel.accumulate(share, parts)(*local)
     grads, (value, correct, pairs, signed, signs) = parallel.psum((grads, jax.tree.map(jnp.sum, sums)), axis)
+    grads, load = detach(grads)
     metrics = {
         f"loss/{cfg.loss}": value,
         "reward/accuracy": correct / jnp.maximum(pairs, 1),
         "reward/pairs": pairs.astype(jnp.float32),
         "grad_norm": optax.tree.norm(grads),
     } | ({"cost/sign_accuracy": signed / signs} if cfg.loss == "cost" else {})
-    return optim.apply_gradients(state, grads, tx), metrics
+    return optim.apply_gradients(state, grads, tx), metrics | load
 
 
 def normalize(params: Params, mean: float, std: float) -> Params:

@@ -26,14 +26,16 @@ import jax
 import numpy as np
 
 from rlhf_jax.data import shards
+from rlhf_jax.data import steps as steps_lib
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.shards import Counts
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.devices import ragged
-from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Thumbs, Tokens, Virtue
+from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Steps, Thumbs, Tokens, Virtue
 
 T = TypeVar("T")
 Row = dict[str, Any]  # as `sources.rows` returns them
+Shares = Callable[[int, int, int], bool]  # as `Compute.shares`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +221,12 @@ def rankings(
     seed: int | None,
     epochs: int | None = None,
     virtue: Virtue | None = None,
+    shares: Shares | None = None,
 ) -> Batches[Rankings]:
     """Prompts with their ranked responses, each a sequence padded on the right to `length`.
+
+    Where `shares` says so of the most tokens of a prompt and of a response, and of K, all responses start in one column
+    instead: prompts are padded on the left, to the longest, so that networks read them once (`Rankings.prefix`).
 
     With `virtue` the ranks are by the ratings of this virtue, and `Rankings.harmful` says which responses are rated
     below the middle. Raises InputError, which names the row, for one without them.
@@ -264,9 +270,12 @@ def rankings(
     ]
     below = [rows[one.row]["below"] for one in fitting] if virtue is not None else None
     pad = tokenizer_lib.pad_id(tokenizer)
+    prompt = max((len(one.start) for one in fitting), default=0)
+    answer = max((len(end) for one in fitting for end in one.ends), default=0)
+    prefix = prompt if shares is not None and shares(prompt, answer, k_max) else 0
 
     def fill(index: np.ndarray) -> Rankings:
-        shape = (len(index), k_max, length)
+        shape = (len(index), k_max, prompt + answer if prefix else length)
         tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
         rank, start = np.full(shape[:2], -1, np.int32), np.zeros(len(index), np.int32)
         harmful = None if below is None else np.zeros(shape[:2], bool)
@@ -276,10 +285,12 @@ def rankings(
                 rank[b, : len(ranks)] = ranks
                 if harmful is not None and below is not None:
                     harmful[b, : len(ranks)] = below[n]
+                first = prefix - start[b] if prefix else 0
                 for k, ids in enumerate(sequences):
-                    tokens[b, k, : len(ids)] = ids
-                    mask[b, k, : len(ids)] = True
-        return Rankings(tokens=tokens, mask=mask, start=start, rank=rank, harmful=harmful)
+                    tokens[b, k, first : first + len(ids)] = ids
+                    mask[b, k, first : first + len(ids)] = True
+        start = np.full_like(start, prefix) if prefix else start
+        return Rankings(tokens=tokens, mask=mask, start=start, rank=rank, harmful=harmful, prefix=prefix)
 
     return _stream("rankings", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
 
@@ -316,6 +327,49 @@ def thumbs(
         return Thumbs(tokens=tokens, mask=mask, start=start, good=good)
 
     return _stream("thumbs", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
+
+
+def steps(
+    source: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    epochs: int | None = None,
+) -> Batches[Steps]:
+    """Solutions with a label for each step, padded on the right to `length`; longer ones are refused.
+
+    Each step is on a line of its own: new lines within it become spaces. See `steps` for where it is read.
+    """
+    labelled = list(source)
+    rows = [
+        {"prompt": row["prompt"], "responses": [steps_lib.text(row["steps"])], "ended": [False]} for row in labelled
+    ]
+    fitting, counts = _answered(source, rows, tokenizer, length)
+    marks = steps_lib.marks(tokenizer, [tokenizer.eos_token_id])
+    kept = []
+    for one in fitting:
+        (end,) = one.ends
+        over, read = steps_lib.find(end[None], np.ones((1, len(end)), bool), marks)
+        where, labels = np.asarray(read)[np.asarray(over)], labelled[one.row]["labels"]
+        if len(where) == len(labels):
+            kept.append((np.append(one.start, end), len(one.start) + where, labels))
+    counts = dataclasses.replace(counts, kept=len(kept), unlike=len(fitting) - len(kept))
+    pad = tokenizer_lib.pad_id(tokenizer)
+
+    def fill(index: np.ndarray) -> Steps:
+        shape = (len(index), length)
+        tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
+        step, label = np.zeros(shape, bool), np.zeros(shape, np.int32)
+        for b, n in enumerate(index):
+            if n >= 0:
+                ids, where, labels = kept[n]
+                tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
+                step[b, where], label[b, where] = True, labels
+        return Steps(tokens=tokens, mask=mask, step=step, label=label)
+
+    return _stream("steps", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
 
 
 def _by_rating(row: Row, virtue: Virtue, place: Callable[[int], str], n: int) -> Row:

@@ -54,17 +54,19 @@ class Counts:
     tied: int = 0  # rankings of one rank alone
     repeated: int = 0  # kept rankings of which some pair of different rank is the same tokens; another pair is not
     unended: int = 0  # responses in kept rankings that were cut before their end
+    unlike: int = 0  # solutions whose steps their tokens do not keep apart
     control_tokens: int = 0  # kept rows that spell control tokens, which are read as such
 
     @property
     def refused(self) -> int:
         """The number of rows left out."""
-        return self.empty + self.too_long + self.identical + self.tied
+        return self.empty + self.too_long + self.identical + self.tied + self.unlike
 
     def __str__(self) -> str:
         why = f"{self.empty} empty, {self.too_long} too long"
         why += f", {self.identical} of identical responses" * (self.identical > 0)
         why += f", {self.tied} of one rank" * (self.tied > 0)
+        why += f", {self.unlike} with steps that tokens do not keep apart" * (self.unlike > 0)
         warnings = {
             "rows rank identical responses differently too": self.repeated,
             "responses without an end": self.unended,

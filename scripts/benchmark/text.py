@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf_jax import models
 from rlhf_jax.data import pipeline, shards, sources, tokenizer
 from rlhf_jax.data.tokenizer import Tokenizer
+from scripts.benchmark.parts import Workload
+from scripts.benchmark.sizes import Config
 
 WORDS = 50_000  # of which a few are in most sentences, as by Zipf
 SENTENCES = 20_000
@@ -76,3 +80,34 @@ def alone(megabytes: float, tok: Tokenizer) -> Taken:
     start, processor = time.perf_counter(), time.process_time()
     tokens = sum(len(one) + 1 for one in encode(some, add_special_tokens=False))
     return Taken(tokens, time.perf_counter() - start, time.process_time() - processor)
+
+
+def text_10gb_workload(config: models.Config, cfg: Config) -> Workload:
+    w = cfg.text_10gb
+    tok = tokenizer.load(w.tokenizer) if w.tokenizer else trained(config.vocab_size)
+    taken: list[Taken] = []
+    peaks: list[float] = []
+
+    def repeat(i: int) -> tuple[float, float]:
+        taken.append(to_first_batch(w.megabytes if i else w.small, tok, w.length, w.batch))
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        return taken[-1].tokens, taken[-1].seconds
+
+    by_itself = functools.cache(lambda: alone(w.megabytes, tok))
+
+    def extra() -> dict[str, float]:
+        ours = taken[-1].processor / taken[-1].tokens
+        return {
+            "above_small_mib": peaks[-1] - peaks[0],
+            "of_limit_processor": by_itself().processor / by_itself().tokens / ours,
+            "seconds": taken[-1].seconds,
+        }
+
+    return Workload(
+        unit="tokens_per_s",
+        warmup=1,
+        timed=1,
+        repeat=repeat,
+        least_seconds=lambda limits, count: count * by_itself().seconds / by_itself().tokens,
+        extra=extra,
+    )
