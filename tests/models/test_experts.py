@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import safetensors.numpy
 from rlhf_jax import models
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import experts, layers, lora
-from rlhf_jax.rollouts import sampling
 from rlhf_jax.types import InputError
 from tests import tiny
 
@@ -135,7 +133,7 @@ def on_sorted(monkeypatch):
 
 @pytest.mark.slow
 def test_a_mesh_whose_devices_have_some_experts_each_says_and_learns_the_same(monkeypatch):
-    config = tiny.CONFIGS["qwen3_moe"]
+    config = tiny.MORE["qwen3_moe"]
     logprobs_fn = models.logprobs_fn(config)
 
     def read(params, rows, axis=None):
@@ -155,7 +153,7 @@ def test_a_mesh_whose_devices_have_some_experts_each_says_and_learns_the_same(mo
 
 def test_experts_that_do_not_divide_are_on_every_device():
     place = parallel.layout(parallel.Config(fsdp=2, tensor=4))
-    config = tiny.CONFIGS["qwen3_moe"]  # of six experts
+    config = tiny.MORE["qwen3_moe"]  # of six experts
     read = lambda params, rows, axis=None: models.logprobs_fn(config)(params, *rows)[0]
     spread = place.step(read)(place.state(tiny.policy(config)), place.rows(TEXT))
     np.testing.assert_allclose(spread, jax.jit(read)(tiny.policy(config), TEXT), atol=1e-5)
@@ -183,58 +181,7 @@ def test_a_token_has_no_more_experts_than_there_are():
         dataclasses.replace(tiny.GPT, experts=models.Experts(count=3, active=1))
 
 
-# Model directories ----------------------------------------------------------------------------------------------------
-
-
-def published(shared, name, config, directory):
-    """A copy of an oracle with either of its configs."""
-    source = shared / "oracles" / "hf2" / name
-    shutil.copy(source / "model.safetensors", directory)
-    shutil.copy(source / config, directory / "config.json")
-    return directory, np.load(source / "expected.npz")
-
-
-def assert_kept(loaded, load, path, saved):
-    """What was loaded from `path` is written as it is there, and read again."""
-    models.save(loaded, loaded.params, saved)
-    theirs, ours = (safetensors.numpy.load_file(at / "model.safetensors") for at in (path, saved))
-    assert ours.keys() == theirs.keys()
-    for tensor, value in theirs.items():
-        assert ours[tensor].dtype == value.dtype and ours[tensor].tobytes() == value.tobytes(), tensor
-    assert load(saved).config == loaded.config
-    before, after = (json.loads((at / "config.json").read_text()) for at in (path, saved))
-    assert before["model_type"] == after["model_type"] and before["architectures"] == after["architectures"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_published_layouts_oracle(name, shared, tmp_path):
-    path, expected = published(shared, name, "config_v4.json", tmp_path)
-    old = models.load(path)
-    shutil.copy(shared / "oracles" / "hf2" / name / "config.json", path)
-    loaded = models.load(path)
-    assert old.config == loaded.config
-    tokens, mask = jnp.array(expected["input_ids"], jnp.int32), jnp.array(expected["attention_mask"], bool)
-    logits = np.asarray(jax.jit(loaded.apply)(loaded.params, tokens, mask))
-    np.testing.assert_allclose(logits[np.asarray(mask)], expected["logits"], rtol=0, atol=3e-4)
-    prompt = jnp.array(expected["greedy_prompt_ids"], jnp.int32)
-    mask = jnp.arange(prompt.shape[1])[None] < jnp.array(expected["greedy_prompt_length"])[:, None]
-    cfg = sampling.Config(max_new_tokens=12, temperature=0.0)
-    sample = sampling.generate(loaded, loaded.params, prompt, mask, jax.random.key(0), cfg)
-    np.testing.assert_array_equal(sample.tokens, expected["greedy_tokens"])
-    assert_kept(loaded, models.load, path, tmp_path / "saved")
-
-
-def test_a_published_reward_model_oracle(shared, tmp_path, monkeypatch):
-    path, expected = published(shared, "qwen3_moe_reward", "config.json", tmp_path)
-    loaded = models.load_reward(path)
-    tokens, mask = jnp.array(expected["input_ids"], jnp.int32), jnp.array(expected["attention_mask"], bool)
-    for in_groups in (False, True):
-        if in_groups:
-            on_sorted(monkeypatch)
-        score = jax.jit(lambda *args: loaded.apply(*args))(loaded.params, tokens, mask)
-        np.testing.assert_allclose(score, expected["scores"], rtol=0, atol=3e-4)
-    assert_kept(loaded, models.load_reward, path, tmp_path / "saved")
+# Model directories; tests/models/test_models.py has those that are published ------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -271,7 +218,7 @@ def test_a_router_of_another_size_is_refused_by_name(tmp_path):
 
 
 def test_layers_without_experts_among_others_are_refused_by_name(tmp_path):
-    config = tiny.CONFIGS["qwen3_moe"]
+    config = tiny.MORE["qwen3_moe"]
     models.save(models.Model(config, tiny.policy(config), None, lambda: None), tiny.policy(config), tmp_path / "m")
     file = tmp_path / "m" / "config.json"
     for change in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
