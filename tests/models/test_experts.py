@@ -74,7 +74,7 @@ def one_by_one(x, weight, chosen, up, down):
     for n in range(TOKENS):
         row = jnp.zeros(WIDTH)
         for k in range(ACTIVE):
-            if (e := int(chosen[n, k])) < COUNT:
+            if (e := int(np.asarray(chosen)[n, k])) < COUNT:
                 gate, value = jnp.split(x[n] @ whole(up)[e], 2)
                 row = row + weight[n, k] * (jax.nn.silu(gate) * value @ whole(down)[e])
         rows.append(row)
@@ -88,8 +88,8 @@ def test_experts_compute_what_each_token_through_its_own_would(compute, adapted)
     compute = functools.partial(compute, activate=layers.activation(MIXTRAL))
     weigh = jnp.array(np.random.default_rng(1).normal(size=(TOKENS, WIDTH)), jnp.float32)
     value = lambda compute, x, weight, up, down: jnp.sum(compute(x, weight, chosen, up, down) * weigh)
-    found = jax.value_and_grad(jax.jit(functools.partial(value, compute)), argnums=(0, 1, 2, 3))(x, weight, up, down)
-    expected = jax.value_and_grad(functools.partial(value, one_by_one), argnums=(0, 1, 2, 3))(x, weight, up, down)
+    both = lambda compute: jax.jit(jax.value_and_grad(functools.partial(value, compute), argnums=(0, 1, 2, 3)))
+    found, expected = (both(by)(x, weight, up, down) for by in (compute, one_by_one))
     tiny.assert_close(found, expected, atol=1e-5)
     assert not np.any(found[1][2]["kernel"][2])  # that of the idle expert
 
@@ -118,9 +118,10 @@ def test_rows_of_no_expert_reach_nothing(monkeypatch):
     value = lambda x, weight, up, down: jnp.sum(
         experts.compute_sorted(x, weight, chosen, up, down, layers.activation(MIXTRAL))
     )
-    clean = jax.value_and_grad(value, argnums=(0, 1, 2, 3))(x, weight, up, down)
+    clean = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2, 3)))(x, weight, up, down)
     monkeypatch.setattr(jax.lax, "ragged_dot", littering)
-    tiny.assert_close(jax.value_and_grad(value, argnums=(0, 1, 2, 3))(x, weight, up, down), clean, atol=1e-6)
+    found = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2, 3)))(x, weight, up, down)
+    tiny.assert_close(found, clean, atol=1e-6)
 
 
 ROWS, COLUMNS = 8, 9
@@ -159,6 +160,7 @@ def test_experts_that_do_not_divide_are_on_every_device():
     np.testing.assert_allclose(spread, jax.jit(read)(tiny.policy(config), TEXT), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_of_experts_begin_as_nothing_and_merge():
     cfg = lora.Config(rank=3, alpha=4.5)
     trained, base = lora.split(tiny.policy(MIXTRAL), cfg, jax.random.key(1))
@@ -188,12 +190,12 @@ def test_a_token_has_no_more_experts_than_there_are():
     ("change", "said"),
     [
         ({"num_local_experts": 3}, r"tensors that its config.json does not ask for \(.*experts.3.w1.weight"),
-        ({"num_local_experts": 5}, r"no tensor 'model.layers.0.block_sparse_moe.experts.4.w2.weight'"),
+        ({"num_local_experts": 5}, r"no tensor 'model.layers.0.block_sparse_moe.experts.4.w\d.weight'"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok=5: expected at most the number of experts, 4"),
         ({"num_experts_per_tok": 0}, r"num_experts_per_tok=0: expected a whole number from 1 to 2\^31 - 1"),
         (
             {"intermediate_size": 11},
-            r"experts.0.w2.weight \[16, 12\] does not fit config.json, which asks for \[16, 11\]",
+            r"experts.0.w\d.weight \[.*\] does not fit config.json, which asks for \[.*11.*\]",
         ),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported: expected 0.0"),
     ],
