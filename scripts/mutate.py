@@ -99,6 +99,13 @@ MUTANTS = [
     ),
     *mutants(
         "algorithms/advantages",
+        "length_adaptive",
+        ("1 - 1 / (", "1 / ("),
+        ("(alpha * jnp", "(jnp"),
+        ("1)), 0.0)", "1)), -9.0)"),
+    ),
+    *mutants(
+        "algorithms/advantages",
         "whiten",
         ("masked_mean(x, mask)", "jnp.mean(x)"),
         ("jnp.sum(mask) - ddof", "jnp.sum(mask)"),
@@ -208,7 +215,11 @@ MUTANTS = [
         ('history.pop("ratio_error")[0]', 'history.pop("ratio_error")[-1]'),
         ("totals=parallel.psum(totals, axis)", "totals=totals"),
         ("jax.tree.map(jnp.sum, metrics)", "jax.tree.map(jnp.mean, metrics)"),
-        ("ragged.order(objective.live(local), parts)", "jnp.arange(objective.live(local).shape[0])"),
+        (
+            "ragged.order(jnp.any(ragged.blocks(objective.live(local), block), axis=1), parts)",
+            "jnp.arange(len(rows) // block)",
+        ),
+        ("[..., None] * objective.group", "[..., None]"),
     ),
     *mutants("algorithms/updates", "step", ("1 - cfg.ema", "cfg.ema")),
     *mutants(
@@ -238,6 +249,13 @@ MUTANTS = [
         ("jnp.maximum(plain, clipped)", "jnp.minimum(plain, clipped)"),
         ("jnp.clip(value, value_old - clip, value_old + clip)", "value"),
         ("jnp.clip(value, value_old - clip, value_old + clip)", "jnp.clip(value, target - clip, target + clip)"),
+    ),
+    *mutants(
+        "algorithms/ppo",
+        "estimate",
+        ("cfg.lam if cfg.lam_alpha is None", "cfg.lam if cfg.lam_alpha is not None"),
+        ("_, target = gae(reward", "advantage, target = gae(reward"),
+        ("cfg.gamma, cfg.critic_lam", "cfg.gamma, lam"),
     ),
     *mutants(
         "algorithms/ppo",
@@ -289,6 +307,23 @@ MUTANTS = [
         "loss",
         ("(logp_rejected - ref_rejected)", "(logp_rejected + ref_rejected)"),
         ("(logp_chosen - ref_chosen) - ", "(logp_chosen - ref_chosen) + "),
+    ),
+    *mutants("algorithms/online_dpo", "ranks", ("> score[:, :, None]", ">= score[:, :, None]")),
+    *mutants(
+        "algorithms/online_dpo",
+        "extremes",
+        (
+            "jnp.argmax(score, axis=1), jnp.argmin(score, axis=1)",
+            "jnp.argmin(score, axis=1), jnp.argmax(score, axis=1)",
+        ),
+    ),
+    *mutants(
+        "algorithms/online_dpo",
+        "loss",
+        ("logp - rollout.logp_ref", "logp - rollout.logp"),
+        ("if cfg.per_token", "if not cfg.per_token"),
+        ('totals["prompts"]', "len(rank)"),
+        ("cfg.beta * pair_mean", "pair_mean"),
     ),
     *mutants(
         "algorithms/preferences", "sequence_logprobs", ("jnp.where(mask, logp, 0.0)", "logp"), ("jnp.sum(", "jnp.mean(")
@@ -358,6 +393,15 @@ MUTANTS = [
     *mutants("algorithms/balance", "attach", ("weight / shares", "weight"), ("if not weight", "if weight is None")),
     *mutants("models/lora", "merge", ("kernel + change", "kernel - change")),
     *mutants("devices/parallel", "accumulate", ("jax.tree.map(jnp.add, total, grads)", "grads")),
+    *mutants("devices/shared", "worthwhile", ("group * answer", "answer"), ("prompt >= LEAST", "prompt > LEAST")),
+    *mutants("devices/shared", "rows", ("count // parallel.row_devices()", "group")),
+    *mutants("devices/shared", "fork", ("jnp.arange(width, 0, -1)", "jnp.arange(width - 1, -1, -1)")),
+    *mutants(
+        "models/attention",
+        "attend_fork",
+        ("mask[:, at, at]", "jnp.ones_like(mask[:, at, at])"),
+        ("of_prefix.reshape(query.shape) + of_branch", "of_prefix.reshape(query.shape) - of_branch"),
+    ),
     *mutants("devices/parallel", "row_keys", ("first + row_index(rows, axis)", "row_index(rows, None)")),
     *mutants(
         "algorithms/optim", "cosine", ("final_fraction * peak", "final_fraction"), ("alpha=final_fraction", "alpha=0.0")

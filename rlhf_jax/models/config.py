@@ -130,6 +130,22 @@ def llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int,
     )
 
 
+def neox(n_layers: int, d_model: int, n_heads: int, vocab_size: int) -> Config:
+    """A config of Pythia's shape, which is GPT-2's with RoPE on a quarter of each head and a parallel residual."""
+    return gpt(
+        n_layers,
+        d_model,
+        n_heads,
+        vocab_size=vocab_size,
+        max_length=2048,
+        position="rope",
+        rotary_size=d_model // n_heads // 4,
+        parallel_residual=True,
+        mlp="gelu_exact",
+        tie_embeddings=False,
+    )
+
+
 PRESETS: dict[str, Config] = {
     "tiny": gpt(2, 64, 4, vocab_size=512, max_length=128),
     "mini": gpt(2, 128, 4, vocab_size=1024, max_length=128),
@@ -149,6 +165,10 @@ PRESETS: dict[str, Config] = {
     "gpt3-6.7b": gpt(32, 4096, 32, max_length=2048),
     "gpt3-13b": gpt(40, 5120, 40, max_length=2048),  # the table has 5140, which 40 heads of 128 are not
     "gpt3-175b": gpt(96, 12288, 96, max_length=2048),
+    "pythia-1b": neox(16, 2048, 8, 50304),
+    "pythia-2.8b": neox(32, 2560, 32, 50304),
+    "pythia-6.9b": neox(32, 4096, 32, 50432),
+    "deepseek-7b": llama(30, 4096, 32, 32, 11008, vocab_size=102400, max_length=4096),
     "llama3-8b": llama(32, 4096, 32, 8, 14336, vocab_size=128256, max_length=8192, rope_theta=5e5),
     "llama3-70b": llama(80, 8192, 64, 8, 28672, vocab_size=128256, max_length=8192, rope_theta=5e5),
     "mixtral-micro": llama(1, 32, 2, 1, 44, vocab_size=512, max_length=128, experts=Experts(count=4, active=2)),

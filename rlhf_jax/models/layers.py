@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import rope
 from rlhf_jax.models.config import Config
-from rlhf_jax.types import Leaf, Tree
+from rlhf_jax.types import Fork, Leaf, Tree
 
 # Columns of a row: a slice, the same for every row, or indices, each row's own.
 Columns = slice | Int[Array, "B N"]
@@ -51,8 +51,7 @@ def whole_view(
 ) -> View:
     """The view of T columns that attend to each other alone."""
     if isinstance(segment, Tree):
-        mask = ancestor_mask(segment)
-        position = jnp.maximum(jnp.sum(mask, axis=2, dtype=jnp.int32) - 1, 0)
+        position, mask = tree_positions(segment), ancestor_mask(segment)
     else:
         position, mask = positions(segment), causal_mask(segment)
     return View(
@@ -146,6 +145,21 @@ def ancestor_mask(tree: Tree) -> Bool[Array, "B T T"]:
     return (behind >= 0) & (behind < tree.reach[:, None, :])
 
 
+def tree_positions(tree: Tree) -> Int[Array, "B T"]:
+    """The number of ancestors of each token. Arbitrary at padding."""
+    if tree.fork is None:
+        return jnp.maximum(jnp.sum(ancestor_mask(tree), axis=2, dtype=jnp.int32) - 1, 0)
+    real = (tree.reach > 0).astype(jnp.int32)
+    prefix, branches = real[:, : tree.fork.prefix], split_branches(real, tree.fork)
+    before = jnp.cumsum(branches, axis=2) - branches + jnp.sum(prefix, axis=1)[:, None, None]
+    return jnp.concatenate([jnp.cumsum(prefix, axis=1) - prefix, before.reshape(len(real), -1)], axis=1)
+
+
+def split_branches(x: Shaped[Array, "B T ..."], fork: Fork) -> Shaped[Array, "B K M ..."]:
+    """The columns of each of K branches of M columns."""
+    return x[:, fork.prefix :].reshape(x.shape[0], fork.branches, -1, *x.shape[2:])
+
+
 def within_window(
     config: Config, mask: Bool[Array, "B T S"], position: Int[Array, "B T"], key_position: Int[Array, "B S"]
 ) -> Bool[Array, "B T S"] | None:
@@ -192,6 +206,7 @@ class Norm(nn.Module):
             if bias is not None:
                 x = x - jnp.mean(x, axis=over, keepdims=True)
             x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=over, keepdims=True) + c.norm_eps)
+            scale = scale.astype(jnp.float32)  # 1 + w in bfloat16 would lose most of w
             x = x * (scale + 1.0 if c.unit_offset else scale).reshape(features)
             if bias is not None:
                 x = x + bias.reshape(features)
@@ -203,7 +218,8 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """`x @ kernel + bias`, from the last axes of x [B, T, *inputs] to [B, T, *outputs].
 
-    Where its parameters have LoRA's factors beside the kernel, `x @ kernel_a @ kernel_b` is added.
+    Where its parameters have LoRA's factors beside the kernel, `x @ kernel_a @ kernel_b` is added. An int8 kernel has a
+    scale beside it, which multiplies its outputs.
     """
 
     config: Config
@@ -225,13 +241,14 @@ class Linear(nn.Module):
             # One plain matrix product: XLA for CPU takes three times as long over the gradient of anything else.
             return (x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)).reshape(shape)
 
-        if self.has_variable("params", "kernel_a"):
+        adapted, quantized = (self.has_variable("params", name) for name in ("kernel_a", "kernel_scale"))
+        # The backward pass keeps a frozen kernel itself, not a cast and reshaped copy of it for each layer.
+        y = (recompute(matmul) if adapted or quantized else matmul)(x, kernel)
+        if quantized:
+            y = (y * self.variables["params"]["kernel_scale"][None, None]).astype(x.dtype)
+        if adapted:
             a, b = (self.variables["params"][f"kernel_{factor}"].astype(x.dtype) for factor in "ab")
-            # The backward pass keeps the kernel itself, not a cast and reshaped copy of it for each layer.
-            y = recompute(matmul)(x, kernel)
             y = y + (x.reshape(-1, fan_in) @ a @ b).reshape(shape)
-        else:
-            y = matmul(x, kernel)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype)[None, None]
         return y

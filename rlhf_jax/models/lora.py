@@ -10,18 +10,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from rlhf_jax.devices.compute import INPUTS, STACKED, Kernel, dequantize, is_quantized
 from rlhf_jax.settings import Count, Positive, Settings
 from rlhf_jax.types import InputError, Params, TrainState
 
-Kernel = Literal["qkv", "out", "up", "down"]
-INPUTS: dict[Kernel, int] = {"qkv": 1, "out": 3, "up": 1, "down": 1}  # axes of a kernel that are inputs, after [L]
-STACKED = "experts"  # whose kernels are [L, E, ...]: an adapter for each expert
 HEAD = ("kernel",), ("bias",)  # paths of a scalar model's head
 
 
@@ -74,8 +72,12 @@ def attach(base: Params, trained: Params, cfg: Config) -> Params:
 
 
 def merge(base: Params, trained: Params, cfg: Config) -> Params:
-    """Parameters to save, whose kernels are W + (alpha / rank) A B: they compute the same as `attach` of the two."""
-    params = flatten_dict(attach(base, trained, cfg))
+    """Parameters to save, whose kernels are W + (alpha / rank) A B: they compute the same as `attach` of the two.
+
+    Those on an int8 base are float32.
+    """
+    attached = attach(base, trained, cfg)
+    params = flatten_dict(dequantize(attached) if is_quantized(attached) else attached)
     for path in [path[:-1] for path in params if path[-1] == "kernel_a"]:
         change = jnp.matmul(params.pop((*path, "kernel_a")), params.pop((*path, "kernel_b")), precision="highest")
         kernel = params[*path, "kernel"]

@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.devices import parallel
+from rlhf_jax.devices import parallel, shared
 from rlhf_jax.logprobs import entropy, map_columns, token_logprobs
 from rlhf_jax.models import attention
 from rlhf_jax.models.cache import Cache
@@ -71,7 +71,8 @@ class Block(nn.Module):
             added = MLP(c, name="mlp")(read)
         else:
             mask = take_columns(real_tokens(view.segment), columns)
-            added = Mixture(c, name="mlp")(read, mask, view.balance)
+            fork = view.segment.fork if isinstance(view.segment, Tree) else None
+            added = Mixture(c, name="mlp")(read, mask, view.balance, fork)
         if c.post_norm:
             added = Norm(c, name="post_norm_2")(added)
         x = x + dropout(added, view.keys, 2 * layer + 2, c.dropout)
@@ -222,10 +223,11 @@ class Transformer(nn.Module):
         or a router to balance.
         """
         c, length = self.config, x.shape[1]
+        plain = isinstance(view.segment, Tree) and view.segment.fork is None
         whole = (
             (view.keys is not None and c.dropout > 0)
             or view.balance is not None
-            or attention.kernel(c, length, length, isinstance(view.segment, Tree))
+            or attention.kernel(c, length, length, plain)
         )
         of_last, afterwards = (ALL, columns) if whole else (columns, ALL)
         for layer, params in enumerate(layers):
@@ -261,13 +263,21 @@ class Transformer(nn.Module):
         start: int = 0,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        group: int = 1,
     ) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
         """Log-probability of each token after column `start`, N = T - 1 - start, and the entropy of its distribution.
 
         The distribution is `softmax(logits / temperature)`. Logits exist for these columns alone, `compute.chunk`
-        columns at a time.
+        columns at a time. Of each `group` rows, whose `segment` is a mask, the prompt is computed once where that pays.
         """
-        hidden = self.hidden(tokens, segment, keys, slice(start, -1))
+        group = shared.rows(len(tokens), group)
+        shares = self.config.compute.shares(start + 1, tokens.shape[1] - 1 - start, group)
+        if shares and not isinstance(segment, Tree):
+            joined, tree = shared.fork(tokens[:, :-1], segment[:, :-1], start, group)
+            hidden = self.hidden(joined, tree, None if keys is None else keys[::group], slice(start, None))
+            hidden = hidden.reshape(len(tokens), -1, hidden.shape[-1])
+        else:
+            hidden = self.hidden(tokens, segment, keys, slice(start, -1))
 
         def read(hidden: Array, targets: Array) -> tuple[Array, Array | None]:
             logits = self.unembed(hidden, vocab_axis="tensor")
