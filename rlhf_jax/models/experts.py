@@ -206,8 +206,8 @@ def _per_device(compute: Callable[..., Array], count: int) -> Callable[..., Arra
 class Mixture(nn.Module):
     """The router and the experts: what a block has in place of an MLP.
 
-    `balance` is None, or the weight that the router's `balance_loss` gets, and 0, see `algorithms.balance`. The branches
-    of a `fork` are balanced as rows of their own: how many share a row depends on the devices.
+    `balance` is None, or the weight that the router's `balance_loss` gets, and 0, see `algorithms.balance`. Branches of
+    a `fork` are balanced as rows of their own, since it depends on the devices how many share a row.
     """
 
     config: Config
