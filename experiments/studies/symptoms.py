@@ -249,7 +249,11 @@ def few_labels(cfg: Config, out: Path) -> None:
 
 def healthy(seed: int) -> Callable[[Config, Path], None]:
     """PPO with nothing wrong."""
-    return lambda cfg, out: ppo.main(policy(dataclasses.replace(cfg, seed=cfg.seed + seed), out)) and None
+
+    def make(cfg: Config, out: Path) -> None:
+        ppo.main(policy(dataclasses.replace(cfg, seed=cfg.seed + seed), out))
+
+    return make
 
 
 def healthy_grpo(cfg: Config, out: Path) -> None:
