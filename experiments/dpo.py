@@ -69,6 +69,7 @@ def read(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> tuple[builders.Rows
         seed=cfg.seed,
         epochs=cfg.epochs,
         virtue=cfg.virtue,
+        shares=cfg.compute.shares,
     )
 
 

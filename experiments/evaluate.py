@@ -73,7 +73,7 @@ def episodes(cfg: Config, model: models.Model, prompts: Prompts, layout: paralle
     loaded, score = {cfg.model: model} | ({} if reference is model else {cfg.reference: reference}), None
     if cfg.reward:
         loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
-        score = scores.reward_models([loaded[cfg.reward]], models.stop_ids(model), layout=layout)
+        score = scores.reward_models([loaded[cfg.reward]], models.stop_ids(model), layout=layout, group=cfg.best_of)
     models.check_vocabularies(loaded)
     del loaded  # the reward model as it was loaded: `score` has a copy
     if reference.config != model.config:

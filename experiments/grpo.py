@@ -141,7 +141,7 @@ def main(
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
         )
 
-    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets)
+    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets, algorithm.group)
     tx, collect, step_fn = build(cfg, policy.config, models.stop_ids(policy), layout, train_step)
     refill = (
         layout.step(functools.partial(grpo_lib.refill, group=algorithm.group, cfg=algorithm)) if cfg.resample else None
@@ -168,6 +168,7 @@ def main(
             text_length=cfg.text_length,
             peak=flops.peak(cfg.compute.dtype),
             learnt=algorithm.learnt,
+            group=algorithm.group if cfg.compute.shares(cfg.prompt_length, cfg.max_new_tokens, algorithm.group) else 1,
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters

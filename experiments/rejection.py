@@ -74,7 +74,7 @@ def pick(cfg: Config) -> None:
     first = itertools.islice(rows, cfg.prompts)
     prompts, counts = pipeline.every_prompt(first, tokenizer, length=cfg.prompt_length)
     print(f"{cfg.data}: {counts}")
-    score = scores.reward_models([judge], models.stop_ids(model), layout=layout)
+    score = scores.reward_models([judge], models.stop_ids(model), layout=layout, group=cfg.best_of)
     del judge  # as it was loaded: `score` has a copy
     sampled = rollout.episodes(
         model,

@@ -153,6 +153,7 @@ def main(cfg: Config) -> dict[str, float]:
         batch=cfg.batch,
         seed=cfg.seed,
         virtue=cfg.virtue,
+        shares=cfg.compute.shares,
     )
     train, held_out = source(cfg.data), source(cfg.held_out) if cfg.held_out else None
     batches = read(train, epochs=cfg.epochs)

@@ -18,7 +18,7 @@ Where several continuations share a prefix, a `Tree` takes the place of a segmen
 """
 
 import zlib
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 from flax import struct
@@ -55,6 +55,13 @@ class TrainState(struct.PyTreeNode):
     rng: Leaf  # [] key; a step folds in `step` and the row index, and never replaces the key
 
 
+class Fork(NamedTuple):
+    """The shape that all trees of a batch have: one prefix, and branches of equal width behind it."""
+
+    prefix: int  # columns
+    branches: int
+
+
 class Tree(struct.PyTreeNode):
     """Rows in which a prefix is followed by continuations that attend to it and to themselves, not to each other.
 
@@ -69,9 +76,13 @@ class Tree(struct.PyTreeNode):
     The token that predicts a continuation's first one is its parent, which need not be in the column before it. Where a
     loss looks for it there, each continuation begins with a copy of the prefix's last token, instead of the prefix
     ending with it.
+
+    Where a `fork` says that all rows have the same shape, which may hold padding, attention computes no scores between
+    the branches, and the kernel of a TPU takes the rows.
     """
 
     reach: Leaf  # [B, T] int32
+    fork: Fork | None = struct.field(pytree_node=False, default=None)
 
 
 class Tokens(struct.PyTreeNode):
@@ -98,6 +109,8 @@ class Rankings(struct.PyTreeNode):
     start: Leaf  # [B] int32, number of prompt columns: the column where the responses start
     rank: Leaf  # [B, K] int32: smaller is better, equal is a tie, -1 is absent
     harmful: Leaf = None  # [B, K] bool, for a cost model: the response is rated below the middle
+    # Columns of every prompt, padded on the left, which networks read once for its K responses; 0: each has its own.
+    prefix: int = struct.field(pytree_node=False, default=0)
 
 
 class Thumbs(struct.PyTreeNode):
@@ -150,8 +163,12 @@ class LogprobsFn(Protocol):
         start: int = 0,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        group: int = 1,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The log-probability of each token and, if `with_entropy`, its distribution's entropy. [B, N] each, nats."""
+        """The log-probability of each token and, if `with_entropy`, its distribution's entropy. [B, N] each, nats.
+
+        Each `group` rows that follow one another have the same prompt through column `start`, see `devices.shared`.
+        """
 
 
 @runtime_checkable
@@ -166,8 +183,17 @@ class LogitsFn(Protocol):
 class ScoreFn(Protocol):
     """A reward model, which gives a scalar score to each row."""
 
-    def __call__(self, params: Params, tokens: jax.Array, mask: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """The score of each row [B], read at its last token that is not padding."""
+    def __call__(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        mask: jax.Array,
+        keys: jax.Array | None = None,
+        *,
+        start: int = 0,
+        group: int = 1,
+    ) -> jax.Array:
+        """The score of each row [B], read at its last token that is not padding; `start`, `group` as `LogprobsFn`."""
 
 
 @runtime_checkable

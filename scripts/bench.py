@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where `scripts` is, of the
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, Positive
 from rlhf_jax.types import InputError
-from scripts.benchmark import peers, workloads
+from scripts.benchmark import peers, sizes, workloads
 
 # Read when a process starts, ours or a peer's: the allocator keeps what is freed, in huge pages, as in scripts/_env.sh.
 ALLOCATOR = {
@@ -43,7 +43,7 @@ ALLOCATOR = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(workloads.Config):
+class Config(sizes.Config):
     # Workloads, by name.
     only: str = ",".join(workloads.WORKLOADS)
     peer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # NAME=PYTHON:SCRIPT, any number of times

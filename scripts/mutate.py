@@ -215,7 +215,11 @@ MUTANTS = [
         ('history.pop("ratio_error")[0]', 'history.pop("ratio_error")[-1]'),
         ("totals=parallel.psum(totals, axis)", "totals=totals"),
         ("jax.tree.map(jnp.sum, metrics)", "jax.tree.map(jnp.mean, metrics)"),
-        ("ragged.order(objective.live(local), parts)", "jnp.arange(objective.live(local).shape[0])"),
+        (
+            "ragged.order(jnp.any(ragged.blocks(objective.live(local), block), axis=1), parts)",
+            "jnp.arange(len(rows) // block)",
+        ),
+        ("[..., None] * objective.group", "[..., None]"),
     ),
     *mutants("algorithms/updates", "step", ("1 - cfg.ema", "cfg.ema")),
     *mutants(
@@ -371,6 +375,15 @@ MUTANTS = [
     ),
     *mutants("models/lora", "merge", ("kernel + change", "kernel - change")),
     *mutants("devices/parallel", "accumulate", ("jax.tree.map(jnp.add, total, grads)", "grads")),
+    *mutants("devices/shared", "worthwhile", ("group * answer", "answer"), ("prompt >= LEAST", "prompt > LEAST")),
+    *mutants("devices/shared", "rows", ("count // parallel.row_devices()", "group")),
+    *mutants("devices/shared", "fork", ("jnp.arange(width, 0, -1)", "jnp.arange(width - 1, -1, -1)")),
+    *mutants(
+        "models/attention",
+        "attend_fork",
+        ("mask[:, at, at]", "jnp.ones_like(mask[:, at, at])"),
+        ("of_prefix.reshape(query.shape) + of_branch", "of_prefix.reshape(query.shape) - of_branch"),
+    ),
     *mutants("devices/parallel", "row_keys", ("first + row_index(rows, axis)", "row_index(rows, None)")),
     *mutants(
         "algorithms/optim", "cosine", ("final_fraction * peak", "final_fraction"), ("alpha=final_fraction", "alpha=0.0")

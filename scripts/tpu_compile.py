@@ -190,8 +190,9 @@ def ranking_batches(
     seed: int,
     epochs: int | None = None,
     virtue: Virtue | None = None,
+    shares: Any = None,
 ) -> Batches:
-    shape = batch, responses, length
+    shape = batch, responses, length  # read one by one: how long the prompts are is not known
     rankings = Rankings(
         tokens=zeros(np.int32, *shape),
         mask=zeros(bool, *shape),

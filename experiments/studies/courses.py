@@ -139,7 +139,7 @@ def score_answers(run: ppo.Config, model: Path, prompts: int, times: int = 1) ->
     same_sampling = dataclasses.replace(run, reward=(), critic="policy", out=Path())
     sampled, gold = sample_answers(same_sampling, model, prompts, times)
     rewards = [models.load_reward(path, compute=run.compute, place=layout.sharding) for path in run.reward]
-    score = scores.reward_models(rewards, models.stop_ids(rewards[0]), layout=layout)
+    score = scores.reward_models(rewards, models.stop_ids(rewards[0]), layout=layout, group=times)
     parts = [layout.gather(score(layout.rows(part))) for _, part in rollout.chunks(sampled, BATCH)]
     return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(sampled.index)], *parts), gold
 

@@ -54,6 +54,9 @@ class Config(updates.Config):
     ratio: Literal["token", "response"] = "token"  # probability ratio: of each token, or the response's geometric mean
     # clip: PPO's; cispo: the clipped ratio is a constant weight of the log-probability, so that every token learns.
     surrogate: Literal["clip", "cispo"] = "clip"
+    # Draw minibatches of whole groups, so that an update computes a prompt once for its answers. None: if there is one
+    # minibatch, or prompts are long against the answers (`devices.shared.worthwhile`).
+    whole_groups: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,17 +205,18 @@ def loss(
     *,
     policy_fn: LogprobsFn,
     cfg: Config,
+    group: int = 1,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The share that these rows have in the loss of the global minibatch, and its metrics (arXiv:2402.03300, eq. 3).
 
         sum_t w_t (surrogate_t [+ kl_coef k3_t, if kl_in="loss"]) / sum_t w_t + auxiliary losses
 
     The sums are over the tokens t of the minibatch, with w from `weights`. The surrogate is that of `ppo.policy_loss`
-    or `cispo_loss`; the last term is `updates.auxiliary_losses`.
+    or `cispo_loss`; the last term is `updates.auxiliary_losses`. Each `group` rows share their prompt.
     """
     rollout = batch.rollout
     mask = rollout.response_mask
-    logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
+    logp, entropy = updates.forward(params, rollout, policy_fn, cfg, group)
     weight, _ = weights(mask, cfg.mean)
     # The surrogate is linear in the advantage, so weighting the advantage weights the token's loss. `policy_loss`
     # divides by the number of tokens; the loss here is divided by the sum of the weights.
@@ -258,10 +262,12 @@ def train_step(
     """
     state, rollout, reward_metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
     batch, metrics = experience(rollout, cfg)
+    group = updates.shared_group(rollout, cfg, cfg.group, cfg.whole_groups)
     objective = updates.Objective(
-        loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg),
+        loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg, group=group),
         totals=functools.partial(totals, cfg=cfg),
         live=live,
+        group=group,
     )
     state, update_metrics = updates.apply(
         state,

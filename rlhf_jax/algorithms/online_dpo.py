@@ -109,7 +109,7 @@ def loss(
     rank = jnp.stack(batch.rank, axis=1)
     rollout = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch.rollout)
     mask = rollout.response_mask
-    logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
+    logp, entropy = updates.forward(params, rollout, policy_fn, cfg, len(batch.rank))
     reduce = mean_logprobs if cfg.per_token else sequence_logprobs
     gain = reduce(logp - rollout.logp_ref, mask).reshape(rank.shape)
     pair, count = pair_mask(rank), totals["prompts"]

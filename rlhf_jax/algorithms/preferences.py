@@ -40,12 +40,14 @@ def response_logprobs(
 ) -> Float[Array, "B K"]:
     """The log-probability of each response given its prompt, whole or a token (`reduce`), in nats.
 
-    `keys` [B K] turn dropout on.
+    A prompt that has a `prefix` is read once for all responses, where that pays. `keys` [B K] turn dropout on.
     """
     rows, responses, length = batch.tokens.shape
     tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
-    logp = logprobs_fn(params, tokens, mask, keys)[0].reshape(rows, responses, -1)
-    in_response = batch.mask[:, :, 1:] & (jnp.arange(1, length)[None, None] >= batch.start[:, None, None])
+    start, group = (batch.prefix - 1, responses) if batch.prefix else (0, 1)
+    logp = logprobs_fn(params, tokens, mask, keys, start=start, group=group)[0].reshape(rows, responses, -1)
+    column = jnp.arange(start + 1, length)
+    in_response = batch.mask[:, :, start + 1 :] & (column[None, None] >= batch.start[:, None, None])
     return reduce(logp, in_response)
 
 

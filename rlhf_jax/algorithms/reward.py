@@ -237,12 +237,15 @@ def scores(
 ) -> Float[Array, "B K"]:
     """The score of each response, from one forward pass over it and its prompt.
 
-    `keys` [B K] turn dropout on. Responses are read in `buckets` by length, see `devices.ragged`.
+    A prompt that has a `prefix` is read once for all responses, where that pays. `keys` [B K] turn dropout on.
+    Responses are read in `buckets` by length, see `devices.ragged`.
     """
     rows, responses, length = batch.tokens.shape
     tokens, mask = batch.tokens.reshape(-1, length), batch.mask.reshape(-1, length)
-    judge = lambda tokens, mask: score_fn(params, tokens, mask, keys)
-    return ragged.in_buckets(judge, mask, buckets, tokens, mask).reshape(rows, responses)
+    start, group = (batch.prefix - 1, responses) if batch.prefix else (0, 1)
+    judge = lambda tokens, mask: score_fn(params, tokens, mask, keys, start=start, group=group)
+    found = ragged.in_buckets(judge, mask[:, batch.prefix :], buckets, tokens, mask, group=group)
+    return found.reshape(rows, responses)
 
 
 def train_step(
@@ -268,8 +271,8 @@ def train_step(
         params: Params, padded: tuple[Array, Array], other: tuple[Array, Array, Array | None], keys: Array
     ) -> tuple[Array, tuple[Array, ...]]:
         (tokens, mask), (start, rank, harmful) = padded, other
-        batch = Rankings(tokens=tokens, mask=mask, start=start, rank=rank)
-        score = scores(params, batch, score_fn, keys.reshape(-1))
+        part = Rankings(tokens=tokens, mask=mask, start=start, rank=rank, prefix=batch.prefix)
+        score = scores(params, part, score_fn, keys.reshape(-1))
         value = loss(score, rank, cfg, count, harmful)
         # A cost is larger for the response ranked below.
         signs = (jnp.zeros(()),) * 2 if harmful is None else correct_signs(score, rank, harmful)
@@ -279,7 +282,7 @@ def train_step(
     local = (batch.tokens, batch.mask), (batch.start, batch.rank, batch.harmful), keys.reshape(rows, responses)
     parts = cfg.buckets * microbatches
     if cfg.buckets > 1:
-        live = lambda padded: jnp.any(padded[1], axis=1)
+        live = lambda padded: jnp.any(padded[1], axis=1)[:, batch.prefix :]
         index = ragged.order(live(local[0]), parts)
         local = jax.tree.map(lambda x: x[index], local)
         share = ragged.trimmed(share, live, cfg.buckets)

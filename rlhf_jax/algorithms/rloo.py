@@ -30,6 +30,9 @@ class Config(updates.Config):
     group: Annotated[int, Range(least=2, unit="responses, each the other's baseline")] = 4
     clip: Positive = 0.2  # clip the probability ratio of a response to [1 - clip, 1 + clip]
     kl_coef: NonNegative = 0.03  # reward subtracted per nat of KL to the reference
+    # Draw minibatches of whole groups, so that an update computes a prompt once for its answers. None: if there is one
+    # minibatch, or prompts are long against the answers (`devices.shared.worthwhile`).
+    whole_groups: bool | None = None
 
 
 def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
@@ -55,15 +58,16 @@ def loss(
     *,
     policy_fn: LogprobsFn,
     cfg: Config,
+    group: int = 1,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The share that these rows have in the loss of the global minibatch, and its metrics.
 
     The loss is the clipped surrogate of whole responses (`ppo.policy_loss` with the sums of their log-probabilities),
-    mean over responses, plus `updates.auxiliary_losses`.
+    mean over responses, plus `updates.auxiliary_losses`. Each `group` rows share their prompt.
     """
     rollout = batch.rollout
     mask = rollout.response_mask
-    logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
+    logp, entropy = updates.forward(params, rollout, policy_fn, cfg, group)
     sequence, sequence_old = (jnp.sum(jnp.where(mask, x, 0.0), axis=1, keepdims=True) for x in (logp, rollout.logp))
     nonempty = jnp.any(mask, axis=1, keepdims=True)
     value, details = policy_loss(
@@ -92,10 +96,12 @@ def train_step(
     """
     state, rollout, reward_metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
     batch, metrics = experience(rollout, cfg)
+    group = updates.shared_group(rollout, cfg, cfg.group, cfg.whole_groups)
     objective = updates.Objective(
-        loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg),
+        loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg, group=group),
         totals=totals,
         live=live,
+        group=group,
     )
     state, update_metrics = updates.apply(
         state,

@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.algorithms import rewards, sft
-from rlhf_jax.devices import parallel, ragged
+from rlhf_jax.devices import parallel, ragged, shared
 from rlhf_jax.logprobs import masked_mean
 from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Settings, Unbounded, Whole
 from rlhf_jax.types import (
@@ -141,9 +141,12 @@ def describe(rollout: Rollout, score: Float[Array, "B"]) -> Metrics:
 
 
 def forward(
-    params: Params, rollout: Rollout, policy_fn: LogprobsFn, cfg: Config
+    params: Params, rollout: Rollout, policy_fn: LogprobsFn, cfg: Config, group: int = 1
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
-    """The policy's log-probabilities of a rollout's responses, and its entropies if `entropy_coef` needs them; nats."""
+    """The policy's log-probabilities of a rollout's responses, and its entropies if `entropy_coef` needs them; nats.
+
+    Each `group` rows have the same prompt, see `devices.shared`.
+    """
     return policy_fn(
         params,
         rollout.tokens,
@@ -151,7 +154,18 @@ def forward(
         start=rollout.tokens.shape[1] - rollout.response_mask.shape[1] - 1,
         temperature=cfg.temperature,
         with_entropy=bool(cfg.entropy_coef),
+        group=group,
     )
+
+
+def shared_group(rollout: Rollout, cfg: Config, group: int, whole: bool | None) -> int:
+    """The number of consecutive episodes to one prompt that minibatches keep together, 1 where they do not."""
+    if whole is None:
+        new = rollout.response_mask.shape[1]
+        divides = rollout.tokens.shape[0] % (cfg.minibatches * group) == 0
+        long = shared.worthwhile(rollout.tokens.shape[1] - new, new, group)
+        whole = divides and (cfg.minibatches == 1 or long)
+    return group if whole else 1
 
 
 def ratio_error(logp: Float[Array, "B T"], logp_old: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
@@ -196,6 +210,7 @@ class Objective(Generic[Batch]):
     loss: Callable[..., tuple[Array, Metrics]]
     totals: Callable[[Batch], Totals]  # rows -> their counts, which add up to the totals; "tokens" among them
     live: Callable[[Batch], Array]  # rows -> [B, N] bool, the response columns that the loss depends on
+    group: int = 1  # consecutive episodes that minibatches do not tear apart: those to one prompt, if they share it
 
 
 class Progress(struct.PyTreeNode):
@@ -228,13 +243,19 @@ def apply(
     episodes = jax.tree.leaves(batch)[0].shape[0]
     if episodes % cfg.minibatches:
         raise InputError(f"{episodes} episodes do not divide into {cfg.minibatches} minibatches: use a multiple")
+    if episodes % (cfg.minibatches * objective.group):
+        raise InputError(
+            f"{episodes // objective.group} groups of episodes do not divide into {cfg.minibatches} minibatches: use a"
+            " multiple"
+        )
     updates = cfg.epochs * cfg.minibatches
     if text is not None and text.tokens.shape[0] != updates:
         raise InputError(f"pretraining text for {text.tokens.shape[0]} updates, but there are {updates}")
     key = jax.random.fold_in(state.rng, state.step)
     parts = cfg.buckets * microbatches
-    order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), episodes))
-    rows = order(jnp.arange(cfg.epochs)).reshape(updates, -1)
+    order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), episodes // objective.group))
+    members = order(jnp.arange(cfg.epochs))[..., None] * objective.group + jnp.arange(objective.group)[None, None]
+    rows = members.reshape(updates, -1)
 
     def update(progress: Progress, inputs: tuple[Array, Tokens | None]) -> tuple[Progress, Metrics]:
         rows, text = inputs
@@ -243,10 +264,14 @@ def apply(
         share: Callable = functools.partial(
             jax.grad(objective.loss, has_aux=True), progress.params, totals=parallel.psum(totals, axis)
         )
+        block = ragged.together(len(jax.tree.leaves(local)[0]), parts, objective.group)
+        blocks = ragged.blocks(local, block)
         if cfg.buckets > 1:
-            local = jax.tree.map(lambda x: x[ragged.order(objective.live(local), parts)], local)
+            index = ragged.order(jnp.any(ragged.blocks(objective.live(local), block), axis=1), parts)
+            blocks = jax.tree.map(lambda x: x[index], blocks)
             share = ragged.trimmed(share, objective.live, cfg.buckets)
-        grads, metrics = parallel.accumulate(share, parts)(local, text)
+        together = lambda blocks, text: share(ragged.unblock(blocks), text)
+        grads, metrics = parallel.accumulate(together, parts)(blocks, text)
         worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # a maximum, which does not add up
         grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, metrics)), axis)
         updated = step(progress, grads, tx, cfg)

@@ -21,6 +21,7 @@ class Rates:
     text_length: int  # tokens in a row of pretraining text
     peak: float  # operations a second of the devices, from `flops.peak`
     learnt: float = 1.0  # share of the episodes that the updates read
+    group: int = 1  # episodes that compute their prompt together
 
     def __call__(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """The metrics tokens_per_s/, tflops/ and mfu/ of each part of a step: generate, score and update.
@@ -31,12 +32,14 @@ class Rates:
         """
         new = metrics["response/tokens"]
         tokens = new + metrics["prompt/tokens"]
-        policy = flops.forward(self.policy, self.batch, tokens, new)
+        again = self.batch * (1 - 1 / self.group)  # rows whose prompt is not computed, since that of another row is
+        spared = lambda config: flops.forward(config, again, metrics["prompt/tokens"], 0, logits=False)
+        policy = flops.forward(self.policy, self.batch, tokens, new) - spared(self.policy)
         values = self._scalar(self.critic, tokens, new)
         text = flops.forward(self.policy, self.text_rows, self.text_length, max(self.text_length - 1, 0))
         passes = self.epochs * self.learnt
         trained = passes * (policy + values) + text
-        rewards = sum(self._scalar(reward, tokens, 1) for reward in self.rewards)
+        rewards = sum(self._scalar(reward, tokens, 1) - spared(reward) for reward in self.rewards)
         text_tokens = self.text_rows * self.text_length
         parts = {
             "generate": (self.batch * new, 2 * policy + values),

@@ -34,6 +34,7 @@ from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Thumbs, T
 
 T = TypeVar("T")
 Row = dict[str, Any]  # as `sources.rows` returns them
+Shares = Callable[[int, int, int], bool]  # as `Compute.shares`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,8 +241,12 @@ def rankings(
     seed: int | None,
     epochs: int | None = None,
     virtue: Virtue | None = None,
+    shares: Shares | None = None,
 ) -> Batches[Rankings]:
     """Prompts with their ranked responses, each a sequence padded on the right to `length`.
+
+    Where `shares` says so of the most tokens of a prompt and of a response, and of K, all responses start in one column
+    instead: prompts are padded on the left, to the longest, so that networks read them once (`Rankings.prefix`).
 
     With `virtue` the ranks are by the ratings of this virtue, and `Rankings.harmful` says which responses are rated
     below the middle. Raises InputError, which names the row, for one without them.
@@ -285,9 +290,12 @@ def rankings(
     ]
     below = [rows[one.row]["below"] for one in fitting] if virtue is not None else None
     pad = tokenizer_lib.pad_id(tokenizer)
+    prompt = max((len(one.start) for one in fitting), default=0)
+    answer = max((len(end) for one in fitting for end in one.ends), default=0)
+    prefix = prompt if shares is not None and shares(prompt, answer, k_max) else 0
 
     def fill(index: np.ndarray) -> Rankings:
-        shape = (len(index), k_max, length)
+        shape = (len(index), k_max, prompt + answer if prefix else length)
         tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
         rank, start = np.full(shape[:2], -1, np.int32), np.zeros(len(index), np.int32)
         harmful = None if below is None else np.zeros(shape[:2], bool)
@@ -297,10 +305,12 @@ def rankings(
                 rank[b, : len(ranks)] = ranks
                 if harmful is not None and below is not None:
                     harmful[b, : len(ranks)] = below[n]
+                first = prefix - start[b] if prefix else 0
                 for k, ids in enumerate(sequences):
-                    tokens[b, k, : len(ids)] = ids
-                    mask[b, k, : len(ids)] = True
-        return Rankings(tokens=tokens, mask=mask, start=start, rank=rank, harmful=harmful)
+                    tokens[b, k, first : first + len(ids)] = ids
+                    mask[b, k, first : first + len(ids)] = True
+        start = np.full_like(start, prefix) if prefix else start
+        return Rankings(tokens=tokens, mask=mask, start=start, rank=rank, harmful=harmful, prefix=prefix)
 
     return _stream("rankings", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from rlhf_jax.devices import shared
 from rlhf_jax.settings import Settings, Whole
 from rlhf_jax.types import Params
 
@@ -30,6 +31,14 @@ class Compute(Settings):
     # Unroll the loop over layers: faster to run, slower to compile. None: unroll on CPU for up to 12 layers if remat is
     # none (XLA for CPU honours remat only inside a loop) and without adapters. Sampling ignores this.
     unroll: bool | None = None
+    # Compute a prompt once for all answers to it, where a step has several. None: if that saves a third of all columns.
+    share_prompts: bool | None = None
+
+    def shares(self, prompt: int, answer: int, group: int) -> bool:
+        """Whether a prompt of so many columns is computed once for a group of answers of so many."""
+        if group == 1 or prompt < 2:  # the last token is computed with each answer
+            return False
+        return shared.worthwhile(prompt, answer, group) if self.share_prompts is None else self.share_prompts
 
     def freeze(self, params: Params) -> Params:
         """The parameters of a model that is not trained, cast to the dtype `frozen`."""

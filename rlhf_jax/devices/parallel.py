@@ -51,7 +51,7 @@ def local_rows(rows: jax.Array, axis: str | None) -> jax.Array:
 
     Raises InputError when the rows do not divide over the devices.
     """
-    count = _row_devices() if axis is None else jax.lax.axis_size(axis)
+    count = row_devices() if axis is None else jax.lax.axis_size(axis)
     share, rest = divmod(rows.shape[0], count)
     if rest:
         raise InputError(
@@ -83,9 +83,9 @@ def part_size(rows: int, parts: int) -> int:
     Raises InputError when the rows do not divide into the parts, or the rows of a part over the mesh.
     """
     size, rest = divmod(rows, parts)
-    if rest or size % _row_devices():
+    if rest or size % row_devices():
         raise InputError(
-            f"{rows // _row_devices()} rows a device do not divide into {parts} parts (microbatches, buckets): use"
+            f"{rows // row_devices()} rows a device do not divide into {parts} parts (microbatches, buckets): use"
             " fewer, or a larger batch"
         )
     return size
@@ -197,7 +197,7 @@ def shard_rows(tree: T) -> T:
     return jax.tree.map(lambda x: constrain(x, ROWS) if x.ndim else x, tree)
 
 
-def _row_devices() -> int:
+def row_devices() -> int:
     """The number of shards into which the mesh splits rows; 1 without a mesh."""
     return math.prod(jax.sharding.get_abstract_mesh().shape.get(name, 1) for name in ROWS)
 

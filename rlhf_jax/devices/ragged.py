@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from rlhf_jax.devices import parallel
+from rlhf_jax.devices import parallel, shared
 
 T = TypeVar("T")
 Result = TypeVar("Result")
@@ -35,6 +35,21 @@ def order(mask: Bool[Array, "B N"], parts: int) -> Int[Array, "B"]:
     """
     size = parallel.part_size(mask.shape[0], parts)
     return parallel.join(jnp.argsort(lengths(mask)).reshape(parts, size))
+
+
+def together(count: int, parts: int, group: int) -> int:
+    """How many of the rows that share a prompt stay side by side where so many rows are divided into parts."""
+    return shared.rows(parallel.part_size(count, parts), group)
+
+
+def blocks(tree: T, size: int) -> T:
+    """The arrays [B, ...] as [B / size, size, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
+
+
+def unblock(tree: T) -> T:
+    """The inverse of `blocks`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 def trim(tree: T, columns: int, width: int) -> T:
@@ -61,14 +76,18 @@ def trimmed(
     return compute_trimmed
 
 
-def in_buckets(compute: Callable[..., Any], mask: Bool[Array, "B N"], buckets: int, *rows: Array) -> Any:
+def in_buckets(
+    compute: Callable[..., Any], mask: Bool[Array, "B N"], buckets: int, *rows: Array, group: int = 1
+) -> Any:
     """`compute(*rows)`, a bucket of the rows at a time; results are [B, N] or [B], and 0 in columns that were trimmed.
 
-    Raises InputError where the rows do not divide into buckets.
+    Rows of a `group` that share a prompt stay together, see `devices.shared`. Raises InputError where the rows do not
+    divide into buckets.
     """
     if buckets == 1:
         return compute(*rows)
-    columns, index = mask.shape[1], order(mask, buckets)
+    block = together(mask.shape[0], buckets, group)
+    columns, index = mask.shape[1], order(jnp.any(blocks(mask, block), axis=1), buckets)
 
     def compute_padded(masked: tuple[Array, ...]) -> Any:
         _, *rows = masked
@@ -78,7 +97,8 @@ def in_buckets(compute: Callable[..., Any], mask: Bool[Array, "B N"], buckets: i
     def mask_of(masked: tuple[Array, ...]) -> Bool[Array, "B N"]:
         return masked[0]
 
-    split = tuple(parallel.split(x[index], buckets) for x in (mask, *rows))
-    results = jax.lax.map(trimmed(compute_padded, mask_of, buckets), split)
+    trimmed_rows = trimmed(compute_padded, mask_of, buckets)
+    split = tuple(parallel.split(blocks(x, block)[index], buckets) for x in (mask, *rows))
+    results = jax.lax.map(lambda part: blocks(trimmed_rows(unblock(part)), block), split)
     inverse = jnp.argsort(index)
-    return jax.tree.map(lambda x: parallel.join(x)[inverse], results)
+    return jax.tree.map(lambda x: unblock(parallel.join(x)[inverse]), results)

@@ -2,8 +2,9 @@
 
 The kernels are JAX's splash attention for TPUs, and cuDNN's. They serve where queries and keys are of the same columns:
 training, scoring, and reading a prompt. Their results at padding, which nothing reads, differ from those of `attend`.
-Splash attention tells tokens apart by their documents alone, not by the branches of a `types.Tree`: a TPU computes
-trees by `attend`, whose scores [B, H, T, T] exist. cuDNN takes a tree's mask.
+Splash attention takes a mask that is the same for all rows: of a `types.Tree`, one with a `fork`. A TPU computes other
+trees by `attend`, whose scores [B, H, T, T] exist. cuDNN takes the mask of any tree, as one more input [B, T, T].
+Without a kernel, the trees of a fork are computed by `attend_fork`.
 On a mesh every device computes its own rows and heads.
 """
 
@@ -15,6 +16,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -24,9 +26,9 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax.devices import parallel
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Config
-from rlhf_jax.models.layers import Columns, Linear, Norm, View, soft_cap, take_columns
+from rlhf_jax.models.layers import ALL, Columns, Linear, Norm, View, soft_cap, split_branches, take_columns
 from rlhf_jax.models.rope import layer_rotation, listed, rotate
-from rlhf_jax.types import InputError, Tree
+from rlhf_jax.types import Fork, InputError, Tree
 
 LANES = 128  # every block of columns is a multiple of this
 BLOCK = 512  # columns of the largest block
@@ -108,20 +110,39 @@ def splash(
     segment: Int[Array, "B T"] | Bool[Array, "B T"],
     scale: float,
     cap: float | None = None,
+    fork: Fork | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T G R H"]:
     """Causal attention within documents, by splash attention (after arXiv:2205.14135).
 
-    Scores s are `scale` times the products of queries and keys, and become `cap tanh(s / cap)`. `interpret` runs the
-    kernel on any device, slowly.
+    Scores s are `scale` times the products of queries and keys, and become `cap tanh(s / cap)`. The branches of a
+    `fork` do not see each other. `interpret` runs the kernel on any device, slowly.
     """
-    return _per_device(functools.partial(_splash, scale=scale, cap=cap, interpret=interpret))(
-        query, key, value, segment
-    )
+    attention = functools.partial(_splash, scale=scale, cap=cap, fork=fork, interpret=interpret)
+    return _per_device(attention)(query, key, value, segment)
+
+
+def fork_mask(fork: Fork, columns: int, padded: int) -> np.ndarray:
+    """Which of so many padded columns each one attends to in a row without padding. [S, S] bool.
+
+    Splash attention keeps of it the blocks that are neither empty nor full, each once.
+    """
+    column, width = np.arange(padded), (columns - fork.prefix) // fork.branches
+    branch = np.where(column < fork.prefix, -1, (column - fork.prefix) // width)
+    seen = (branch[None] < 0) | (branch[None] == branch[:, None])
+    return seen & (column[None] <= column[:, None])
 
 
 def _splash(
-    query: Array, key: Array, value: Array, segment: Array, *, scale: float, cap: float | None, interpret: bool
+    query: Array,
+    key: Array,
+    value: Array,
+    segment: Array,
+    *,
+    scale: float,
+    cap: float | None,
+    fork: Fork | None,
+    interpret: bool,
 ) -> Array:
     columns, shared = query.shape[1], query.shape[3]
     unit = LANES if columns <= BLOCK else 2 * LANES
@@ -129,8 +150,9 @@ def _splash(
     block = math.gcd(padded, BLOCK) if padded > BLOCK else padded
     query, segment = _pad(query * scale, padded, 1), _pad(segment.astype(jnp.int32), padded, 1)
     key, value = _pad(key, padded, 2), _pad(value, padded, 2)
+    mask = masks.CausalMask((padded, padded)) if fork is None else masks.NumpyMask(fork_mask(fork, columns, padded))
     kernel = kernels.make_splash_mqa_single_device(
-        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * shared),
+        masks.MultiHeadMask([mask] * shared),
         block_sizes=kernels.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -164,18 +186,62 @@ def attend(
     rows, columns, groups, shared, size = query.shape
     query = query.transpose(0, 2, 3, 1, 4).reshape(rows, groups, shared * columns, size)
     scores = jnp.einsum("bgqh,bgsh->bgqs", query, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(rows, groups, shared, columns, -1) * (config.query_size or size) ** -0.5
-    scores = soft_cap(scores, config.attention_cap)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    scores = scores.reshape(rows, groups, shared, columns, -1)
+    weights = _softmax(scores, mask[:, None, None], size, config)
     mixed = weights.astype(value.dtype).reshape(rows, groups, shared * columns, -1) @ value
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
+
+
+def _softmax(scores: Array, mask: Array, size: int, config: Config) -> Array:
+    """The weights of products of queries and keys with `size` features, where the mask allows them."""
+    scores = soft_cap(scores * (config.query_size or size) ** -0.5, config.attention_cap)
+    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def attend_fork(
+    query: Float[Array, "B T G R H"],
+    key: Float[Array, "B G S H"],
+    value: Float[Array, "B G S H"],
+    mask: Bool[Array, "B S S"],
+    fork: Fork,
+    config: Config,
+) -> Float[Array, "B T G R H"]:
+    """`attend` in forked trees: a branch has scores with the prefix and with itself, none with other branches.
+
+    The queries are those of all columns, or of the branches alone.
+    """
+    prefix, branches = fork
+    rows, _, groups, shared, size = query.shape
+    width = (key.shape[2] - prefix) // branches
+    in_prefix, query = jnp.split(query, [query.shape[1] - branches * width], axis=1)
+    query = query.reshape(rows, branches, width, groups, shared, size).transpose(0, 3, 1, 4, 2, 5)  # [B G K R M H]
+    own_key, own_value = (x[:, :, prefix:].reshape(rows, groups, branches, width, size) for x in (key, value))
+    product = functools.partial(jnp.einsum, "...qh,...sh->...qs", preferred_element_type=jnp.float32)
+    past = product(query.reshape(rows, groups, -1, size), key[:, :, :prefix])
+    own = product(query.reshape(rows, groups, branches, -1, size), own_key)
+    past, own = (x.reshape(*query.shape[:5], -1) for x in (past, own))
+    block = [slice(first, first + width) for first in range(prefix, key.shape[2], width)]
+    seen = jnp.concatenate(
+        [split_branches(mask, fork)[..., :prefix], jnp.stack([mask[:, at, at] for at in block], axis=1)], axis=3
+    )
+    scores = jnp.concatenate([past, own], axis=-1)
+    weights = _softmax(scores, seen[:, None, :, None], size, config).astype(value.dtype)
+    past, own = jnp.split(weights, [prefix], axis=-1)
+    of_prefix = past.reshape(rows, groups, -1, prefix) @ value[:, :, :prefix]
+    of_branch = own.reshape(rows, groups, branches, -1, width) @ own_value
+    mixed = of_prefix.reshape(query.shape) + of_branch.reshape(query.shape)
+    mixed = mixed.transpose(0, 2, 4, 1, 3, 5).reshape(rows, branches * width, groups, shared, size)
+    if not in_prefix.shape[1]:
+        return mixed
+    before = attend(in_prefix, key[:, :, :prefix], value[:, :, :prefix], mask[:, :prefix, :prefix], config)
+    return jnp.concatenate([before, mixed], axis=1)
 
 
 def kernel(config: Config, queries: int, keys: int, tree: bool = False) -> Literal["splash", "cudnn"] | None:
     """The kernel for this many columns of queries and keys on the platform that is traced for; None is `attend`.
 
-    Splash attention has none for the rows of a `tree`. Raises InputError where `attention=flash` asks for a kernel that
-    cannot compute this model.
+    Splash attention has none for the rows of a `tree` without a fork. Raises InputError where `attention=flash` asks
+    for a kernel that cannot compute this model.
     """
     c, setting = config, config.compute.attention
     if queries != keys or setting == "plain" or (setting == "auto" and not worthwhile(queries)):
@@ -200,6 +266,11 @@ def kernel(config: Config, queries: int, keys: int, tree: bool = False) -> Liter
     if not serves and setting == "flash":
         raise InputError(f"attention=flash {why}; use auto or plain")
     return name if serves else None
+
+
+def fork_of(view: View) -> Fork | None:
+    """The shape of the rows, if they are trees that all have it."""
+    return view.segment.fork if isinstance(view.segment, Tree) else None
 
 
 class Attention(nn.Module):
@@ -239,11 +310,15 @@ class Attention(nn.Module):
             full = listed(layer, c.full_layers)
             mask = jnp.where(full, view.mask, view.window_mask) if c.full_layers else view.window_mask
         scale = (c.query_size or c.head_dim) ** -0.5
-        match kernel(c, query.shape[1], key.shape[2], isinstance(view.segment, Tree)):
+        fork, tree = fork_of(view), isinstance(view.segment, Tree)
+        match kernel(c, query.shape[1], key.shape[2], tree and fork is None):
             case "splash":
-                mixed = splash(query, key, value, view.segment, scale, c.attention_cap)
+                segment = view.segment.reach > 0 if tree else view.segment
+                mixed = splash(query, key, value, segment, scale, c.attention_cap, fork)
             case "cudnn":
                 mixed = cudnn(query, key, value, mask, scale)
+            case None if fork and isinstance(columns, slice) and columns in (ALL, slice(fork.prefix, None)):
+                mixed = attend_fork(query, key, value, mask, fork, c)
             case None:
                 mixed = attend(query, key, value, take_columns(mask, columns), c)
         std = 0.02 / (2 * c.n_layers) ** 0.5

@@ -30,6 +30,7 @@ from rlhf_jax.devices import hosts
 from rlhf_jax.devices.compute import Compute
 from rlhf_jax.models import families, files, gguf_file, heads, transformer
 from rlhf_jax.models.config import Config
+from rlhf_jax.models.scaling import LongScaling
 from rlhf_jax.types import InputError, Params
 
 SHARD = 5 * 2**30  # bytes of a file of weights at most, unless one tensor is larger
@@ -118,8 +119,17 @@ def _normalized(template: Any) -> Any:
 
 
 def check_length(config: Config, **lengths: int) -> None:
-    """Raises InputError for a length, by name, beyond a table of positions; warns where RoPE was trained for less."""
+    """Raises InputError for a length, by name, beyond a table of positions; warns where RoPE was trained for less.
+
+    Warns too where RoPE has other factors for rows so long.
+    """
+    scaling = config.rope_scaling
     for name, length in lengths.items():
+        if isinstance(scaling, LongScaling) and length > scaling.original_length and hosts.first():
+            what = (
+                f"{name}={length} is more than {scaling.original_length} tokens, for which longrope has other factors"
+            )
+            print(f"warning: {what}: shorter rows are read as by another model", file=sys.stderr)
         if length > config.max_length:
             what = f"{name}={length} is more than the model's context of {config.max_length} tokens"
             if config.position == "learned":

@@ -703,8 +703,14 @@ def entries(config: Config, scalar: bool) -> list[Entry]:
     leaves = {path: x.shape for path, x in flatten_dict(parameter_shapes(config), sep="/").items()}
     if scalar:
         leaves.pop("unembedding", None)
-    whole = [path for path in leaves if not path.startswith("blocks/")]
-    blocks = [path for path in leaves if path.startswith("blocks/")]
+
+    def place(path: str) -> tuple[int, bool]:
+        module = path if path in row.names else path.removeprefix("blocks/").rpartition("/")[0]
+        return list(row.names).index(module), path.endswith("/bias")
+
+    paths = sorted(leaves, key=place)
+    whole = [path for path in paths if not path.startswith("blocks/")]
+    blocks = [path for path in paths if path.startswith("blocks/")]
     return [
         *(_entry(row, config, path, leaves[path]) for path in whole),
         *(_entry(row, config, path, leaves[path][1:]) for path in blocks),

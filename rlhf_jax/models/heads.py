@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from rlhf_jax.devices import shared
 from rlhf_jax.logprobs import last_index
 from rlhf_jax.models.config import Config
 from rlhf_jax.models.layers import ALL, Columns
@@ -36,10 +37,21 @@ class ScalarModel(nn.Module):
         hidden = self.trunk.hidden(tokens, segment, keys, columns)
         return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), self.kernel) + self.bias
 
-    def last(self, tokens: Array, mask: Bool[Array, "B T"], keys: Array | None = None) -> Float[Array, "B"]:
-        """The scalar at each row's last real token; arbitrary for a row that is all padding."""
-        column = jnp.maximum(last_index(mask), 0)
-        return self(tokens, mask, keys, column[:, None])[:, 0]
+    def last(
+        self, tokens: Array, mask: Bool[Array, "B T"], keys: Array | None = None, *, start: int = 0, group: int = 1
+    ) -> Float[Array, "B"]:
+        """The scalar at each row's last real token; arbitrary for a row that is all padding.
+
+        Each `group` rows have the same prompt through column `start`; it is computed once where that pays.
+        """
+        group = shared.rows(len(tokens), group)
+        if not self.config.compute.shares(start + 1, tokens.shape[1] - 1 - start, group):
+            column = jnp.maximum(last_index(mask), 0)
+            return self(tokens, mask, keys, column[:, None])[:, 0]
+        joined, tree = shared.fork(tokens, mask, start, group)
+        first = start + (tokens.shape[1] - start) * jnp.arange(group)
+        column = jnp.maximum(last_index(mask[:, start:]), 0).reshape(-1, group) + first[None]
+        return self(joined, tree, None if keys is None else keys[::group], column).reshape(-1)
 
 
 def trunk(policy: Params) -> Params:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import rope
 from rlhf_jax.models.config import Config
-from rlhf_jax.types import Leaf, Tree
+from rlhf_jax.types import Fork, Leaf, Tree
 
 # Columns of a row: a slice, the same for every row, or indices, each row's own.
 Columns = slice | Int[Array, "B N"]
@@ -50,8 +50,7 @@ def whole_view(
 ) -> View:
     """The view of T columns that attend to each other alone."""
     if isinstance(segment, Tree):
-        mask = ancestor_mask(segment)
-        position = jnp.maximum(jnp.sum(mask, axis=2, dtype=jnp.int32) - 1, 0)
+        position, mask = tree_positions(segment), ancestor_mask(segment)
     else:
         position, mask = positions(segment), causal_mask(segment)
     return View(
@@ -138,6 +137,27 @@ def ancestor_mask(tree: Tree) -> Bool[Array, "B T T"]:
     columns = jnp.arange(tree.reach.shape[1])
     behind = (columns[:, None] - columns[None, :])[None]
     return (behind >= 0) & (behind < tree.reach[:, None, :])
+
+
+def tree_positions(tree: Tree) -> Int[Array, "B T"]:
+    """The number of ancestors of each token. Arbitrary at padding."""
+    if tree.fork is None:
+        return jnp.maximum(jnp.sum(ancestor_mask(tree), axis=2, dtype=jnp.int32) - 1, 0)
+    real = (tree.reach > 0).astype(jnp.int32)
+    prefix, branches = real[:, : tree.fork.prefix], split_branches(real, tree.fork)
+    before = jnp.cumsum(branches, axis=2) - branches + jnp.sum(prefix, axis=1)[:, None, None]
+    return jnp.concatenate([jnp.cumsum(prefix, axis=1) - prefix, before.reshape(len(real), -1)], axis=1)
+
+
+def depth(columns: int, segment: Array | Tree) -> int:
+    """The number of positions that a row of so many columns may have."""
+    fork = segment.fork if isinstance(segment, Tree) else None
+    return columns if fork is None else fork.prefix + (columns - fork.prefix) // fork.branches
+
+
+def split_branches(x: Shaped[Array, "B T ..."], fork: Fork) -> Shaped[Array, "B K M ..."]:
+    """The columns of each of K branches of M columns."""
+    return x[:, fork.prefix :].reshape(x.shape[0], fork.branches, -1, *x.shape[2:])
 
 
 def within_window(

@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.devices import parallel
+from rlhf_jax.devices import parallel, shared
 from rlhf_jax.logprobs import entropy, map_columns, token_logprobs
 from rlhf_jax.models import attention
 from rlhf_jax.models.cache import Cache
@@ -34,6 +34,7 @@ from rlhf_jax.models.layers import (
     View,
     appended_view,
     continued_view,
+    depth,
     dropout,
     soft_cap,
     take_columns,
@@ -108,7 +109,7 @@ class Transformer(nn.Module):
         columns: Columns = ALL,
     ) -> Float[Array, "B N D"]:
         """Final hidden states at these columns; `keys` [B] turn residual dropout on."""
-        view = whole_view(self.config, segment, rotary_table(tokens.shape[1], self.config), keys)
+        view = whole_view(self.config, segment, rotary_table(depth(tokens.shape[1], segment), self.config), keys)
         x = self._embed(tokens, view)
         if not self.is_initializing() and unrolled(self.config, self.variables["params"]):
             layers = layers_of(self.variables["params"], self.config)
@@ -212,9 +213,8 @@ class Transformer(nn.Module):
         The last one computes these columns alone, unless that is no faster, as with a kernel, or takes dropout of all.
         """
         c, length = self.config, x.shape[1]
-        whole = (view.keys is not None and c.dropout > 0) or attention.kernel(
-            c, length, length, isinstance(view.segment, Tree)
-        )
+        plain = isinstance(view.segment, Tree) and view.segment.fork is None
+        whole = (view.keys is not None and c.dropout > 0) or attention.kernel(c, length, length, plain)
         of_last, afterwards = (ALL, columns) if whole else (columns, ALL)
         for layer, params in enumerate(layers):
             x, cache = self._block(params, x, cache, layer, view, of_last if layer == c.n_layers - 1 else ALL)
@@ -249,13 +249,21 @@ class Transformer(nn.Module):
         start: int = 0,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        group: int = 1,
     ) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
         """Log-probability of each token after column `start`, N = T - 1 - start, and the entropy of its distribution.
 
         The distribution is `softmax(logits / temperature)`. Logits exist for these columns alone, `compute.chunk`
-        columns at a time.
+        columns at a time. Of each `group` rows, whose `segment` is a mask, the prompt is computed once where that pays.
         """
-        hidden = self.hidden(tokens, segment, keys, slice(start, -1))
+        group = shared.rows(len(tokens), group)
+        shares = self.config.compute.shares(start + 1, tokens.shape[1] - 1 - start, group)
+        if shares and not isinstance(segment, Tree):
+            joined, tree = shared.fork(tokens[:, :-1], segment[:, :-1], start, group)
+            hidden = self.hidden(joined, tree, None if keys is None else keys[::group], slice(start, None))
+            hidden = hidden.reshape(len(tokens), -1, hidden.shape[-1])
+        else:
+            hidden = self.hidden(tokens, segment, keys, slice(start, -1))
 
         def read(hidden: Array, targets: Array) -> tuple[Array, Array | None]:
             logits = self.unembed(hidden, vocab_axis="tensor")

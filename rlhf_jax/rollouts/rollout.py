@@ -35,9 +35,9 @@ def collect(
 
     Row b of the global batch samples with `fold_in(key, first + b)`, or with `fold_in(key, first[b])` where `first` [B]
     has a number for each row. `params` holds "policy" and, where the rollout is to have their word, "reference" and,
-    with `critic_fn`, "critic": both read the responses in so many `buckets`, see `ragged`. The behaviour
-    log-probabilities are the sampler's own. Without `cfg.stop_at_eos` every response has all its columns and each
-    counts, as in Ziegler et al. 2019.
+    with `critic_fn`, "critic": both read the responses in so many `buckets`, see `ragged`. The reference reads the
+    prompt of a `cfg.group` once, where that pays. The behaviour log-probabilities are the sampler's own. Without
+    `cfg.stop_at_eos` every response has all its columns and each counts, as in Ziegler et al. 2019.
     """
     prompt_tokens, prompt_mask = sampling.left_pad(prompts.tokens, prompts.mask)
     if first.ndim:
@@ -52,7 +52,14 @@ def collect(
     def read(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
         logp_ref = value = None
         if "reference" in params:
-            logp_ref, _ = logprobs_fn(params["reference"], tokens, mask, start=start, temperature=cfg.temperature)
+            logp_ref, _ = logprobs_fn(
+                params["reference"],
+                tokens,
+                mask,
+                start=start,
+                temperature=cfg.temperature,
+                group=cfg.group,
+            )
         if critic_fn is not None:
             value = critic_fn(params, tokens, mask, start)
         return logp_ref, value
@@ -60,7 +67,8 @@ def collect(
     logp_ref = value = None
     if "reference" in params or critic_fn is not None:
         # A critic is asked for the value of the first column after a response too: PPO may put the score there.
-        logp_ref, value = ragged.in_buckets(read, extend_to_first_pad(sample.mask), buckets, tokens, mask)
+        live = extend_to_first_pad(sample.mask)
+        logp_ref, value = ragged.in_buckets(read, live, buckets, tokens, mask, group=cfg.group)
     return Rollout(
         tokens=tokens,
         mask=mask,

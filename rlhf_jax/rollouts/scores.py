@@ -60,25 +60,28 @@ def score_responses(
     eos_id: Ends,
     pessimism: float = 0.0,
     buckets: int = 1,
+    group: int = 1,
     axis: str | None = None,
 ) -> Rollout:
     """The episodes with the mean score of an ensemble, less `pessimism` times its standard deviation.
 
     `params` are those of reward models of one architecture, stacked on a leading axis; one alone gives its own score.
-    They read the responses in so many `buckets`, see `ragged`.
+    They read the responses in so many `buckets`, see `ragged`, and the prompt of each `group` of consecutive episodes
+    once, where that pays.
     """
-    per_model = jax.lax.map(lambda one: _read(one, episodes, score_fn, eos_id, buckets), params)
+    per_model = jax.lax.map(lambda one: _read(one, episodes, score_fn, eos_id, buckets, group), params)
     if len(per_model) == 1:
         return episodes.replace(score=per_model[0])
     spread = jnp.std(per_model, axis=0)
     return episodes.replace(score=jnp.mean(per_model, axis=0) - pessimism * spread, disagreement=spread)
 
 
-def _read(params: Params, episodes: Rollout, score_fn: ScoreFn, eos_id: Ends, buckets: int) -> jax.Array:
+def _read(params: Params, episodes: Rollout, score_fn: ScoreFn, eos_id: Ends, buckets: int, group: int) -> jax.Array:
     """The score of each response by one model, which reads them in so many `buckets`. [B]."""
-    read = readable(episodes, eos_id)
-    live, tokens = read[:, -episodes.response_mask.shape[1] :], as_trained(episodes, eos_id)
-    return ragged.in_buckets(lambda tokens, read: score_fn(params, tokens, read), live, buckets, tokens, read)
+    read, tokens = readable(episodes, eos_id), as_trained(episodes, eos_id)
+    prompt = tokens.shape[1] - episodes.response_mask.shape[1]
+    judge = functools.partial(score_fn, params, start=prompt - 1, group=group)
+    return ragged.in_buckets(judge, read[:, prompt:], buckets, tokens, read, group=group)
 
 
 def score_each(
@@ -88,6 +91,7 @@ def score_each(
     score_fns: Sequence[ScoreFn],
     eos_id: Ends,
     buckets: int = 1,
+    group: int = 1,
     axis: str | None = None,
 ) -> Rollout:
     """The episodes with the score of each model by itself, of which `algorithms.rewards` makes one.
@@ -95,15 +99,22 @@ def score_each(
     Until then their score is the mean. The models may differ in architecture.
     """
     pairs = zip(params, score_fns, strict=True)
-    each = jnp.stack([_read(one, episodes, score_fn, eos_id, buckets) for one, score_fn in pairs], axis=1)
+    each = jnp.stack([_read(one, episodes, score_fn, eos_id, buckets, group) for one, score_fn in pairs], axis=1)
     return episodes.replace(scores=each, score=jnp.mean(each, axis=1))
 
 
 def score_cost(
-    params: Params, episodes: Rollout, *, score_fn: ScoreFn, eos_id: Ends, buckets: int = 1, axis: str | None = None
+    params: Params,
+    episodes: Rollout,
+    *,
+    score_fn: ScoreFn,
+    eos_id: Ends,
+    buckets: int = 1,
+    group: int = 1,
+    axis: str | None = None,
 ) -> Rollout:
     """The episodes with the cost that a cost model gives to each response."""
-    return episodes.replace(cost=_read(params, episodes, score_fn, eos_id, buckets))
+    return episodes.replace(cost=_read(params, episodes, score_fn, eos_id, buckets, group))
 
 
 def score_tokens(
@@ -158,35 +169,41 @@ def scorer(
     policy: Model,
     layout: parallel.Layout,
     buckets: int = 1,
+    group: int = 1,
 ) -> Source:
-    """`text_function` of the policy's responses where there is a function of the text, else the judges' scores."""
+    """`text_function` of the policy's responses where there is a function of the text, else the judges' scores.
+
+    Each `group` of consecutive episodes has the same prompt.
+    """
     eos_id = models.stop_ids(policy)
     if score_text is not None:
         source = text_function(score_text, rows, models.tokenizer_of(policy), layout, eos_id)
     elif judges.weighted:
-        source = each_model(judges.rewards, eos_id, layout, buckets)
+        source = each_model(judges.rewards, eos_id, layout, buckets, group)
     else:
-        source = reward_models(judges.rewards, eos_id, judges.pessimism, layout, buckets)
+        source = reward_models(judges.rewards, eos_id, judges.pessimism, layout, buckets, group)
     if not judges.costs:
         return source
-    add_cost = cost_model(judges.every[-1], eos_id, layout, buckets)
+    add_cost = cost_model(judges.every[-1], eos_id, layout, buckets, group)
     return lambda episodes: add_cost(source(episodes))
 
 
 def each_model(
-    rewards: Sequence[Model], eos_id: Ends, layout: parallel.Layout = parallel.PMAP, buckets: int = 1
+    rewards: Sequence[Model], eos_id: Ends, layout: parallel.Layout = parallel.PMAP, buckets: int = 1, group: int = 1
 ) -> Source:
     """The score of each of several reward models by itself, see `score_each`."""
     score_fns = tuple(heads.score_fn(reward.config) for reward in rewards)
-    step = layout.step(functools.partial(score_each, score_fns=score_fns, eos_id=eos_id, buckets=buckets))
+    step = layout.step(functools.partial(score_each, score_fns=score_fns, eos_id=eos_id, buckets=buckets, group=group))
     params = [layout.frozen(reward.config.compute.freeze(reward.params)) for reward in rewards]
     return functools.partial(step, params)
 
 
-def cost_model(cost: Model, eos_id: Ends, layout: parallel.Layout = parallel.PMAP, buckets: int = 1) -> Source:
+def cost_model(
+    cost: Model, eos_id: Ends, layout: parallel.Layout = parallel.PMAP, buckets: int = 1, group: int = 1
+) -> Source:
     """The cost of each response, beside what scores it has, see `score_cost`."""
     score_fn = heads.score_fn(cost.config)
-    step = layout.step(functools.partial(score_cost, score_fn=score_fn, eos_id=eos_id, buckets=buckets))
+    step = layout.step(functools.partial(score_cost, score_fn=score_fn, eos_id=eos_id, buckets=buckets, group=group))
     return functools.partial(step, layout.frozen(cost.config.compute.freeze(cost.params)))
 
 
@@ -196,6 +213,7 @@ def reward_models(
     pessimism: float = 0.0,
     layout: parallel.Layout = parallel.PMAP,
     buckets: int = 1,
+    group: int = 1,
 ) -> Source:
     """The mean score of one or several reward models, less `pessimism` times their standard deviation.
 
@@ -205,7 +223,7 @@ def reward_models(
     if any(other.config != first.config for other in others):
         raise InputError("the reward models of an ensemble differ in architecture: train them from the same model")
     params = layout.frozen(stacked([reward.params for reward in rewards], first.config))
-    return functools.partial(scoring(first.config, eos_id, pessimism, layout, buckets), params)
+    return functools.partial(scoring(first.config, eos_id, pessimism, layout, buckets, group), params)
 
 
 def stacked(params: Sequence[Params], config: models.Config) -> Params:
@@ -214,7 +232,12 @@ def stacked(params: Sequence[Params], config: models.Config) -> Params:
 
 
 def scoring(
-    config: models.Config, eos_id: Ends, pessimism: float, layout: parallel.Layout, buckets: int = 1
+    config: models.Config,
+    eos_id: Ends,
+    pessimism: float,
+    layout: parallel.Layout,
+    buckets: int = 1,
+    group: int = 1,
 ) -> Callable:
     """`score_responses` by models of this architecture, placed: it takes (params, episodes)."""
     return layout.step(
@@ -224,6 +247,7 @@ def scoring(
             eos_id=eos_id,
             pessimism=pessimism,
             buckets=buckets,
+            group=group,
         )
     )
 

@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 
 from scripts.benchmark import questions
 
-# The defaults of workloads.Config.
+# The defaults of sizes.Config.
 FIRST = 5
 MODEL: dict[str, Any] = {
     "vocab_size": 4096,

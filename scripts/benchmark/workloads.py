@@ -6,211 +6,38 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import best_of_n, optim, ppo, reward, sft
-from rlhf_jax.devices import parallel
+from rlhf_jax.algorithms import optim, ppo
 from rlhf_jax.evaluation import likelihood
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling, scores
-from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Settings, Whole
-from rlhf_jax.types import Metrics, Params, Prompts, Rankings, Tokens, TrainState
+from rlhf_jax.types import Metrics, Tokens, TrainState
 from scripts.benchmark import questions
 from scripts.benchmark.limits import Limits, clock
-
-FIRST = 5  # smaller token ids are special
-LAYOUT = parallel.PMAP
-
-
-# Sizes ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama(Settings):
-    """The model, where no preset is named."""
-
-    vocab: Count = 4096
-    hidden: Count = 256
-    intermediate: Count = 688
-    layers: Count = 4
-    heads: Count = 4
-    kv_heads: Count = 4
-    head_dim: Count = 64
-    tied_embeddings: bool = True
-    rope_theta: Positive = 10000.0
-    norm_eps: Positive = 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class Sft(Settings):
-    """One step a repetition, on rows without padding."""
-
-    batch: Count = 16
-    target_tokens: Count = 128  # of each row, which has one more
-    warmup_steps: Count = 3
-    timed_steps: Count = 12
-
-
-@dataclasses.dataclass(frozen=True)
-class Packing(Settings):
-    """The same on documents of geometric lengths, packed."""
-
-    batch: Count = 16
-    length: Count = 128
-    mean: Positive = 40.0  # tokens of a document
-    warmup_steps: Count = 3
-    timed_steps: Count = 12
-
-
-@dataclasses.dataclass(frozen=True)
-class Decode(Settings):
-    """One batch of responses without EOS a repetition."""
-
-    batch: Count = 32
-    prompt: Count = 32
-    new: Count = 64
-    warmup: Count = 2
-    timed: Count = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Rank(Settings):
-    """Several responses to each of some long prompts a repetition, each prompt read once or, in turn, each time."""
-
-    prompts: Count = 8
-    responses: Count = 9
-    prompt: Count = 256
-    new: Count = 32
-    warmup: Count = 1
-    timed: Count = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeRagged(Settings):
-    """Responses that end early; one pass over all prompts a repetition, at the better of the batch sizes."""
-
-    prompts: Count = 128
-    prompt: Count = 32
-    max_new: Count = 64
-    eos_fraction: Fraction = 0.03  # of the vocabulary
-    batches: tuple[Count, ...] = (32, 128)
-    warmup: Count = 1
-    timed: Count = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Reward(Settings):
-    """One step of the reward model on comparisons of two responses a repetition."""
-
-    pairs: Count = 16
-    length: Count = 96
-    warmup_steps: Count = 3
-    timed_steps: Count = 12
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardK(Settings):
-    """One step on rankings of K responses, each scored once for all its pairs."""
-
-    prompts: Count = 16
-    responses: Count = 9
-    length: Count = 96
-    warmup_steps: Count = 2
-    timed_steps: Count = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardRagged(Settings):
-    """One step on comparisons of responses of geometric lengths, beside as many parts of whole rows."""
-
-    pairs: Count = 64
-    prompt: Count = 32
-    max_new: Count = 64
-    mean: Positive = 33.0  # tokens of a response that is not cut
-    buckets: Count = 8
-    warmup_steps: Count = 2
-    timed_steps: Count = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Ppo(Settings):
-    """One iteration a repetition: sample, score by three models, update policy and critic."""
-
-    episodes: Count = 64
-    prompt: Count = 32
-    new: Count = 32
-    eos_fraction: Fraction = 0.0  # of the vocabulary
-    epochs: Count = 4
-    minibatches: Count = 1
-    buckets: Count = 1
-    clip: Positive = 0.2
-    value_clip: Positive = 0.2
-    kl_coef: NonNegative = 0.05
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    temperature: Positive = 1.0
-    warmup: Count = 2
-    timed: Count = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice(Settings):
-    """The log-probabilities of the options of all questions a repetition; a request is an option."""
-
-    questions: Count = 32
-    examples: Whole = 5  # in front of each question, its own ones
-    question: Count = 48  # tokens of a question and of an example, on average
-    options: Count = 4  # of a question
-    option: Count = 6  # tokens of an option, on average
-    batch: Count = 16  # rows at a time
-    warmup: Count = 1
-    timed: Count = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Settings):
-    """The model, and the sizes of each workload."""
-
-    device: Literal["cpu", "gpu", "tpu"] | None = None  # None is the best there is
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the trunk
-    preset: str | None = None  # a model of models.PRESETS instead of the Llama below
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
-    learning_rate: Positive = 1e-4
-    model: Llama = Llama()
-    sft: Sft = Sft()
-    decode: Decode = Decode()
-    decode_ragged: DecodeRagged = DecodeRagged()
-    reward: Reward = Reward()
-    ppo: Ppo = Ppo()
-    reward_k9: RewardK = RewardK()
-    reward_ragged: RewardRagged = RewardRagged()
-    ppo_ragged: Ppo = Ppo(new=64, eos_fraction=0.03, buckets=8)
-    packing: Packing = Packing()
-    choice: Choice = Choice()  # multiple choice with five examples in the prompt
-    rank_prefix: Rank = Rank()
-    # Options that share a long prompt.
-    choice_prefix: Choice = Choice(questions=24, examples=0, question=512, options=8, option=8)
-
+from scripts.benchmark.parts import (
+    FIRST,
+    LAYOUT,
+    Workload,
+    architecture,
+    end_ids,
+    random_documents,
+    random_ids,
+    random_params,
+    random_prompts,
+    random_rankings,
+    reward_trainer,
+    sampler,
+    sft_trainer,
+)
+from scripts.benchmark.prefixes import grpo_prefix_workload, rank_prefix_workload, reward_prefix_workload
+from scripts.benchmark.sizes import Choice, Config, Ppo
 
 # Measuring ------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A function that is repeated and timed."""
-
-    unit: str
-    warmup: int
-    timed: int
-    repeat: Callable[[int], tuple[float, float]]  # repetition i: how much it did, and its seconds
-    least_seconds: Callable[[Limits, float], float]  # for that much
-    extra: Callable[[], dict[str, float]] = dict  # further results, found after the timing
 
 
 def measure(cfg: Config, name: str) -> dict[str, Any]:
@@ -238,28 +65,6 @@ def measure(cfg: Config, name: str) -> dict[str, Any]:
     } | run.extra()
 
 
-def architecture(cfg: Config) -> models.Config:
-    """The configuration of the model."""
-    compute = models.Compute(dtype=cfg.dtype, remat=cfg.remat)
-    if cfg.preset is not None:
-        return dataclasses.replace(models.preset(cfg.preset), compute=compute)
-    m = cfg.model
-    return models.llama(
-        m.layers,
-        m.hidden,
-        m.heads,
-        m.kv_heads,
-        m.intermediate,
-        vocab_size=m.vocab,
-        head_dim=m.head_dim,
-        tie_embeddings=m.tied_embeddings,
-        rope_theta=m.rope_theta,
-        norm_eps=m.norm_eps,
-        max_length=4096,
-        compute=compute,
-    )
-
-
 def peak_mib() -> float:
     """The most memory that was in use: of the first device, or of this process where that is the host."""
     stats = jax.local_devices()[0].memory_stats()
@@ -268,73 +73,7 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-# Random inputs --------------------------------------------------------------------------------------------------------
-
-
-def random_ids(config: models.Config, *shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(FIRST, config.vocab_size, shape, dtype=np.int32)
-
-
-def random_documents(w: Packing) -> np.ndarray:
-    """The number of the document that each token belongs to, [batch, length]; the last of a row is cut."""
-    starts = np.random.default_rng(1).random((w.batch, w.length)) < 1 / w.mean
-    starts[:, 0] = True
-    return np.cumsum(starts, axis=1, dtype=np.int32)
-
-
-def random_rankings(config: models.Config, prompts: int, responses: int, length: int) -> Rankings:
-    tokens = random_ids(config, prompts, responses, length)
-    rank = np.broadcast_to(np.arange(responses, dtype=np.int32), (prompts, responses))
-    return Rankings(tokens=tokens, mask=np.ones_like(tokens, bool), start=np.zeros(prompts, np.int32), rank=rank)
-
-
-def random_prompts(config: models.Config, rows: int, length: int) -> Prompts:
-    tokens = random_ids(config, rows, length)
-    return Prompts(tokens=tokens, mask=np.ones_like(tokens, bool), index=np.arange(rows, dtype=np.int32))
-
-
-def end_ids(config: models.Config, fraction: float) -> tuple[int, ...]:
-    """The last `fraction` of the vocabulary; without any, a token that there is not."""
-    count = round(fraction * config.vocab_size)
-    return tuple(range(config.vocab_size - count, config.vocab_size)) or (config.vocab_size,)
-
-
-def random_params(module: Any, seed: int) -> Params:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(module.init)(jax.random.key(seed), tokens, tokens)["params"]
-
-
 # Training -------------------------------------------------------------------------------------------------------------
-
-
-class Trainer:
-    """Steps of one kind on batches of one shape; holds the state."""
-
-    def __init__(self, step: Callable, params: Params, tx: optax.GradientTransformation) -> None:
-        self.state = LAYOUT.state(optim.init(params, tx, jax.random.key(1)))
-        self.step = LAYOUT.step(step, donate=(0,))
-
-    def __call__(self, batch: Tokens | Rankings) -> Metrics:
-        self.state, metrics = self.step(self.state, LAYOUT.rows(batch))
-        return metrics
-
-
-def sft_trainer(config: models.Config, cfg: Config) -> Trainer:
-    tx = optim.adamw(cfg.learning_rate)
-    step = functools.partial(sft.train_step, logprobs_fn=models.logprobs_fn(config), tx=tx)
-    return Trainer(step, random_params(models.Transformer(config), 0), tx)
-
-
-def reward_trainer(config: models.Config, cfg: Config, buckets: int = 1, microbatches: int = 1) -> Trainer:
-    tx = optim.adamw(cfg.learning_rate)
-    step = functools.partial(
-        reward.train_step,
-        score_fn=heads.score_fn(config),
-        tx=tx,
-        cfg=reward.Config(buckets=buckets),
-        microbatches=microbatches,
-    )
-    return Trainer(step, random_params(heads.ScalarModel(config), 0), tx)
 
 
 def sft_workload(config: models.Config, cfg: Config) -> Workload:
@@ -441,20 +180,6 @@ def reward_ragged_workload(config: models.Config, cfg: Config) -> Workload:
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
-def sampler(
-    config: models.Config, new: int, ends: tuple[int, ...], group: int = 1
-) -> Callable[[Prompts, int], sampling.Sample]:
-    """A function that samples a response to each prompt of a batch, with the noise of a seed."""
-    module, sampled = models.Transformer(config), sampling.Config(max_new_tokens=new, eos_id=ends, group=group)
-
-    def step(params: Params, prompts: Prompts, seed: jax.Array, axis: str | None) -> sampling.Sample:
-        keys = parallel.row_keys(jax.random.key(seed), prompts.tokens.shape[0], axis)
-        return sampling.generate(module, params, prompts.tokens, prompts.mask, keys, sampled)
-
-    params, run = LAYOUT.state(random_params(module, 0)), LAYOUT.step(step)
-    return lambda prompts, seed: run(params, LAYOUT.rows(prompts), LAYOUT.state(np.uint32(seed)))
-
-
 def decode_workload(config: models.Config, cfg: Config) -> Workload:
     w = cfg.decode
     prompts, sample = random_prompts(config, w.batch, w.prompt), sampler(config, w.new, ())
@@ -464,36 +189,6 @@ def decode_workload(config: models.Config, cfg: Config) -> Workload:
         timed=w.timed,
         repeat=lambda i: clock(w.batch * w.new, lambda: LAYOUT.gather(sample(prompts, i))),
         least_seconds=lambda limits, count: limits.decoding(w.batch, w.prompt, w.batch * w.new),
-    )
-
-
-def rank_prefix_workload(config: models.Config, cfg: Config) -> Workload:
-    w = cfg.rank_prefix
-    rows = w.prompts * w.responses
-    prompts = best_of_n.repeat(random_prompts(config, w.prompts, w.prompt), w.responses)
-    once, each_time = sampler(config, w.new, (), w.responses), sampler(config, w.new, ())
-    times: list[tuple[float, float]] = []
-
-    def repeat(i: int) -> tuple[float, float]:
-        taken = clock(rows * w.new, lambda: LAYOUT.gather(once(prompts, i)))
-        times.append((taken[1], clock(rows * w.new, lambda: LAYOUT.gather(each_time(prompts, i)))[1]))
-        return taken
-
-    def extra() -> dict[str, float]:
-        ours, plain = (statistics.median(column) for column in zip(*times[w.warmup :], strict=True))
-        return {"times_plain": plain / ours}
-
-    def least_seconds(limits: Limits, count: float) -> float:
-        prefill = limits.forward(w.prompts, w.prompt, 1)
-        return prefill + limits.decoding(rows, w.prompt, rows * w.new) - limits.forward(rows, w.prompt, 1)
-
-    return Workload(
-        unit="tokens_per_s",
-        warmup=w.warmup,
-        timed=w.timed,
-        repeat=repeat,
-        least_seconds=least_seconds,
-        extra=extra,
     )
 
 
@@ -694,6 +389,8 @@ WORKLOADS: dict[str, Callable[[models.Config, Config], Workload]] = {
     "ppo_ragged": ppo_ragged_workload,
     "packing": packing_workload,
     "rank_prefix": rank_prefix_workload,
+    "reward_prefix": reward_prefix_workload,
+    "grpo_prefix": grpo_prefix_workload,
     "choice": choice_workload,
     "choice_prefix": choice_prefix_workload,
 }

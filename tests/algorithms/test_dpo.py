@@ -1,14 +1,18 @@
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import dpo, optim, preferences
+from rlhf_jax.models import lora
 from rlhf_jax.types import InputError, Rankings
 from tests import tiny
+from tests.algorithms import test_reward
 from tests.oracles import Case, cases
 
 
@@ -121,6 +125,25 @@ def test_a_response_is_scored_without_its_prompt():
     logp = jax.nn.log_softmax(jax.jit(LOGITS)(tiny.policy(), tokens[None, :length], jnp.ones((1, length), bool))[0])
     expected = sum(float(logp[t - 1, tokens[t]]) for t in range(start, length))
     np.testing.assert_allclose(found[row, k], expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_prompts_that_responses_share_change_nothing():
+    """Also with adapters, and where dropout of rate 0 has keys."""
+    batch, cfg, tx = tiny.arrays(test_reward.rankings_that_share(1)), lora.Config(rank=2), optax.sgd(1.0)
+    trained, base = lora.split(tiny.policy(), cfg, jax.random.key(1))
+    trained = jax.tree.map(lambda x: x + 0.1, trained)
+    found = []
+    for share in (False, True):
+        config = dataclasses.replace(tiny.GPT, compute=models.Compute(share_prompts=share))
+        network = models.logprobs_fn(config)
+        make = lambda on, network=network: functools.partial(
+            dpo.train_step, logprobs_fn=on(network), tx=tx, cfg=dpo.Config(0.3, "ipo"), microbatches=2
+        )
+        step = jax.jit(lora.on_base(cfg, make))
+        found.append(step(optim.init(trained, tx, jax.random.key(0)), base, batch, tiny.policy(seed=3)))
+    tiny.assert_close(found[1], found[0], atol=2e-5)
+    assert found[0][1]["grad_norm"] > 0.1
 
 
 @pytest.mark.slow

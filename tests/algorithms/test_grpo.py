@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,11 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import grpo, online_dpo, optim, ppo, rloo, updates
-from rlhf_jax.types import InputError
+from rlhf_jax.devices import parallel
+from rlhf_jax.types import InputError, Rollout
 from tests import tiny
 from tests.algorithms.test_ppo import EPISODES, LOGPROBS, N, episodes
+from tests.devices import test_shared
 from tests.oracles import Case
 
 POLICY = models.part("policy", models.logprobs_fn(tiny.GPT))
@@ -194,6 +197,74 @@ def test_ppo_without_value_or_lambda_is_a_policy_gradient_too():
     count = np.asarray(sampled.response_mask).sum()
     tiny.assert_close(grad, reinforce(np.asarray(sampled.score)[:, None] / count), atol=1e-5)
     assert optax.tree.norm(grad) > 0
+
+
+def on_shared_prompts() -> Rollout:
+    """Two groups of eight responses of up to 5 tokens, to prompts of up to 6."""
+    tokens, mask = tiny.arrays(test_shared.rows_that_share(0, rows=16, group=8, prompt=6, answer=N))
+    rng = np.random.default_rng(0)
+    logp, _ = models.logprobs_fn(tiny.GPT)(tiny.policy(), tokens, mask, start=5)
+    draw = lambda *shape: jnp.array(rng.normal(size=shape), jnp.float32)
+    return tiny.arrays(
+        Rollout(
+            tokens=tokens,
+            mask=mask,
+            response_mask=mask[:, 6:],
+            logp=jnp.where(mask[:, 6:], logp + 0.1 * draw(16, N), 0.0),
+            logp_ref=jnp.where(mask[:, 6:], logp + 0.1 * draw(16, N), 0.0),
+            ended=rng.random(16) < 0.5,
+            index=np.arange(16),
+            score=draw(16),
+        )
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "devices", "buckets", "microbatches"),
+    [(rloo, parallel.Config(), 1, 2), (grpo, parallel.Config(fsdp=2), 2, 1)],
+    ids=["pmap", "mesh"],
+)
+def test_prompts_that_a_group_shares_change_nothing(module, devices, buckets, microbatches):
+    """Two minibatches of a group each, on devices and parts that each have some of it."""
+    tx, found = optax.sgd(0.1), []
+    layout = parallel.layout(devices, jax.devices()[:2])
+    for place, share, settings, parts in (
+        (parallel.Pmap(jax.devices()[:1]), False, {}, 1),
+        (layout, True, {"buckets": buckets}, microbatches),
+    ):
+        cfg = module.Config(minibatches=2, group=8, whole_groups=True, entropy_coef=0.1, **settings)
+        config = dataclasses.replace(tiny.GPT, compute=models.Compute(share_prompts=share))
+        policy_fn = models.part("policy", models.logprobs_fn(config))
+        step = functools.partial(module.train_step, policy_fn=policy_fn, tx=tx, cfg=cfg, microbatches=parts)
+        state = place.state(updates.init({"policy": tiny.policy()}, tx, cfg, jax.random.key(0)))
+        state, metrics = place.step(step)(state, place.rows(on_shared_prompts()))
+        found.append(jax.tree.map(np.asarray, place.get((state.params, metrics))))
+    tiny.assert_close(found[1], found[0], atol=5e-5)
+    assert found[0][1]["grad_norm/policy"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "kept"),
+    [
+        (6, {}, 8),  # one minibatch has them all
+        (6, {"minibatches": 2}, 1),  # a short prompt
+        (6, {"minibatches": 2, "whole_groups": True}, 8),
+        (64, {"minibatches": 2}, 8),
+        (64, {"minibatches": 2, "whole_groups": False}, 1),
+        (64, {"minibatches": 4}, 1),  # among which two groups do not divide
+    ],
+)
+def test_minibatches_of_whole_groups(prompt, settings, kept):
+    sampled, cfg = on_shared_prompts(), grpo.Config(group=8, **settings)
+    wider = sampled.replace(tokens=jnp.pad(sampled.tokens, ((0, 0), (prompt - 6, 0))))
+    assert updates.shared_group(wider, cfg, cfg.group, cfg.whole_groups) == kept
+
+
+def test_groups_that_do_not_divide_into_minibatches():
+    cfg = grpo.Config(group=8, minibatches=4, whole_groups=True)
+    with pytest.raises(InputError, match="2 groups of episodes do not divide into 4 minibatches"):
+        grpo.train_step(init(cfg), on_shared_prompts(), policy_fn=POLICY, tx=TX, cfg=cfg)
 
 
 def test_what_padding_holds_reaches_no_gradient():

@@ -4,6 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rlhf_jax import models
@@ -12,6 +13,7 @@ from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
 from rlhf_jax.types import InputError, Rankings
 from tests import tiny
+from tests.devices import test_shared
 from tests.oracles import Case, cases
 
 SCORE = heads.score_fn(tiny.GPT)
@@ -179,7 +181,7 @@ def test_a_step_in_buckets_is_the_whole_one(cfg, microbatches):
 def test_a_step_in_buckets_computes_no_column_that_all_lack(monkeypatch):
     widths = []
 
-    def score_fn(params, tokens, mask, keys=None):
+    def score_fn(params, tokens, mask, keys=None, **prompt):
         jax.debug.callback(lambda: widths.append(tokens.shape), ordered=False)
         return params["a"] * jnp.sum(jnp.where(mask, tokens, 0), axis=1).astype(jnp.float32)
 
@@ -192,6 +194,44 @@ def test_a_step_in_buckets_computes_no_column_that_all_lack(monkeypatch):
     jax.block_until_ready(jax.jit(step)(state, tiny.arrays(rows)))
     jax.effects_barrier()
     assert sorted(widths) == [(4, 2), (4, 4), (4, 6), (4, 8)]
+
+
+def rankings_that_share(seed: int) -> Rankings:
+    """Prompts of 2 to 6 tokens before a column where 4 responses of up to 5 begin, some of them absent."""
+    tokens, mask = test_shared.rows_that_share(seed, rows=32, group=4, prompt=6, answer=5)
+    rank = np.random.default_rng(seed).integers(0, 3, (8, 4)).astype(np.int32)
+    rank[1::2, 3], rank[0] = -1, 1
+    rows = tokens.reshape(8, 4, 11), mask.reshape(8, 4, 11) & (rank >= 0)[..., None]
+    return Rankings(tokens=rows[0], mask=rows[1], start=np.full(8, 6, np.int32), rank=rank, prefix=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "count", "buckets", "microbatches"),
+    [
+        (parallel.Config(), 8, 1, 1),
+        (parallel.Config(fsdp=2, tensor=2), 4, 2, 2),
+    ],
+    ids=["pmap", "mesh"],
+)
+def test_prompts_that_responses_share_change_nothing(devices, count, buckets, microbatches):
+    """The gradients, which plain SGD leaves as they are, and the metrics are those of one by one."""
+    batch, tx = rankings_that_share(0), optax.sgd(1.0)
+    layout = parallel.layout(devices, jax.devices()[:count])
+    found = []
+    for place, compute, cfg, parts in (
+        (parallel.Pmap(jax.devices()[:1]), models.Compute(share_prompts=False), reward.Config(), 1),
+        (layout, models.Compute(share_prompts=True), reward.Config(buckets=buckets), microbatches),
+    ):
+        score_fn = heads.score_fn(dataclasses.replace(tiny.GPT, compute=compute))
+        step = functools.partial(reward.train_step, score_fn=score_fn, tx=tx, cfg=cfg, microbatches=parts)
+        state = place.state(optim.init(tiny.scalar(), tx, jax.random.key(0)))
+        state, metrics = place.step(step)(state, place.rows(batch))
+        scored = place.step(functools.partial(reward.scores, score_fn=score_fn, buckets=cfg.buckets))
+        score = place.gather(scored(place.state(tiny.scalar()), place.rows(batch)))
+        results = state.params, metrics
+        found.append((jax.tree.map(np.asarray, place.get(results)), np.where(batch.rank < 0, 0, score)))
+    tiny.assert_close(found[1], found[0], atol=2e-5)
 
 
 def test_a_step_takes_the_loss_it_is_given():

@@ -197,6 +197,32 @@ def test_rankings(tokenizer):
         MAKE["rankings"](tokenizer, responses=3)
 
 
+def test_rankings_whose_prompts_are_read_once(tokenizer):
+    """All responses begin in one column, behind prompts that are padded on the left to the longest."""
+    rows = [
+        {"prompt": "a b c", "responses": ["b", "c d"], "ranks": [1, 0]},
+        {"prompt": "a", "responses": ["b", "c d e", ""], "ranks": [2, 0, 1]},
+    ]
+    asked = []
+    read = functools.partial(pipeline.rankings, rows, tokenizer, length=99, batch=2, seed=None, epochs=1)
+    (plain,) = read()
+    (batch,) = read(shares=lambda *sizes: asked.append(sizes) or True)
+    prompts = [tokenizer_lib.render_prompt(tokenizer, row["prompt"]) for row in rows]
+    answers = [[tokenizer_lib.render_completion(tokenizer, row["prompt"], x) for x in row["responses"]] for row in rows]
+    prefix, answer = max(map(len, prompts)), max(len(x) for row in answers for x in row)
+    assert asked == [(prefix, answer, 3)]
+    assert batch.prefix == prefix and batch.start.tolist() == [prefix] * 2
+    assert batch.tokens.shape == batch.mask.shape == (2, 3, prefix + answer)
+    assert plain.prefix == 0 and plain.start.tolist() == [len(x) for x in prompts]
+    for b, k in np.ndindex(2, 3):
+        assert batch.tokens[b, k][batch.mask[b, k]].tolist() == plain.tokens[b, k][plain.mask[b, k]].tolist()
+        if k < len(answers[b]):
+            assert batch.tokens[b, k, prefix:][batch.mask[b, k, prefix:]].tolist() == answers[b][k]
+    np.testing.assert_array_equal(batch.rank, plain.rank)
+    (other,) = read(shares=lambda *sizes: False)
+    np.testing.assert_array_equal(other.tokens, plain.tokens)
+
+
 def test_thumbs(tokenizer):
     """The last row is too long, and so the second one's other response is the first one's."""
     rows = [

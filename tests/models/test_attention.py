@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.models import attention, cache, layers
-from rlhf_jax.types import InputError
+from rlhf_jax.types import Fork, InputError, Tree
 from tests import tiny
 
 SEGMENTS = {
@@ -54,6 +54,58 @@ def test_splash_is_plain_attention(segment, shared, cap, size):
         mixed, pull = jax.vjp(lambda *x, f=function: jnp.where(real, f(*x), 0.0), *inputs)
         results.append((mixed, *pull(cotangent)))
     tiny.assert_close(results[1], results[0], atol=2e-5)
+
+
+def forked(rows, fork, width):
+    """The real tokens of rows, [B, S], and the tree that they are; a row without the first branch."""
+    real = np.concatenate(
+        [tiny.ragged(0, rows, fork.prefix, left=True)]
+        + [tiny.ragged(n + 1, rows, width) for n in range(fork.branches)],
+        axis=1,
+    )
+    real[0, fork.prefix : fork.prefix + width] = False
+    columns = fork.prefix + fork.branches * width
+    reach = np.append(columns - np.arange(fork.prefix), np.tile(width - np.arange(width), fork.branches))
+    return jnp.array(real), Tree(reach=jnp.array(np.where(real, reach, 0)), fork=fork)
+
+
+def test_attention_in_a_fork_is_plain_attention():
+    """Of all columns, and of the branches alone."""
+    config = dataclasses.replace(tiny.LLAMA, query_size=7, attention_cap=2.0)
+    real, tree = forked(2, Fork(5, 3), 4)
+    mask, (*inputs, cotangent) = layers.ancestor_mask(tree), arrays(2, 17, 2, 2, 8, jnp.float32)
+    for first in (0, 5):
+        here = real[:, first:, None, None, None]
+        plain = lambda q, k, v, n=first: attention.attend(q[:, n:], k, v, mask[:, n:], config)
+        fork = lambda q, k, v, n=first: attention.attend_fork(q[:, n:], k, v, mask, tree.fork, config)
+        results = []
+        for function in (plain, fork):
+            mixed, pull = jax.vjp(lambda *x, f=function, on=here: jnp.where(on, f(*x), 0.0), *inputs)
+            results.append((mixed, *pull(cotangent[:, first:])))
+        tiny.assert_close(results[1], results[0], atol=2e-5)
+
+
+@pytest.mark.slow
+def test_splash_takes_a_fork():
+    """Of several blocks, some of them empty."""
+    real, tree = forked(2, Fork(140, 4), 60)
+    mask, (*inputs, cotangent) = layers.ancestor_mask(tree), arrays(2, 380, 2, 2, 8, jnp.float32)
+    here = real[..., None, None, None]
+    plain = lambda *x: attention.attend(*x, mask, dataclasses.replace(tiny.LLAMA, query_size=7))
+    splash = lambda *x: attention.splash(*x, real, 7**-0.5, fork=tree.fork, interpret=True)
+    results = []
+    for function in (plain, splash):
+        mixed, pull = jax.vjp(lambda *x, f=function: jnp.where(here, f(*x), 0.0), *inputs)
+        results.append((mixed, *pull(cotangent)))
+    tiny.assert_close(results[1], results[0], atol=2e-5)
+
+
+def test_a_shared_prompt_has_the_kernel():
+    flash = dataclasses.replace(tiny.LLAMA, compute=models.Compute(share_prompts=True, attention="flash"))
+    rows = (jax.ShapeDtypeStruct((4, 13), dtype) for dtype in (jnp.int32, bool))
+    policy = functools.partial(models.logprobs_fn(flash), start=5, group=2)
+    program = str(jax.make_jaxpr(policy)(models.parameter_shapes(flash), *rows))
+    assert "pallas_call" in program and "f32[2,19,16]" in program  # 5 + 2 x 7 columns
 
 
 # On a GPU: JAX_PLATFORMS=cuda pytest tests/models/test_attention.py -k cudnn_is_plain
@@ -199,7 +251,7 @@ def test_over_a_mesh_each_device_has_its_rows_and_heads(name):
     assert "tensor" in str(compiled.output_shardings.spec)
 
 
-def test_trees_have_no_splash_kernel(monkeypatch):
+def test_trees_without_a_fork_have_no_splash_kernel(monkeypatch):
     """A TPU computes them plainly, even where the kernel is asked for; cuDNN takes their mask."""
     flash = dataclasses.replace(tiny.LLAMA, compute=models.Compute(attention="flash", dtype="bfloat16"), head_dim=8)
     monkeypatch.setattr(attention.parallel, "platform", lambda: "tpu")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import logprobs, models
-from rlhf_jax.models import layers, rope
+from rlhf_jax.models import heads, layers, rope
 from rlhf_jax.types import InputError, Tree
 from tests import tiny
+from tests.devices import test_shared
 
 BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
 NAMES = "gpt", "llama", "mistral", "qwen3", "gemma2"  # families that differ in how tokens see each other
@@ -107,6 +108,33 @@ def test_log_probabilities_are_read_at_any_column(config):
             np.testing.assert_allclose(found[b, n, k], logp[b, columns[b, n], targets[b, n, k]], atol=1e-5)
             assert greedy[b, n, k] == (targets[b, n, k] == jnp.argmax(logp[b, columns[b, n]]))
         assert greedy[1, 0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "unroll"), [("gemma2", True), ("gpt", False)])
+def test_a_prompt_that_answers_share_is_computed_once(name, unroll):
+    """Log-probabilities, entropies, scores and gradients are those of one by one."""
+    config = tiny.CONFIGS[name]
+    tokens, mask = tiny.arrays(test_shared.rows_that_share(0, rows=6, group=3, prompt=5, answer=6))
+    weight = jnp.array(np.random.default_rng(1).normal(size=(6, 6)), jnp.float32)
+
+    def computed(share):
+        compute = models.Compute(unroll=unroll, share_prompts=share)
+        changed = dataclasses.replace(config, compute=compute)
+
+        def loss(policy, scalar):
+            rows = tokens, mask
+            logp, entropy = models.logprobs_fn(changed)(policy, *rows, start=4, with_entropy=True, group=3)
+            score = heads.score_fn(changed)(scalar, *rows, start=4, group=3)
+            said = *(jnp.where(mask[:, 5:], x, 0.0) for x in (logp, entropy)), score
+            return sum(jnp.sum(weight * said[n]) for n in (0, 1)) + jnp.sum(weight[0] * score), said
+
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).trace(tiny.policy(config), tiny.scalar(config))
+        return traced, traced.lower().compile()(tiny.policy(config), tiny.scalar(config))
+
+    (whole, one_by_one), (once, shared) = computed(False), computed(True)
+    tiny.assert_close(shared, one_by_one, atol=1e-4)
+    assert "f32[6,11,16]" in str(whole.jaxpr) and "f32[6,11,16]" not in str(once.jaxpr)
 
 
 def test_a_tree_may_be_wider_than_the_context():
@@ -298,12 +326,18 @@ SETTINGS = {
     "rope_scaling": models.Llama3Scaling(factor=2.0, low=0.5, high=1.0, original_length=24),
     "rope_theta": 50.0,
     "norm_eps": 0.1,
+    "pre_norm": False,
+    "parallel_residual": True,
+    "rotary_size": 2,
+    "window_theta": 50.0,
+    "unrotated_layers": (1,),
+    "inverse_layer_scale": True,
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_matter(name):
-    base = dataclasses.replace(tiny.LLAMA, window=4) if name == "full_layers" else tiny.LLAMA
+    base = dataclasses.replace(tiny.LLAMA, window=4) if name in ("full_layers", "window_theta") else tiny.LLAMA
     tokens, mask = tiny.random_tokens(0, 2, 7), np.ones((2, 7), bool)
     changed = dataclasses.replace(base, **{name: SETTINGS[name]})
     loud = lambda config: run(config, jax.tree.map(lambda x: 4 * x, tiny.policy(config)), tokens, mask)

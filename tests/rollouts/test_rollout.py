@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
+from rlhf_jax.algorithms import best_of_n
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
-from rlhf_jax.rollouts import rollout, sampling
+from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.types import Prompts
 from tests import tiny
 
@@ -62,6 +63,28 @@ def test_one_device_equals_eight(cfg):
     eight = place.gather(place.step(COLLECT)(params, place.rows(prompts()), *rest))
     tiny.assert_close(jax.tree.map(np.asarray, one), eight, atol=1e-5)
     np.testing.assert_array_equal(one.tokens, eight.tokens)
+
+
+@pytest.mark.slow
+def test_reference_and_reward_model_read_a_prompt_once():
+    """Of each group of four, in two buckets on each of two devices."""
+    place, asked = parallel.layout(devices=jax.devices()[:2]), best_of_n.repeat(prompts(4), 4)
+    cfg = dataclasses.replace(CFG, group=4)
+    found, programs = [], []
+    for share, parts in ((False, 1), (True, 2)):
+        config = dataclasses.replace(tiny.GPT, compute=models.Compute(share_prompts=share))
+        collect = rollout.collector(config, place, cfg, buckets=parts)
+        judge = scores.scoring(config, EOS, 0.0, place, parts, group=4)
+        params = place.state({name: PARAMS()[name] for name in ("policy", "reference")})
+        model = place.state(jax.tree.map(lambda x: x[None], tiny.scalar(seed=7)))
+        rows = params, place.rows(asked), *place.state((jax.random.key(0), jnp.uint32(7)))
+        sampled = collect(*rows)
+        found.append(place.gather(judge(model, sampled)))
+        program = str(jax.make_jaxpr(judge)(model, sampled)) + str(jax.make_jaxpr(collect)(*rows))
+        programs.append(f"f32[{8 // parts},9,16]" in program)  # hidden states of all columns of all rows
+    tiny.assert_close(found[1], found[0], atol=2e-5)
+    assert np.ptp(found[0].response_mask.sum(axis=1)) > 0
+    assert programs == [True, False]
 
 
 @pytest.mark.slow

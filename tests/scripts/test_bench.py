@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.types import InputError
 from scripts import bench
-from scripts.benchmark import workloads
+from scripts.benchmark import parts, sizes, workloads
 
 SIZES = {
     "model": {"vocab": 64, "hidden": 16, "intermediate": 24, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8},
@@ -25,6 +25,8 @@ SIZES = {
     | {"warmup": 1, "timed": 2},
     "packing": {"batch": 8, "length": 16, "mean": 5.0, "warmup_steps": 1, "timed_steps": 2},
     "rank_prefix": {"prompts": 8, "responses": 2, "prompt": 8, "new": 4, "timed": 2},
+    "reward_prefix": {"prompts": 8, "responses": 2, "prompt": 8, "new": 4, "timed": 2},
+    "grpo_prefix": {"prompts": 8, "responses": 2, "prompt": 8, "new": 4, "timed": 2},
     "choice": {"questions": 8, "examples": 2, "question": 4, "options": 3, "option": 2, "batch": 8, "timed": 2},
     "choice_prefix": {"questions": 8, "question": 16, "options": 4, "option": 2, "batch": 8, "timed": 2},
     "learning_rate": 1e-3,
@@ -49,20 +51,20 @@ def test_a_workload_has_rates_a_limit_and_memory(cfg, name):
     assert result["peak_mib"] > 0 and result["first_s"] > 0
     assert ("times_pairs_one_by_one" in result) == (name == "reward_k9")
     assert ("times_padded" in result) == (name in ("reward_ragged", "ppo_ragged"))
-    assert ("times_plain" in result) == (name in ("rank_prefix", "choice", "choice_prefix"))
+    assert ("times_plain" in result) == (name == "choice" or name.endswith("_prefix"))
     assert ("update_s" in result) == name.startswith("ppo")
 
 
 def test_sizes_and_settings_reach_the_model(cfg):
     assert cfg.learning_rate == 1e-3 and cfg.decode_ragged.batches == (8, 16) and cfg.ppo_ragged.eos_fraction == 0.2
-    config = workloads.architecture(dataclasses.replace(cfg, dtype="bfloat16", remat="full"))
+    config = parts.architecture(dataclasses.replace(cfg, dtype="bfloat16", remat="full"))
     assert (config.vocab_size, config.d_model, config.n_kv_heads) == (64, 16, 1)
     assert config.compute.dtype == "bfloat16" and config.compute.remat == "full"
-    assert workloads.architecture(dataclasses.replace(cfg, preset="gpt2")).d_model == 768
+    assert parts.architecture(dataclasses.replace(cfg, preset="gpt2")).d_model == 768
 
 
 def test_packed_documents_have_the_lengths_asked_for():
-    segment = workloads.random_documents(workloads.Packing(batch=256, length=64, mean=8.0))
+    segment = parts.random_documents(sizes.Packing(batch=256, length=64, mean=8.0))
     assert segment.shape == (256, 64) and (np.diff(segment, axis=1) >= 0).all() and segment.min() == 1
     assert segment[:, -1].mean() == pytest.approx(1 + 63 / 8, rel=0.05)  # a new one starts at any token in eight
 
