@@ -87,6 +87,7 @@ def build(
             tx=tx,
             cfg=cfg.algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config),
         ),
     )
     return tx, layout.step(step, donate=(0,))

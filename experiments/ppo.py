@@ -108,6 +108,7 @@ def build(
             tx=tx,
             cfg=algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config, critic),
         ),
     )
     sampled = sampling.Config(
@@ -177,7 +178,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     key = layout.state(named_key(cfg.seed, "ppo/sampling"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
-        at_most={"ratio/first_error": updates.RATIO_ERROR[cfg.compute.dtype]},
+        at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
         derive=rates.Rates(
             policy=policy.config,
             critic=critic_config,

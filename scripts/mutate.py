@@ -373,6 +373,24 @@ MUTANTS = [
         ("cfg.alpha / cfg.rank", "cfg.alpha * cfg.rank"),
         ('"kernel_b" and cfg.rank', '"kernel_b" and 0'),
     ),
+    *mutants(
+        "models/experts",
+        "balance_loss",
+        ("experts * jnp", "jnp"),
+        ("/ active", ""),
+        ("jnp.where(mask[..., None], x, 0.0)", "x"),
+    ),
+    *mutants(
+        "models/experts", "route", ("if normalized", "if not normalized"), ("axis=-1, keepdims", "axis=0, keepdims")
+    ),
+    *mutants(
+        "models/experts",
+        "compute_sorted",
+        ("jnp.where(used, permute", "jnp.where(True, permute"),
+        ("permute(made, inverse, order)", "permute(made, order, inverse)"),
+        ("jnp.where(used, product", "jnp.where(True, product"),
+    ),
+    *mutants("algorithms/balance", "attach", ("weight / shares", "weight"), ("if not weight", "if weight is None")),
     *mutants("models/lora", "merge", ("kernel + change", "kernel - change")),
     *mutants("devices/parallel", "accumulate", ("jax.tree.map(jnp.add, total, grads)", "grads")),
     *mutants("devices/shared", "worthwhile", ("group * answer", "answer"), ("prompt >= LEAST", "prompt > LEAST")),

@@ -84,6 +84,8 @@ SCALINGS = {
 def example(config: type) -> Any:
     if config in SCALINGS:
         return SCALINGS[config]
+    if config is models.Experts:
+        return models.Experts(count=4, active=2)
     return config(max_new_tokens=4) if config is sampling.Config else config()
 
 

@@ -37,7 +37,7 @@ SPECIAL = {"rank": {"db", "data", "overlap", "enough", "round"}, "rounds": {"dpo
 ASKED = {
     sources: ["rows"],
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
-    models: ["load", "load_reward", "logprobs_fn", "preset", "tokenizer_of"],
+    models: ["load", "load_reward", "logprobs_fn", "preset", "tokenizer_of", "balance_weight"],
     heads: ["critic", "shared_critic", "score_fn"],
     mixture: ["open_mixture", "Sizes"],
     probe: ["prepare"],

@@ -26,6 +26,10 @@ CONFIGS = {  # every family that there is, with each of its settings
         **{"window": 3, "full_layers": (1,), "query_size": 7, "attention_cap": 2.0, "logit_cap": 3.0},
         head_dim=6,
     ),
+    "mixtral": dataclasses.replace(LLAMA, d_ff=12, experts=models.Experts(count=4, active=2)),
+    "qwen3_moe": dataclasses.replace(
+        LLAMA, d_ff=12, qk_norm="head", head_dim=6, experts=models.Experts(count=6, active=3, normalized=False)
+    ),
 }
 _GEMMA3 = dataclasses.replace(CONFIGS["gemma2"], qk_norm="head", attention_cap=None, logit_cap=None)
 _OLMO = dataclasses.replace(LLAMA, pre_norm=False, post_norm=True, qk_norm="whole")

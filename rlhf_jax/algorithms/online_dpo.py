@@ -109,7 +109,7 @@ def loss(
     rank = jnp.stack(batch.rank, axis=1)
     rollout = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch.rollout)
     mask = rollout.response_mask
-    logp, entropy = updates.forward(params, rollout, policy_fn, cfg, len(batch.rank))
+    logp, entropy = updates.forward(params, rollout, policy_fn, cfg, rank.shape[1])
     reduce = mean_logprobs if cfg.per_token else sequence_logprobs
     gain = reduce(logp - rollout.logp_ref, mask).reshape(rank.shape)
     pair, count = pair_mask(rank), totals["prompts"]
@@ -134,6 +134,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches of updates on one rollout, in one compiled call. `state` is from `updates.init`.
@@ -147,6 +148,7 @@ def train_step(
         loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg),
         totals=totals,
         live=live,
+        balance=balance,
     )
     state, update_metrics = updates.apply(
         state,

@@ -307,6 +307,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches of updates on one rollout, in one compiled call. `state` is from `init`.
@@ -321,6 +322,7 @@ def train_step(
         loss=functools.partial(loss, kl_coef=kl_coef, policy_fn=policy_fn, critic_fn=critic_fn, cfg=cfg),
         totals=totals,
         live=live,
+        balance=balance,
     )
     state, update_metrics = updates.apply(
         state,

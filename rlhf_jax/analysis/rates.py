@@ -20,8 +20,8 @@ class Rates:
     text_rows: int  # rows of pretraining text in all updates of a step together
     text_length: int  # tokens in a row of pretraining text
     peak: float  # operations a second of the devices, from `flops.peak`
-    learnt: float = 1.0  # share of the episodes that the updates read
     group: int = 1  # episodes that compute their prompt together
+    learnt: float = 1.0  # share of the episodes that the updates read
 
     def __call__(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """The metrics tokens_per_s/, tflops/ and mfu/ of each part of a step: generate, score and update.

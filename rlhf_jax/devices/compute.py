@@ -13,6 +13,7 @@ from rlhf_jax.types import Params
 
 Kernel = Literal["qkv", "out", "up", "down"]  # the linear layers of a block
 INPUTS: dict[Kernel, int] = {"qkv": 1, "out": 3, "up": 1, "down": 1}  # axes of a kernel that are inputs, after [L]
+STACKED = "experts"  # layers whose kernels are [L, E, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +52,13 @@ def quantize(params: Params, layer: str | None = None) -> Params:
         kernel = round(W / scale), with scale = max |W| / 127 over all inputs of an output
 
     The scale, float32 [L, *outputs], lies beside the kernel as `kernel_scale`. All else is cast to bfloat16. `layer` is
-    the name under which `params` lie.
+    the name under which `params` lie. Kernels of experts are not quantised.
     """
     quantized: Params = {}
     for name, x in params.items():
-        if isinstance(x, dict):
+        if name == STACKED:
+            quantized[name] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), x)
+        elif isinstance(x, dict):
             quantized[name] = quantize(x, name)
         elif name == "kernel" and layer in INPUTS:
             axes = tuple(range(1, 1 + INPUTS[layer]))

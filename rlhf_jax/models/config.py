@@ -10,6 +10,20 @@ from rlhf_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts(Settings):
+    """A mixture of experts in place of each MLP; `d_ff` is the width of one expert."""
+
+    count: Count  # experts of a layer
+    active: Count  # of them that compute a token, those to which the router gives the highest probabilities
+    normalized: bool = True  # a token's experts are weighted by their shares of these; False: by the probabilities
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.active > self.count:
+            raise InputError(f"active={self.active} experts a token: expected at most count={self.count}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(Settings):
     """The architecture, and how it is computed; the defaults are GPT-2 small."""
 
@@ -25,6 +39,7 @@ class Config(Settings):
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu"  # gelu is the tanh form, and so in geglu
     bias: Literal["all", "attention", "qkv", "mlp", "none"] = "all"  # which linear maps have one
+    experts: Experts | None = None  # None: each layer has one MLP
     tie_embeddings: bool = True  # the unembedding is the embedding
     scale_embedding: bool = False  # embeddings times sqrt(d_model)
     norm_eps: Positive = 1e-5
@@ -62,6 +77,8 @@ class Config(Settings):
             raise InputError(f"rotary_size={self.rotary_size}: expected an even number up to head_dim={self.head_dim}")
         if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
             raise InputError(f"rope_theta={self.rope_theta}: YaRN needs rope_theta above 1")
+        if self.experts is not None and self.bias in ("all", "mlp"):
+            raise InputError(f"bias={self.bias}: experts have no biases, expected one of attention, qkv, none")
         if isinstance(scaling := self.rope_scaling, LongScaling):
             pairs = (self.rotary_size or self.head_dim) // 2
             for name, factors in {"short": scaling.short, "long": scaling.long}.items():
@@ -154,6 +171,24 @@ PRESETS: dict[str, Config] = {
     "deepseek-7b": llama(30, 4096, 32, 32, 11008, vocab_size=102400, max_length=4096),
     "llama3-8b": llama(32, 4096, 32, 8, 14336, vocab_size=128256, max_length=8192, rope_theta=5e5),
     "llama3-70b": llama(80, 8192, 64, 8, 28672, vocab_size=128256, max_length=8192, rope_theta=5e5),
+    "mixtral-micro": llama(1, 32, 2, 1, 44, vocab_size=512, max_length=128, experts=Experts(count=4, active=2)),
+    "mixtral-8x7b": llama(
+        *(32, 4096, 32, 8, 14336),
+        vocab_size=32000,
+        max_length=32768,
+        rope_theta=1e6,
+        experts=Experts(count=8, active=2),
+    ),
+    "qwen3-30b-a3b": llama(
+        *(48, 2048, 32, 4, 768),
+        vocab_size=151936,
+        max_length=40960,
+        head_dim=128,
+        norm_eps=1e-6,
+        qk_norm="head",
+        rope_theta=1e6,
+        experts=Experts(count=128, active=8),
+    ),
 }
 
 

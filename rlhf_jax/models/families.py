@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import files, ranges
-from rlhf_jax.models.config import Compute, Config, gpt, llama
+from rlhf_jax.models.config import Compute, Config, Experts, gpt, llama
 from rlhf_jax.models.scaling import LinearScaling, Llama3Scaling, LongScaling, RopeScaling, YarnScaling
 from rlhf_jax.models.transformer import parameter_shapes
 from rlhf_jax.types import InputError
@@ -46,7 +46,7 @@ class Family:
     settings: tuple[Setting, ...]
     classes: tuple[str, str]  # in `transformers`: the language model, and the reward model
     # The modules in the file that each of ours lies in, in order: query, key and value, or gate and up, are several or
-    # lie in one. Those in blocks have their layer in front.
+    # lie in one. Those in blocks have their layer in front, and in those of experts * stands for the expert.
     names: Mapping[str, tuple[str, ...]]
     layer: str  # in front of the names in blocks; {} stands for its number
     transposed: bool = True  # matrices are [outputs, inputs] in the file, not as ours
@@ -163,10 +163,27 @@ def _read_opt_width(hf: Any) -> Fields:
     return {}
 
 
+def _read_experts(hf: Any) -> Fields:
+    count, active = hf.num_local_experts, hf.num_experts_per_tok
+    if active > count:
+        raise InputError(f"num_experts_per_tok={active}: expected at most the number of experts, {count}")
+    return {"experts": Experts(count, active, normalized=getattr(hf, "norm_topk_prob", True))}
+
+
+def _write_experts(config: Config) -> Fields:
+    if config.experts is None:
+        raise InputError("there are no experts")
+    return {"num_local_experts": config.experts.count, "num_experts_per_tok": config.experts.active}
+
+
 _HEAD_DIM = Setting(_read_head_dim, lambda config: {"head_dim": config.head_dim})
+_EXPERTS = Setting(_read_experts, _write_experts)
 _INNER = Setting(_read_inner, lambda config: {"n_inner": None if config.d_ff == 4 * config.d_model else config.d_ff})
 _WINDOW = Setting(_read_window, lambda config: {"sliding_window": config.window})  # of every layer
 _LAYER_TYPES = Setting(_read_window, _write_layer_types)
+_WEIGHTED = Setting(  # how, beside `_EXPERTS`
+    lambda hf: {}, lambda config: {"norm_topk_prob": config.experts is not None and config.experts.normalized}
+)
 _USE_WINDOW = Setting(lambda hf: {}, lambda config: {"use_sliding_window": config.window is not None})
 _QUERY_SIZE = Setting(
     lambda hf: {"query_size": hf.query_pre_attn_scalar},
@@ -413,6 +430,16 @@ _OPT_NAMES = {
     "norm_1": ("self_attn_layer_norm",),
     "norm_2": ("final_layer_norm",),
 }
+_MIXTRAL_NAMES = {
+    "mlp/router": ("block_sparse_moe.gate",),
+    "mlp/experts/up": ("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"),
+    "mlp/experts/down": ("block_sparse_moe.experts.*.w2",),
+}
+_QWEN_MOE_NAMES = {
+    "mlp/router": ("mlp.gate",),
+    "mlp/experts/up": ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+    "mlp/experts/down": ("mlp.experts.*.down_proj",),
+}
 _LAYER = "model.layers.{}."
 
 
@@ -469,6 +496,23 @@ FAMILIES = {  # by the model_type; where several say the same, an earlier one is
         (_SIZES, _HEAD_DIM, _SILU, _ROPE, _LAYER_TYPES, _USE_WINDOW, _biases("attention_bias", False)),
         _classes("Qwen3"),
         _LLAMA_NAMES,
+        _LAYER,
+    ),
+    "mixtral": Family(
+        _LLAMA,
+        (_SIZES, _HEAD_DIM, _SILU, _ROPE, _WINDOW, _EXPERTS, _fixed(router_jitter_noise=0.0)),
+        _classes("Mixtral"),
+        _LLAMA_NAMES | _MIXTRAL_NAMES,
+        _LAYER,
+    ),
+    "qwen3_moe": Family(
+        dataclasses.replace(_LLAMA, qk_norm="head"),
+        (
+            *(_SIZES, _renamed(d_ff="moe_intermediate_size"), _HEAD_DIM, _SILU, _ROPE, _WINDOW, _USE_WINDOW),
+            *(_EXPERTS, _WEIGHTED, _biases("attention_bias", False), _fixed(decoder_sparse_step=1, mlp_only_layers=[])),
+        ),
+        _classes("Qwen3Moe"),
+        _LLAMA_NAMES | _QWEN_MOE_NAMES,
         _LAYER,
     ),
     "gemma2": Family(
@@ -713,7 +757,7 @@ def entries(config: Config, scalar: bool) -> list[Entry]:
     blocks = [path for path in paths if path.startswith("blocks/")]
     return [
         *(_entry(row, config, path, leaves[path]) for path in whole),
-        *(_entry(row, config, path, leaves[path][1:]) for path in blocks),
+        *(_block_entry(row, config, path, leaves[path][1:]) for path in blocks),
     ]
 
 
@@ -724,6 +768,22 @@ def unembedding(config: Config) -> str:
 
 
 _INPUTS = {"attention/out": 3}  # axes of a kernel that are inputs, where they are several
+
+
+def _block_entry(row: Family, config: Config, path: str, shape: tuple[int, ...]) -> Entry:
+    """The entry of a leaf in blocks; where its first axis is that of experts, each has tensors of its own."""
+    if "/experts/" not in path:
+        return _entry(row, config, path, shape)
+    one, count = _entry(row, config, path, shape[1:]), shape[0]
+    each = len(one.names)
+
+    def into(*tensors: np.ndarray) -> np.ndarray:
+        return np.stack([one.into(*tensors[n * each : (n + 1) * each]) for n in range(count)])
+
+    def out(leaf: Any) -> tuple[Any, ...]:
+        return tuple(tensor for n in range(count) for tensor in one.out(leaf[n]))
+
+    return Entry(path, tuple(name.replace("*", str(n)) for n in range(count) for name in one.names), into, out)
 
 
 def _entry(row: Family, config: Config, path: str, shape: tuple[int, ...]) -> Entry:
@@ -761,4 +821,4 @@ def _parts(row: Family, config: Config, module: str) -> tuple[int, ...]:
     """Sizes, along the last axis but one, of parts of a leaf that are apart in the file; none where it is all one."""
     if module == "attention/qkv" and not row.by_head:
         return config.n_heads // config.n_kv_heads, 1, 1
-    return (1, 1) if module == "mlp/up" and config.gated else ()
+    return (1, 1) if module in ("mlp/up", "mlp/experts/up") and config.gated else ()

@@ -40,6 +40,7 @@ class View(struct.PyTreeNode):
     window_mask: Leaf  # [B, T, S] bool, those of them within the window; None without one
     segment: Any  # [B, T], see `types`, or a `Tree`
     keys: Leaf  # [B] dropout keys, or None to evaluate
+    balance: Leaf = None  # [2], see `experts.Mixture`; None to evaluate, and without experts
 
 
 def whole_view(
@@ -113,6 +114,11 @@ def appended_view(
         segment=jnp.ones_like(position, bool),
         keys=None,
     )
+
+
+def real_tokens(segment: Int[Array, "B T"] | Bool[Array, "B T"] | Tree) -> Bool[Array, "B T"]:
+    """A mask of the tokens that are no padding."""
+    return (segment.reach if isinstance(segment, Tree) else segment) > 0
 
 
 def positions(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -264,6 +270,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def activation(config: Config) -> Callable[[Array], Array]:
+    """The nonlinearity of an MLP, from what its first projection yields: [..., F], or with a gate [..., 2, F]."""
+    nonlinearity = ACTIVATIONS[config.mlp]
+    return (lambda x: nonlinearity(x[..., 0, :]) * x[..., 1, :]) if config.gated else nonlinearity
+
+
 class MLP(nn.Module):
     """A nonlinearity between two projections or, where it is gated, times one of two, which lie in one matrix."""
 
@@ -272,8 +284,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        gated, biased, nonlinearity = c.gated, c.bias in ("all", "mlp"), ACTIVATIONS[c.mlp]
-        hidden = Linear(c, (c.d_model,), (2, c.d_ff) if gated else (c.d_ff,), 0.02, biased, name="up")(x)
-        activate = lambda x: nonlinearity(x[..., 0, :]) * x[..., 1, :] if gated else nonlinearity(x)
-        hidden = recompute(activate)(hidden)
+        biased = c.bias in ("all", "mlp")
+        hidden = Linear(c, (c.d_model,), (2, c.d_ff) if c.gated else (c.d_ff,), 0.02, biased, name="up")(x)
+        hidden = recompute(activation(c))(hidden)
         return Linear(c, (c.d_ff,), (c.d_model,), 0.02 / (2 * c.n_layers) ** 0.5, biased, name="down")(hidden)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlhf_jax.devices.compute import INPUTS, Kernel, dequantize, is_quantized
+from rlhf_jax.devices.compute import INPUTS, STACKED, Kernel, dequantize, is_quantized
 from rlhf_jax.settings import Count, Positive, Settings
 from rlhf_jax.types import InputError, Params, TrainState
 
@@ -43,7 +43,8 @@ def split(params: Params, cfg: Config, key: jax.Array) -> tuple[Params, Params]:
     """Trained and base parameters of a network; `attach` of the two computes the same as `params`.
 
     The trained ones are the adapters, `kernel_a` [L, inputs, rank] from N(0, 1 / inputs) and `kernel_b`
-    [L, rank, outputs], at first 0, and a scalar model's head. Without a rank they are all of `params`.
+    [L, rank, outputs], at first 0, and a scalar model's head; experts have one each, [L, E, ...]. Without a rank they
+    are all of `params`.
     """
     if cfg.rank is None:
         return params, {}
@@ -51,11 +52,13 @@ def split(params: Params, cfg: Config, key: jax.Array) -> tuple[Params, Params]:
     trained = {path: base.pop(path) for path in HEAD if path in base}
     adapted = [path[:-1] for path in sorted(base) if path[-1] == "kernel" and path[-2] in cfg.kernels]
     for n, path in enumerate(adapted):
-        layers, *axes = base[*path, "kernel"].shape
-        inputs, outputs = math.prod(axes[: INPUTS[path[-1]]]), math.prod(axes[INPUTS[path[-1]] :])
-        noise = jax.random.normal(jax.random.fold_in(key, n), (layers, inputs, cfg.rank))
+        shape = base[*path, "kernel"].shape
+        stack = 2 if path[-2] == STACKED else 1
+        split_at = stack + INPUTS[path[-1]]
+        inputs, outputs = math.prod(shape[stack:split_at]), math.prod(shape[split_at:])
+        noise = jax.random.normal(jax.random.fold_in(key, n), (*shape[:stack], inputs, cfg.rank))
         trained[*path, "kernel_a"] = inputs**-0.5 * noise
-        trained[*path, "kernel_b"] = jnp.zeros((layers, cfg.rank, outputs))
+        trained[*path, "kernel_b"] = jnp.zeros((*shape[:stack], cfg.rank, outputs))
     return unflatten_dict(trained), unflatten_dict(base)
 
 

@@ -24,6 +24,7 @@ _COUNT = _Range(int, 0, 2**31 - 1, "a whole number from 0 to 2^31 - 1")
 _POSITIVE = _Range(float, _TINY, _MOST, "a number above 0, in float32's range")
 _FACTOR = _Range(float, 1, _MOST, "a number from 1 on, in float32's range")
 _SHARE = _Range(float, _TINY, 1, "a number above 0, at most 1")
+_WEIGHT = _Range(float, 0, _MOST, "a number from 0 on, in float32's range")
 _RATE = _Range(float, 0, 1 - 2**-24, "a number from 0 to below 1")
 
 _NEVER_NULL: dict[str, _Range] = {
@@ -40,6 +41,11 @@ _NEVER_NULL: dict[str, _Range] = {
     "n_positions": _SIZE,
     "ffn_dim": _SIZE,
     "no_rope_layer_interval": _SIZE,
+    "moe_intermediate_size": _SIZE,
+    "num_experts": _SIZE,
+    "num_local_experts": _SIZE,
+    "num_experts_per_tok": _SIZE,
+    "decoder_sparse_step": _SIZE,
     "sliding_window_pattern": _SIZE,
     "rms_norm_eps": _SHARE,
     "layer_norm_eps": _SHARE,
@@ -68,6 +74,8 @@ _NULLABLE: dict[str, _Range] = {
     "dropout": _RATE,
     "hidden_dropout": _RATE,
     "layerdrop": _RATE,
+    "router_jitter_noise": _RATE,
+    "router_aux_loss_coef": _WEIGHT,
     "classifier_dropout": _RATE,
     "summary_first_dropout": _RATE,
 }
@@ -89,6 +97,7 @@ _FLAGS = (
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention"),
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention", "use_parallel_residual"),
     *("enable_bias", "do_layer_norm_before", "layer_norm_elementwise_affine", "_remove_final_layer_norm"),
+    *("norm_topk_prob", "output_router_logits"),
 )
 
 

@@ -26,6 +26,7 @@ from rlhf_jax.logprobs import entropy, map_columns, token_logprobs
 from rlhf_jax.models import attention
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Compute, Config
+from rlhf_jax.models.experts import Mixture
 from rlhf_jax.models.layers import (
     ALL,
     MLP,
@@ -36,6 +37,7 @@ from rlhf_jax.models.layers import (
     continued_view,
     depth,
     dropout,
+    real_tokens,
     soft_cap,
     take_columns,
     token_view,
@@ -65,7 +67,12 @@ class Block(nn.Module):
         before = take_columns(x, columns)
         x = before + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
         read = before if c.parallel_residual else x
-        added = MLP(c, name="mlp")(Norm(c, name="norm_2")(read) if c.pre_norm else read)
+        read = Norm(c, name="norm_2")(read) if c.pre_norm else read
+        if c.experts is None:
+            added = MLP(c, name="mlp")(read)
+        else:
+            mask = take_columns(real_tokens(view.segment), columns)
+            added = Mixture(c, name="mlp")(read, mask, view.balance)
         if c.post_norm:
             added = Norm(c, name="post_norm_2")(added)
         x = x + dropout(added, view.keys, 2 * layer + 2, c.dropout)
@@ -110,6 +117,8 @@ class Transformer(nn.Module):
     ) -> Float[Array, "B N D"]:
         """Final hidden states at these columns; `keys` [B] turn residual dropout on."""
         view = whole_view(self.config, segment, rotary_table(depth(tokens.shape[1], segment), self.config), keys)
+        if self.config.experts is not None and self.has_variable("params", "balance"):
+            view = view.replace(balance=self.variables["params"]["balance"] / self.config.n_layers)
         x = self._embed(tokens, view)
         if not self.is_initializing() and unrolled(self.config, self.variables["params"]):
             layers = layers_of(self.variables["params"], self.config)
@@ -210,11 +219,16 @@ class Transformer(nn.Module):
     ) -> tuple[Array, Any]:
         """All blocks, one by one: the output at these columns, and the cache.
 
-        The last one computes these columns alone, unless that is no faster, as with a kernel, or takes dropout of all.
+        The last one computes these columns alone, unless that is no faster, as with a kernel, or takes dropout of all,
+        or a router to balance.
         """
         c, length = self.config, x.shape[1]
         plain = isinstance(view.segment, Tree) and view.segment.fork is None
-        whole = (view.keys is not None and c.dropout > 0) or attention.kernel(c, length, length, plain)
+        whole = (
+            (view.keys is not None and c.dropout > 0)
+            or view.balance is not None
+            or attention.kernel(c, length, length, plain)
+        )
         of_last, afterwards = (ALL, columns) if whole else (columns, ALL)
         for layer, params in enumerate(layers):
             x, cache = self._block(params, x, cache, layer, view, of_last if layer == c.n_layers - 1 else ALL)

@@ -13,7 +13,7 @@ from tests import tiny
 from tests.devices import test_shared
 
 BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
-NAMES = "gpt", "llama", "mistral", "qwen3", "gemma2"  # families that differ in how tokens see each other
+NAMES = "gpt", "llama", "mistral", "qwen3", "gemma2", "mixtral"  # families that differ in how tokens see each other
 EVERY = pytest.mark.parametrize("config", [tiny.CONFIGS[name] for name in NAMES], ids=NAMES)
 
 
@@ -390,6 +390,7 @@ def test_dropout_keeps_the_mean():
 @pytest.mark.slow
 def test_presets_have_the_published_sizes():
     published = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    published |= {"mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624}
     published |= {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}
     for name, parameters in published.items():
         assert models.parameter_count(models.PRESETS[name]) == parameters
