@@ -27,7 +27,8 @@ from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
 from rlhf_jax.models import lora as lora_lib
-from rlhf_jax.rollouts import rollout, sampling, scores
+from rlhf_jax.rollouts import judge as judge_lib
+from rlhf_jax.rollouts import rollout, sampling, scores, tokens
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, NonNegative, Positive, Whole
 from rlhf_jax.types import InputError, Params, TrainState, named_key
@@ -41,6 +42,8 @@ class Config(runs.Config):
     init: Path = Path("runs/sft/model")  # model directory of the policy
     reference: Path | None = None  # model directory of the frozen reference model; None: `init`
     reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models, whose scores are averaged or weighted
+    judge: judge_lib.Config = judge_lib.Config()  # scores in place of the reward models, by a rubric
+    process: scores.Process = scores.Process()  # rewards of steps or tokens in place of the reward models' scores
     cost: Path | None = None  # cost model, whose mean score algorithm.rewards.threshold bounds; None: no constraint
     critic: Literal["reward", "policy"] = "reward"  # separate network (from the first reward model), or policy head
     pessimism: NonNegative = 0.0  # number of the reward models' standard deviations to subtract from their mean
@@ -62,6 +65,9 @@ class Config(runs.Config):
     lora: lora_lib.Config = lora_lib.Config()  # low-rank adapters of policy and critic
     samples_every: Count = 20  # number of steps between tables of samples
     samples: Count = 8  # number of episodes in a table of samples
+    # Episodes of those steps whose tokens are recorded one by one, and as many answers to prompts that stay the same
+    # throughout the run, for `experiments.report`; 0: none.
+    token_samples: Whole = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +81,8 @@ class Config(runs.Config):
                 " policy learns nothing"
             )
         self.algorithm.rewards.check(len(self.reward), self.cost is not None, self.pessimism)
+        if self.process.model is not None:
+            self.algorithm.rewards.check_process()
 
 
 def build(
@@ -135,19 +143,22 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     """Train, and write the run directory; returns the final state. `score_text` replaces the reward models' scores."""
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
-    if not cfg.reward and score_text is None:
-        raise InputError("reward: expected at least one model directory")
-    if score_text and (cfg.pessimism or cfg.algorithm.rewards.weights):
-        raise InputError("pessimism and weights have no effect on scores that are not reward models': leave them out")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)
+    other = scores.other(score_text, cfg.judge, cfg.process, layout, cfg.compute, cfg.seed)
+    if not cfg.reward and other is None:
+        raise InputError("reward: expected at least one model directory")
+    if other is not None and (cfg.pessimism or algorithm.rewards.weights):
+        raise InputError("pessimism and weights have no effect on scores that are not reward models': leave them out")
     load = functools.partial(models.load, compute=cfg.compute, place=layout.sharding)
     policy, reference = load(cfg.init), load(cfg.reference) if cfg.reference else None
-    judges = scores.load(cfg.reward, cfg.cost, layout, cfg.compute, algorithm.rewards, cfg.pessimism)
+    scorers = scores.load(cfg.reward, cfg.cost, layout, cfg.compute, algorithm.rewards, cfg.pessimism)
     if reference and reference.config != policy.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.init}: take the model that it came from")
-    loaded = {cfg.init: policy} | dict(judges.named)
+    loaded = {cfg.init: policy} | dict(scorers.named)
     if cfg.reference and reference:
         loaded[cfg.reference] = reference
+    if isinstance(other, scores.TokenModel) and cfg.process.model:
+        loaded[cfg.process.model] = other.model
     models.check_vocabularies(loaded)
     tokenizer = models.tokenizer_of(policy, cfg.control_tokens)
 
@@ -165,8 +176,8 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
         )
 
-    critic = judges.rewards[0] if cfg.critic == "reward" else None
-    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets)
+    critic = scorers.rewards[0] if cfg.critic == "reward" else None
+    score = scores.scorer(scorers, other, rows, policy, layout, algorithm.buckets)
     critic_config, eos_id = critic.config if critic else None, models.stop_ids(policy)
     tx, collect, step_fn = build(cfg, policy.config, critic_config, eos_id, layout)
     state, frozen = start(cfg, tx, policy.params, critic.params if critic else heads.fresh(policy.config))
@@ -176,13 +187,28 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     else:  # a copy, since the train step donates the buffers of the policy
         reference_params = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze((reference or policy).params)))
     key = layout.state(named_key(cfg.seed, "ppo/sampling"))
+    recorder = tokens.Recorder(
+        policy.config,
+        layout,
+        functools.partial(ppo_lib.judge, cfg=algorithm),
+        cfg.token_samples,
+        algorithm.temperature,
+        rows,
+        tokenizer,
+    )
+    # Prompts whose answers are recorded too, always sampled with the same noise.
+    watched = (
+        layout.rows(next(iter(prompts))),
+        layout.state(named_key(cfg.seed, "ppo/watched")),
+        layout.state(np.uint32(0)),
+    )
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
         at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
         derive=rates.Rates(
             policy=policy.config,
             critic=critic_config,
-            rewards=tuple(judge.config for judge in judges.every),
+            rewards=scores.readers(scorers, other),
             batch=cfg.batch,
             epochs=algorithm.epochs,
             text_rows=updates_a_step * cfg.text_batch if cfg.text else 0,
@@ -191,7 +217,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters
-    del judges, critic, reference, loaded, frozen
+    del scorers, other, critic, reference, loaded, frozen
 
     # The state holds these settings, which may adapt: a resume under others is refused.
     in_state = runs.SEED | updates.IN_STATE | {"algorithm.kl_coef": "opt_state/kl_coef"}
@@ -208,10 +234,16 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
             run.clock.done("generate", sampled)
             episodes = score(sampled)
             run.clock.done("score", episodes)
+            is_sampled, parts = (step - 1) % cfg.samples_every == 0 or step == cfg.steps, list[tokens.Part]()
+            if is_sampled and cfg.token_samples:
+                answers = score(collect(params, *watched))
+                parts = recorder.before(state, params, {"trained": episodes, "watched": answers})
+                run.clock.done("record", [part.reference for part in parts])
             state, metrics = step_fn(state, base, episodes, text_rows)
             run.clock.done("update", metrics)
-            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+            if is_sampled:
                 run.samples(step, rollout.table(rows, tokenizer, layout.gather(episodes), cfg.samples))
+                run.tokens(step, recorder.after(parts, lora_lib.attach(base, state.params, cfg.lora)["policy"]))
             run.record(step, state, metrics)
     state = layout.get(state)
     trained = state.opt_state.get("ema", state.params["policy"])

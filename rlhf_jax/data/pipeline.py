@@ -27,10 +27,11 @@ import grain
 import jax
 import numpy as np
 
+from rlhf_jax.data import steps as steps_lib
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.devices import ragged
-from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Thumbs, Tokens, Virtue
+from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Steps, Thumbs, Tokens, Virtue
 
 T = TypeVar("T")
 Row = dict[str, Any]  # as `sources.rows` returns them
@@ -49,17 +50,19 @@ class Counts:
     tied: int = 0  # rankings of one rank alone
     repeated: int = 0  # kept rankings of which some pair of different rank is the same tokens; another pair is not
     unended: int = 0  # responses in kept rankings that were cut before their end
+    unlike: int = 0  # solutions whose steps their tokens do not keep apart
     control_tokens: int = 0  # kept rows that spell control tokens, which are read as such
 
     @property
     def refused(self) -> int:
         """The number of rows left out."""
-        return self.empty + self.too_long + self.identical + self.tied
+        return self.empty + self.too_long + self.identical + self.tied + self.unlike
 
     def __str__(self) -> str:
         why = f"{self.empty} empty, {self.too_long} too long"
         why += f", {self.identical} of identical responses" * (self.identical > 0)
         why += f", {self.tied} of one rank" * (self.tied > 0)
+        why += f", {self.unlike} with steps that tokens do not keep apart" * (self.unlike > 0)
         warnings = {
             "rows rank identical responses differently too": self.repeated,
             "responses without an end": self.unended,
@@ -347,6 +350,49 @@ def thumbs(
         return Thumbs(tokens=tokens, mask=mask, start=start, good=good)
 
     return _stream("thumbs", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
+
+
+def steps(
+    source: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    epochs: int | None = None,
+) -> Batches[Steps]:
+    """Solutions with a label for each step, padded on the right to `length`; longer ones are refused.
+
+    Each step is on a line of its own: new lines within it become spaces. See `steps` for where it is read.
+    """
+    labelled = list(source)
+    rows = [
+        {"prompt": row["prompt"], "responses": [steps_lib.text(row["steps"])], "ended": [False]} for row in labelled
+    ]
+    fitting, counts = _answered(source, rows, tokenizer, length)
+    marks = steps_lib.marks(tokenizer, [tokenizer.eos_token_id])
+    kept = []
+    for one in fitting:
+        (end,) = one.ends
+        over, read = steps_lib.find(end[None], np.ones((1, len(end)), bool), marks)
+        where, labels = np.asarray(read)[np.asarray(over)], labelled[one.row]["labels"]
+        if len(where) == len(labels):
+            kept.append((np.append(one.start, end), len(one.start) + where, labels))
+    counts = dataclasses.replace(counts, kept=len(kept), unlike=len(fitting) - len(kept))
+    pad = tokenizer_lib.pad_id(tokenizer)
+
+    def fill(index: np.ndarray) -> Steps:
+        shape = (len(index), length)
+        tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
+        step, label = np.zeros(shape, bool), np.zeros(shape, np.int32)
+        for b, n in enumerate(index):
+            if n >= 0:
+                ids, where, labels = kept[n]
+                tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
+                step[b, where], label[b, where] = True, labels
+        return Steps(tokens=tokens, mask=mask, step=step, label=label)
+
+    return _stream("steps", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
 
 
 def _by_rating(row: Row, virtue: Virtue, place: Callable[[int], str], n: int) -> Row:

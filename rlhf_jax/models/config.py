@@ -75,10 +75,10 @@ class Config(Settings):
             raise InputError(f"RoPE rotates pairs of features: head_dim={self.head_dim} must be even")
         if self.rotary_size is not None and (self.rotary_size % 2 or self.rotary_size > self.head_dim):
             raise InputError(f"rotary_size={self.rotary_size}: expected an even number up to head_dim={self.head_dim}")
-        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
-            raise InputError(f"rope_theta={self.rope_theta}: YaRN needs rope_theta above 1")
         if self.experts is not None and self.bias in ("all", "mlp"):
             raise InputError(f"bias={self.bias}: experts have no biases, expected one of attention, qkv, none")
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise InputError(f"rope_theta={self.rope_theta}: YaRN needs rope_theta above 1")
         if isinstance(scaling := self.rope_scaling, LongScaling):
             pairs = (self.rotary_size or self.head_dim) // 2
             for name, factors in {"short": scaling.short, "long": scaling.long}.items():
