@@ -97,6 +97,7 @@ def build(
             tx=tx,
             cfg=algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config),
         ),
     )
     sampled = sampling.Config(
@@ -168,7 +169,7 @@ def main(
     key = layout.state(named_key(cfg.seed, "grpo/sampling"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
-        at_most={"ratio/first_error": updates.RATIO_ERROR[cfg.compute.dtype]},
+        at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
         derive=rates.Rates(
             policy=policy.config,
             critic=None,
@@ -179,6 +180,7 @@ def main(
             text_length=cfg.text_length,
             peak=flops.peak(cfg.compute.dtype),
             group=algorithm.group if cfg.compute.shares(cfg.prompt_length, cfg.max_new_tokens, algorithm.group) else 1,
+            learnt=algorithm.learnt,
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters

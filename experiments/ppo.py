@@ -72,6 +72,11 @@ class Config(runs.Config):
             raise InputError("critic=reward starts from a reward model: name one by --reward, or use --critic policy")
         if self.pessimism and len(self.reward) < 2:
             raise InputError("pessimism needs the disagreement of several reward models: name more by --reward")
+        if self.algorithm.critic_first >= self.steps:
+            raise InputError(
+                f"algorithm.critic_first={self.algorithm.critic_first}: expected less than steps={self.steps}, or the"
+                " policy learns nothing"
+            )
         self.algorithm.rewards.check(len(self.reward), self.cost is not None, self.pessimism)
         if self.process.model is not None:
             self.algorithm.rewards.check_process()
@@ -89,12 +94,14 @@ def build(
     `critic` is the architecture of a critic that starts from a reward model; None is a head on the policy.
     """
     algorithm = cfg.algorithm
-    total = cfg.steps * algorithm.epochs * algorithm.minibatches
+    updates_a_step = algorithm.epochs * algorithm.minibatches
+    wait = algorithm.critic_first * updates_a_step
 
-    def adam(lr: float) -> optax.GradientTransformation:
+    def adam(lr: float, total: int) -> optax.GradientTransformation:
         return optim.adamw(optim.schedule(cfg.schedule, lr, total, cfg.warmup), cfg.adam, skip_bad=cfg.skip_bad > 0)
 
-    tx = ppo_lib.optimizer(adam(cfg.lr), adam(cfg.critic_lr))
+    total = cfg.steps * updates_a_step
+    tx = ppo_lib.optimizer(adam(cfg.lr, total - wait), adam(cfg.critic_lr, total), wait)
     policy_fn = models.part("policy", models.logprobs_fn(config))
     critic_fn = heads.critic(critic) if critic else heads.shared_critic(config)
     step = lora_lib.on_base(
@@ -106,6 +113,7 @@ def build(
             tx=tx,
             cfg=algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config, critic),
         ),
     )
     sampled = sampling.Config(
@@ -178,7 +186,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     key = layout.state(named_key(cfg.seed, "ppo/sampling"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
-        at_most={"ratio/first_error": updates.RATIO_ERROR[cfg.compute.dtype]},
+        at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
         derive=rates.Rates(
             policy=policy.config,
             critic=critic_config,

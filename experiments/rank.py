@@ -79,7 +79,8 @@ class Config(runs.Stage):
             raise InputError(f"most={self.most}: expected at most {_MOST} answers, which a page can show to people")
         if self.db is not None and self.judge.given:
             raise InputError("db and judge: either people or a judge rank the answers; leave out one of them")
-        who, idle, hint = "simulated labelers", ("data", "overlap", "enough"), "name the store of people by --db"
+        idle: tuple[str, ...] = ("data", "overlap", "enough")
+        who, hint = "simulated labelers", "name the store of people by --db"
         if self.db is not None:
             who, idle, hint = "people", ("people",), "leave it out"
         elif self.judge.given:

@@ -125,6 +125,7 @@ def build(
             tx=tx,
             cfg=cfg.algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config),
         ),
     )
     scores = functools.partial(reward_lib.scores, score_fn=heads.score_fn(config), buckets=cfg.algorithm.buckets)

@@ -99,6 +99,13 @@ MUTANTS = [
     ),
     *mutants(
         "algorithms/advantages",
+        "length_adaptive",
+        ("1 - 1 / (", "1 / ("),
+        ("(alpha * jnp", "(jnp"),
+        ("1)), 0.0)", "1)), -9.0)"),
+    ),
+    *mutants(
+        "algorithms/advantages",
         "whiten",
         ("masked_mean(x, mask)", "jnp.mean(x)"),
         ("jnp.sum(mask) - ddof", "jnp.sum(mask)"),
@@ -245,6 +252,13 @@ MUTANTS = [
     ),
     *mutants(
         "algorithms/ppo",
+        "estimate",
+        ("cfg.lam if cfg.lam_alpha is None", "cfg.lam if cfg.lam_alpha is not None"),
+        ("_, target = gae(reward", "advantage, target = gae(reward"),
+        ("cfg.gamma, cfg.critic_lam", "cfg.gamma, lam"),
+    ),
+    *mutants(
+        "algorithms/ppo",
         "adapt_kl_coef",
         ("kl / target - 1.0", "1.0 - kl / target"),
         ("n / horizon", "1 / horizon"),
@@ -340,6 +354,23 @@ MUTANTS = [
         ("(logp_rejected - ref_rejected)", "(logp_rejected + ref_rejected)"),
         ("(logp_chosen - ref_chosen) - ", "(logp_chosen - ref_chosen) + "),
     ),
+    *mutants("algorithms/online_dpo", "ranks", ("> score[:, :, None]", ">= score[:, :, None]")),
+    *mutants(
+        "algorithms/online_dpo",
+        "extremes",
+        (
+            "jnp.argmax(score, axis=1), jnp.argmin(score, axis=1)",
+            "jnp.argmin(score, axis=1), jnp.argmax(score, axis=1)",
+        ),
+    ),
+    *mutants(
+        "algorithms/online_dpo",
+        "loss",
+        ("logp - rollout.logp_ref", "logp - rollout.logp"),
+        ("if cfg.per_token", "if not cfg.per_token"),
+        ('totals["prompts"]', "len(rank)"),
+        ("cfg.beta * pair_mean", "pair_mean"),
+    ),
     *mutants(
         "algorithms/preferences", "sequence_logprobs", ("jnp.where(mask, logp, 0.0)", "logp"), ("jnp.sum(", "jnp.mean(")
     ),
@@ -388,6 +419,24 @@ MUTANTS = [
         ("cfg.alpha / cfg.rank", "cfg.alpha * cfg.rank"),
         ('"kernel_b" and cfg.rank', '"kernel_b" and 0'),
     ),
+    *mutants(
+        "models/experts",
+        "balance_loss",
+        ("experts * jnp", "jnp"),
+        ("/ active", ""),
+        ("jnp.where(mask[..., None], x, 0.0)", "x"),
+    ),
+    *mutants(
+        "models/experts", "route", ("if normalized", "if not normalized"), ("axis=-1, keepdims", "axis=0, keepdims")
+    ),
+    *mutants(
+        "models/experts",
+        "compute_sorted",
+        ("jnp.where(used, permute", "jnp.where(True, permute"),
+        ("permute(made, inverse, order)", "permute(made, order, inverse)"),
+        ("jnp.where(used, product", "jnp.where(True, product"),
+    ),
+    *mutants("algorithms/balance", "attach", ("weight / shares", "weight"), ("if not weight", "if weight is None")),
     *mutants("models/lora", "merge", ("kernel + change", "kernel - change")),
     *mutants("devices/parallel", "accumulate", ("jax.tree.map(jnp.add, total, grads)", "grads")),
     *mutants("devices/shared", "worthwhile", ("group * answer", "answer"), ("prompt >= LEAST", "prompt > LEAST")),

@@ -33,11 +33,12 @@ from tests.quickstart import LENGTHS
 
 JUDGE = {"judge", "process"}  # which tests/experiments/test_judge.py and test_steps.py have
 LATER = {"out", "saves", "samples_every", "samples", "held_out_every", "resample"} | JUDGE  # of these the loop asks
-WITH_PEOPLE = {"db", "data", "overlap", "enough", "round"}  # settings of `rank`, which tests/experiments has
+# Settings without effect by default, which tests/experiments has: of `rank` with people, of `rounds` with DPO.
+SPECIAL = {"rank": {"db", "data", "overlap", "enough", "round"}, "rounds": {"dpo"}}
 ASKED = {
     sources: ["rows"],
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
-    models: ["load", "load_reward", "logprobs_fn", "preset", "tokenizer_of"],
+    models: ["load", "load_reward", "logprobs_fn", "preset", "tokenizer_of", "balance_weight"],
     heads: ["critic", "shared_critic", "score_fn"],
     mixture: ["open_mixture", "Sizes"],
     probe: ["prepare"],
@@ -165,7 +166,7 @@ def settings(name, quick):
     if name == "dpo":
         preferred = dpo.Config(init=tuned, data=ranked, length=64, batch=8)
         beta = dataclasses.replace(preferred.algorithm, beta=0.7)
-        special = {"data": other, "init": base, "algorithm": beta, "virtue": "helpful"}
+        special = {"data": other, "init": base, "algorithm": beta, "virtue": "helpful", "schedule": "linear"}
         return preferred, special | {"lora": lora.Config(rank=2)}
     sizes = {"prompt_length": 40, "max_new_tokens": 8, "batch": 32, "text": "world:rows=200", "steps": 2, "warmup": 1}
     default = STAGES[name].Config()
@@ -246,6 +247,7 @@ def other_settings(name, quick, tmp_path):
         return rounds.Config(init=tuned, rounds=2, rank=rank.Config(prompts=8)), {
             "init": base,
             "compute": compute,
+            "improve": "dpo",
             "rank": rank.Config(prompts=9),
             "reward": reward.Config(lr=0.5),
             "ppo": ppo.Config(lr=0.5),
@@ -319,7 +321,7 @@ def made_up(monkeypatch, done, asked):
 
 STAGES_OF = {
     "rejection": [sft],
-    "rounds": [rank, reward, ppo, evaluate],
+    "rounds": [rank, reward, ppo, dpo, evaluate],
     "sentiment": [pretrain, reward, ppo],
 }
 
@@ -341,4 +343,4 @@ def test_no_setting_of_another_experiment_is_dead(name, done, tmp_path, monkeypa
         return list(asked), {path.name: path.read_text() for path in (tmp_path / "run").glob("*.jsonl")}
 
     trace(base)  # what is loaded is remembered from here on
-    check_each_setting(base, special, trace, LATER | (WITH_PEOPLE if name == "rank" else set()))
+    check_each_setting(base, special, trace, LATER | SPECIAL.get(name, set()))

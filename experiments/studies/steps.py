@@ -127,7 +127,8 @@ def measure(cfg: Config, model: Path, tuned: Path) -> dict[str, float]:
     loaded = models.load(model, compute=cfg.compute, place=layout.sharding)
     reference = models.load(tuned, compute=cfg.compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(loaded)
-    world, found = World.generate(cfg.world), {}
+    world = World.generate(cfg.world)
+    found: dict[str, float] = {}
     for split in ("train", "held_out"):
         rows = [*sums.rows(world, cfg.held_out, seed=9, held_out=split == "held_out")]
         prompts, _ = pipeline.every_prompt(rows, tokenizer, length=cfg.ppo.prompt_length)
@@ -143,7 +144,7 @@ def measure(cfg: Config, model: Path, tuned: Path) -> dict[str, float]:
         texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
         lines = [text.split("\n") for text in texts]
         asked = [rows[int(index)]["sum"] for index in sampled.index]
-        right = [sums.is_right(*pair, steps) for pair, steps in zip(asked, lines, strict=True)]
+        right = [sums.is_right(start, up, steps) for (start, up), steps in zip(asked, lines, strict=True)]
         answers = [steps[-1] == sums.solution(*pair)[-1] for pair, steps in zip(asked, lines, strict=True)]
         found |= {
             f"{split}/right_in_all_steps": float(np.mean(right)),

@@ -309,6 +309,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches of updates on one rollout, in one compiled call. `state` is from `updates.init`.
@@ -324,6 +325,7 @@ def train_step(
         totals=functools.partial(totals, cfg=cfg),
         live=live,
         group=group,
+        balance=balance,
     )
     state, update_metrics = updates.apply(
         state,

@@ -87,6 +87,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches of updates on one rollout, in one compiled call. `state` is from `updates.init`.
@@ -102,6 +103,7 @@ def train_step(
         totals=totals,
         live=live,
         group=group,
+        balance=balance,
     )
     state, update_metrics = updates.apply(
         state,

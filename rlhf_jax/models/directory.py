@@ -30,6 +30,7 @@ from rlhf_jax.devices import hosts
 from rlhf_jax.devices.compute import Compute
 from rlhf_jax.models import families, files, gguf_file, heads, transformer
 from rlhf_jax.models.config import Config
+from rlhf_jax.models.scaling import LongScaling
 from rlhf_jax.types import InputError, Params
 
 SHARD = 5 * 2**30  # bytes of a file of weights at most, unless one tensor is larger
@@ -119,8 +120,17 @@ def _normalized(template: Any) -> Any:
 
 
 def check_length(config: Config, **lengths: int) -> None:
-    """Raises InputError for a length, by name, beyond a table of positions; warns where RoPE was trained for less."""
+    """Raises InputError for a length, by name, beyond a table of positions; warns where RoPE was trained for less.
+
+    Warns too where RoPE has other factors for rows so long.
+    """
+    scaling = config.rope_scaling
     for name, length in lengths.items():
+        if isinstance(scaling, LongScaling) and length > scaling.original_length and hosts.first():
+            what = (
+                f"{name}={length} is more than {scaling.original_length} tokens, for which longrope has other factors"
+            )
+            print(f"warning: {what}: shorter rows are read as by another model", file=sys.stderr)
         if length > config.max_length:
             what = f"{name}={length} is more than the model's context of {config.max_length} tokens"
             if config.position == "learned":
@@ -470,7 +480,8 @@ def _tensors(entry: families.Entry, layer: int | None, params: Params) -> Iterat
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-_BUFFERS = re.compile(r"attn\.(masked_)?bias|.*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")  # of older checkpoints
+# Masks and frequencies in older checkpoints, which are no weights.
+_BUFFERS = re.compile(r"attn\.(masked_)?bias|.*\.(attn|attention)\.(masked_)?bias|.*rotary_emb\.inv_freq")
 
 
 def _read(tensors: files.Tensors, config: Config, scalar: bool, dtype: Any, place: Placement) -> Params:
@@ -489,8 +500,8 @@ def _values(tensors: files.Tensors, config: Config, scalar: bool, dtype: Any) ->
         expected |= found
         parts.append((entry, layer, [*found]))
     tensors.check(expected)
-    if config.tie_embeddings and "lm_head.weight" in expected:
-        _check_tied(tensors, parts[0][2][0])
+    if config.tie_embeddings and (tied := families.unembedding(config)) in expected:
+        _check_tied(tensors, tied, parts[0][2][0])
     # The largest tensors, those without layers, come first: what a tensor takes on its way adds to what is there.
     for entry, layer, names in sorted(parts, key=lambda part: part[1] is not None):
         value = entry.into(*(tensors.get(name, dtype) for name in names)).astype(dtype, copy=False)
@@ -530,8 +541,9 @@ def _prefix(tensors: files.Tensors, config: Config, scalar: bool) -> str:
 def _head(tensors: files.Tensors, config: Config, scalar: bool) -> dict[str, tuple[int, ...]]:
     """The shapes of a score head, which a reward model must have, or of a tied unembedding, which may be there too."""
     if not scalar:
-        tied = config.tie_embeddings and "lm_head.weight" in tensors.where
-        return {"lm_head.weight": (config.vocab_size, config.d_model)} if tied else {}
+        name = families.unembedding(config)
+        tied = config.tie_embeddings and name in tensors.where
+        return {name: (config.vocab_size, config.d_model)} if tied else {}
     if "score.weight" not in tensors.where:
         raise InputError(f"{tensors.path} has no score head (score.weight): it is not a reward model")
     head: dict[str, tuple[int, ...]] = {"score.weight": (1, config.d_model)}
@@ -542,10 +554,10 @@ def _head(tensors: files.Tensors, config: Config, scalar: bool) -> dict[str, tup
 _put = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0)
 
 
-def _check_tied(tensors: files.Tensors, embedding: str) -> None:
+def _check_tied(tensors: files.Tensors, name: str, embedding: str) -> None:
     """Raises InputError where a tied unembedding, which may be in the file too, differs from the embedding."""
-    if not np.array_equal(tensors.get("lm_head.weight"), tensors.get(embedding)):
-        raise InputError(f"{tensors.path}: lm_head.weight differs from the embedding, to which config.json ties it")
+    if not np.array_equal(tensors.get(name), tensors.get(embedding)):
+        raise InputError(f"{tensors.path}: {name} differs from the embedding, to which config.json ties it")
 
 
 def _set(tree: dict, path: str, leaf: Any) -> None:

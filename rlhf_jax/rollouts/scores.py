@@ -144,7 +144,8 @@ def score_tokens(
     step = None
     if marks is not None:
         step, column = steps_lib.find(episodes.response_tokens, given, marks)
-        per_token, given = jnp.take_along_axis(per_token, jnp.maximum(column, 0), axis=1), step
+        given = step
+        per_token = jnp.take_along_axis(per_token, jnp.maximum(column, 0), axis=1)
     token_score = jnp.where(given, per_token, 0.0)
     return episodes.replace(token_score=token_score, step=step, score=jnp.zeros_like(per_token[:, 0]))
 
