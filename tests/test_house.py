@@ -75,6 +75,7 @@ def test_no_circle():
 PARAMETERS = 8  # at most, of a function, beside `axis`, which a layout binds
 LONGER = {  # functions with more, and the reason
     "rlhf_jax/algorithms/ppo.py:train_step": "it takes two networks, and text",
+    "rlhf_jax/data/pipeline.py:rankings": "it makes batches of several shapes, of whichever labels",
     "rlhf_jax/algorithms/distillation.py:train_step": "it takes two networks, and the parameters of the other",
 }
 SPREADING = {  # functions that hand a dict of arguments on, and the reason
@@ -94,11 +95,19 @@ SPREADING = {  # functions that hand a dict of arguments on, and the reason
     "rlhf_jax/people/record.py:unfinished": "the settings as they were stored, by name",
     "rlhf_jax/people/administration.py:_rules": "a form has the names of the rules that it changes",
     "rlhf_jax/data/builders.py:_fetching.send_soon": "hands the arguments of a request on",
+    "experiments/studies/symptoms.py:policy": "a symptom is a change of a few settings, by name",
+    "experiments/studies/symptoms.py:with_algorithm": "a symptom is a change of a few settings, by name",
+    "experiments/studies/symptoms.py:judge": "a symptom is a change of a few settings, by name",
+    "experiments/studies/symptoms.py:scored_by.make": "a symptom is a change of a few settings, by name",
+    "experiments/studies/symptoms.py:collect_cooler": "hands the arguments of `rollout.collect` on",
+    "experiments/studies/symptoms.py:collect_unseen": "hands the arguments of `rollout.collect` on",
     "rlhf_jax/data/world/world.py:World._prompt": "the solution of a question takes the numbers in it by name",
 }
 
 
 DICTS = {  # functions with a dict of anything, and the reason
+    "rlhf_jax/analysis/report/__init__.py:_episode": "an object of the page's JSON",
+    "rlhf_jax/models/families.py:_read_scaling": "a scaling is a row of a table: its fields by name",
     "rlhf_jax/models/config.py:llama": "the fields of a config that a family fixes",
     "rlhf_jax/models/directory.py:_placed": "a tree of parameters",
     "rlhf_jax/models/families.py:_read": "the fields of a config, out of a config.json",
