@@ -62,6 +62,7 @@ def build(
             tx=tx,
             cfg=cfg.algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, student.config),
         ),
     )
     sampled = sampling.Config(

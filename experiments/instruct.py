@@ -75,6 +75,7 @@ def build(cfg: Config, config: models.Config, layout: parallel.Layout) -> tuple[
             logprobs_fn=on(logprobs_fn),
             tx=tx,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config),
         ),
     )
     return tx, layout.step(step, donate=(0,))

@@ -72,6 +72,7 @@ def build(
         logprobs_fn=logprobs_fn,
         tx=tx,
         microbatches=cfg.devices.microbatches,
+        balance=models.balance_weight(cfg.balance, config),
     )
     held_out_loss = functools.partial(sft.held_out_loss, logprobs_fn=logprobs_fn)
     return tx, layout.step(step, donate=(0,)), layout.step(held_out_loss)

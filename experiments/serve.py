@@ -79,7 +79,8 @@ def main(cfg: Config) -> None:
 def _engine(cfg: Config, path: Path, mesh: parallel.Mesh | None) -> Engine:
     """The engine of a model, whose programs are compiled."""
     place = (lambda path, shape: None) if mesh is None else mesh.sharding
-    model = models.load(path, cfg.compute.frozen, cfg.compute, place)
+    model = models.load(path, "bfloat16" if cfg.compute.frozen == "int8" else cfg.compute.frozen, cfg.compute, place)
+    model = dataclasses.replace(model, params=cfg.compute.freeze(model.params))
     engine = Engine(model, cfg.rows, mesh)
     print(f"{path}: compiling for parts of prompts of", end="", flush=True)
     for width in engine.warm_up(cfg.columns):

@@ -65,6 +65,7 @@ def build(
             logprobs_fn=on(logprobs_fn),
             tx=tx,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config),
         ),
     )
     held_out_loss = functools.partial(sft.held_out_loss, logprobs_fn=models.logprobs_fn(config))

@@ -99,6 +99,13 @@ MUTANTS = [
     ),
     *mutants(
         "algorithms/advantages",
+        "length_adaptive",
+        ("1 - 1 / (", "1 / ("),
+        ("(alpha * jnp", "(jnp"),
+        ("1)), 0.0)", "1)), -9.0)"),
+    ),
+    *mutants(
+        "algorithms/advantages",
         "whiten",
         ("masked_mean(x, mask)", "jnp.mean(x)"),
         ("jnp.sum(mask) - ddof", "jnp.sum(mask)"),
@@ -245,6 +252,13 @@ MUTANTS = [
     ),
     *mutants(
         "algorithms/ppo",
+        "estimate",
+        ("cfg.lam if cfg.lam_alpha is None", "cfg.lam if cfg.lam_alpha is not None"),
+        ("_, target = gae(reward", "advantage, target = gae(reward"),
+        ("cfg.gamma, cfg.critic_lam", "cfg.gamma, lam"),
+    ),
+    *mutants(
+        "algorithms/ppo",
         "adapt_kl_coef",
         ("kl / target - 1.0", "1.0 - kl / target"),
         ("n / horizon", "1 / horizon"),
@@ -281,6 +295,52 @@ MUTANTS = [
     *mutants("algorithms/rewards", "normalize", ("- moments.mean[None]", ""), ("jax.lax.rsqrt", "jnp.sqrt")),
     *mutants("algorithms/rewards", "weighted_sum", (" * jnp.array(weights, jnp.float32)[None]", "")),
     *mutants(
+        "algorithms/rewards",
+        "adjust",
+        ("-cfg.clip, cfg.clip", "0.0, cfg.clip"),
+        ("score - penalty", "score + penalty"),
+        (" * jnp.sum(rollout.response_mask, axis=1)", " * jnp.ones_like(score)"),
+    ),
+    *mutants(
+        "algorithms/process_reward",
+        "targets",
+        ("label >= 0 if", "label > 0 if"),
+        ("step & (label != 0)", "step & (label > 0)"),
+    ),
+    *mutants(
+        "algorithms/process_reward",
+        "loss",
+        ("output, -output)", "-output, output)"),
+        (", learnt, count)", ", right, count)"),
+    ),
+    *mutants("algorithms/grpo", "step_rewards", ("jnp.cumsum(over, axis=1) - over", "jnp.cumsum(over, axis=1)")),
+    *mutants(
+        "algorithms/grpo",
+        "step_advantages",
+        (
+            "jnp.cumsum(jnp.flip(centred.reshape(reward.shape), 1), axis=1)",
+            "jnp.flip(centred.reshape(reward.shape), 1)",
+        ),
+        (" / (deviation + 1e-4)", ""),
+        (" - jnp.sum(below, axis=(1, 2), keepdims=True) / count", ""),
+    ),
+    *mutants(
+        "algorithms/grpo",
+        "process_advantages",
+        ("reward - cfg.kl_coef", "reward + cfg.kl_coef"),
+        ("rollout.step | last", "rollout.step"),
+    ),
+    *mutants("rollouts/judge", "both_orders", ("forward == -swapped", "forward == swapped")),
+    *mutants("rollouts/judge", "ranks", ("reverse=True", "reverse=False")),
+    *mutants(
+        "data/steps",
+        "find",
+        ("inside & ~ends", "inside"),
+        ("inside & (ends | last)", "inside & ends"),
+        (" - closed.astype", " + closed.astype"),
+    ),
+    *mutants("models/directory", "_means", ("total / len(values)", "total / 2"), ("total += value", "total += first")),
+    *mutants(
         "algorithms/dpo",
         "sigmoid_terms",
         ("-(1 - label_smoothing)", "(1 - label_smoothing)"),
@@ -293,6 +353,23 @@ MUTANTS = [
         "loss",
         ("(logp_rejected - ref_rejected)", "(logp_rejected + ref_rejected)"),
         ("(logp_chosen - ref_chosen) - ", "(logp_chosen - ref_chosen) + "),
+    ),
+    *mutants("algorithms/online_dpo", "ranks", ("> score[:, :, None]", ">= score[:, :, None]")),
+    *mutants(
+        "algorithms/online_dpo",
+        "extremes",
+        (
+            "jnp.argmax(score, axis=1), jnp.argmin(score, axis=1)",
+            "jnp.argmin(score, axis=1), jnp.argmax(score, axis=1)",
+        ),
+    ),
+    *mutants(
+        "algorithms/online_dpo",
+        "loss",
+        ("logp - rollout.logp_ref", "logp - rollout.logp"),
+        ("if cfg.per_token", "if not cfg.per_token"),
+        ('totals["prompts"]', "len(rank)"),
+        ("cfg.beta * pair_mean", "pair_mean"),
     ),
     *mutants(
         "algorithms/preferences", "sequence_logprobs", ("jnp.where(mask, logp, 0.0)", "logp"), ("jnp.sum(", "jnp.mean(")
@@ -342,6 +419,24 @@ MUTANTS = [
         ("cfg.alpha / cfg.rank", "cfg.alpha * cfg.rank"),
         ('"kernel_b" and cfg.rank', '"kernel_b" and 0'),
     ),
+    *mutants(
+        "models/experts",
+        "balance_loss",
+        ("experts * jnp", "jnp"),
+        ("/ active", ""),
+        ("jnp.where(mask[..., None], x, 0.0)", "x"),
+    ),
+    *mutants(
+        "models/experts", "route", ("if normalized", "if not normalized"), ("axis=-1, keepdims", "axis=0, keepdims")
+    ),
+    *mutants(
+        "models/experts",
+        "compute_sorted",
+        ("jnp.where(used, permute", "jnp.where(True, permute"),
+        ("permute(made, inverse, order)", "permute(made, order, inverse)"),
+        ("jnp.where(used, product", "jnp.where(True, product"),
+    ),
+    *mutants("algorithms/balance", "attach", ("weight / shares", "weight"), ("if not weight", "if weight is None")),
     *mutants("models/lora", "merge", ("kernel + change", "kernel - change")),
     *mutants("devices/parallel", "accumulate", ("jax.tree.map(jnp.add, total, grads)", "grads")),
     *mutants("devices/shared", "worthwhile", ("group * answer", "answer"), ("prompt >= LEAST", "prompt > LEAST")),
@@ -363,6 +458,8 @@ EXTRA = {
     "logprobs": ["algorithms/test_gradients"],
     "algorithms/advantages": ["algorithms/test_gradients"],
     "algorithms/rloo": ["algorithms/test_grpo"],
+    "algorithms/grpo": ["algorithms/test_process_reward"],
+    "models/directory": ["models/test_models"],
     "algorithms/updates": ["algorithms/test_ppo", "algorithms/test_grpo"],
 }  # tests beside the module's own
 

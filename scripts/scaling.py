@@ -41,13 +41,22 @@ RECIPES = {  # stages, by the slice on which their train steps are compiled
     "v5e:2x4": (
         *(f"tldr_stiennon2020:{stage}-1.3b" for stage in ("sft", "reward", "ppo")),
         *(f"instructgpt:{stage}-1.3b" for stage in ("sft", "init")),
+        *(f"tldr_huang2024:{stage}-1b" for stage in ("sft", "reward", "ppo")),
+        *(f"ziegler2019:{stage}" for stage in ("reward-books", "ppo-books", "reward-tldr", "ppo-tldr")),
     ),
     "v5p:2x2x2": (
         *(f"tldr_stiennon2020:{stage}-6.7b" for stage in ("sft", "reward", "ppo")),
+        *(f"tldr_huang2024:{stage}-{size}" for size in ("2.8b", "6.9b") for stage in ("sft", "reward", "ppo")),
         *(f"instructgpt:{stage}" for stage in ("sft-6b", "init-6b", "reward", "ppo-1.3b", "ppo-6b")),
     ),
-    "v5p:4x4x4": ("instructgpt:sft-175b", "instructgpt:init-175b"),
+    "v5p:2x2x4": ("tulu3:dpo-8b", *(f"deepseekmath:{stage}-7b" for stage in ("sft", "reward", "grpo"))),
+    "v5p:4x4x4": ("instructgpt:sft-175b", "instructgpt:init-175b", "tulu3:dpo-70b"),
 }
+# Micro-batches of a stage; PPO-ptx has eight rows of text an episode, and GRPO 64 answers a question.
+PARTS = {"instructgpt:ppo": 8, "instructgpt:reward": 4, "deepseekmath:grpo": 16, "deepseekmath": 4, "tulu3": 4}
+# Answers to a prompt in rankings, where tpu_compile.py has 9.
+RESPONSES = {"ziegler2019": 4, "tldr_huang2024": 2, "deepseekmath": 2, "tulu3": 2}
+ROWS_OF = {"v5p:2x2x4": 16}  # parts of a batch on these slices; on others at most 8, for batches of few rows
 
 
 def cases() -> Iterator[tuple[str, str, str, str]]:
@@ -63,12 +72,14 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
     yield "ppo", "ppo", "v5p:2x2x4", f"{both} {ROLLS} --batch 128 --text-batch 16 --devices.fsdp 16 {BIG}"
     for topology, stages in RECIPES.items():
         for stage in stages:
-            rows = min(chips(topology), 8)  # batches are of 8 rows and more
+            rows = min(chips(topology), ROWS_OF.get(topology, 8))
             mesh = f"--devices.fsdp {rows} --devices.tensor {chips(topology) // rows}"
-            if "instructgpt:ppo" in stage:  # eight rows of text an episode
-                mesh += " --devices.microbatches 8"
-            elif topology == "v5e:2x4" or stage == "instructgpt:reward":
-                mesh += " --devices.microbatches 4"
+            own = 4 if topology == "v5e:2x4" else 1
+            parts = next((n for name, n in PARTS.items() if stage.startswith(name)), own)
+            if parts > 1:
+                mesh += f" --devices.microbatches {parts}"
+            if responses := RESPONSES.get(stage.partition(":")[0]):
+                mesh += f" --responses {responses}"
             yield "recipes", stage, topology, f"--only train {mesh} {BIG}"
     for topology in ("v5p:4x4x4", "v5p:4x4x8"):
         rows = chips(topology) // 4  # of which each has as many parts as it has episodes of an update

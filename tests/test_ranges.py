@@ -19,7 +19,7 @@ import rlhf_jax
 from experiments import ppo as ppo_experiment
 from rlhf_jax import models, settings
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.models.config import RopeScaling
+from rlhf_jax.models.scaling import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from rlhf_jax.rollouts import sampling
 from rlhf_jax.runs import cli, directory
 from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Range, Rate, Seed, Settings, Unbounded, Whole
@@ -73,9 +73,19 @@ def name(config: type) -> str:
     return f"{config.__module__}.{config.__qualname__}"
 
 
+SCALINGS = {
+    LinearScaling: LinearScaling(8.0),
+    Llama3Scaling: Llama3Scaling(8.0, 1.0, 4.0, 8192),
+    YarnScaling: YarnScaling(8.0, 8192),
+    LongScaling: LongScaling((1.0,), (2.0,), 8192, 1.5),
+}
+
+
 def example(config: type) -> Any:
-    if config is RopeScaling:
-        return RopeScaling(8.0, 1.0, 4.0, 8192)
+    if config in SCALINGS:
+        return SCALINGS[config]
+    if config is models.Experts:
+        return models.Experts(count=4, active=2)
     return config(max_new_tokens=4) if config is sampling.Config else config()
 
 
@@ -107,7 +117,7 @@ def beyond(hint: Any) -> Iterator[Any]:
 def test_configs_are_found():
     found = {name(config) for config in configs()}
     package = {f"rlhf_jax.algorithms.{module}.Config" for module in ("updates", "ppo", "grpo", "rloo", "dpo", "reward")}
-    package |= {f"rlhf_jax.models.config.{part}" for part in ("RopeScaling", "Config")}
+    package |= {"rlhf_jax.models.config.Config", *map(name, SCALINGS)}
     package |= {"rlhf_jax.algorithms.optim.Adam", "rlhf_jax.models.lora.Config", "rlhf_jax.devices.compute.Compute"}
     package |= {"rlhf_jax.devices.parallel.Config", "rlhf_jax.runs.checkpoint.Config"}
     modules = ("pretrain", "sft", "reward", "ppo", "grpo", "dpo", "rounds", "papers.sentiment")
@@ -267,6 +277,7 @@ FILES = {
     "workload",
     "db",
     "responses",
+    "rubric",
     "guidelines",
     "certificate",
     "key",

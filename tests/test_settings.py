@@ -31,12 +31,15 @@ from rlhf_jax.runs import plots, run
 from tests.experiments import test_sentiment
 from tests.quickstart import LENGTHS
 
-LATER = {"out", "saves", "samples_every", "samples", "held_out_every", "resample"}  # of these the loop asks
-WITH_PEOPLE = {"db", "data", "overlap", "enough", "round"}  # settings of `rank`, which tests/experiments has
+JUDGE = {"judge", "process"}  # which tests/experiments/test_judge.py and test_steps.py have
+# Settings of which the loop asks.
+LATER = {"out", "saves", "samples_every", "samples", "token_samples", "held_out_every", "resample"} | JUDGE
+# Settings without effect by default, which tests/experiments has: of `rank` with people, of `rounds` with DPO.
+SPECIAL = {"rank": {"db", "data", "overlap", "enough", "round"}, "rounds": {"dpo"}}
 ASKED = {
     sources: ["rows"],
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
-    models: ["load", "load_reward", "logprobs_fn", "preset", "tokenizer_of"],
+    models: ["load", "load_reward", "logprobs_fn", "preset", "tokenizer_of", "balance_weight"],
     heads: ["critic", "shared_critic", "score_fn"],
     mixture: ["open_mixture", "Sizes"],
     probe: ["prepare"],
@@ -160,11 +163,11 @@ def settings(name, quick):
         margin = reward_lib.Config(margin=0.5)
         learnt = dataclasses.replace(quick.reward, init=tuned, data=ranked, held_out=None)
         special = {"data": other, "held_out": other, "init": base, "algorithm": margin, "lora": lora.Config(rank=2)}
-        return learnt, special | {"virtue": "helpful"}
+        return learnt, special | {"virtue": "helpful", "head_seed": 7}
     if name == "dpo":
         preferred = dpo.Config(init=tuned, data=ranked, length=64, batch=8)
         beta = dataclasses.replace(preferred.algorithm, beta=0.7)
-        special = {"data": other, "init": base, "algorithm": beta, "virtue": "helpful"}
+        special = {"data": other, "init": base, "algorithm": beta, "virtue": "helpful", "schedule": "linear"}
         return preferred, special | {"lora": lora.Config(rank=2)}
     sizes = {"prompt_length": 40, "max_new_tokens": 8, "batch": 32, "text": "world:rows=200", "steps": 2, "warmup": 1}
     default = STAGES[name].Config()
@@ -245,6 +248,7 @@ def other_settings(name, quick, tmp_path):
         return rounds.Config(init=tuned, rounds=2, rank=rank.Config(prompts=8)), {
             "init": base,
             "compute": compute,
+            "improve": "dpo",
             "rank": rank.Config(prompts=9),
             "reward": reward.Config(lr=0.5),
             "ppo": ppo.Config(lr=0.5),
@@ -318,7 +322,7 @@ def made_up(monkeypatch, done, asked):
 
 STAGES_OF = {
     "rejection": [sft],
-    "rounds": [rank, reward, ppo, evaluate],
+    "rounds": [rank, reward, ppo, dpo, evaluate],
     "sentiment": [pretrain, reward, ppo],
 }
 
@@ -340,4 +344,4 @@ def test_no_setting_of_another_experiment_is_dead(name, done, tmp_path, monkeypa
         return list(asked), {path.name: path.read_text() for path in (tmp_path / "run").glob("*.jsonl")}
 
     trace(base)  # what is loaded is remembered from here on
-    check_each_setting(base, special, trace, LATER | (WITH_PEOPLE if name == "rank" else set()))
+    check_each_setting(base, special, trace, LATER | SPECIAL.get(name, set()))

@@ -33,7 +33,11 @@ def token_rewards(
 
 
 def gae(
-    reward: Float[Array, "B T"], value: Float[Array, "B T"], mask: Bool[Array, "B T"], gamma: float, lam: float
+    reward: Float[Array, "B T"],
+    value: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    gamma: float,
+    lam: float | Float[Array, "B"],
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """The advantages and value targets of generalised advantage estimation (arXiv:1506.02438, eq. 16).
 
@@ -42,7 +46,8 @@ def gae(
         target_t = A_t + V_t
 
     r is the token's reward, V the critic's value before it (0 past the end of the row), gamma the discount and lam
-    the weight of longer returns. The valid tokens of a row must be contiguous; both results are zero at padding.
+    the weight of longer returns, which may differ between rows. The valid tokens of a row must be contiguous; both
+    results are zero at padding.
     """
     reward = precise(jnp.where(mask, reward, 0.0))
     value = precise(jnp.where(mask, value, 0.0))
@@ -56,6 +61,11 @@ def gae(
 
     _, advantage = jax.lax.scan(previous, jnp.zeros_like(delta[:, 0]), (delta.T, mask.T), reverse=True)
     return advantage.T, advantage.T + value
+
+
+def length_adaptive(mask: Bool[Array, "B T"], alpha: float) -> Float[Array, "B"]:
+    """VAPO's lambda of each row, 1 - 1 / (alpha n), for n valid tokens (arXiv:2504.05118); 0 where that is negative."""
+    return jnp.maximum(1 - 1 / (alpha * jnp.maximum(jnp.sum(mask, axis=1), 1)), 0.0)
 
 
 def whiten(

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms.balance import attach, detach
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import masked_mean, precise
 from rlhf_jax.settings import Positive, Range, Settings
@@ -76,9 +77,13 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update on the global batch of responses that the student sampled, whose rows are spread over `axis`."""
+    """One update on the global batch of responses that the student sampled, whose rows are spread over `axis`.
+
+    `balance` is the weight of a load-balancing loss of the student, see `algorithms.balance`.
+    """
     start = rollout.tokens.shape[1] - rollout.response_mask.shape[1] - 1
     count = parallel.psum(jnp.sum(rollout.response_mask), axis)
 
@@ -88,12 +93,14 @@ def train_step(
         value = loss(student, told, rollout.response_mask, cfg, count)
         return value, value
 
-    share = functools.partial(jax.grad(objective, has_aux=True), state.params)
+    params = attach(state.params, balance, microbatches, axis)
+    share = functools.partial(jax.grad(objective, has_aux=True), params)
     grads, value = parallel.accumulate(share, microbatches)(rollout)
     grads, value = parallel.psum((grads, jnp.sum(value)), axis)
+    grads, load = detach(grads)
     mask = rollout.response_mask
     rows = parallel.psum(mask.shape[0], axis)
-    metrics = {
+    metrics = load | {
         "loss/distillation": value,
         "response/tokens": count / rows,
         "response/ended": parallel.psum(jnp.sum(rollout.ended), axis) / rows,

@@ -125,6 +125,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of rankings, whose prompts are spread over `axis`.
@@ -143,4 +144,4 @@ def train_step(
         margin = cfg.beta * pair_mean(h, pair, count)
         return value, gain, {"loss/dpo": value, "reward/margin": margin}
 
-    return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, axis=axis)
+    return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, balance=balance, axis=axis)

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms.balance import attach, detach
 from rlhf_jax.algorithms.preferences import sequence_logprobs
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import masked_mean
@@ -73,6 +74,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of labelled responses, whose rows are spread over `axis`.
@@ -96,10 +98,12 @@ def train_step(
         sums = {name: jnp.sum(jnp.where(mask, cfg.beta * gain, 0.0)) for name, mask in reward.items()}
         return value, {"loss": value, **sums} | {f"{name} count": jnp.sum(mask) for name, mask in reward.items()}
 
-    share = functools.partial(jax.grad(objective, has_aux=True), state.params)
+    params = attach(state.params, balance, microbatches, axis)
+    share = functools.partial(jax.grad(objective, has_aux=True), params)
     grads, sums = parallel.accumulate(share, microbatches)(batch, keys)
     grads, sums = parallel.psum((grads, jax.tree.map(jnp.sum, sums)), axis)
-    metrics = {
+    grads, load = detach(grads)
+    metrics = load | {
         "loss/kto": sums["loss"],
         "kl/reference": point,
         "reward/good": sums["good"] / jnp.maximum(sums["good count"], 1),

@@ -52,6 +52,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of rankings: the mean over each prompt's pairs, then over prompts."""
@@ -63,4 +64,4 @@ def train_step(
         metrics = {"loss/orpo": value, "loss/likelihood": likelihood, "loss/odds": odds}
         return value, logp, metrics
 
-    return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, axis=axis)
+    return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, balance=balance, axis=axis)

@@ -16,10 +16,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import updates
-from rlhf_jax.algorithms.advantages import extend_to_first_pad, gae, token_rewards, whiten
+from rlhf_jax.algorithms.advantages import extend_to_first_pad, gae, length_adaptive, token_rewards, whiten
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import KLKind, kl_estimate, masked_mean, precise
-from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Range
+from rlhf_jax.settings import Count, Fraction, NonNegative, Positive, Range, Whole
 from rlhf_jax.types import (
     InputError,
     Leaf,
@@ -56,6 +56,11 @@ class Config(updates.Config):
     whiten_advantages: Literal["biased", "bessel"] | None = "biased"  # whiten, with this variance estimator; None: not
     gamma: Fraction = 1.0  # discount factor of a token's reward per step
     lam: Fraction = 0.95  # lambda of generalised advantage estimation: 0 trusts the critic, 1 the sampled return
+    # Give each response a lambda of 1 - 1 / (lam_alpha length) in place of lam (VAPO, arXiv:2504.05118).
+    lam_alpha: Positive | None = None
+    critic_lam: Fraction | None = None  # lambda of the critic's targets (arXiv:2503.01491); None: as of the advantages
+    # First rollouts of a run, from which the critic alone learns: value pretraining (VAPO).
+    critic_first: Whole = 0
 
     # Bound on the probability ratio for tokens with a negative advantage (dual-clip PPO, arXiv:1912.09729).
     dual_clip: Annotated[float, Range(above=1)] | None = None
@@ -73,6 +78,10 @@ class Config(updates.Config):
             raise InputError("penalty replaces the clip, so dual_clip has no effect: leave out one of them")
         if self.penalty is not None and self.clip != Config.clip:
             raise InputError("penalty replaces the clip, so clip has no effect: leave out one of them")
+        if self.lam_alpha is not None and self.lam != Config.lam:
+            raise InputError(
+                "lam_alpha gives each response its own lambda, so lam has no effect: leave out one of them"
+            )
         if self.kl_target is None and self.kl_horizon != Config.kl_horizon:
             raise InputError("kl_horizon has no effect without kl_target: set kl_target, or leave out kl_horizon")
 
@@ -82,6 +91,7 @@ class Experience(struct.PyTreeNode):
 
     rollout: Rollout
     value_mask: Leaf  # [B, N] bool, the response's tokens and the column that gets the score
+    reward: Leaf  # [B, N], of each token before whitening; for the records alone
     advantage: Leaf  # [B, N]
     target: Leaf  # [B, N], what the critic learns to predict
 
@@ -185,9 +195,14 @@ def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Confi
 
 
 def optimizer(
-    policy: optax.GradientTransformation, critic: optax.GradientTransformation
+    policy: optax.GradientTransformation, critic: optax.GradientTransformation, wait: int = 0
 ) -> optax.GradientTransformation:
-    """An optimiser that applies `policy` and `critic` to the networks of these names; each clips its own norm."""
+    """An optimiser that applies `policy` and `critic` to the networks of these names; each clips its own norm.
+
+    The policy and its optimiser stay as they are for the first `wait` updates.
+    """
+    if wait:
+        policy = optax.transforms.conditionally_mask(policy, lambda step: step >= wait)
     return optax.multi_transform({"policy": policy, "critic": critic}, {"policy": "policy", "critic": "critic"})
 
 
@@ -248,6 +263,17 @@ def kl_penalty(logp: Float[Array, "B T"], logp_ref: Float[Array, "B T"], cfg: Co
     return kl if cfg.kl_clamp is None else jnp.clip(kl, -cfg.kl_clamp, cfg.kl_clamp)
 
 
+def estimate(
+    reward: Float[Array, "B T"], value: Float[Array, "B T"], mask: Bool[Array, "B T"], cfg: Config
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """The advantages and value targets of `gae`, each with its lambda: `lam` or `lam_alpha`, and `critic_lam`."""
+    lam = cfg.lam if cfg.lam_alpha is None else length_adaptive(mask, cfg.lam_alpha)
+    advantage, target = gae(reward, value, mask, cfg.gamma, lam)
+    if cfg.critic_lam is not None:
+        _, target = gae(reward, value, mask, cfg.gamma, cfg.critic_lam)
+    return advantage, target
+
+
 def experience(rollout: Rollout, kl_coef: Array, cfg: Config) -> tuple[Experience, Metrics]:
     """The advantages and value targets of a whole rollout, and metrics of it. Whitening is over all its tokens.
 
@@ -260,16 +286,24 @@ def experience(rollout: Rollout, kl_coef: Array, cfg: Config) -> tuple[Experienc
     reward = token_rewards(score, kl, mask, kl_coef if cfg.kl_in == "reward" else 0.0, value_mask)
     if rollout.token_score is not None:
         reward = reward + jnp.where(mask, rollout.token_score, 0.0)
-    metrics = updates.describe(rollout, score) | {"reward/total": jnp.mean(jnp.sum(reward, axis=1)), "kl/coef": kl_coef}
-    if cfg.whiten_rewards:
-        reward = whiten(reward, value_mask, shift_mean=False)
-    advantage, target = gae(reward, rollout.value, value_mask, cfg.gamma, cfg.lam)
+    described = updates.describe(rollout, updates.response_score(rollout, cfg))
+    metrics = described | {"reward/total": jnp.mean(jnp.sum(reward, axis=1)), "kl/coef": kl_coef}
+    whitened = whiten(reward, value_mask, shift_mean=False) if cfg.whiten_rewards else reward
+    advantage, target = estimate(whitened, rollout.value, value_mask, cfg)
     residual = masked_mean(jnp.square(target - rollout.value), value_mask)
     spread = masked_mean(jnp.square(target - masked_mean(target, value_mask)), value_mask)
     metrics["value/explained_variance"] = 1 - residual / jnp.maximum(spread, 1e-8)
     if cfg.whiten_advantages is not None:
         advantage = whiten(advantage, mask, ddof=int(cfg.whiten_advantages == "bessel"))
-    return Experience(rollout=rollout, value_mask=value_mask, advantage=advantage, target=target), metrics
+    batch = Experience(rollout=rollout, value_mask=value_mask, reward=reward, advantage=advantage, target=target)
+    return batch, metrics
+
+
+def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
+    """The `experience` of a whole rollout, and the state with the statistics of its scores."""
+    state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
+    batch, metrics = experience(rollout, state.opt_state["kl_coef"], cfg)
+    return state, batch, metrics | reward_metrics
 
 
 def train_step(
@@ -282,6 +316,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All epochs and minibatches of updates on one rollout, in one compiled call. `state` is from `init`.
@@ -289,13 +324,13 @@ def train_step(
     Every device gathers the whole rollout, so that whitening is global. `text` is pretraining text for PPO-ptx, shaped
     as in `updates.apply`. Metrics of the rollout come from before the updates, losses are means over them.
     """
-    state, rollout, reward_metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
+    state, batch, metrics = assess(state, parallel.all_gather(rollout, axis), cfg)
     kl_coef = state.opt_state["kl_coef"]
-    batch, metrics = experience(rollout, kl_coef, cfg)
     objective = updates.Objective(
         loss=functools.partial(loss, kl_coef=kl_coef, policy_fn=policy_fn, critic_fn=critic_fn, cfg=cfg),
         totals=totals,
         live=live,
+        balance=balance,
     )
     state, update_metrics = updates.apply(
         state,
@@ -308,7 +343,8 @@ def train_step(
         axis=axis,
     )
     if cfg.kl_target is not None:
-        n = rollout.tokens.shape[0]
-        kl_coef = adapt_kl_coef(kl_coef, metrics["kl/reference"], n, cfg.kl_target, cfg.kl_horizon)
-        state = state.replace(opt_state=state.opt_state | {"kl_coef": kl_coef})
-    return state, metrics | reward_metrics | update_metrics
+        n = batch.rollout.tokens.shape[0]
+        adapted = adapt_kl_coef(kl_coef, metrics["kl/reference"], n, cfg.kl_target, cfg.kl_horizon)
+        moves = state.step > cfg.critic_first  # a policy that waits has no KL to adapt to
+        state = state.replace(opt_state=state.opt_state | {"kl_coef": jnp.where(moves, adapted, kl_coef)})
+    return state, metrics | update_metrics

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms.balance import attach, detach
 from rlhf_jax.algorithms.reward import correct_pairs, pair_mask
 from rlhf_jax.devices import parallel
 from rlhf_jax.types import LogprobsFn, Metrics, Params, Rankings, TrainState
@@ -58,9 +59,12 @@ def update(
     *,
     tx: optax.GradientTransformation,
     microbatches: int,
+    balance: float,
     axis: str | None,
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of rankings, whose prompts are spread over `axis`.
+
+    `balance` is the weight of a load-balancing loss, see `algorithms.balance`.
 
     The metrics are those of the objective, and how many pairs its scores order as the ranks do; they describe the
     parameters before the update.
@@ -73,9 +77,11 @@ def update(
         correct, pairs = correct_pairs(score, batch.rank)
         return value, metrics | {"correct": correct, "pairs": pairs}
 
-    share = functools.partial(jax.grad(loss, has_aux=True), state.params)
+    params = attach(state.params, balance, microbatches, axis)
+    share = functools.partial(jax.grad(loss, has_aux=True), params)
     grads, sums = parallel.accumulate(share, microbatches)(batch, keys.reshape(batch.rank.shape))
     grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, sums)), axis)
+    grads, load = detach(grads)
     correct, pairs = metrics.pop("correct"), metrics.pop("pairs")
-    metrics |= {"reward/accuracy": correct / jnp.maximum(pairs, 1), "grad_norm": optax.tree.norm(grads)}
+    metrics |= load | {"reward/accuracy": correct / jnp.maximum(pairs, 1), "grad_norm": optax.tree.norm(grads)}
     return optim.apply_gradients(state, grads, tx), metrics

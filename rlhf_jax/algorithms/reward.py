@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms.balance import attach, detach
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.logprobs import masked_mean, precise
 from rlhf_jax.settings import Count, LabelNoise, NonNegative, Settings
@@ -256,11 +257,13 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config = Config(),
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update of the reward model on the global batch of rankings, whose prompts are spread over `axis`.
 
-    Prompts are grouped by length into `cfg.buckets`, see `devices.ragged`. The metrics describe the parameters before
+    Prompts are grouped by length into `cfg.buckets`, see `devices.ragged`. `balance` is the weight of a load-balancing
+    loss, see `algorithms.balance`. The metrics describe the parameters before
     the update.
     """
     rows, responses, _ = batch.tokens.shape
@@ -278,9 +281,10 @@ def train_step(
         signs = (jnp.zeros(()),) * 2 if harmful is None else correct_signs(score, rank, harmful)
         return value, (value, *correct_pairs(-score if cfg.loss == "cost" else score, rank), *signs)
 
-    share: Callable = functools.partial(jax.grad(objective, has_aux=True), state.params)
-    local = (batch.tokens, batch.mask), (batch.start, batch.rank, batch.harmful), keys.reshape(rows, responses)
     parts = cfg.buckets * microbatches
+    params = attach(state.params, balance, parts, axis)
+    share: Callable = functools.partial(jax.grad(objective, has_aux=True), params)
+    local = (batch.tokens, batch.mask), (batch.start, batch.rank, batch.harmful), keys.reshape(rows, responses)
     if cfg.buckets > 1:
         live = lambda padded: jnp.any(padded[1], axis=1)[:, batch.prefix :]
         index = ragged.order(live(local[0]), parts)
@@ -288,13 +292,14 @@ def train_step(
         share = ragged.trimmed(share, live, cfg.buckets)
     grads, sums = parallel.accumulate(share, parts)(*local)
     grads, (value, correct, pairs, signed, signs) = parallel.psum((grads, jax.tree.map(jnp.sum, sums)), axis)
+    grads, load = detach(grads)
     metrics = {
         f"loss/{cfg.loss}": value,
         "reward/accuracy": correct / jnp.maximum(pairs, 1),
         "reward/pairs": pairs.astype(jnp.float32),
         "grad_norm": optax.tree.norm(grads),
     } | ({"cost/sign_accuracy": signed / signs} if cfg.loss == "cost" else {})
-    return optim.apply_gradients(state, grads, tx), metrics
+    return optim.apply_gradients(state, grads, tx), metrics | load
 
 
 def normalize(params: Params, mean: float, std: float) -> Params:

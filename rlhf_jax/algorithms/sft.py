@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms.balance import attach, detach
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import masked_mean, token_logprobs
 from rlhf_jax.types import LogprobsFn, Metrics, Params, Tokens, TrainState
@@ -46,23 +47,28 @@ def train_step(
     logprobs_fn: LogprobsFn,
     tx: optax.GradientTransformation,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch, whose rows are spread over `axis`.
+
+    `balance` is the weight of a load-balancing loss, see `algorithms.balance`.
 
     The metrics describe the parameters before the update; the loss is in nats a token.
     """
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.tokens.shape[0], axis)
     count = parallel.psum(jnp.sum(batch.target[:, 1:]), axis)
+    params = attach(state.params, balance, microbatches, axis)
 
     def share(rows: Tokens, keys: Array) -> tuple[Params, Array]:
-        value, grads = jax.value_and_grad(loss)(state.params, rows, logprobs_fn, keys, count)
+        value, grads = jax.value_and_grad(loss)(params, rows, logprobs_fn, keys, count)
         return grads, value
 
     grads, values = parallel.accumulate(share, microbatches)(batch, keys)
     grads, value = parallel.psum((grads, jnp.sum(values)), axis)
+    grads, load = detach(grads)
     metrics = {"loss/next_token": value, "grad_norm": optax.tree.norm(grads), "tokens": count.astype(jnp.float32)}
-    return optim.apply_gradients(state, grads, tx), metrics
+    return optim.apply_gradients(state, grads, tx), metrics | load
 
 
 def evaluate(params: Params, batch: Tokens, *, logprobs_fn: LogprobsFn, axis: str | None = None) -> tuple[Array, Array]:

@@ -35,6 +35,7 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config,
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of rankings: the mean over each prompt's pairs, then over prompts.
@@ -53,4 +54,4 @@ def train_step(
         metrics = {"loss/slic": value, "loss/calibration": calibration, "loss/likelihood": likelihood}
         return value, logp, metrics
 
-    return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, axis=axis)
+    return preferences.update(state, batch, objective, tx=tx, microbatches=microbatches, balance=balance, axis=axis)

@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.algorithms import rewards, sft
+from rlhf_jax.algorithms.balance import attach, detach
 from rlhf_jax.devices import parallel, ragged, shared
 from rlhf_jax.logprobs import masked_mean
 from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Settings, Unbounded, Whole
@@ -38,6 +39,16 @@ RATIO_ERROR = {"float32": 1e-4, "bfloat16": 0.1}
 
 # The setting of `Config` that the state holds once a run has begun, and the path of its leaf, see `runs.Run`.
 IN_STATE = {"algorithm.rewards.multiplier": "opt_state/rewards/multiplier"}
+
+
+def ratio_limits(dtype: str, routed: bool) -> dict[str, float]:
+    """The bound on the metric `ratio/first_error`, for a trunk of this dtype.
+
+    There is none where tokens are `routed` to experts: rounding may change which of two that are about as likely a
+    token goes to, and so its probability by any amount.
+    """
+    return {} if routed else {"ratio/first_error": RATIO_ERROR[dtype]}
+
 
 Totals = dict[str, Array]  # counts over the global minibatch, by which shares of a loss are divided
 
@@ -67,6 +78,13 @@ class Config(Settings):
             raise InputError(
                 "unfinished_score replaces the score that unfinished_penalty lowers: leave out one of them"
             )
+        if self.rewards.length_penalty and not self.stop_at_eos:
+            raise InputError("length_penalty has no effect with stop_at_eos=False, where all responses are as long")
+
+    @property
+    def learnt(self) -> float:
+        """The share of a rollout's episodes that the loss reads."""
+        return 1.0
 
 
 def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Config, rng: jax.Array) -> TrainState:
@@ -81,10 +99,11 @@ def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Confi
 
 def combine_rewards(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Rollout, Metrics]:
     """The whole rollout with one score for each response, as `cfg.rewards` says, and the state that remembers it."""
-    if "rewards" not in state.opt_state:
-        return state, rollout, {}
-    rollout, several, metrics = rewards.combine(rollout, state.opt_state["rewards"], cfg.rewards)
-    return state.replace(opt_state=state.opt_state | {"rewards": several}), rollout, metrics
+    remembered = state.opt_state.get("rewards")
+    rollout, after, metrics = rewards.combine(rollout, remembered or rewards.Rewards(), cfg.rewards)
+    if remembered is not None:
+        state = state.replace(opt_state=state.opt_state | {"rewards": after})
+    return state, rollout, metrics
 
 
 def overlong_penalty(length: Int[Array, "B"], limit: int, soft: int) -> Float[Array, "B"]:
@@ -132,6 +151,7 @@ def describe(rollout: Rollout, score: Float[Array, "B"]) -> Metrics:
             "response/ended": jnp.mean(rollout.ended),
         }
         | ({} if rollout.disagreement is None else {"reward/disagreement": jnp.mean(rollout.disagreement)})
+        | ({} if rollout.unjudged is None else {"reward/unjudged": jnp.mean(rollout.unjudged)})
     )
 
 
@@ -206,6 +226,7 @@ class Objective(Generic[Batch]):
     totals: Callable[[Batch], Totals]  # rows -> their counts, which add up to the totals; "tokens" among them
     live: Callable[[Batch], Array]  # rows -> [B, N] bool, the response columns that the loss depends on
     group: int = 1  # consecutive episodes that minibatches do not tear apart: those to one prompt, if they share it
+    balance: float = 0.0  # weight of a load-balancing loss beside it, see `algorithms.balance`
 
 
 class Progress(struct.PyTreeNode):
@@ -256,8 +277,9 @@ def apply(
         rows, text = inputs
         local = parallel.shard_rows(jax.tree.map(lambda x: x[parallel.local_rows(rows, axis)], batch))
         totals = objective.totals(local) | ({} if text is None else {"text": jnp.sum(text.target[:, 1:])})
+        params = attach(progress.params, objective.balance, parts, axis)
         share: Callable = functools.partial(
-            jax.grad(objective.loss, has_aux=True), progress.params, totals=parallel.psum(totals, axis)
+            jax.grad(objective.loss, has_aux=True), params, totals=parallel.psum(totals, axis)
         )
         block = ragged.together(len(jax.tree.leaves(local)[0]), parts, objective.group)
         blocks = ragged.blocks(local, block)
@@ -269,13 +291,14 @@ def apply(
         grads, metrics = parallel.accumulate(together, parts)(blocks, text)
         worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # a maximum, which does not add up
         grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, metrics)), axis)
+        grads, load = detach(grads)
         updated = step(progress, grads, tx, cfg)
         if cfg.stop_kl is not None:
             active = progress.active & (metrics["policy/approx_kl"] <= cfg.stop_kl)
             updated = jax.tree.map(functools.partial(jnp.where, active), updated, progress).replace(active=active)
             metrics["policy/updated"] = active.astype(jnp.float32)
         norms = {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in grads}
-        return updated, metrics | norms | {"ratio_error": worst}
+        return updated, metrics | norms | load | {"ratio_error": worst}
 
     initial = Progress(
         params=state.params,

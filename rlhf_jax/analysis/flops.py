@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ class Flops:
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(self.total + other.total, self.passes + other.passes)
 
-    def __mul__(self, times: int) -> "Flops":
+    def __mul__(self, times: float | int) -> "Flops":
         return Flops(self.total * times, self.passes * times)
 
 
@@ -59,30 +59,38 @@ def count(step: Callable, *args: Any) -> Flops:
     return _count(jax.make_jaxpr(step)(*args).jaxpr)
 
 
-def _count(jaxpr: core.Jaxpr) -> Flops:
+def _count(jaxpr: core.Jaxpr, share: float = 1.0) -> Flops:
+    """The operations of a program; `share` is the part of the rows of a grouped product that has a group."""
     total = Flops()
     for eqn in jaxpr.eqns:
         match eqn.primitive.name:
             case "dot_general":
                 total += _product(eqn)
+            case "ragged_dot_general":
+                total += _grouped_product(eqn) * share
             case "scan":
-                total += _count(eqn.params["jaxpr"].jaxpr) * eqn.params["length"]
+                total += _count(eqn.params["jaxpr"].jaxpr, share) * eqn.params["length"]
             case "while":
-                total += _count(eqn.params["body_jaxpr"].jaxpr) * _trip_count(eqn)
+                total += _count(eqn.params["body_jaxpr"].jaxpr, share) * _trip_count(eqn)
             case "shard_map":
-                total += _count(eqn.params["jaxpr"]) * eqn.params["mesh"].size
+                total += _count(eqn.params["jaxpr"], _own_share(eqn)) * eqn.params["mesh"].size
             case "cond":
-                total += max((_count(branch.jaxpr) for branch in _branches(eqn)), key=lambda x: x.total)
+                total += max((_count(branch.jaxpr, share) for branch in _branches(eqn)), key=lambda x: x.total)
             case "pallas_call":
                 total += _kernel(eqn)
             case _:
                 for inner in _inner(eqn):
-                    total += _count(inner)
+                    total += _count(inner, share)
     return total
 
 
 def _product(eqn: core.JaxprEqn) -> Flops:
     (contracted, _), _ = eqn.params["dimension_numbers"]
+    return _multiplied(eqn, contracted)
+
+
+def _multiplied(eqn: core.JaxprEqn, contracted: Sequence[int]) -> Flops:
+    """The operations of a product whose left factor has these contracted axes."""
     left: Any = eqn.invars[0].aval
     result: Any = eqn.outvars[0].aval
     flops = 2.0 * math.prod(result.shape) * math.prod(left.shape[axis] for axis in contracted)
@@ -90,6 +98,24 @@ def _product(eqn: core.JaxprEqn) -> Flops:
     single = left.dtype.itemsize > 2
     passes = PASSES[precision[0] if isinstance(precision, tuple) else jax.lax.Precision.DEFAULT] if single else 1
     return Flops(flops, flops * passes)
+
+
+def _grouped_product(eqn: core.JaxprEqn) -> Flops:
+    """The operations of a product in which each row is multiplied by the matrix of its own group."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    sizes: Any = eqn.invars[2].aval
+    # Where rows are summed over, the result has a matrix for each group, and a row adds to one of them.
+    summed = set(numbers.lhs_ragged_dimensions) <= set(contracted)
+    return _multiplied(eqn, contracted) * (1 / sizes.shape[-1] if summed else 1)
+
+
+def _own_share(eqn: core.JaxprEqn) -> float:
+    """The part of its rows for which a device of a mesh has the group: groups are spread over the axis tensor."""
+    split = any(
+        "tensor" in (axes if isinstance(axes, tuple) else (axes,)) for spec in eqn.params["in_specs"] for axes in spec
+    )
+    return 1 / eqn.params["mesh"].shape["tensor"] if split else 1.0
 
 
 def _kernel(eqn: core.JaxprEqn) -> Flops:
@@ -137,7 +163,10 @@ def forward(
     c = config
     width = c.n_heads * c.head_dim
     qkv = c.d_model * (width + 2 * c.n_kv_heads * c.head_dim)  # for every column, since others see its key and value
-    out_and_mlp = c.d_model * (width + (2 if c.mlp == "gelu" else 3) * c.d_ff)
+    mlp = (3 if c.gated else 2) * c.d_ff
+    if c.experts is not None:  # those that compute a token, and the router
+        mlp = c.experts.active * mlp + c.experts.count
+    out_and_mlp = c.d_model * (width + mlp)
     # The term in `width` is query . key and weights . value over the columns that each one sees.
     layer = lambda read: columns * qkv + read * (out_and_mlp + width * (2 * columns - read + 1))
     unembedding = read * c.d_model * c.vocab_size if logits else 0

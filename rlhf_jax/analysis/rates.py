@@ -21,13 +21,14 @@ class Rates:
     text_length: int  # tokens in a row of pretraining text
     peak: float  # operations a second of the devices, from `flops.peak`
     group: int = 1  # episodes that compute their prompt together
+    learnt: float = 1.0  # share of the episodes that the updates read
 
     def __call__(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """The metrics tokens_per_s/, tflops/ and mfu/ of each part of a step: generate, score and update.
 
         Operations are counted by `flops.forward`. "generate" counts new tokens, and its operations include the
         log-probabilities of the reference and the values; "score" counts tokens of prompts and responses; "update"
-        counts these once per epoch, and pretraining text.
+        counts these once per epoch, of the episodes that it reads, and pretraining text.
         """
         new = metrics["response/tokens"]
         tokens = new + metrics["prompt/tokens"]
@@ -36,13 +37,14 @@ class Rates:
         policy = flops.forward(self.policy, self.batch, tokens, new) - spared(self.policy)
         values = self._scalar(self.critic, tokens, new)
         text = flops.forward(self.policy, self.text_rows, self.text_length, max(self.text_length - 1, 0))
-        trained = self.epochs * (policy + values) + text
+        passes = self.epochs * self.learnt
+        trained = passes * (policy + values) + text
         rewards = sum(self._scalar(reward, tokens, 1) - spared(reward) for reward in self.rewards)
         text_tokens = self.text_rows * self.text_length
         parts = {
             "generate": (self.batch * new, 2 * policy + values),
             "score": (self.batch * tokens, rewards),
-            "update": (self.batch * tokens * self.epochs + text_tokens, 3 * trained),
+            "update": (self.batch * tokens * passes + text_tokens, 3 * trained),
         }
         rates: dict[str, float] = {}
         for part, (count, operations) in parts.items():

@@ -241,9 +241,12 @@ def train_bytes(
     tokens = rows * columns / parts  # on a chip
     gradient = 4 * models.parameter_count(c) / (mesh["fsdp"] * tensor) * (1 if microbatches == 1 else 2)
     query, both = c.n_heads * c.head_dim, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
-    gates = 1 if c.mlp == "gelu" else 2
-    weights = c.d_model * (both + query + (gates + 1) * c.d_ff) / tensor
-    activations = 5 * c.d_model + (both + query + (gates + 1) * c.d_ff) / tensor  # of a token
+    gates = 2 if c.gated else 1
+    mlp, experts = (gates + 1) * c.d_ff, c.experts
+    weights = c.d_model * (both + query + mlp * (1 if experts is None else experts.count)) / tensor
+    # A chip has room for all experts of its tokens, since they might all be its own.
+    added = mlp / tensor if experts is None else experts.active * (mlp + 2 * c.d_model)
+    activations = 5 * c.d_model + (both + query) / tensor + added  # of a token
     vocabulary = c.vocab_size / (1 if c.vocab_size % tensor else tensor)
     logits = min(c.compute.chunk or columns, columns) * rows / parts * vocabulary
     table = vocabulary * c.d_model

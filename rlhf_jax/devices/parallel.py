@@ -155,6 +155,8 @@ def parameter_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
         return (None,) * len(shape)
     if names[-2:] == ["up", "kernel"] and shape[-2] == 2:  # a gated MLP has the kernel [D, 2, F]
         axes = ("fsdp", None, "tensor")
+    if names[-3:-2] == ["experts"]:  # one of these for each expert, [E, ...]: whole experts over tensor
+        axes = ("tensor", *(None if axis == "tensor" else axis for axis in axes))
     return (None,) * (len(shape) - len(axes)) + axes
 
 
@@ -186,10 +188,13 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
     Dimensions beyond `axes`, with None, or that do not divide are replicated.
     """
-    if not has_mesh():
-        return x
+    return jax.lax.with_sharding_constraint(x, partition(x, *axes)) if has_mesh() else x
+
+
+def partition(x: jax.Array, *axes: str | tuple[str, ...] | None) -> PartitionSpec:
+    """The partition of an array of this shape over these axes of the mesh that is traced for, see `constrain`."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes + (None,) * (x.ndim - len(axes)), sizes))
+    return _spec(x.shape, axes + (None,) * (x.ndim - len(axes)), sizes)
 
 
 def shard_rows(tree: T) -> T:

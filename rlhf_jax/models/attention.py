@@ -27,7 +27,7 @@ from rlhf_jax.devices import parallel
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Config
 from rlhf_jax.models.layers import ALL, Columns, Linear, Norm, View, soft_cap, split_branches, take_columns
-from rlhf_jax.models.rope import rotate
+from rlhf_jax.models.rope import layer_rotation, listed, rotate
 from rlhf_jax.types import Fork, InputError, Tree
 
 LANES = 128  # every block of columns is a multiple of this
@@ -287,14 +287,19 @@ class Attention(nn.Module):
     ) -> tuple[Array, Cache | None]:
         c = self.config
         groups, shared = c.n_kv_heads, c.n_heads // c.n_kv_heads
-        qkv = Linear(c, (c.d_model,), (groups, shared + 2, c.head_dim), 0.02, c.bias != "none", name="qkv")(x)
+        biased = c.bias in ("all", "attention", "qkv")
+        qkv = Linear(c, (c.d_model,), (groups, shared + 2, c.head_dim), 0.02, biased, name="qkv")(x)
         query, key, value = jax.lax.split(qkv, (shared, 1, 1), axis=3)
         query = take_columns(query, columns)
-        if c.qk_norm:
-            query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
+        if c.qk_norm != "none":
+            axes = {"head": 1, "whole": 3}[c.qk_norm]
+            query, key = Norm(c, axes, name="query_norm")(query), Norm(c, axes, name="key_norm")(key)
         if c.position == "rope":
-            query = rotate(query, jax.tree.map(lambda part: take_columns(part, columns), view.rotation))
-            key = rotate(key, view.rotation)
+            rotation = layer_rotation(c, view.rotation, layer)
+            query = rotate(query, jax.tree.map(lambda part: take_columns(part, columns), rotation))
+            key = rotate(key, rotation)
+        if c.inverse_layer_scale:
+            query = (query / (layer + 1)).astype(query.dtype)
         key, value = (x[..., 0, :].transpose(0, 2, 1, 3) for x in (key, value))
         if cache is not None:
             cache = cache.put(layer, key, value)
@@ -302,7 +307,7 @@ class Attention(nn.Module):
                 key, value = cache.layer(layer)
         mask = view.mask
         if c.window is not None:
-            full = jnp.isin(layer, jnp.array(c.full_layers, jnp.int32))
+            full = listed(layer, c.full_layers)
             mask = jnp.where(full, view.mask, view.window_mask) if c.full_layers else view.window_mask
         scale = (c.query_size or c.head_dim) ** -0.5
         fork, tree = fork_of(view), isinstance(view.segment, Tree)
@@ -317,5 +322,5 @@ class Attention(nn.Module):
             case None:
                 mixed = attend(query, key, value, take_columns(mask, columns), c)
         std = 0.02 / (2 * c.n_layers) ** 0.5
-        out = Linear(c, (groups, shared, c.head_dim), (c.d_model,), std, c.bias == "all", name="out")
+        out = Linear(c, (groups, shared, c.head_dim), (c.d_model,), std, c.bias in ("all", "attention"), name="out")
         return out(mixed), cache

@@ -23,7 +23,7 @@ class Cache(struct.PyTreeNode):
     value: Leaf  # as key
     mask: Leaf  # [B, S] bool, columns that hold a real token; None by row, where those are the columns before `column`
     column: Leaf  # [] int32, the next column to fill; by row [B]
-    rotary_table: Any  # of S positions; None without RoPE
+    rotary_table: Any  # `rope.Rotations` of S positions; None without RoPE
 
     @classmethod
     def empty(cls, config: Config, rows: int, columns: int) -> "Cache":

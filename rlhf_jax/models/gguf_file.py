@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data import tokenizer as tokenizers
-from rlhf_jax.models import families, files, gguf_tokenizer
+from rlhf_jax.models import families, files, gguf_tokenizer, ranges
 from rlhf_jax.models.config import Config
 from rlhf_jax.types import InputError
 
@@ -141,7 +141,7 @@ class File:
             if isinstance(raw.get(name), list):
                 raise InputError(f"{self.path}: {name} differs between layers, which is not supported")
         try:
-            families.check_numbers(raw)
+            ranges.check_numbers(raw)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
         raw.setdefault("num_key_value_heads", raw["num_attention_heads"])

@@ -55,8 +55,8 @@ class ScalarModel(nn.Module):
 
 
 def trunk(policy: Params) -> Params:
-    """The parameters of a language model that a scalar model has too."""
-    return {name: value for name, value in policy.items() if name != "unembedding"}
+    """The parameters of a language model that a scalar model has too; what balances routers is left to the policy."""
+    return {name: value for name, value in policy.items() if name not in ("unembedding", "balance")}
 
 
 def from_policy(policy: Params, config: Config, key: Array) -> Params:

@@ -7,6 +7,7 @@ prompt), by `token_view` where one column is appended to a cache, by `continued_
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,17 +35,18 @@ class View(struct.PyTreeNode):
     """The masks and positions that every layer needs, of T columns that are computed and S that they may attend to."""
 
     position: Leaf  # [B, T] int32, within the document; arbitrary at padding
-    rotation: Any  # `rope.Rotation` of these positions; None without RoPE
+    rotation: Any  # `rope.Rotations` of these positions; None without RoPE
     mask: Leaf  # [B, T, S] bool, the columns that a token attends to
     window_mask: Leaf  # [B, T, S] bool, those of them within the window; None without one
     segment: Any  # [B, T], see `types`, or a `Tree`
     keys: Leaf  # [B] dropout keys, or None to evaluate
+    balance: Leaf = None  # [2], see `experts.Mixture`; None to evaluate, and without experts
 
 
 def whole_view(
     config: Config,
     segment: Int[Array, "B T"] | Bool[Array, "B T"] | Tree,
-    table: rope.Table | None,
+    table: rope.Rotations | None,
     keys: Array | None = None,
 ) -> View:
     """The view of T columns that attend to each other alone."""
@@ -62,7 +64,7 @@ def whole_view(
     )
 
 
-def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Table | None) -> View:
+def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Rotations | None) -> View:
     """The view of each row's last real token, which attends to all the real columns of a cache with this mask."""
     position = jnp.sum(mask, axis=1, dtype=jnp.int32, keepdims=True) - 1
     attended = mask[:, None, :]
@@ -77,7 +79,7 @@ def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Table | Non
 
 
 def continued_view(
-    config: Config, mask: Bool[Array, "B S"], column: Int[Array, ""], columns: int, table: rope.Table | None
+    config: Config, mask: Bool[Array, "B S"], column: Int[Array, ""], columns: int, table: rope.Rotations | None
 ) -> View:
     """The view of so many columns from `column` on, which attend to all the real ones up to themselves of a cache with
     this mask; each row has a real one before them."""
@@ -94,7 +96,9 @@ def continued_view(
     )
 
 
-def appended_view(config: Config, column: Int[Array, "B"], columns: int, size: int, table: rope.Table | None) -> View:
+def appended_view(
+    config: Config, column: Int[Array, "B"], columns: int, size: int, table: rope.Rotations | None
+) -> View:
     """The view of so many columns of each row from its `column` on, in a cache `by_row` of this size.
 
     A row's columns are its tokens, so a column is a position; one beyond the cache, which nothing reads, gets the last.
@@ -110,6 +114,11 @@ def appended_view(config: Config, column: Int[Array, "B"], columns: int, size: i
         segment=jnp.ones_like(position, bool),
         keys=None,
     )
+
+
+def real_tokens(segment: Int[Array, "B T"] | Bool[Array, "B T"] | Tree) -> Bool[Array, "B T"]:
+    """A mask of the tokens that are no padding."""
+    return (segment.reach if isinstance(segment, Tree) else segment) > 0
 
 
 def positions(segment: Int[Array, "B T"] | Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -146,6 +155,12 @@ def tree_positions(tree: Tree) -> Int[Array, "B T"]:
     return jnp.concatenate([jnp.cumsum(prefix, axis=1) - prefix, before.reshape(len(real), -1)], axis=1)
 
 
+def depth(columns: int, segment: Array | Tree) -> int:
+    """The number of positions that a row of so many columns may have."""
+    fork = segment.fork if isinstance(segment, Tree) else None
+    return columns if fork is None else fork.prefix + (columns - fork.prefix) // fork.branches
+
+
 def split_branches(x: Shaped[Array, "B T ..."], fork: Fork) -> Shaped[Array, "B K M ..."]:
     """The columns of each of K branches of M columns."""
     return x[:, fork.prefix :].reshape(x.shape[0], fork.branches, -1, *x.shape[2:])
@@ -179,22 +194,25 @@ recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm of [B, T, ..., D] over the last axis, in float32."""
+    """LayerNorm or RMSNorm of [B, T, ..., D] over the last axis, or the last `axes` together, in float32."""
 
     config: Config
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        c = self.config
-        features = (1,) * (x.ndim - 1) + x.shape[-1:]
-        scale = self.param("scale", nn.initializers.zeros if c.unit_offset else nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if c.norm == "layernorm" else None
+        c, over = self.config, tuple(range(-self.axes, 0))
+        shape = x.shape[-self.axes :]
+        features = (1,) * (x.ndim - self.axes) + shape
+        scale = self.param("scale", nn.initializers.zeros if c.unit_offset else nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape) if c.norm == "layernorm" else None
 
         def normalize(x: Array, scale: Array, bias: Array | None) -> Array:
             x = x.astype(jnp.float32)
             if bias is not None:
-                x = x - jnp.mean(x, axis=-1, keepdims=True)
-            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
+                x = x - jnp.mean(x, axis=over, keepdims=True)
+            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=over, keepdims=True) + c.norm_eps)
+            scale = scale.astype(jnp.float32)  # 1 + w in bfloat16 would lose most of w
             x = x * (scale + 1.0 if c.unit_offset else scale).reshape(features)
             if bias is not None:
                 x = x + bias.reshape(features)
@@ -206,7 +224,8 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """`x @ kernel + bias`, from the last axes of x [B, T, *inputs] to [B, T, *outputs].
 
-    Where its parameters have LoRA's factors beside the kernel, `x @ kernel_a @ kernel_b` is added.
+    Where its parameters have LoRA's factors beside the kernel, `x @ kernel_a @ kernel_b` is added. An int8 kernel has a
+    scale beside it, which multiplies its outputs.
     """
 
     config: Config
@@ -228,29 +247,44 @@ class Linear(nn.Module):
             # One plain matrix product: XLA for CPU takes three times as long over the gradient of anything else.
             return (x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)).reshape(shape)
 
-        if self.has_variable("params", "kernel_a"):
+        adapted, quantized = (self.has_variable("params", name) for name in ("kernel_a", "kernel_scale"))
+        # The backward pass keeps a frozen kernel itself, not a cast and reshaped copy of it for each layer.
+        y = (recompute(matmul) if adapted or quantized else matmul)(x, kernel)
+        if quantized:
+            y = (y * self.variables["params"]["kernel_scale"][None, None]).astype(x.dtype)
+        if adapted:
             a, b = (self.variables["params"][f"kernel_{factor}"].astype(x.dtype) for factor in "ab")
-            # The backward pass keeps the kernel itself, not a cast and reshaped copy of it for each layer.
-            y = recompute(matmul)(x, kernel)
             y = y + (x.reshape(-1, fan_in) @ a @ b).reshape(shape)
-        else:
-            y = matmul(x, kernel)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype)[None, None]
         return y
 
 
+# jax's GELU is the tanh form, by default.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+}
+
+
+def activation(config: Config) -> Callable[[Array], Array]:
+    """The nonlinearity of an MLP, from what its first projection yields: [..., F], or with a gate [..., 2, F]."""
+    nonlinearity = ACTIVATIONS[config.mlp]
+    return (lambda x: nonlinearity(x[..., 0, :]) * x[..., 1, :]) if config.gated else nonlinearity
+
+
 class MLP(nn.Module):
-    """GELU in its tanh form, as GPT-2's, or SwiGLU or GeGLU with gate and input in one projection."""
+    """A nonlinearity between two projections or, where it is gated, times one of two, which lie in one matrix."""
 
     config: Config
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        gated, biased = c.mlp != "gelu", c.bias == "all"
-        hidden = Linear(c, (c.d_model,), (2, c.d_ff) if gated else (c.d_ff,), 0.02, biased, name="up")(x)
-        nonlinearity = jax.nn.silu if c.mlp == "swiglu" else jax.nn.gelu  # its default is the tanh form
-        activate = lambda x: nonlinearity(x[..., 0, :]) * x[..., 1, :] if gated else nonlinearity(x)
-        hidden = recompute(activate)(hidden)
+        biased = c.bias in ("all", "mlp")
+        hidden = Linear(c, (c.d_model,), (2, c.d_ff) if c.gated else (c.d_ff,), 0.02, biased, name="up")(x)
+        hidden = recompute(activation(c))(hidden)
         return Linear(c, (c.d_ff,), (c.d_model,), 0.02 / (2 * c.n_layers) ** 0.5, biased, name="down")(hidden)

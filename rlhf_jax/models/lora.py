@@ -10,17 +10,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from rlhf_jax.devices.compute import INPUTS, STACKED, Kernel, dequantize, is_quantized
 from rlhf_jax.settings import Count, Positive, Settings
 from rlhf_jax.types import InputError, Params, TrainState
 
-Kernel = Literal["qkv", "out", "up", "down"]
-INPUTS: dict[Kernel, int] = {"qkv": 1, "out": 3, "up": 1, "down": 1}  # axes of a kernel that are inputs, after [L]
 HEAD = ("kernel",), ("bias",)  # paths of a scalar model's head
 
 
@@ -44,7 +43,8 @@ def split(params: Params, cfg: Config, key: jax.Array) -> tuple[Params, Params]:
     """Trained and base parameters of a network; `attach` of the two computes the same as `params`.
 
     The trained ones are the adapters, `kernel_a` [L, inputs, rank] from N(0, 1 / inputs) and `kernel_b`
-    [L, rank, outputs], at first 0, and a scalar model's head. Without a rank they are all of `params`.
+    [L, rank, outputs], at first 0, and a scalar model's head; experts have one each, [L, E, ...]. Without a rank they
+    are all of `params`.
     """
     if cfg.rank is None:
         return params, {}
@@ -52,11 +52,13 @@ def split(params: Params, cfg: Config, key: jax.Array) -> tuple[Params, Params]:
     trained = {path: base.pop(path) for path in HEAD if path in base}
     adapted = [path[:-1] for path in sorted(base) if path[-1] == "kernel" and path[-2] in cfg.kernels]
     for n, path in enumerate(adapted):
-        layers, *axes = base[*path, "kernel"].shape
-        inputs, outputs = math.prod(axes[: INPUTS[path[-1]]]), math.prod(axes[INPUTS[path[-1]] :])
-        noise = jax.random.normal(jax.random.fold_in(key, n), (layers, inputs, cfg.rank))
+        shape = base[*path, "kernel"].shape
+        stack = 2 if path[-2] == STACKED else 1
+        split_at = stack + INPUTS[path[-1]]
+        inputs, outputs = math.prod(shape[stack:split_at]), math.prod(shape[split_at:])
+        noise = jax.random.normal(jax.random.fold_in(key, n), (*shape[:stack], inputs, cfg.rank))
         trained[*path, "kernel_a"] = inputs**-0.5 * noise
-        trained[*path, "kernel_b"] = jnp.zeros((layers, cfg.rank, outputs))
+        trained[*path, "kernel_b"] = jnp.zeros((*shape[:stack], cfg.rank, outputs))
     return unflatten_dict(trained), unflatten_dict(base)
 
 
@@ -70,8 +72,12 @@ def attach(base: Params, trained: Params, cfg: Config) -> Params:
 
 
 def merge(base: Params, trained: Params, cfg: Config) -> Params:
-    """Parameters to save, whose kernels are W + (alpha / rank) A B: they compute the same as `attach` of the two."""
-    params = flatten_dict(attach(base, trained, cfg))
+    """Parameters to save, whose kernels are W + (alpha / rank) A B: they compute the same as `attach` of the two.
+
+    Those on an int8 base are float32.
+    """
+    attached = attach(base, trained, cfg)
+    params = flatten_dict(dequantize(attached) if is_quantized(attached) else attached)
     for path in [path[:-1] for path in params if path[-1] == "kernel_a"]:
         change = jnp.matmul(params.pop((*path, "kernel_a")), params.pop((*path, "kernel_b")), precision="highest")
         kernel = params[*path, "kernel"]

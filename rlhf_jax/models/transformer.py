@@ -1,4 +1,4 @@
-"""The decoder-only Transformer. GPT-2, Llama, Mistral, Qwen and Gemma 2 are settings of one block.
+"""The decoder-only Transformer. Every family of `families` is settings of one block.
 
 The parameters of the layers are stacked on a leading axis [L], for one scan over them; where the layers are unrolled,
 each takes its slice. Query heads lie beside the key and value head that they share: one fused projection yields
@@ -22,10 +22,11 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.devices import parallel, shared
-from rlhf_jax.logprobs import entropy, map_columns, token_logprobs
+from rlhf_jax.logprobs import entropy, map_columns, precise, token_logprobs
 from rlhf_jax.models import attention
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Compute, Config
+from rlhf_jax.models.experts import Mixture
 from rlhf_jax.models.layers import (
     ALL,
     MLP,
@@ -34,7 +35,9 @@ from rlhf_jax.models.layers import (
     View,
     appended_view,
     continued_view,
+    depth,
     dropout,
+    real_tokens,
     soft_cap,
     take_columns,
     token_view,
@@ -47,7 +50,7 @@ LAST = slice(-1, None)  # the last column of each row
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP: one layer, which yields the residual stream at `columns` and the cache."""
+    """Attention and MLP: one layer, which yields the residual stream at `columns` and the cache."""
 
     config: Config
 
@@ -57,12 +60,20 @@ class Block(nn.Module):
     ) -> tuple[tuple, None]:
         c = self.config
         x, cache = carry
-        normed = Norm(c, name="norm_1")(x)
+        normed = Norm(c, name="norm_1")(x) if c.pre_norm else x
         mixed, cache = attention.Attention(c, name="attention")(normed, layer, view, cache, columns)
         if c.post_norm:
             mixed = Norm(c, name="post_norm_1")(mixed)
-        x = take_columns(x, columns) + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
-        added = MLP(c, name="mlp")(Norm(c, name="norm_2")(x))
+        before = take_columns(x, columns)
+        x = before + dropout(mixed, view.keys, 2 * layer + 1, c.dropout)
+        read = before if c.parallel_residual else x
+        read = Norm(c, name="norm_2")(read) if c.pre_norm else read
+        if c.experts is None:
+            added = MLP(c, name="mlp")(read)
+        else:
+            mask = take_columns(real_tokens(view.segment), columns)
+            fork = view.segment.fork if isinstance(view.segment, Tree) else None
+            added = Mixture(c, name="mlp")(read, mask, view.balance, fork)
         if c.post_norm:
             added = Norm(c, name="post_norm_2")(added)
         x = x + dropout(added, view.keys, 2 * layer + 2, c.dropout)
@@ -83,7 +94,7 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (c.vocab_size, c.d_model))
         if c.position == "learned":
-            self.position_table = self.param("positions", init, (c.max_length, c.d_model))
+            self.position_table = self.param("positions", init, (c.position_offset + c.max_length, c.d_model))
         if not c.tie_embeddings:
             self.unembedding = self.param("unembedding", init, (c.vocab_size, c.d_model))
         block = Block
@@ -106,7 +117,9 @@ class Transformer(nn.Module):
         columns: Columns = ALL,
     ) -> Float[Array, "B N D"]:
         """Final hidden states at these columns; `keys` [B] turn residual dropout on."""
-        view = whole_view(self.config, segment, rotary_table(tokens.shape[1], self.config), keys)
+        view = whole_view(self.config, segment, rotary_table(depth(tokens.shape[1], segment), self.config), keys)
+        if self.config.experts is not None and self.has_variable("params", "balance"):
+            view = view.replace(balance=self.variables["params"]["balance"] / self.config.n_layers)
         x = self._embed(tokens, view)
         if not self.is_initializing() and unrolled(self.config, self.variables["params"]):
             layers = layers_of(self.variables["params"], self.config)
@@ -192,7 +205,8 @@ class Transformer(nn.Module):
         if c.position == "learned":
             if tokens.shape[1] > c.max_length and not isinstance(view.segment, Tree):  # which is wider than it is deep
                 raise InputError(f"{tokens.shape[1]} columns exceed the model's context of {c.max_length}")
-            x = x + self.position_table[view.position]
+            row = view.position + c.position_offset if c.position_offset else view.position
+            x = x + self.position_table[row]
         x = dropout(x.astype(c.compute.dtype), view.keys, 0, c.dropout)
         return parallel.constrain(x, parallel.ROWS, "tensor")
 
@@ -206,11 +220,16 @@ class Transformer(nn.Module):
     ) -> tuple[Array, Any]:
         """All blocks, one by one: the output at these columns, and the cache.
 
-        The last one computes these columns alone, unless that is no faster, as with a kernel, or takes dropout of all.
+        The last one computes these columns alone, unless that is no faster, as with a kernel, or takes dropout of all,
+        or a router to balance.
         """
         c, length = self.config, x.shape[1]
         plain = isinstance(view.segment, Tree) and view.segment.fork is None
-        whole = (view.keys is not None and c.dropout > 0) or attention.kernel(c, length, length, plain)
+        whole = (
+            (view.keys is not None and c.dropout > 0)
+            or view.balance is not None
+            or attention.kernel(c, length, length, plain)
+        )
         of_last, afterwards = (ALL, columns) if whole else (columns, ALL)
         for layer, params in enumerate(layers):
             x, cache = self._block(params, x, cache, layer, view, of_last if layer == c.n_layers - 1 else ALL)
@@ -291,6 +310,19 @@ class Transformer(nn.Module):
             return logp, targets == jnp.argmax(logits, axis=2, keepdims=True)
 
         return map_columns(read, self.config.compute.chunk, hidden, targets)
+
+    def distributions(
+        self, tokens: Int[Array, "B T"], segment: Array | Tree, *, start: int, temperature: float, best: int
+    ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Int[Array, "B N K"], Float[Array, "B N K"]]:
+        """As `logprobs`, with entropies, and the `best` likeliest tokens of each distribution with theirs."""
+        hidden = self.hidden(tokens, segment, None, slice(start, -1))
+
+        def read(hidden: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
+            logits = self.unembed(hidden, vocab_axis="tensor")
+            highest, ids = jax.lax.top_k(jax.nn.log_softmax(precise(logits) / temperature), best)
+            return token_logprobs(logits, targets, temperature), entropy(logits, temperature), ids, highest
+
+        return map_columns(read, self.config.compute.chunk, hidden, tokens[:, start + 1 :])
 
     def __call__(self, tokens: Array, segment: Array | Tree, keys: Array | None = None) -> Float[Array, "B T V"]:
         """Logits at each column, which predict the token at the next."""

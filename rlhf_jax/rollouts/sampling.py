@@ -284,11 +284,14 @@ def _generate(config: models.Config, params: Params, tokens: Array, mask: Array,
 
 
 def _converted(config: models.Config, params: Params) -> _Network:
-    """The policy with its matrices converted, once and not in each step, to the type that they are multiplied in."""
+    """The policy with its matrices converted, once and not in each step, to the type that they are multiplied in.
+
+    Those in int8 stay so, to save memory, with their scales.
+    """
     dtype = config.compute.dtype
 
     def convert(path: tuple, x: Array) -> Array:
-        return x.astype(dtype) if path[-1].key.startswith("kernel") else x
+        return x.astype(dtype) if path[-1].key in ("kernel", "kernel_a", "kernel_b") and x.dtype != jnp.int8 else x
 
     blocks = jax.tree_util.tree_map_with_path(convert, params["blocks"])
     table = params["embedding" if config.tie_embeddings else "unembedding"].astype(dtype)

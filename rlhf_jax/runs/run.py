@@ -23,7 +23,7 @@ from rlhf_jax.devices.compute import Compute
 from rlhf_jax.runs import checkpoint, timing
 from rlhf_jax.runs.directory import CHECKPOINTS
 from rlhf_jax.runs.log import NO_LIMITS, Limits, Records
-from rlhf_jax.settings import Seed, Settings, Whole
+from rlhf_jax.settings import NonNegative, Seed, Settings, Whole
 from rlhf_jax.types import Metrics, TrainState
 
 
@@ -45,6 +45,7 @@ class Config(Stage):
     # How control tokens that rows spell are read: as such, with a count of these rows (warn), or as plain text; None is
     # as the model directory says. What is trained keeps it.
     control_tokens: Literal["warn", "text"] | None = None
+    balance: NonNegative = 0.001  # weight of the load-balancing loss of a mixture of experts; others have none
     saves: checkpoint.Config = checkpoint.Config()
     skip_bad: Whole = 0  # skip up to so many steps in a row whose gradient is not finite; one more ends the run
     profile: Whole = 0  # number of steps to trace with the profiler, after the first three, into the folder profile
@@ -140,6 +141,10 @@ class Run:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a table of samples, see `log.Records.samples`."""
         self._records.samples(step, rows)
+
+    def tokens(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record what every token of some episodes was worth, see `log.Records.tokens`."""
+        self._records.tokens(step, rows)
 
 
 def _value(cfg: Any, name: str) -> Any:

@@ -34,7 +34,7 @@ class Limits:
 
     def __init__(self, config: models.Config) -> None:
         self.config, c = config, config
-        width, ff = c.n_heads * c.head_dim, c.d_ff if c.mlp == "gelu" else 2 * c.d_ff
+        width, ff = c.n_heads * c.head_dim, 2 * c.d_ff if c.gated else c.d_ff
         # The shapes [k, n] of a layer's matrices, and of the unembedding.
         self.layer = [
             (c.d_model, width + 2 * c.n_kv_heads * c.head_dim),

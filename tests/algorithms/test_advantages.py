@@ -50,6 +50,15 @@ def test_gae_oracle(case):
     case.check(advantage=advantage, **{"return": target})
 
 
+def test_rows_of_different_lengths_have_their_own_lambda():
+    np.testing.assert_allclose(advantages.length_adaptive(MASK, 0.75), [1 / 3, 1 / 3, 0.0], rtol=1e-6)
+    assert advantages.length_adaptive(MASK, 0.25).tolist() == [0.0, 0.0, 0.0]  # 1 - 1 / .5 is negative
+    reward = jnp.array([[0.5, -1.5, 7.0], [7.0, 0.5, -1.5]])
+    value = jnp.array([[0.25, 0.75, 7.0], [7.0, 0.25, 0.75]])
+    both, _ = advantages.gae(reward, value, MASK[:2], 0.5, jnp.array([0.5, 0.0]))
+    np.testing.assert_allclose(both, [[0.0625, -2.25, 0.0], [0.0, 0.625, -2.25]])
+
+
 def test_gae_of_a_padded_row_is_that_of_the_slice():
     rng = np.random.default_rng(0)
     reward, value = rng.normal(size=(2, 1, 7)).astype(np.float32)

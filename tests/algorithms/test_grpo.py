@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import grpo, optim, ppo, rloo, updates
+from rlhf_jax.algorithms import grpo, online_dpo, optim, ppo, rloo, updates
 from rlhf_jax.devices import parallel
 from rlhf_jax.types import InputError, Rollout
 from tests import tiny
@@ -33,6 +33,7 @@ ALGORITHMS = {
         grpo.Config(minibatches=2, group=4, baseline="both", kl_in="reward", surrogate="cispo", mean="token"),
     ),
     "rloo": (rloo.train_step, rloo.Config(epochs=2, minibatches=2, group=4)),
+    "online_dpo": (online_dpo.train_step, online_dpo.Config(epochs=2, minibatches=2, group=4)),
 }
 BOTH = pytest.mark.parametrize("name", ALGORITHMS)
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import optim, ppo, updates
+from rlhf_jax.algorithms import advantages, optim, ppo, updates
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.types import InputError, Rollout, Tokens
 from tests import tiny
-from tests.oracles import cases
+from tests.oracles import Case, cases
 
 POLICY = models.part("policy", models.logprobs_fn(tiny.GPT))
 LOGITS = models.bind(models.Transformer(tiny.GPT))
@@ -348,6 +348,7 @@ def test_the_average_of_the_weights():
         ({"dual_clip": 0.9}, r"dual_clip=0\.9: expected more than 1"),
         ({"penalty": 1.0, "dual_clip": 3.0}, r"penalty replaces the clip, so dual_clip"),
         ({"penalty": 1.0, "clip": 0.1}, r"penalty replaces the clip, so clip"),
+        ({"lam_alpha": 0.05, "lam": 0.9}, r"lam_alpha gives each response its own lambda, so lam has no effect"),
         ({"kl_horizon": 100.0}, r"kl_horizon has no effect without kl_target"),
         ({"unfinished_score": -1.0, "unfinished_penalty": 1.0}, r"unfinished_score replaces the score"),
         ({"ema": 1.0}, r"ema=1\.0: expected at least 0 and less than 1"),
@@ -356,6 +357,40 @@ def test_the_average_of_the_weights():
 def test_settings_out_of_range(change, said):
     with pytest.raises(InputError, match=said):
         dataclasses.replace(CFG, **change)
+
+
+@pytest.mark.parametrize("name", ["gae_decoupled", "gae_decoupled_discounted", "gae_length_adaptive"])
+def test_lambdas_of_policy_and_critic_oracle(name):
+    case = Case(name)
+    lam = {"lam_alpha": case["alpha"]} if "alpha" in case else {"lam": case["lam_policy"]}
+    cfg = ppo.Config(gamma=case["gamma"], critic_lam=case["lam_critic"], **lam)
+    advantage, target = ppo.estimate(case["reward"], case["value"], case["mask"], cfg)
+    case.check(advantage=advantage, **{"return": target})
+    if "alpha" in case:
+        case.check(lam_policy=advantages.length_adaptive(case["mask"], case["alpha"]))
+
+
+def test_an_experience_has_lambdas_of_its_own():
+    both = lambda **settings: ppo.experience(EPISODES, jnp.float32(0.1), dataclasses.replace(CFG, **settings))[0]
+    plain, critic, adaptive = both(), both(critic_lam=0.5), both(lam_alpha=0.5, critic_lam=CFG.lam)
+    np.testing.assert_array_equal(plain.advantage, critic.advantage)
+    np.testing.assert_array_equal(plain.target, adaptive.target)
+    assert difference(plain.target, critic.target) > 0.01 and difference(plain.advantage, adaptive.advantage) > 0.01
+
+
+@pytest.mark.slow
+def test_the_critic_learns_first():
+    cfg = dataclasses.replace(CFG, critic_first=1, kl_target=0.01, kl_horizon=100.0)
+    tx = ppo.optimizer(*(optim.adamw(lr, optim.Adam(eps=1e-5)) for lr in (1e-3, 3e-3)), wait=4)
+    train = jax.jit(functools.partial(ppo.train_step, policy_fn=POLICY, critic_fn=CRITIC, tx=tx, cfg=cfg))
+    before = ppo.init({"policy": tiny.policy(), "critic": tiny.scalar()}, tx, cfg, jax.random.key(0))
+    first, _ = train(before, EPISODES)
+    assert difference(first.params["policy"], before.params["policy"]) == 0
+    assert difference(first.params["critic"], before.params["critic"]) > 1e-3
+    assert first.opt_state["kl_coef"] == before.opt_state["kl_coef"]  # there is no KL to adapt to
+    second, _ = train(first, EPISODES)
+    assert difference(second.params["policy"], first.params["policy"]) > 1e-3
+    assert second.opt_state["kl_coef"] != first.opt_state["kl_coef"]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import optim, sft
 from rlhf_jax.analysis import flops
 from rlhf_jax.devices import parallel
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, experts
 from rlhf_jax.rollouts import sampling
 from rlhf_jax.types import Tokens
 from tests import tiny
@@ -139,3 +139,24 @@ def test_of_what_depends_on_the_platform_a_tpus_counts():
     own = lambda x: jax.lax.platform_dependent(x, cpu=once, tpu=twice, default=once)
     assert flops.count(other, x).total == product
     assert flops.count(own, x).total == 2 * product
+
+
+def mixture(**changes):
+    return dataclasses.replace(tiny.CONFIGS["mixtral"], n_layers=3, **changes)
+
+
+def test_of_experts_the_active_ones_count(monkeypatch):
+    """Two of four for each token: as an MLP of twice the width, and a router."""
+    monkeypatch.setattr(experts, "compute_all", experts.compute_sorted)
+    config = mixture(compute=models.Compute(unroll=False))
+    twice = dataclasses.replace(config, d_ff=2 * config.d_ff, experts=None)
+    tokens = ROWS * COLUMNS
+    router = 3 * 2 * tokens * config.d_model * 4
+    combining = 3 * 2 * tokens * 2 * config.d_model  # the weighted sum of two results
+    one = flops.count(*tuning(config)).total
+    assert one == flops.count(*tuning(twice)).total + 3 * (router + combining)
+    assert flops.forward(config, ROWS, COLUMNS, COLUMNS) == flops.forward(twice, ROWS, COLUMNS, COLUMNS) + router
+    place = parallel.layout(parallel.Config(data=1, fsdp=1, tensor=2), jax.devices()[:2])
+    spread = place.step(tuning(config)[0])
+    state, batch = tuning(config)[1:]
+    assert flops.count(spread, state, batch).total < 1.05 * one

@@ -95,10 +95,10 @@ class Stage:
     others: tuple = ()  # and what follows them
 
 
-def learner(name: str) -> Stage:
+def learner(name: str, episodes: int = 16) -> Stage:
     step, cfg = test_grpo.step(name)
     updates = cfg.epochs * cfg.minibatches
-    rows = lambda seed: (test_ppo.episodes(seed), test_ppo.text(seed, updates))
+    rows = lambda seed: (test_ppo.episodes(seed, episodes), test_ppo.text(seed, updates))
     return Stage(step, lambda: test_grpo.init(cfg), rows, (0, 1))
 
 
@@ -127,6 +127,7 @@ STAGES = {
     ),
     "grpo": learner("grpo"),
     "rloo": learner("rloo"),
+    "online_dpo": learner("online_dpo", 64),  # whole groups to each device
 }
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(

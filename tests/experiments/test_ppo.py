@@ -102,11 +102,18 @@ def test_the_published_settings_run_and_save_the_averaged_policy(done, tmp_path)
     assert max(jax.tree.leaves(moved)) > 0
 
 
-def test_ppo_against_a_function_of_the_text(done, tmp_path):
+def test_ppo_against_a_function_of_the_text_whose_critic_learns_first(done, tmp_path, capsys):
     cfg, _ = done
-    settings = vars(cfg.ppo) | {"text": None} | paths(cfg, tmp_path, "init", "rewards", "out")
-    ppo_gold.main(ppo_gold.Config(**settings))
+    algorithm = dataclasses.replace(cfg.ppo.algorithm, critic_first=1)
+    settings = vars(cfg.ppo) | {"text": None, "algorithm": algorithm} | paths(cfg, tmp_path, "init", "rewards", "out")
+    state = ppo_gold.main(ppo_gold.Config(**settings))
     assert all(-1 <= row["score"] <= 1 for row in log.read(tmp_path, "samples.jsonl"))
+    assert [row["kl/reference"] for row in metrics_of(tmp_path)] == pytest.approx([0, 0], abs=1e-5)  # before updates
+    tuned = models.load(cfg.out / "sft" / "model").params
+    assert (state.params["policy"]["embedding"] != tuned["embedding"]).any()  # by the last
+    capsys.readouterr()
+    said = refused(capsys, ppo.main, cfg.ppo, "--algorithm.critic-first", 2)
+    assert "algorithm.critic_first=2: expected less than steps=2" in said
 
 
 def test_several_reward_models_and_a_reference_of_its_own(done, tmp_path, capsys):

@@ -4,13 +4,27 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.papers import flan, instructgpt, tldr_stiennon2020
+from experiments.papers import (
+    deepseekmath,
+    flan,
+    instructgpt,
+    tldr_huang2024,
+    tldr_stiennon2020,
+    tulu3,
+    ziegler2019,
+)
 from rlhf_jax import models
 from rlhf_jax.rollouts import sampling
 from scripts import tpu_compile
 
 RECIPES = {"instructgpt": instructgpt, "tldr_stiennon2020": tldr_stiennon2020}
-CASES = [(recipe, stage) for recipe, module in RECIPES.items() for stage in module.STAGES] + [("flan", "tune-137b")]
+CASES = [
+    *((recipe, stage) for recipe, module in RECIPES.items() for stage in module.STAGES),
+    ("flan", "tune-137b"),
+    ("deepseekmath", "grpo-7b"),
+    ("tulu3", "dpo-70b"),
+    ("tldr_huang2024", "ppo-6.9b"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +77,23 @@ def test_the_presets_nearest_to_those_of_flan():
     billions = {"422m": 0.422, "2b": 2.0, "8b": 8.0, "68b": 68.0, "137b": 137.0}
     for size, name in flan.MODELS.items():
         assert models.parameter_count(models.preset(name)) / 1e9 == pytest.approx(billions[size], rel=0.36)
+
+
+def test_the_presets_of_other_recipes():
+    billions = {"1b": 1.012, "2.8b": 2.775, "6.9b": 6.857, "7b": 6.910, "8b": 8.030, "70b": 70.554}
+    billions |= dict.fromkeys(ziegler2019.TASKS, 0.124)
+    for module in (deepseekmath, tldr_huang2024, tulu3, ziegler2019):
+        for size, name in module.MODELS.items():
+            assert models.parameter_count(models.preset(name)) / 1e9 == pytest.approx(billions[size], rel=0.004)
+
+
+def test_stages_follow_each_other():
+    """What a stage reads of another one is where that writes it."""
+    for module in (deepseekmath, tldr_huang2024, ziegler2019):
+        made = {config.out / "model" for _, config in module.STAGES.values()}
+        for _, config in module.STAGES.values():
+            named = [path for path in (config.init, *getattr(config, "reward", ())) if path.parts[0] == "runs"]
+            assert set(named) <= made
 
 
 @pytest.mark.slow

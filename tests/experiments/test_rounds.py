@@ -6,6 +6,7 @@ import json
 import pytest
 
 from experiments import (
+    dpo,
     evaluate,
     ppo,
     rank,
@@ -32,7 +33,7 @@ def ran(monkeypatch):
 
         return main
 
-    for name, module in {"rank": rank, "reward": reward, "ppo": ppo, "evaluate": evaluate}.items():
+    for name, module in {"rank": rank, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate}.items():
         monkeypatch.setattr(module, "main", stage(name))
     return ran
 
@@ -58,6 +59,31 @@ def test_rounds_of_labels(done, tmp_path, ran, capsys):
         assert improve.seed != here[2][1].seed  # no two rollouts share noise
     said = refused(capsys, rounds.main, config, "--ppo.init", "elsewhere")
     assert "--ppo.init has no effect here, where other flags decide it" in said
+
+
+def test_rounds_of_dpo(done, tmp_path, ran, capsys):
+    """DPO from the fine-tuned model on all labels so far, those of its own later answers among them."""
+    cfg, _ = done
+    tuned = cfg.out / "sft" / "model"
+    ranked = rank.Config(prompts=8, max_new_tokens=9)
+    config = rounds.Config(
+        improve="dpo", rounds=2, rank=ranked, dpo=dpo.Config(lr=0.5), **paths(cfg, tmp_path, "init", "out")
+    )
+    rounds.main(config)
+    here = [(name, config) for name, config in ran if config.out.is_relative_to(tmp_path / "online")]
+    assert [name for name, _ in here] == ["rank", "dpo", "evaluate"] * 2
+    first, (asked, learn, judge) = here[1][1], (config for _, config in here[3:])
+    assert asked.init == first.out / "model" and asked.max_new_tokens == judge.max_new_tokens == 9
+    assert first.init == learn.init == tuned and learn.data == str(tmp_path / "online" / "labels.jsonl")
+    assert judge.model == learn.out / "model" and judge.reward is None and learn.seed != first.seed
+    assert learn.lr == 0.5
+    said = refused(capsys, rounds.main, config, "--ppo.steps", 7)
+    assert "--ppo has no effect with --improve dpo: leave its flags out" in said
+    people = dataclasses.replace(ranked, prompts=16, db=tmp_path / "people.db", data="p.jsonl")
+    with_people = dataclasses.replace(config, rank=people, out=tmp_path / "people")
+    assert rounds.main(with_people) == {"online": [{}] * 2}  # nothing to measure by
+    said = refused(capsys, rounds.main, with_people, "--dpo.batch", 17)
+    assert "--rank.prompts gives 16 rankings a round, fewer than a batch of --dpo.batch 17" in said
 
 
 def test_rounds_with_people(done, tmp_path, ran, capsys):

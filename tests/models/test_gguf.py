@@ -18,12 +18,12 @@ gguf = pytest.importorskip("gguf", reason="the library gguf is not installed")
 
 # Sizes of whole blocks of Q8_0, in every family; Llama 3's scaling has the context and bounds of its models.
 WIDE = dataclasses.replace(tiny.LLAMA, d_model=64, head_dim=16, d_ff=96, vocab_size=340)
-SCALING = models.RopeScaling(factor=8.0, low=1.0, high=4.0, original_length=8192)
+SCALING = models.Llama3Scaling(factor=8.0, low=1.0, high=4.0, original_length=8192)
 CONFIGS = {
     "llama": WIDE,
     "llama3": dataclasses.replace(WIDE, rope_scaling=SCALING, rope_theta=5e5, tie_embeddings=True),
     "qwen2": dataclasses.replace(WIDE, bias="qkv"),
-    "qwen3": dataclasses.replace(WIDE, qk_norm=True, head_dim=32, tie_embeddings=True),
+    "qwen3": dataclasses.replace(WIDE, qk_norm="head", head_dim=32, tie_embeddings=True),
     "gemma2": dataclasses.replace(
         WIDE,
         mlp="geglu",

@@ -13,7 +13,7 @@ from tests import tiny
 from tests.devices import test_shared
 
 BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
-NAMES = "gpt", "llama", "mistral", "qwen3", "gemma2"  # families that differ in how tokens see each other
+NAMES = "gpt", "llama", "mistral", "qwen3", "gemma2", "mixtral"  # families that differ in how tokens see each other
 EVERY = pytest.mark.parametrize("config", [tiny.CONFIGS[name] for name in NAMES], ids=NAMES)
 
 
@@ -317,21 +317,27 @@ SETTINGS = {
     "query_size": 5,
     "attention_cap": 0.1,
     "logit_cap": 0.1,
-    "qk_norm": True,
+    "qk_norm": "head",
     "post_norm": True,
     "unit_offset": True,
     "scale_embedding": True,
     "mlp": "geglu",
     "bias": "qkv",
-    "rope_scaling": models.RopeScaling(factor=2.0, low=0.5, high=1.0, original_length=24),
+    "rope_scaling": models.Llama3Scaling(factor=2.0, low=0.5, high=1.0, original_length=24),
     "rope_theta": 50.0,
     "norm_eps": 0.1,
+    "pre_norm": False,
+    "parallel_residual": True,
+    "rotary_size": 2,
+    "window_theta": 50.0,
+    "unrotated_layers": (1,),
+    "inverse_layer_scale": True,
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_matter(name):
-    base = dataclasses.replace(tiny.LLAMA, window=4) if name == "full_layers" else tiny.LLAMA
+    base = dataclasses.replace(tiny.LLAMA, window=4) if name in ("full_layers", "window_theta") else tiny.LLAMA
     tokens, mask = tiny.random_tokens(0, 2, 7), np.ones((2, 7), bool)
     changed = dataclasses.replace(base, **{name: SETTINGS[name]})
     loud = lambda config: run(config, jax.tree.map(lambda x: 4 * x, tiny.policy(config)), tokens, mask)
@@ -351,15 +357,17 @@ def test_a_window_is_as_wide_as_it_says():
 
 def test_llama_3_scales_the_long_wavelengths():
     # Turns over the original 16 tokens: 16 f / (2 pi). From 4 on f stays, up to 1 it is f / 8, between it slides.
-    scaling = models.RopeScaling(factor=8.0, low=1.0, high=4.0, original_length=16)
+    scaling = models.Llama3Scaling(factor=8.0, low=1.0, high=4.0, original_length=16)
     config = dataclasses.replace(tiny.LLAMA, head_dim=8, rope_theta=16.0)
-    plain = rope.frequencies(config)
+    plain = rope.frequencies(config, 24)
     np.testing.assert_allclose(plain, [1.0, 0.5, 0.25, 0.125])
     kept = (16 / (2 * np.pi) - 1) / 3
     expected = [kept + (1 - kept) / 8, None, 0.25 / 8, 0.125 / 8]
     half = (8 / (2 * np.pi) - 1) / 3
     expected[1] = 0.5 * (half + (1 - half) / 8)
-    np.testing.assert_allclose(rope.frequencies(dataclasses.replace(config, rope_scaling=scaling)), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        rope.frequencies(dataclasses.replace(config, rope_scaling=scaling), 24), expected, rtol=1e-6
+    )
 
 
 def test_dropout_depends_on_the_rows_key_alone():
@@ -382,6 +390,7 @@ def test_dropout_keeps_the_mean():
 @pytest.mark.slow
 def test_presets_have_the_published_sizes():
     published = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    published |= {"mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624}
     published |= {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}
     for name, parameters in published.items():
         assert models.parameter_count(models.PRESETS[name]) == parameters

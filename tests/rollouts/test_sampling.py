@@ -15,7 +15,7 @@ from rlhf_jax.types import InputError
 from tests import tiny
 
 BOTH = pytest.mark.parametrize("config", [tiny.GPT, tiny.LLAMA], ids=["gpt", "llama"])
-NAMES = "gpt", "llama", "mistral", "qwen3", "gemma2"  # families that differ in how tokens see each other
+NAMES = "gpt", "llama", "mistral", "qwen3", "gemma2", "mixtral"  # families that differ in how tokens see each other
 EVERY = pytest.mark.parametrize("config", [tiny.CONFIGS[name] for name in NAMES], ids=NAMES)
 EOS, KEY = 2, jax.random.key(0)
 
