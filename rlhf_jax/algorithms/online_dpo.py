@@ -15,7 +15,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from rlhf_jax.algorithms import dpo, updates
+from rlhf_jax.algorithms import dpo, grpo, updates
+from rlhf_jax.algorithms.advantages import token_rewards
 from rlhf_jax.algorithms.grpo import flat, groups
 from rlhf_jax.algorithms.preferences import mean_logprobs, sequence_logprobs
 from rlhf_jax.algorithms.reward import margins, pair_mask, pair_mean
@@ -79,6 +80,24 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
         "reward/flat": jnp.mean(flat(score, cfg.group)),  # share of prompts whose responses score the same: no pair
     }
     return batch, metrics
+
+
+def preferences_of(score: Float[Array, "B G"], cfg: Config) -> Float[Array, "B G"]:
+    """How far the pairs prefer each response: those that it wins less those that it loses, from -1 to 1."""
+    pair = pair_mask(ranks(score))
+    if cfg.pairs == "all":
+        return (jnp.sum(pair, axis=2) - jnp.sum(pair, axis=1)) / (cfg.group - 1)
+    best, worst = (jax.nn.one_hot(number, cfg.group) for number in extremes(score).T)
+    return jnp.where(jnp.any(pair, axis=(1, 2))[:, None], best - worst, 0.0)
+
+
+def judge(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, grpo.Experience, Metrics]:
+    """What the records show of a whole rollout: each token's reward and, as the advantage, the `preferences_of`."""
+    state, rollout, metrics = updates.combine_rewards(state, rollout, cfg)
+    score = updates.response_score(rollout, cfg)
+    advantage = preferences_of(groups(score, cfg.group), cfg).reshape(-1)
+    reward = token_rewards(score, rollout.logp - rollout.logp_ref, rollout.response_mask, 0.0)
+    return state, grpo.Experience(rollout=rollout, advantage=advantage, reward=reward), metrics
 
 
 def totals(batch: Experience) -> updates.Totals:
