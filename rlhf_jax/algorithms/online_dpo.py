@@ -82,22 +82,18 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
     return batch, metrics
 
 
-def preferences_of(score: Float[Array, "B G"], cfg: Config) -> Float[Array, "B G"]:
-    """How far the pairs prefer each response: those that it wins less those that it loses, from -1 to 1."""
-    pair = pair_mask(ranks(score))
-    if cfg.pairs == "all":
-        return (jnp.sum(pair, axis=2) - jnp.sum(pair, axis=1)) / (cfg.group - 1)
-    best, worst = (jax.nn.one_hot(number, cfg.group) for number in extremes(score).T)
-    return jnp.where(jnp.any(pair, axis=(1, 2))[:, None], best - worst, 0.0)
+def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, grpo.Experience, Metrics]:
+    """A whole rollout with what the records say of it, and the state with the statistics of its scores.
 
-
-def judge(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, grpo.Experience, Metrics]:
-    """What the records show of a whole rollout: each token's reward and, as the advantage, the `preferences_of`."""
-    state, rollout, metrics = updates.combine_rewards(state, rollout, cfg)
+    The advantage of a response is the share of its prompt's responses that score less, minus that of those that score
+    more; its last token has its score.
+    """
+    state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
     score = updates.response_score(rollout, cfg)
-    advantage = preferences_of(groups(score, cfg.group), cfg).reshape(-1)
-    reward = token_rewards(score, rollout.logp - rollout.logp_ref, rollout.response_mask, 0.0)
-    return state, grpo.Experience(rollout=rollout, advantage=advantage, reward=reward), metrics
+    grouped = groups(score, cfg.group)
+    advantage = jnp.mean(jnp.sign(grouped[:, :, None] - grouped[:, None, :]), axis=2).reshape(-1)
+    reward = token_rewards(score, jnp.zeros_like(rollout.logp), rollout.response_mask, 0.0)
+    return state, grpo.Experience(rollout=rollout, advantage=advantage, reward=reward), reward_metrics
 
 
 def totals(batch: Experience) -> updates.Totals:

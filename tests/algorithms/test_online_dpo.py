@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax.algorithms import online_dpo, updates
+from rlhf_jax.algorithms import online_dpo
 from tests import tiny
 from tests.algorithms.test_grpo import POLICY, on_policy
 from tests.algorithms.test_ppo import LOGPROBS
@@ -21,20 +21,6 @@ def log_sigmoid(x):
 def test_ranks_and_extremes_by_hand():
     assert online_dpo.ranks(SCORES).tolist() == [[1, 3, 0, 2], [0, 2, 0, 3], [2, 0, 2, 1], [0, 0, 0, 0]]
     assert online_dpo.extremes(SCORES).tolist() == [[2, 1], [0, 3], [1, 0], [0, 0]]
-
-
-def test_what_the_records_show():
-    extremes, every = (online_dpo.Config(group=4, pairs=pairs) for pairs in ("extremes", "all"))
-    shown = online_dpo.preferences_of(SCORES, extremes).tolist()
-    assert shown == [[0, -1, 1, 0], [1, 0, 0, -1], [-1, 1, 0, 0], [0, 0, 0, 0]]
-    np.testing.assert_allclose(
-        3 * online_dpo.preferences_of(SCORES, every), [[1, -3, 3, -1], [2, -1, 2, -3], [-2, 3, -2, 1], [0, 0, 0, 0]]
-    )
-    sampled = on_policy().replace(score=SCORES.reshape(-1))
-    state = updates.init({"policy": tiny.policy()}, optax.sgd(0.1), extremes, jax.random.key(0))
-    _, record, _ = online_dpo.judge(state, sampled, extremes)
-    np.testing.assert_allclose(jnp.sum(record.reward, axis=1), sampled.score, rtol=1e-6)
-    assert record.advantage.shape == (16,)
 
 
 def test_the_share_of_episodes_that_are_read():
