@@ -27,6 +27,25 @@ CONFIGS = {  # every family that there is, with each of its settings
         head_dim=6,
     ),
     "mixtral": dataclasses.replace(LLAMA, d_ff=12, experts=models.Experts(count=4, active=2)),
+}
+_GEMMA3 = dataclasses.replace(CONFIGS["gemma2"], qk_norm="head", attention_cap=None, logit_cap=None)
+_OLMO = dataclasses.replace(LLAMA, pre_norm=False, post_norm=True, qk_norm="whole")
+_NEOX = dataclasses.replace(GPT, position="rope", mlp="gelu_exact", rotary_size=6, tie_embeddings=False)
+_YARN = models.YarnScaling(factor=4.0, original_length=12, beta_fast=2.0, beta_slow=0.1)
+_LONG = models.LongScaling(short=(1.0, 1.5), long=(2.0, 3.0), original_length=12, attention_factor=1.25)
+MORE = {  # families that are settings of the same code
+    "gpt2-inverse": dataclasses.replace(GPT, inverse_layer_scale=True, d_ff=24),
+    "llama-bias": dataclasses.replace(LLAMA, bias="all", rope_scaling=models.LinearScaling(4.0)),
+    "llama-yarn": dataclasses.replace(LLAMA, bias="attention", rope_scaling=_YARN),
+    "gemma3_text": dataclasses.replace(_GEMMA3, window_theta=100.0, rope_scaling=models.LinearScaling(2.0)),
+    "olmo2": _OLMO,
+    "olmo3": dataclasses.replace(_OLMO, window=3, full_layers=(1,), rope_scaling=_YARN, window_theta=10000.0),
+    "smollm3": dataclasses.replace(LLAMA, unrotated_layers=(1,), bias="mlp"),
+    "phi3": dataclasses.replace(LLAMA, window=3, family="phi3"),
+    "phi3-long": dataclasses.replace(LLAMA, n_heads=2, n_kv_heads=1, head_dim=8, rotary_size=4, rope_scaling=_LONG),
+    "gpt_neox": dataclasses.replace(_NEOX, parallel_residual=True),
+    "gpt_neox-sequential": dataclasses.replace(_NEOX, bias="mlp", mlp="gelu"),
+    "opt": dataclasses.replace(GPT, mlp="relu", position_offset=2),
     "qwen3_moe": dataclasses.replace(
         LLAMA, d_ff=12, qk_norm="head", head_dim=6, experts=models.Experts(count=6, active=3, normalized=False)
     ),

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from rlhf_jax.devices.compute import Compute
-from rlhf_jax.models.scaling import LongScaling, RopeScaling
+from rlhf_jax.models.scaling import LongScaling, RopeScaling, YarnScaling
 from rlhf_jax.settings import Count, Positive, Rate, Settings, Whole
 from rlhf_jax.types import InputError
 
@@ -77,6 +77,8 @@ class Config(Settings):
             raise InputError(f"rotary_size={self.rotary_size}: expected an even number up to head_dim={self.head_dim}")
         if self.experts is not None and self.bias in ("all", "mlp"):
             raise InputError(f"bias={self.bias}: experts have no biases, expected one of attention, qkv, none")
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise InputError(f"rope_theta={self.rope_theta}: YaRN needs rope_theta above 1")
         if isinstance(scaling := self.rope_scaling, LongScaling):
             pairs = (self.rotary_size or self.head_dim) // 2
             for name, factors in {"short": scaling.short, "long": scaling.long}.items():

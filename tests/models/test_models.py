@@ -68,16 +68,33 @@ def test_saving_over_a_directory_replaces_it(tmp_path):
 ORACLES = ["llama_gqa", "llama_rope3_tied", "mistral_window", "qwen2", "qwen3", "gemma2", "sharded", "bfloat16"]
 
 
+NEWER = [  # of the second set
+    *("gpt2_inner", "gpt2_inverse_layer", "gpt_neox", "gpt_neox_sequential", "opt", "gemma3", "olmo2", "olmo3"),
+    *("phi3", "phi3_partial_rotary", "smollm3", "smollm3_list", "llama_linear", "llama_yarn", "llama_bias"),
+    *("mixtral", "qwen3_moe"),
+]
+REWARD_MODELS = ["llama_reward", "gpt_neox_reward", "qwen3_moe_reward"]
+
+
+def oracle(shared, name):
+    """The directory of an oracle, in the set that has it."""
+    return next(path for path in (shared / "oracles" / part / name for part in ("hf", "hf2")) if path.is_dir())
+
+
 def published(shared, name, config, directory):
     """A copy of an oracle with either of its configs."""
-    source = shared / "oracles" / "hf" / name
+    source = oracle(shared, name)
     for file in source.glob("*.safetensors*"):
         shutil.copy(file, directory)
     shutil.copy(source / config, directory / "config.json")
     return directory, np.load(source / "expected.npz")
 
 
-LAYOUTS = [("gpt2", "config.json"), *itertools.product(ORACLES, ["config.json", "config_v4.json"])]
+ONE_LAYOUT = ["gpt2", "gpt2_inner", "gpt2_inverse_layer"]  # older configs said the same
+LAYOUTS = [
+    *((name, "config.json") for name in ONE_LAYOUT),
+    *itertools.product([*ORACLES, *NEWER[2:]], ["config.json", "config_v4.json"]),
+]
 
 
 @pytest.mark.slow
@@ -96,10 +113,10 @@ def test_published_layouts_oracle(name, config, shared, tmp_path):
     np.testing.assert_array_equal(sample.tokens, expected["greedy_tokens"])
 
 
-@pytest.mark.parametrize("name", ["gpt2", *ORACLES, "llama_reward"])
+@pytest.mark.parametrize("name", ["gpt2", *ORACLES, *NEWER, *REWARD_MODELS])
 def test_published_weights_come_out_as_they_went_in(name, shared, tmp_path):
-    path = shared / "oracles" / "hf" / name
-    load = models.load_reward if name == "llama_reward" else models.load
+    path = oracle(shared, name)
+    load = models.load_reward if name in REWARD_MODELS else models.load
     loaded = load(path, dtype=jnp.bfloat16 if name == "bfloat16" else jnp.float32)
     models.save(loaded, loaded.params, tmp_path / "model")
     theirs = {k: x for file in path.glob("*.safetensors") for k, x in safetensors.numpy.load_file(file).items()}
@@ -113,9 +130,10 @@ def test_published_weights_come_out_as_they_went_in(name, shared, tmp_path):
     assert [before.get(key) for key in kept] == [after.get(key) for key in kept]
 
 
+@pytest.mark.parametrize("name", REWARD_MODELS)
 @pytest.mark.parametrize("config", ["config.json", "config_v4.json"])
-def test_reward_model_oracle(config, shared, tmp_path):
-    path, expected = published(shared, "llama_reward", config, tmp_path)
+def test_reward_model_oracle(name, config, shared, tmp_path):
+    path, expected = published(shared, name, config, tmp_path)
     loaded = models.load_reward(path)
     tokens, mask = jnp.array(expected["input_ids"], jnp.int32), jnp.array(expected["attention_mask"], bool)
     score = jax.jit(loaded.apply)(loaded.params, tokens, mask)
@@ -246,6 +264,51 @@ def test_stop_ids_are_eos_and_what_the_generation_settings_name(ends, stops, tmp
             assert models.stop_ids(loaded) == stops
             models.save(loaded, tiny.policy(config), tmp_path / "again")
             assert models.stop_ids(models.load(tmp_path / "again")) == stops
+
+
+def fine_tuned(path, config, seed, scalar=True, tok=None):
+    """A model that was trained from `tiny`'s, as a directory; returns its parameters."""
+    rng = np.random.default_rng(seed)
+    params = tiny.scalar(config) if scalar else tiny.policy(config)
+    params = jax.tree.map(lambda x: x + jnp.array(rng.normal(0, 0.05, x.shape), x.dtype), params)
+    models.save(dataclasses.replace(model(config), tokenizer=tok), params, path)
+    return params
+
+
+@pytest.mark.parametrize("scalar", [True, False], ids=["reward", "language"])
+def test_the_average_of_models_is_their_average(scalar, tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    each = [fine_tuned(path, tiny.LLAMA, seed, scalar) for seed, path in enumerate(paths)]
+    found = models.load_average(paths)
+    mean = jax.tree.map(lambda *x: np.mean(np.stack(x).astype(np.float64), axis=0), *each)
+    tiny.assert_close(found.params, mean, atol=1e-7)
+    tokens, mask = jnp.array(tiny.random_tokens(0, 3, 6)), jnp.array(tiny.ragged(1, 3, 6))
+    models.save(found, found.params, tmp_path / "average")
+    saved = (models.load_reward if scalar else models.load)(tmp_path / "average")
+    outputs = [jax.jit(found.apply)(params, tokens, mask) for params in (saved.params, found.params, *each)]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert all(np.abs(outputs[0] - other).max() > 0.01 for other in outputs[2:])
+
+
+def test_models_that_cannot_be_averaged_are_named(tmp_path):
+    tok = tokenizer.train(["a few words"], 300, tmp_path)
+    config = dataclasses.replace(tiny.GPT, vocab_size=300)
+    other_tok = tokenizer.load(tmp_path)
+    other_tok.eos_token = "!"
+    first = tmp_path / "first"
+    fine_tuned(first, config, 0, tok=tok)
+    fine_tuned(tmp_path / "language", config, 1, scalar=False, tok=tok)
+    fine_tuned(tmp_path / "wide", dataclasses.replace(config, d_ff=72, max_length=20), 2, tok=tok)
+    fine_tuned(tmp_path / "eos", config, 3, tok=other_tok)
+    models.save(dataclasses.replace(model(config), tokenizer=tok), tiny.scalar(config, seed=9), tmp_path / "stranger")
+    for name, said in {
+        "language": "first is a reward model and .*language is a language model: average models of one kind",
+        "wide": r"first and .*wide differ in max_length \(24, 20\), d_ff \(64, 72\): average models of one init",
+        "eos": r"first and .*eos differ in EOS \('<\|endoftext\|>', '!'\): average models of one init",
+        "stranger": "stranger was trained from another init: the cosine .* and those of .*first is -?0.0",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            models.load_average([first, tmp_path / name])
 
 
 def test_other_conventions_than_the_policys_are_warned_of(tmp_path, capsys):
@@ -393,8 +456,8 @@ CONFIG_ERRORS = {
         ({"model_type": "mamba"}, "'mamba' is not supported: expected one of gpt2, llama, mistral, qwen2"),
         ({"model_type": ["llama"]}, "is not supported"),
         ({"hidden_act": "relu"}, "hidden_act='relu' is not supported: expected 'silu'"),
-        ({"attention_bias": True}, r"has no tensor 'model\.layers\.0\.self_attn\.o_proj\.bias'"),
-        ({"mlp_bias": True}, r"has no tensor 'model\.layers\.0\.mlp\.down_proj\.bias'"),
+        ({"attention_bias": True}, r"has no tensor 'model\.layers\.0\.self_attn\.q_proj\.bias'"),
+        ({"mlp_bias": True}, r"has no tensor 'model\.layers\.0\.mlp\.gate_proj\.bias'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}},
@@ -639,7 +702,7 @@ def test_a_shape_that_no_family_has_is_refused(tmp_path):
         models.save(model(odd), tiny.policy(tiny.GPT), tmp_path / "model")
 
 
-@EVERY
+@pytest.mark.parametrize("config", (tiny.CONFIGS | tiny.MORE).values(), ids=tiny.CONFIGS | tiny.MORE)
 @pytest.mark.parametrize("kind", ["language", "reward"])
 def test_transformers_loads_what_we_save(config, kind, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
@@ -662,14 +725,14 @@ def test_transformers_loads_what_we_save(config, kind, tmp_path):
     np.testing.assert_allclose(ours, expected[:, 0] if kind == "reward" else expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2", *ORACLES, "llama_reward"])
+@pytest.mark.parametrize("name", ["gpt2", *ORACLES, *NEWER, *REWARD_MODELS])
 def test_transformers_finds_published_models_as_they_were(name, shared, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
     import transformers
 
-    path = shared / "oracles" / "hf" / name
+    path = oracle(shared, name)
     load, auto = models.load, transformers.AutoModelForCausalLM
-    if name == "llama_reward":
+    if name in REWARD_MODELS:
         load, auto = models.load_reward, transformers.AutoModelForSequenceClassification
     loaded = load(path, dtype=jnp.bfloat16 if name == "bfloat16" else jnp.float32)
     models.save(loaded, loaded.params, tmp_path / "model")
@@ -678,5 +741,5 @@ def test_transformers_finds_published_models_as_they_were(name, shared, tmp_path
     assert weights.keys() == before.state_dict().keys()
     for tensor, value in before.state_dict().items():
         assert weights[tensor].dtype == value.dtype and torch.equal(weights[tensor], value), tensor
-    if name != "llama_reward":
+    if name not in REWARD_MODELS:
         assert after.generation_config.to_dict() == before.generation_config.to_dict()

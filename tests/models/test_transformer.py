@@ -326,12 +326,18 @@ SETTINGS = {
     "rope_scaling": models.Llama3Scaling(factor=2.0, low=0.5, high=1.0, original_length=24),
     "rope_theta": 50.0,
     "norm_eps": 0.1,
+    "pre_norm": False,
+    "parallel_residual": True,
+    "rotary_size": 2,
+    "window_theta": 50.0,
+    "unrotated_layers": (1,),
+    "inverse_layer_scale": True,
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_matter(name):
-    base = dataclasses.replace(tiny.LLAMA, window=4) if name == "full_layers" else tiny.LLAMA
+    base = dataclasses.replace(tiny.LLAMA, window=4) if name in ("full_layers", "window_theta") else tiny.LLAMA
     tokens, mask = tiny.random_tokens(0, 2, 7), np.ones((2, 7), bool)
     changed = dataclasses.replace(base, **{name: SETTINGS[name]})
     loud = lambda config: run(config, jax.tree.map(lambda x: 4 * x, tiny.policy(config)), tokens, mask)
