@@ -75,7 +75,6 @@ def test_no_circle():
 PARAMETERS = 8  # at most, of a function, beside `axis`, which a layout binds
 LONGER = {  # functions with more, and the reason
     "rlhf_jax/algorithms/ppo.py:train_step": "it takes two networks, and text",
-    "rlhf_jax/data/pipeline.py:rankings": "it makes batches of several shapes, of whichever labels",
     "rlhf_jax/algorithms/distillation.py:train_step": "it takes two networks, and the parameters of the other",
 }
 SPREADING = {  # functions that hand a dict of arguments on, and the reason
