@@ -94,6 +94,8 @@ SPREADING = {  # functions that hand a dict of arguments on, and the reason
     "rlhf_jax/people/record.py:unfinished": "the settings as they were stored, by name",
     "rlhf_jax/people/administration.py:_rules": "a form has the names of the rules that it changes",
     "rlhf_jax/data/builders.py:_fetching.send_soon": "hands the arguments of a request on",
+    "experiments/studies/symptoms.py:collect_cooler": "hands the arguments of `rollout.collect` on",
+    "experiments/studies/symptoms.py:collect_unseen": "hands the arguments of `rollout.collect` on",
     "rlhf_jax/data/world/world.py:World._prompt": "the solution of a question takes the numbers in it by name",
 }
 
@@ -105,6 +107,7 @@ DICTS = {  # functions with a dict of anything, and the reason
     "rlhf_jax/models/families.py:_written": "the settings of a config.json",
     "rlhf_jax/models/gguf_file.py:File._config_json": "the settings of a config.json",
     "rlhf_jax/models/families.py:hf_config": "the settings of a config.json",
+    "rlhf_jax/analysis/report/__init__.py:_episode": "a row of the page's data, which becomes JSON",
     "rlhf_jax/runs/cli.py:_flags": "the values of flags by name, for a message",
     "experiments/evaluate.py:main": "a result, which becomes JSON",
     "experiments/published/gsm8k_evaluate.py:main": "a result, which becomes JSON",
