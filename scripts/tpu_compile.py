@@ -49,6 +49,7 @@ from rlhf_jax.data.world import World, labelers
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads, lora
 from rlhf_jax.rollouts import scores
+from rlhf_jax.rollouts import tokens as tokens_lib
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.types import InputError, Params, Prompts, Rankings, Rollout, Tokens, TrainState, Virtue
 
@@ -231,6 +232,17 @@ class NoTests:
         return []
 
 
+class NoRecords:
+    """Records of no tokens, which are no part of a step."""
+
+    def __init__(self, *_: Any): ...
+
+    def before(self, *_: Any) -> list:
+        return []
+
+    watch = after = before
+
+
 class OneStep(contextlib.nullcontext):
     """A `runs.Run` of one step, which records nothing."""
 
@@ -245,6 +257,8 @@ class OneStep(contextlib.nullcontext):
     def record(self, *_: Any) -> None: ...
 
     def samples(self, *_: Any) -> None: ...
+
+    def tokens(self, *_: Any) -> None: ...
 
 
 @contextlib.contextmanager
@@ -309,7 +323,8 @@ def nothing_but_steps(layout: shapes.Shapes, config_of: ConfigOf, chips: int, re
         (pipeline, "every_prompt", every_prompt),
         (scores, "text_function", score_by_text),
         (flops, "peak", lambda dtype: 1.0),
-        (reward, "table", nothing),
+        (reward, "table", lambda *_: []),
+        (tokens_lib, "Recorder", NoRecords),
         (reward, "record", lambda *_: 0.0),
         (labelers, "agreement", lambda _: 0.0),
         (plots, "curves", nothing),

@@ -75,6 +75,7 @@ def test_no_circle():
 PARAMETERS = 8  # at most, of a function, beside `axis`, which a layout binds
 LONGER = {  # functions with more, and the reason
     "rlhf_jax/algorithms/ppo.py:train_step": "it takes two networks, and text",
+    "rlhf_jax/data/pipeline.py:rankings": "it makes batches of several shapes, of whichever labels",
     "rlhf_jax/algorithms/distillation.py:train_step": "it takes two networks, and the parameters of the other",
 }
 SPREADING = {  # functions that hand a dict of arguments on, and the reason
@@ -101,13 +102,14 @@ SPREADING = {  # functions that hand a dict of arguments on, and the reason
 
 
 DICTS = {  # functions with a dict of anything, and the reason
+    "rlhf_jax/analysis/report/__init__.py:_episode": "an object of the page's JSON",
+    "rlhf_jax/models/families.py:_read_scaling": "a scaling is a row of a table: its fields by name",
     "rlhf_jax/models/config.py:llama": "the fields of a config that a family fixes",
     "rlhf_jax/models/directory.py:_placed": "a tree of parameters",
     "rlhf_jax/models/families.py:_read": "the fields of a config, out of a config.json",
     "rlhf_jax/models/families.py:_written": "the settings of a config.json",
     "rlhf_jax/models/gguf_file.py:File._config_json": "the settings of a config.json",
     "rlhf_jax/models/families.py:hf_config": "the settings of a config.json",
-    "rlhf_jax/analysis/report/__init__.py:_episode": "a row of the page's data, which becomes JSON",
     "rlhf_jax/runs/cli.py:_flags": "the values of flags by name, for a message",
     "experiments/evaluate.py:main": "a result, which becomes JSON",
     "experiments/published/gsm8k_evaluate.py:main": "a result, which becomes JSON",

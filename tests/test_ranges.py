@@ -274,6 +274,7 @@ def test_flags_keep_their_spelling_and_types():
 
 FILES = {
     "scaling",
+    "run",
     "workload",
     "db",
     "responses",

@@ -7,7 +7,7 @@ right in all steps, and how many in the answer.
 
 Run:     python -m experiments.studies.steps --init runs/quickstart/sft/model
 Parent:  sft, process_reward, ppo, grpo
-Result:  TODO
+Result:  not measured yet
 """
 
 import dataclasses

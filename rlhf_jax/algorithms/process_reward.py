@@ -6,8 +6,8 @@ The model is read at the last token of each step. Its output is a scalar, the lo
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def counts(output: Float[Array, "B T"], right: Bool[Array, "B T"], learnt: Bool[
     }
 
 
-def shares(count: dict[str, Array]) -> Metrics:
+def shares(count: Mapping[str, Any]) -> Metrics:
     """Metrics of `counts`: the accuracy over steps, the share of right ones, and the accuracy on each kind."""
     wrong = count["steps"] - count["right"]
     return {

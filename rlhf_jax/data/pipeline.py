@@ -216,7 +216,6 @@ def rankings(
     tokenizer: Tokenizer,
     *,
     length: int,
-    responses: int | None = None,
     batch: int,
     seed: int | None,
     epochs: int | None = None,
@@ -231,9 +230,9 @@ def rankings(
     With `virtue` the ranks are by the ratings of this virtue, and `Rankings.harmful` says which responses are rated
     below the middle. Raises InputError, which names the row, for one without them.
 
-    `responses` is K, the most that a row may have; by default the most of any row of the source. Absent responses have
-    rank -1 and an empty mask. A row is refused if its prompt is empty; if one of its sequences is longer than `length`,
-    even after the dialogue's oldest turns are left out; and if it does not order any two responses that differ.
+    K is the most responses of any row of the source. Absent responses have rank -1 and an empty mask. A row is refused
+    if its prompt is empty; if one of its sequences is longer than `length`, even after the dialogue's oldest turns are
+    left out; and if it does not order any two responses that differ.
 
     Where it orders some that differ and some that do not, it is kept as it is, and counted: two identical responses
     have one score, so that their pair's two gradients cancel, whereas to leave one out, or to tie them, would change
@@ -243,10 +242,7 @@ def rankings(
     if virtue is not None:
         place = getattr(source, "where", "row {}".format)
         rows = [_by_rating(row, virtue, place, n) for n, row in enumerate(rows)]
-    most = max((len(row["responses"]) for row in rows), default=2)
-    k_max = most if responses is None else responses
-    if most > k_max:
-        raise InputError(f"rankings: a row has {most} responses, more than the {k_max} asked for")
+    k_max = max((len(row["responses"]) for row in rows), default=2)
     fitting, counts = _answered(source, rows, tokenizer, length)
     tells = [_tells(one.ends, rows[one.row]["ranks"]) for one in fitting]
     fitting = [one for one, (distinct, _) in zip(fitting, tells, strict=True) if distinct]

@@ -12,7 +12,11 @@ T = TypeVar("T")
 
 
 def bar(total: int | None, *, done: int = 0, what: str = "", unit: str = "step", delay: float = 0.0) -> Any:
-    """A progress bar with rate and time left, which `update` moves on; it does not show before `delay` seconds."""
+    """A progress bar with rate and time left, which `update` moves on; it does not show before `delay` seconds.
+
+    Without a total it has no time left.
+    """
+    counted = "{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     terminal = sys.stderr.isatty()
     return tqdm.tqdm(
         desc=what and f"{what}: ",
@@ -25,7 +29,7 @@ def bar(total: int | None, *, done: int = 0, what: str = "", unit: str = "step",
         dynamic_ncols=terminal,
         delay=delay,
         disable=not hosts.first(),
-        bar_format="{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        bar_format="{desc}{n_fmt}{unit} [{elapsed}, {rate_fmt}{postfix}]" if total is None else counted,
     )
 
 

@@ -23,8 +23,8 @@ def cfg(tmp_path_factory):
     rubric = tmp_path_factory.mktemp("judge") / "rubric.txt"
     rubric.write_text("Long answers are good.")
     with endpoints.answering() as (stub, url):
-        stub.rule = lambda text: by_length(text) if ".\n</answer>" not in text else "I cannot say."
-        yield judge.Config(model="ada", rubric=rubric, url=url, missing=-2.0, most=9)
+        stub.rule = lambda text: by_length(text) if "answer A" in text or _length(text) % 2 else "I cannot say."
+        yield judge.Config(name="ada", rubric=rubric, url=url, missing=-2.0, most=9)
 
 
 def _length(request):
