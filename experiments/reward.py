@@ -38,7 +38,7 @@ from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Seed
 from rlhf_jax.types import InputError, Params, Rankings, Virtue, named_key
 
 READ = 32  # rows that are read at once for the tables
-COLUMNS, SHOWN = ("prompt", "response", "rank", "score"), 24  # of the table of samples, and its rows at most
+COLUMNS, SHOWN = ("prompt", "response", "rank", "score"), 4  # of the table of samples, and its rankings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ def main(cfg: Config) -> dict[str, float]:
         running_fn = jax.jit(models.bind(heads.ScalarModel(model.config)))
         read_rows = lambda tokens, mask: hosts.to_host(running_fn(params, tokens, mask))
         judged = table(itertools.islice(held_out or train, cfg.token_samples), tokenizer, read_rows, cfg.length)
-        run.samples(steps, [{name: row[name] for name in COLUMNS} for row in judged[:SHOWN]])
+        run.samples(steps, [{name: row[name] for name in COLUMNS} for row in judged if row["ranking"] < SHOWN])
         run.tokens(steps, [{"part": "ranked", **row} for row in judged])
     models.save(model, params, cfg.out / "model")
     runs.share(cfg.out / "model")

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from experiments import diagnose, grpo, ppo, reward
 from rlhf_jax import models, runs
 from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.analysis import symptoms
 from rlhf_jax.data.tokenizer import Prompt
 from rlhf_jax.rollouts import rollout, sampling
@@ -101,10 +102,22 @@ def draw(out: Path) -> None:
         plots.lines(out / "symptoms.png", panels, x="step")
 
 
-def policy(cfg: Config, out: Path, **changes: Any) -> ppo.Config:
-    """PPO from the quickstart's models at its defaults, but for the length of the run."""
+USUAL = ppo.Config()
+
+
+def policy(
+    cfg: Config,
+    out: Path,
+    algorithm: ppo_lib.Config = USUAL.algorithm,
+    text: str | None = USUAL.text,
+    lr: float = USUAL.lr,
+) -> ppo.Config:
+    """PPO from the quickstart's models at its defaults, but for the length of the run and what is given."""
     return dataclasses.replace(
-        ppo.Config(),
+        USUAL,
+        algorithm=algorithm,
+        text=text,
+        lr=lr,
         seed=cfg.seed,
         out=out,
         data_dir=cfg.out / "data",
@@ -114,17 +127,12 @@ def policy(cfg: Config, out: Path, **changes: Any) -> ppo.Config:
         samples_every=cfg.steps // 2,
         token_samples=64,
         saves=ANEW,
-        **changes,
     )
-
-
-def with_algorithm(run: ppo.Config, **changes: Any) -> ppo.Config:
-    return dataclasses.replace(run, algorithm=dataclasses.replace(run.algorithm, **changes))
 
 
 def too_large_steps(cfg: Config, out: Path) -> None:
     """Steps of the optimiser that throw the weights out of range."""
-    ppo.main(policy(cfg, out, lr=1e5, warmup=0, adam=optim.Adam(clip_norm=1e9)))
+    ppo.main(dataclasses.replace(policy(cfg, out, lr=1e5), warmup=0, adam=optim.Adam(clip_norm=1e9)))
 
 
 @contextlib.contextmanager
@@ -169,7 +177,7 @@ def other_temperature(cfg: Config, out: Path) -> None:
 
 def unseen_temperature(cfg: Config, out: Path) -> None:
     with patched("collect", collect_unseen):  # the entropy bonus makes the policy flatter than what is sampled of it
-        ppo.main(with_algorithm(policy(cfg, out, text=None), entropy_coef=0.1))
+        ppo.main(policy(cfg, out, dataclasses.replace(USUAL.algorithm, entropy_coef=0.1), text=None))
 
 
 def rankings(cfg: Config, out: Path, rank: Callable[[dict], list[int]]) -> tuple[Path, Path]:
@@ -184,7 +192,7 @@ def rankings(cfg: Config, out: Path, rank: Callable[[dict], list[int]]) -> tuple
     return paths[0], paths[1]
 
 
-def judge(cfg: Config, out: Path, rank: Callable[[dict], list[int]], **changes: Any) -> None:
+def judge(cfg: Config, out: Path, rank: Callable[[dict], list[int]], epochs: int = 1) -> None:
     """Train a reward model on such rankings."""
     data, held_out = rankings(cfg, out, rank)
     run = reward.Config(
@@ -194,9 +202,10 @@ def judge(cfg: Config, out: Path, rank: Callable[[dict], list[int]], **changes: 
         init=cfg.quickstart / "sft" / "model",
         data=str(data),
         held_out=str(held_out),
+        epochs=epochs,
         saves=ANEW,
     )
-    reward.main(dataclasses.replace(run, **changes))
+    reward.main(run)
 
 
 def shuffled_labels(cfg: Config, out: Path) -> None:
@@ -209,18 +218,20 @@ def labels_by_length(cfg: Config, out: Path) -> None:
 
 
 def idle_critic(cfg: Config, out: Path) -> None:
-    ppo.main(policy(cfg, out, critic_lr=1e-8))
+    ppo.main(dataclasses.replace(policy(cfg, out), critic_lr=1e-8))
 
 
-def scored_by(score: Callable[[str], float], **changes: Any) -> Callable[[Config, Path], None]:
+def scored_by(
+    score: Callable[[str], float], longest: int = USUAL.max_new_tokens, steps: int | None = None
+) -> Callable[[Config, Path], None]:
     """PPO against a function of the answer."""
 
     def score_text(prompt: Prompt, response: str) -> float:
         return score(response)
 
     def make(cfg: Config, out: Path) -> None:
-        run = with_algorithm(policy(cfg, out, text=None), kl_coef=0.02, unfinished_score=None)
-        ppo.main(dataclasses.replace(run, **changes), score_text)
+        run = policy(cfg, out, dataclasses.replace(USUAL.algorithm, kl_coef=0.02, unfinished_score=None), text=None)
+        ppo.main(dataclasses.replace(run, max_new_tokens=longest, steps=steps or run.steps), score_text)
 
     return make
 
@@ -232,19 +243,20 @@ def slow(response: str) -> float:
 
 
 def without_entropy(cfg: Config, out: Path) -> None:
-    ppo.main(with_algorithm(policy(cfg, out, text=None, lr=1e-3), entropy_coef=-1.0))
+    ppo.main(policy(cfg, out, dataclasses.replace(USUAL.algorithm, entropy_coef=-1.0), text=None, lr=1e-3))
 
 
 def without_reference(cfg: Config, out: Path) -> None:
-    ppo.main(with_algorithm(policy(cfg, out, text=None, lr=1e-3), entropy_coef=1.0, kl_coef=0.0))
+    free = dataclasses.replace(USUAL.algorithm, entropy_coef=1.0, kl_coef=0.0)
+    ppo.main(policy(cfg, out, free, text=None, lr=1e-3))
 
 
 def few_labels(cfg: Config, out: Path) -> None:
     """A reward model of a few rankings, which the policy follows without restraint."""
     few = out.with_name(f"{out.name}-reward")
     judge(dataclasses.replace(cfg, rankings=32), few, lambda row: row["ranks"], epochs=4)
-    run = policy(cfg, out, text=None, lr=1e-3)
-    ppo.main(with_algorithm(dataclasses.replace(run, reward=(few / "model",)), kl_coef=0.0))
+    run = policy(cfg, out, dataclasses.replace(USUAL.algorithm, kl_coef=0.0), text=None, lr=1e-3)
+    ppo.main(dataclasses.replace(run, reward=(few / "model",)))
 
 
 def healthy(seed: int) -> Callable[[Config, Path], None]:
@@ -287,7 +299,7 @@ RUNS: dict[str, tuple[str | None, Callable[[Config, Path], None]]] = {
     "length": ("The reward model prefers length", labels_by_length),
     "critic": ("The value loss does not fall", idle_critic),
     "short": ("Answers end at once", scored_by(lambda text: -float(len(text.split())))),
-    "long": ("Answers grow", scored_by(lambda text: 0.2 * len(text.split()), max_new_tokens=32)),
+    "long": ("Answers grow", scored_by(lambda text: 0.2 * len(text.split()), longest=32)),
     "entropy": ("The entropy collapses", without_entropy),
     "kl": ("The KL explodes", without_reference),
     "gold": ("Reward up, gold down", few_labels),
