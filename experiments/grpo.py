@@ -65,9 +65,7 @@ class Config(runs.Config):
     resample: Whole = 0
     samples_every: Count = 20  # number of steps between tables of samples
     samples: Count = 8  # number of episodes in a table of samples
-    # Episodes of those steps whose tokens are recorded one by one, and as many answers to prompts that stay the same
-    # throughout the run, for `experiments.report`; 0: none.
-    token_samples: Whole = 16
+    token_samples: Whole = 16  # number of episodes to record token by token at those steps, for `report`; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,27 +115,23 @@ def main(
     cfg: Config,
     train_step: Callable = grpo_lib.train_step,
     score_text: scores.ScoreText | None = None,
-    judge: Callable = grpo_lib.judge,
+    assess: Callable = grpo_lib.assess,
 ) -> TrainState:
     """Train, and write the run directory; returns the final state on the host.
 
-    `train_step` and `judge` are those of `grpo`, or of `rloo` with its settings. `score_text` replaces the reward
+    `train_step` and `assess` are those of `grpo`, or of `rloo` with its settings. `score_text` replaces the reward
     models' scores.
     """
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)
-    other = scores.other(score_text, cfg.judge, cfg.process, layout, cfg.compute, cfg.seed)
+    other = scores.other(score_text, cfg.judge, cfg.process, layout, cfg.compute, cfg.seed, cfg.reward)
     reward = () if other is not None and score_text is None and cfg.reward == Config.reward else cfg.reward
-    if not reward and other is None:
-        raise InputError("reward: expected at least one model directory")
     if (reward or algorithm.rewards.weights) and other is not None:
         raise InputError("reward and weights have no effect on scores that are not reward models': leave them out")
     policy = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
     scorers = scores.load(reward, cfg.cost, layout, cfg.compute, algorithm.rewards)
-    loaded = {cfg.init: policy} | dict(scorers.named)
-    if isinstance(other, scores.TokenModel) and cfg.process.model:
-        loaded[cfg.process.model] = other.model
+    loaded = {cfg.init: policy} | scores.named(scorers, other)
     models.check_vocabularies(loaded)
     tokenizer = models.tokenizer_of(policy, cfg.control_tokens)
 
@@ -174,20 +168,14 @@ def main(
         reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))
     del trained, frozen
     key = layout.state(named_key(cfg.seed, "grpo/sampling"))
-    recorder = tokens.Recorder(
-        policy.config,
-        layout,
-        functools.partial(judge, cfg=algorithm),
+    assessed = functools.partial(assess, cfg=algorithm)
+    recorder = tokens.Recorder(policy.config, layout, assessed, algorithm.temperature, rows, tokenizer)
+    answer = lambda params, *asked: score(collect(params, *asked))
+    recorder.watch(
         cfg.token_samples,
-        algorithm.temperature,
-        rows,
-        tokenizer,
-    )
-    # Prompts whose answers are recorded too, always sampled with the same noise.
-    watched = (
-        layout.rows(best_of_n.repeat(next(iter(prompts)), algorithm.group)),
-        layout.state(named_key(cfg.seed, "grpo/watched")),
-        layout.state(np.uint32(0)),
+        answer,
+        best_of_n.repeat(next(iter(prompts)), algorithm.group),
+        named_key(cfg.seed, "grpo/watched"),
     )
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
@@ -229,33 +217,20 @@ def main(
                 episodes, flat = refill(*((episodes, fresh) if attempt else (fresh, None)))
                 if not layout.get(flat):
                     break
-            is_sampled, parts = (step - 1) % cfg.samples_every == 0 or step == cfg.steps, list[tokens.Part]()
-            if is_sampled and cfg.token_samples:
-                answers = score(collect(params, *watched))
-                parts = recorder.before(state, params, {"trained": episodes, "watched": answers})
-                run.clock.done("record", [part.reference for part in parts])
+            if due := (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+                seen = recorder.before(state, params, episodes)
+                run.clock.done("record", [part.reference for part in seen])
             state, metrics = step_fn(state, base, episodes, text_rows)
             run.clock.done("update", metrics)
-            if is_sampled:
+            if due:
                 run.samples(step, rollout.table(rows, tokenizer, layout.gather(episodes), cfg.samples))
-                run.tokens(step, recorder.after(parts, lora_lib.attach(base, state.params, cfg.lora)["policy"]))
+                run.tokens(step, recorder.after(seen, lora_lib.attach(base, state.params, cfg.lora)["policy"]))
             run.record(step, state, metrics)
     state = layout.get(state)
     learnt = state.opt_state.get("ema", state.params["policy"])
     models.save(policy, lora_lib.merge(layout.get(base["policy"]), learnt, cfg.lora), cfg.out / "model")
     runs.share(cfg.out / "model")
-    plots.curves(
-        cfg.out,
-        {
-            "score": ["reward/score"],
-            "KL to the reference (nats a response)": ["kl/reference"],
-            "cost, and its multiplier": ["cost/mean", "cost/multiplier"],
-            "entropy (nats a token)": ["policy/entropy"],
-            "length (tokens)": ["response/tokens"],
-            "pretraining loss (nats)": ["loss/ptx"],
-            "seconds": ["seconds/generate", "seconds/score", "seconds/update", "seconds/host"],
-        },
-    )
+    plots.curves(cfg.out, plots.ROLLOUTS)
     return state
 
 

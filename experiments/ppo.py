@@ -65,9 +65,7 @@ class Config(runs.Config):
     lora: lora_lib.Config = lora_lib.Config()  # low-rank adapters of policy and critic
     samples_every: Count = 20  # number of steps between tables of samples
     samples: Count = 8  # number of episodes in a table of samples
-    # Episodes of those steps whose tokens are recorded one by one, and as many answers to prompts that stay the same
-    # throughout the run, for `experiments.report`; 0: none.
-    token_samples: Whole = 16
+    token_samples: Whole = 16  # number of episodes to record token by token at those steps, for `report`; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,11 +73,8 @@ class Config(runs.Config):
             raise InputError("critic=reward starts from a reward model: name one by --reward, or use --critic policy")
         if self.pessimism and len(self.reward) < 2:
             raise InputError("pessimism needs the disagreement of several reward models: name more by --reward")
-        if self.algorithm.critic_first >= self.steps:
-            raise InputError(
-                f"algorithm.critic_first={self.algorithm.critic_first}: expected less than steps={self.steps}, or the"
-                " policy learns nothing"
-            )
+        if (first := self.algorithm.critic_first) >= self.steps:
+            raise InputError(f"algorithm.critic_first={first}: expected less than steps={self.steps}")
         self.algorithm.rewards.check(len(self.reward), self.cost is not None, self.pessimism)
         if self.process.model is not None:
             self.algorithm.rewards.check_process()
@@ -119,12 +114,8 @@ def build(
             balance=models.balance_weight(cfg.balance, config, critic),
         ),
     )
-    sampled = sampling.Config(
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=algorithm.temperature,
-        eos_id=eos_id,
-        stop_at_eos=algorithm.stop_at_eos,
-    )
+    stop = algorithm.stop_at_eos
+    sampled = sampling.Config(cfg.max_new_tokens, algorithm.temperature, eos_id=eos_id, stop_at_eos=stop)
     collect = rollout.collector(config, layout, sampled, critic_fn, algorithm.buckets)
     return tx, collect, layout.step(step, donate=(0,))
 
@@ -144,9 +135,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)
-    other = scores.other(score_text, cfg.judge, cfg.process, layout, cfg.compute, cfg.seed)
-    if not cfg.reward and other is None:
-        raise InputError("reward: expected at least one model directory")
+    other = scores.other(score_text, cfg.judge, cfg.process, layout, cfg.compute, cfg.seed, cfg.reward)
     if other is not None and (cfg.pessimism or algorithm.rewards.weights):
         raise InputError("pessimism and weights have no effect on scores that are not reward models': leave them out")
     load = functools.partial(models.load, compute=cfg.compute, place=layout.sharding)
@@ -154,11 +143,9 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     scorers = scores.load(cfg.reward, cfg.cost, layout, cfg.compute, algorithm.rewards, cfg.pessimism)
     if reference and reference.config != policy.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.init}: take the model that it came from")
-    loaded = {cfg.init: policy} | dict(scorers.named)
+    loaded = {cfg.init: policy} | scores.named(scorers, other)
     if cfg.reference and reference:
         loaded[cfg.reference] = reference
-    if isinstance(other, scores.TokenModel) and cfg.process.model:
-        loaded[cfg.process.model] = other.model
     models.check_vocabularies(loaded)
     tokenizer = models.tokenizer_of(policy, cfg.control_tokens)
 
@@ -187,21 +174,10 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     else:  # a copy, since the train step donates the buffers of the policy
         reference_params = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze((reference or policy).params)))
     key = layout.state(named_key(cfg.seed, "ppo/sampling"))
-    recorder = tokens.Recorder(
-        policy.config,
-        layout,
-        functools.partial(ppo_lib.judge, cfg=algorithm),
-        cfg.token_samples,
-        algorithm.temperature,
-        rows,
-        tokenizer,
-    )
-    # Prompts whose answers are recorded too, always sampled with the same noise.
-    watched = (
-        layout.rows(next(iter(prompts))),
-        layout.state(named_key(cfg.seed, "ppo/watched")),
-        layout.state(np.uint32(0)),
-    )
+    assessed = functools.partial(ppo_lib.assess, cfg=algorithm)
+    recorder = tokens.Recorder(policy.config, layout, assessed, algorithm.temperature, rows, tokenizer)
+    answer = lambda params, *asked: score(collect(params, *asked))
+    recorder.watch(cfg.token_samples, answer, next(iter(prompts)), named_key(cfg.seed, "ppo/watched"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
         at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
@@ -219,8 +195,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters
     del scorers, other, critic, reference, loaded, frozen
 
-    # The state holds these settings, which may adapt: a resume under others is refused.
-    in_state = runs.SEED | updates.IN_STATE | {"algorithm.kl_coef": "opt_state/kl_coef"}
+    in_state = runs.SEED | updates.IN_STATE | {"algorithm.kl_coef": "opt_state/kl_coef"}  # it adapts
     with runs.Run(cfg, layout, state, streams, cfg.steps, limits, in_state) as run:
         state = run.state
         for step in run:
@@ -234,34 +209,20 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
             run.clock.done("generate", sampled)
             episodes = score(sampled)
             run.clock.done("score", episodes)
-            is_sampled, parts = (step - 1) % cfg.samples_every == 0 or step == cfg.steps, list[tokens.Part]()
-            if is_sampled and cfg.token_samples:
-                answers = score(collect(params, *watched))
-                parts = recorder.before(state, params, {"trained": episodes, "watched": answers})
-                run.clock.done("record", [part.reference for part in parts])
+            if due := (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+                seen = recorder.before(state, params, episodes)
+                run.clock.done("record", [part.reference for part in seen])
             state, metrics = step_fn(state, base, episodes, text_rows)
             run.clock.done("update", metrics)
-            if is_sampled:
+            if due:
                 run.samples(step, rollout.table(rows, tokenizer, layout.gather(episodes), cfg.samples))
-                run.tokens(step, recorder.after(parts, lora_lib.attach(base, state.params, cfg.lora)["policy"]))
+                run.tokens(step, recorder.after(seen, lora_lib.attach(base, state.params, cfg.lora)["policy"]))
             run.record(step, state, metrics)
     state = layout.get(state)
     trained = state.opt_state.get("ema", state.params["policy"])
     models.save(policy, lora_lib.merge(layout.get(base["policy"]), trained, cfg.lora), cfg.out / "model")
     runs.share(cfg.out / "model")
-    plots.curves(
-        cfg.out,
-        {
-            "score": ["reward/score"],
-            "KL to the reference (nats a response)": ["kl/reference"],
-            "cost, and its multiplier": ["cost/mean", "cost/multiplier"],
-            "entropy (nats a token)": ["policy/entropy"],
-            "length (tokens)": ["response/tokens"],
-            "explained variance of the critic": ["value/explained_variance"],
-            "pretraining loss (nats)": ["loss/ptx"],
-            "seconds": ["seconds/generate", "seconds/score", "seconds/update", "seconds/host"],
-        },
-    )
+    plots.curves(cfg.out, plots.ROLLOUTS | {"explained variance of the critic": ["value/explained_variance"]})
     return state
 
 

@@ -27,9 +27,6 @@ CONFIGS = {  # every family that there is, with each of its settings
         head_dim=6,
     ),
     "mixtral": dataclasses.replace(LLAMA, d_ff=12, experts=models.Experts(count=4, active=2)),
-    "qwen3_moe": dataclasses.replace(
-        LLAMA, d_ff=12, qk_norm="head", head_dim=6, experts=models.Experts(count=6, active=3, normalized=False)
-    ),
 }
 _GEMMA3 = dataclasses.replace(CONFIGS["gemma2"], qk_norm="head", attention_cap=None, logit_cap=None)
 _OLMO = dataclasses.replace(LLAMA, pre_norm=False, post_norm=True, qk_norm="whole")
@@ -49,6 +46,9 @@ MORE = {  # families that are settings of the same code
     "gpt_neox": dataclasses.replace(_NEOX, parallel_residual=True),
     "gpt_neox-sequential": dataclasses.replace(_NEOX, bias="mlp", mlp="gelu"),
     "opt": dataclasses.replace(GPT, mlp="relu", position_offset=2),
+    "qwen3_moe": dataclasses.replace(
+        LLAMA, d_ff=12, qk_norm="head", head_dim=6, experts=models.Experts(count=6, active=3, normalized=False)
+    ),
 }
 
 

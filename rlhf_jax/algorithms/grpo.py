@@ -118,12 +118,13 @@ def step_advantages(
         A_t = sum over the steps that are over at t or later of (r - mean(R)) / (std(R) + 1e-4)
 
     R are the rewards of all steps of a prompt's responses; without `scale` nothing is divided by their deviation.
-    Rewards of other columns than `over` are ignored.
+    Rewards of other columns than `over` are ignored. Exactly 0 where all rewards of a group are equal.
     """
-    reward = precise(reward)
-    rewards, steps = (groups_of(x, group) for x in (jnp.where(over, reward, 0.0), over))
+    rewards, steps = groups_of(precise(reward), group), groups_of(over, group)
+    largest = jnp.max(jnp.where(steps, rewards, -jnp.inf), axis=(1, 2), keepdims=True)
+    below = jnp.where(steps, rewards - largest, 0.0)  # of equal numbers the mean has a rounding error, of zeros none
     count = jnp.maximum(jnp.sum(steps, axis=(1, 2), keepdims=True), 1)
-    centred = jnp.where(steps, rewards - jnp.sum(rewards, axis=(1, 2), keepdims=True) / count, 0.0)
+    centred = jnp.where(steps, below - jnp.sum(below, axis=(1, 2), keepdims=True) / count, 0.0)
     if scale:
         deviation = jnp.sqrt(jnp.sum(jnp.square(centred), axis=(1, 2), keepdims=True) / count)
         centred = centred / (deviation + 1e-4)
@@ -179,7 +180,7 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
     ), metrics
 
 
-def judge(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
+def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
     """The `experience` of a whole rollout, and the state with the statistics of its scores."""
     state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
     batch, metrics = experience(rollout, cfg)
@@ -333,7 +334,7 @@ def train_step(
     Rows g * group to (g + 1) * group - 1 of the global batch must be the responses to one prompt. `text` is pretraining
     text, shaped as in `updates.apply`.
     """
-    state, batch, metrics = judge(state, parallel.all_gather(rollout, axis), cfg)
+    state, batch, metrics = assess(state, parallel.all_gather(rollout, axis), cfg)
     group = updates.shared_group(batch.rollout, cfg, cfg.group, cfg.whole_groups)
     objective = updates.Objective(
         loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg, group=group),

@@ -299,7 +299,7 @@ def experience(rollout: Rollout, kl_coef: Array, cfg: Config) -> tuple[Experienc
     return batch, metrics
 
 
-def judge(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
+def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
     """The `experience` of a whole rollout, and the state with the statistics of its scores."""
     state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
     batch, metrics = experience(rollout, state.opt_state["kl_coef"], cfg)
@@ -324,7 +324,7 @@ def train_step(
     Every device gathers the whole rollout, so that whitening is global. `text` is pretraining text for PPO-ptx, shaped
     as in `updates.apply`. Metrics of the rollout come from before the updates, losses are means over them.
     """
-    state, batch, metrics = judge(state, parallel.all_gather(rollout, axis), cfg)
+    state, batch, metrics = assess(state, parallel.all_gather(rollout, axis), cfg)
     kl_coef = state.opt_state["kl_coef"]
     objective = updates.Objective(
         loss=functools.partial(loss, kl_coef=kl_coef, policy_fn=policy_fn, critic_fn=critic_fn, cfg=cfg),

@@ -46,7 +46,7 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
     return Experience(rollout=rollout, advantage=advantage, reward=token_reward), metrics
 
 
-def judge(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
+def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
     """The `experience` of a whole rollout, and the state with the statistics of its scores."""
     state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
     batch, metrics = experience(rollout, cfg)
@@ -104,7 +104,7 @@ def train_step(
     Rows g * group to (g + 1) * group - 1 of the global batch must be the responses to one prompt. `text` is pretraining
     text, shaped as in `updates.apply`.
     """
-    state, batch, metrics = judge(state, parallel.all_gather(rollout, axis), cfg)
+    state, batch, metrics = assess(state, parallel.all_gather(rollout, axis), cfg)
     group = updates.shared_group(batch.rollout, cfg, cfg.group, cfg.whole_groups)
     objective = updates.Objective(
         loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg, group=group),

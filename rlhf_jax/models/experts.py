@@ -10,6 +10,7 @@ A router left to itself comes to send all tokens to the same few experts, so tra
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from rlhf_jax.devices import parallel
 from rlhf_jax.models.config import Config
 from rlhf_jax.models.layers import Linear, activation, recompute
-from rlhf_jax.types import Params
+from rlhf_jax.types import Fork, Params
 
 
 def balance_weight(weight: float, *configs: Config | None) -> float:
@@ -52,6 +53,14 @@ def balance_loss(
     took = jnp.sum(jax.nn.one_hot(chosen, experts), axis=2)  # [B T E]
     mean = lambda x: jnp.sum(jnp.where(mask[..., None], x, 0.0), axis=1) / count
     return jnp.mean(experts * jnp.sum(mean(took) / active * mean(probability), axis=-1))
+
+
+def apart(x: Shaped[Array, "A S ..."], fork: Fork) -> Shaped[Array, "B T ..."]:
+    """A row for each branch of a fork, with the prefix before it."""
+    branches = (len(x), fork.branches)
+    prefix = jnp.broadcast_to(x[:, None, : fork.prefix], (*branches, fork.prefix, *x.shape[2:]))
+    behind = x[:, fork.prefix :].reshape(*branches, -1, *x.shape[2:])
+    return jnp.concatenate([prefix, behind], axis=2).reshape(math.prod(branches), -1, *x.shape[2:])
 
 
 @jax.custom_vjp
@@ -197,14 +206,19 @@ def _per_device(compute: Callable[..., Array], count: int) -> Callable[..., Arra
 class Mixture(nn.Module):
     """The router and the experts: what a block has in place of an MLP.
 
-    `balance` is None, or the weight that the router's `balance_loss` gets, and 0, see `algorithms.balance`.
+    `balance` is None, or the weight that the router's `balance_loss` gets, and 0, see `algorithms.balance`. Branches of
+    a `fork` are balanced as rows of their own, since it depends on the devices how many share a row.
     """
 
     config: Config
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], balance: Float[Array, "2"] | None
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+        balance: Float[Array, "2"] | None,
+        fork: Fork | None,
     ) -> Float[Array, "B T D"]:
         c = self.config
         assert c.experts is not None
@@ -215,5 +229,8 @@ class Mixture(nn.Module):
         y = Experts(c, name="experts")(x, weight, chosen, mask)
         if balance is None:
             return y
+        if fork is not None:
+            probability, chosen, mask = (apart(part, fork) for part in (probability, chosen, mask))
+            mask = mask & jnp.any(mask[:, fork.prefix :], axis=1, keepdims=True)
         loss, real = balance_loss(probability, chosen, mask), jnp.mean(jnp.any(mask, axis=1))
         return with_loss(y, balance[0] * loss + balance[1] * real)

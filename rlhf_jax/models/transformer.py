@@ -72,7 +72,8 @@ class Block(nn.Module):
             added = MLP(c, name="mlp")(read)
         else:
             mask = take_columns(real_tokens(view.segment), columns)
-            added = Mixture(c, name="mlp")(read, mask, view.balance)
+            fork = view.segment.fork if isinstance(view.segment, Tree) else None
+            added = Mixture(c, name="mlp")(read, mask, view.balance, fork)
         if c.post_norm:
             added = Norm(c, name="post_norm_2")(added)
         x = x + dropout(added, view.keys, 2 * layer + 2, c.dropout)

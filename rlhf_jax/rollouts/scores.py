@@ -144,7 +144,7 @@ def score_tokens(
     step = None
     if marks is not None:
         step, column = steps_lib.find(episodes.response_tokens, given, marks)
-        given = step
+        given = jnp.asarray(step)
         per_token = jnp.take_along_axis(per_token, jnp.maximum(column, 0), axis=1)
     token_score = jnp.where(given, per_token, 0.0)
     return episodes.replace(token_score=token_score, step=step, score=jnp.zeros_like(per_token[:, 0]))
@@ -185,8 +185,12 @@ def other(
     layout: parallel.Layout,
     compute: models.Compute,
     seed: int,
+    reward: Sequence[Path],
 ) -> Other:
-    """What is to score responses in place of reward models, None where nothing is. InputError for more than one."""
+    """What is to score responses in place of the models `reward`, None where nothing is.
+
+    Raises InputError for more than one, and where there are no reward models either.
+    """
     given = {
         "a function of the text": score_text is not None,
         "judge": judge.given,
@@ -195,6 +199,8 @@ def other(
     names = [name for name, is_given in given.items() if is_given]
     if len(names) > 1:
         raise InputError(f"{' and '.join(names)} would both score the responses: leave out one of them")
+    if not names and not reward:
+        raise InputError("reward: expected at least one model directory")
     if process.model is not None:
         return TokenModel(process, models.load_reward(process.model, compute=compute, place=layout.sharding))
     return judge_lib.load(judge, layout, compute, seed) or score_text
@@ -263,6 +269,14 @@ def scorer(
         return source
     add_cost = cost_model(scorers.every[-1], eos_id, layout, buckets, group)
     return lambda episodes: add_cost(source(episodes))
+
+
+def named(scorers: Models, other: Other) -> dict[Path, Model]:
+    """The models that read the responses' tokens, by their directories."""
+    models_of = dict(scorers.named)
+    if isinstance(other, TokenModel) and other.cfg.model:
+        models_of[other.cfg.model] = other.model
+    return models_of
 
 
 def readers(scorers: Models, other: Other) -> tuple[models.Config, ...]:

@@ -19,13 +19,13 @@ from rlhf_jax.data import builders
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.rollouts import rollout as rollout_lib
-from rlhf_jax.types import Leaf, Params, Rollout, TrainState
+from rlhf_jax.types import Leaf, Params, Prompts, Rollout, TrainState
 
 BEST = 5  # likeliest tokens that are recorded beside the one that was sampled
 STATISTICS = ("kl_coef", "rewards")  # what a state's opt_state has beside its optimiser, and rewards depend on
 
-# The `judge` of an algorithm with its settings: (state, rollout) -> (state, experience, metrics).
-Judge = Callable[[TrainState, Rollout], tuple[TrainState, Any, Any]]
+# The `assess` of an algorithm with its settings: (state, rollout) -> (state, experience, metrics).
+Assess = Callable[[TrainState, Rollout], tuple[TrainState, Any, Any]]
 
 
 class Reading(struct.PyTreeNode):
@@ -64,20 +64,19 @@ class Part:
 
 
 class Recorder:
-    """Records the first `count` episodes of rollouts: `before` an update reads them, `after` it gives their rows."""
+    """Records the first episodes of rollouts: `before` an update reads them, `after` it gives their rows."""
 
     def __init__(
         self,
         config: models.Config,
         layout: parallel.Layout,
-        judge: Judge,
-        count: int,
+        assess: Assess,
         temperature: float,
         rows: builders.Rows,
         tokenizer: tokenizer_lib.Tokenizer,
     ):
         """`rows` are what the index of episodes counts; `temperature` is that at which they are sampled."""
-        self._layout, self._judge, self._count = layout, jax.jit(judge), count
+        self._layout, self._assess, self._count = layout, jax.jit(assess), 0
         self._rows, self._tokenizer = rows, tokenizer
         self._pieces: dict[int, str] = {}
         self._distributions = functools.partial(
@@ -87,20 +86,36 @@ class Recorder:
         )
         self._read = functools.cache(self._reader)
 
+    def watch(self, count: int, answer: Callable[..., Rollout], prompts: Prompts, key: jax.Array) -> None:
+        """Record `count` episodes of each rollout, and of answers to these prompts, sampled with the same noise always.
+
+        `answer` takes (params, prompts, key, number of the first row), and returns a scored rollout. A count of 0
+        records nothing.
+        """
+        place = self._layout.state
+        self._count, self._watched = count, functools.partial(self._answered, answer, prompts, place(key))
+
+    def _answered(self, answer: Callable[..., Rollout], prompts: Prompts, key: Any, params: Any) -> Rollout:
+        return answer(params, self._layout.rows(prompts), key, self._layout.state(np.uint32(0)))
+
     def _reader(self, new_tokens: int) -> Callable:
         return self._layout.step(
             functools.partial(read, distributions=self._distributions, new_tokens=new_tokens),
         )
 
-    def before(self, state: TrainState, params: Mapping[str, Params], rollouts: Mapping[str, Rollout]) -> list[Part]:
-        """What there is to say of scored rollouts, by name, as long as the state is the one that sampled them."""
+    def before(self, state: TrainState, params: Mapping[str, Params], episodes: Rollout) -> list[Part]:
+        """What there is to say of a scored rollout, and of what is watched, as long as the state is the one that
+        sampled it."""
+        if not self._count:
+            return []
         kept = {name: state.opt_state[name] for name in STATISTICS if name in state.opt_state}
         statistics = self._layout.get(state.replace(params=None, opt_state=kept))
-        return [self._part(name, statistics, params, one) for name, one in rollouts.items()]
+        parts = {"trained": episodes, "watched": self._watched(params)}
+        return [self._part(name, statistics, params, one) for name, one in parts.items()]
 
     def _part(self, name: str, statistics: TrainState, params: Mapping[str, Params], placed: Rollout) -> Part:
         whole = self._layout.gather(placed)
-        _, experience, _ = self._judge(statistics, whole)
+        _, experience, _ = self._assess(statistics, whole)
         devices = jax.device_count()
         count = min(devices * -(-self._count // devices), len(whole.index))
         rows = jax.tree.map(lambda x: x[:count], whole)

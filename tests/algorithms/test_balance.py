@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import balance, dpo, optim, ppo, reward, sft, updates
-from rlhf_jax.devices import parallel
+from rlhf_jax.devices import parallel, shared
 from rlhf_jax.models import experts, heads, layers, lora, rope, transformer
 from rlhf_jax.types import Tokens
 from tests import tiny
@@ -132,6 +132,20 @@ def test_a_reference_has_no_part_in_it():
     flat = rows.tokens.reshape(-1, rows.tokens.shape[2]), rows.mask.reshape(-1, rows.mask.shape[2])
     texts = Tokens(tokens=flat[0], segment=flat[1].astype(int), target=flat[1])
     np.testing.assert_allclose(metrics["loss/balance"], metric(PARAMS, texts), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_answers_that_share_a_prompt_are_balanced_as_rows_of_their_own():
+    tokens, mask = tiny.random_tokens(0, 4, 9), np.arange(9)[None] < np.array([[9], [6], [7], [0]])
+    tokens[1::2, :3] = tokens[::2, :3]  # the last row is absent
+    logits = models.bind(models.Transformer(CONFIG))
+
+    def measured(tokens, segment):
+        read = lambda params: jnp.sum(logits(params, tokens, segment))
+        return balance.detach(jax.jit(jax.grad(read))(balance.attach(PARAMS, WEIGHT, 1, None)))[1]["loss/balance"]
+
+    alone = measured(jnp.array(tokens), jnp.array(mask))
+    np.testing.assert_allclose(measured(*shared.fork(jnp.array(tokens), jnp.array(mask), 3, 2)), alone, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -71,8 +71,9 @@ ORACLES = ["llama_gqa", "llama_rope3_tied", "mistral_window", "qwen2", "qwen3", 
 NEWER = [  # of the second set
     *("gpt2_inner", "gpt2_inverse_layer", "gpt_neox", "gpt_neox_sequential", "opt", "gemma3", "olmo2", "olmo3"),
     *("phi3", "phi3_partial_rotary", "smollm3", "smollm3_list", "llama_linear", "llama_yarn", "llama_bias"),
+    *("mixtral", "qwen3_moe"),
 ]
-REWARD_MODELS = ["llama_reward", "gpt_neox_reward"]
+REWARD_MODELS = ["llama_reward", "gpt_neox_reward", "qwen3_moe_reward"]
 
 
 def oracle(shared, name):

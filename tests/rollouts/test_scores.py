@@ -144,7 +144,7 @@ def test_one_thing_alone_scores():
     ):
         source, judged, process = (*given, scores.Process())[:3]
         with pytest.raises(InputError, match=said):
-            scores.other(source, judged, process, parallel.PMAP, models.Compute(), 0)
+            scores.other(source, judged, process, parallel.PMAP, models.Compute(), 0, ())
     with pytest.raises(InputError, match=r"process.at has no effect without a model"):
         scores.Process(at="token")
 
