@@ -105,6 +105,7 @@ DICTS = {  # functions with a dict of anything, and the reason
     "rlhf_jax/models/families.py:_read_scaling": "a scaling is a row of a table: its fields by name",
     "rlhf_jax/models/config.py:llama": "the fields of a config that a family fixes",
     "rlhf_jax/models/directory.py:_placed": "a tree of parameters",
+    "rlhf_jax/models/families.py:_read_scaling": "the fields of a scaling, out of a config.json",
     "rlhf_jax/models/families.py:_read": "the fields of a config, out of a config.json",
     "rlhf_jax/models/families.py:_written": "the settings of a config.json",
     "rlhf_jax/models/gguf_file.py:File._config_json": "the settings of a config.json",

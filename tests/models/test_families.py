@@ -49,6 +49,7 @@ def test_a_family_is_written_and_read_as_it_was(name, config, tmp_path):
     tiny.assert_close(models.load_reward(tmp_path / "reward").params, tiny.scalar(config), atol=0)
 
 
+@pytest.mark.slow
 @EVERY
 def test_adapters_samples_scores_and_meshes_take_every_family(name, config):
     """Of each, the programs are traced: what they compute is the block's, which other tests run."""
