@@ -21,8 +21,10 @@ import numpy as np
 from rlhf_jax import models, runs
 from rlhf_jax.algorithms import best_of_n, sft
 from rlhf_jax.data import pipeline, sources
+from rlhf_jax.data.builders import Rows
 from rlhf_jax.data.world import World
 from rlhf_jax.devices import parallel
+from rlhf_jax.rollouts import judge as judge_lib
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli
 from rlhf_jax.settings import Count, Positive, Seed
@@ -36,6 +38,7 @@ class Config(runs.Stage):
     model: Path = Path("runs/ppo/model")  # model directory to evaluate
     reference: Path = Path("runs/sft/model")  # model directory of the reference, to which the KL is measured
     reward: Path | None = None  # model directory of a reward model, for mean score and best-of-n; None: neither
+    judge: judge_lib.Config = judge_lib.Config()  # scores in place of the reward model, by a rubric
     out: Path | None = None  # type: ignore[assignment]  # JSON file for the result; None: print only
     prompts: Count = 512  # number of held-out prompts
     texts: Count = 1000  # number of held-out documents
@@ -66,20 +69,27 @@ def held_out_nll(cfg: Config, model: models.Model, layout: parallel.Layout) -> f
     return float(nll / count)
 
 
-def episodes(cfg: Config, model: models.Model, prompts: Prompts, layout: parallel.Layout) -> Rollout:
-    """A response to each row of `prompts`, with log-probabilities of the reference and scores, on the host."""
+def episodes(cfg: Config, model: models.Model, rows: Rows, prompts: Prompts, layout: parallel.Layout) -> Rollout:
+    """A response to each of `prompts`, with log-probabilities of the reference and scores, on the host.
+
+    `rows` are what the prompts' index counts.
+    """
     # The KL of best-of-n is to the model itself and has a formula, so no other reference is needed.
     reference = model if cfg.best_of > 1 else models.load(cfg.reference, compute=cfg.compute, place=layout.sharding)
     loaded, score = {cfg.model: model} | ({} if reference is model else {cfg.reference: reference}), None
     if cfg.reward:
         loaded[cfg.reward] = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
         score = scores.reward_models([loaded[cfg.reward]], models.stop_ids(model), layout=layout, group=cfg.best_of)
+    if judge := judge_lib.load(cfg.judge, layout, cfg.compute, cfg.seed):
+        if cfg.reward:
+            raise InputError("reward has no effect where a judge scores: leave out one of them")
+        score = scores.judged(judge, rows, models.tokenizer_of(model), layout, models.stop_ids(model))
     models.check_vocabularies(loaded)
     del loaded  # the reward model as it was loaded: `score` has a copy
     if reference.config != model.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.model}: take the model that it came from")
-    if cfg.best_of > 1 and not cfg.reward:
-        raise InputError(f"best_of={cfg.best_of} needs a reward model to pick by: name one by --reward")
+    if cfg.best_of > 1 and score is None:
+        raise InputError(f"best_of={cfg.best_of} needs a reward model to pick by: name one by --reward, or a judge")
     key = named_key(cfg.seed, "evaluate")
     return rollout.episodes(
         model,
@@ -109,7 +119,7 @@ def main(cfg: Config) -> dict:
     )
     prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
     print(f"held-out prompts: {counts}")
-    sampled = episodes(cfg, model, best_of_n.repeat(prompts, cfg.best_of), layout)
+    sampled = episodes(cfg, model, rows, best_of_n.repeat(prompts, cfg.best_of), layout)
     if cfg.best_of > 1:
         sampled = best_of_n.select(sampled, cfg.best_of)
     texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
@@ -131,8 +141,10 @@ def main(cfg: Config) -> dict:
     else:
         kl = np.sum(np.where(sampled.response_mask, sampled.logp - sampled.logp_ref, 0.0), axis=1)
         result |= {"kl": float(kl.mean()), "nll": held_out_nll(cfg, model, layout)}
-    if cfg.reward:
+    if sampled.score is not None:
         result["reward"] = float(sampled.score.mean())
+    if sampled.unjudged is not None:
+        result["unjudged"] = float(sampled.unjudged.mean())
     print("  ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float)))
     if cfg.out:
         runs.write(cfg.out, json.dumps(result, indent=2) + "\n")

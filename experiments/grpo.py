@@ -22,11 +22,13 @@ import optax
 from rlhf_jax import models, runs
 from rlhf_jax.algorithms import best_of_n, optim, updates
 from rlhf_jax.algorithms import grpo as grpo_lib
+from rlhf_jax.algorithms import rewards as rewards_lib
 from rlhf_jax.analysis import flops, rates
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import lora as lora_lib
-from rlhf_jax.rollouts import rollout, sampling, scores
+from rlhf_jax.rollouts import judge as judge_lib
+from rlhf_jax.rollouts import rollout, sampling, scores, tokens
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, Positive, Whole
 from rlhf_jax.types import InputError, TrainState, named_key
@@ -39,6 +41,8 @@ class Config(runs.Config):
     out: Path = Path("runs/grpo")  # run directory; the model goes to its folder "model"
     init: Path = Path("runs/sft/model")  # model directory of the policy and of the frozen reference model
     reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models, whose scores are averaged or weighted
+    judge: judge_lib.Config = judge_lib.Config()  # scores in place of the reward models, by a rubric
+    process: scores.Process = scores.Process()  # rewards of steps or tokens in place of the reward models' scores
     cost: Path | None = None  # cost model, whose mean score algorithm.rewards.threshold bounds; None: no constraint
     data: str = "world:rows=8000"  # source of prompts: the world or a .jsonl file
     text: str | None = "world:rows=60000"  # source of pretraining text to mix in; None: no text
@@ -61,6 +65,7 @@ class Config(runs.Config):
     resample: Whole = 0
     samples_every: Count = 20  # number of steps between tables of samples
     samples: Count = 8  # number of episodes in a table of samples
+    token_samples: Whole = 16  # number of episodes to record token by token at those steps, for `report`; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,8 +73,10 @@ class Config(runs.Config):
             raise InputError(f"batch={self.batch}: expected a multiple of the group of {self.algorithm.group} answers")
         rewards = self.algorithm.rewards
         rewards.check(len(self.reward), self.cost is not None)
-        if self.resample and (rewards.weights or rewards.threshold is not None):
-            raise InputError("resample compares scores that are one already: leave out the weights and the cost model")
+        if self.resample and rewards != rewards_lib.Config():
+            raise InputError("resample compares scores before algorithm.rewards changes them: leave out one of them")
+        if self.process.model is not None:
+            rewards.check_process()
 
 
 def build(
@@ -105,22 +112,27 @@ def build(
 
 
 def main(
-    cfg: Config, train_step: Callable = grpo_lib.train_step, score_text: scores.ScoreText | None = None
+    cfg: Config,
+    train_step: Callable = grpo_lib.train_step,
+    score_text: scores.ScoreText | None = None,
+    assess: Callable = grpo_lib.assess,
 ) -> TrainState:
     """Train, and write the run directory; returns the final state on the host.
 
-    `train_step` is that of `grpo`, or of `rloo` with its settings. `score_text` replaces the reward models' scores.
+    `train_step` and `assess` are those of `grpo`, or of `rloo` with its settings. `score_text` replaces the reward
+    models' scores.
     """
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
-    if not cfg.reward and score_text is None:
-        raise InputError("reward: expected at least one model directory")
-    if cfg.reward and score_text:
-        raise InputError("reward has no effect on scores that are not reward models': leave it out")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)
+    other = scores.other(score_text, cfg.judge, cfg.process, layout, cfg.compute, cfg.seed, cfg.reward)
+    reward = () if other is not None and score_text is None and cfg.reward == Config.reward else cfg.reward
+    if (reward or algorithm.rewards.weights) and other is not None:
+        raise InputError("reward and weights have no effect on scores that are not reward models': leave them out")
     policy = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
-    judges = scores.load(cfg.reward, cfg.cost, layout, cfg.compute, algorithm.rewards)
-    models.check_vocabularies({cfg.init: policy} | dict(judges.named))
+    scorers = scores.load(reward, cfg.cost, layout, cfg.compute, algorithm.rewards)
+    loaded = {cfg.init: policy} | scores.named(scorers, other)
+    models.check_vocabularies(loaded)
     tokenizer = models.tokenizer_of(policy, cfg.control_tokens)
 
     rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
@@ -142,7 +154,7 @@ def main(
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
         )
 
-    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets, algorithm.group)
+    score = scores.scorer(scorers, other, rows, policy, layout, algorithm.buckets, algorithm.group)
     tx, collect, step_fn = build(cfg, policy.config, models.stop_ids(policy), layout, train_step)
     refill = (
         layout.step(functools.partial(grpo_lib.refill, group=algorithm.group, cfg=algorithm)) if cfg.resample else None
@@ -156,13 +168,22 @@ def main(
         reference = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze(policy.params)))
     del trained, frozen
     key = layout.state(named_key(cfg.seed, "grpo/sampling"))
+    assessed = functools.partial(assess, cfg=algorithm)
+    recorder = tokens.Recorder(policy.config, layout, assessed, algorithm.temperature, rows, tokenizer)
+    answer = lambda params, *asked: score(collect(params, *asked))
+    recorder.watch(
+        cfg.token_samples,
+        answer,
+        best_of_n.repeat(next(iter(prompts)), algorithm.group),
+        named_key(cfg.seed, "grpo/watched"),
+    )
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
         at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
         derive=rates.Rates(
             policy=policy.config,
             critic=None,
-            rewards=tuple(judge.config for judge in judges.every),
+            rewards=scores.readers(scorers, other),
             batch=cfg.batch,
             epochs=algorithm.epochs,
             text_rows=updates_a_step * cfg.text_batch if cfg.text else 0,
@@ -173,7 +194,7 @@ def main(
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters
-    del judges
+    del scorers, other, loaded
 
     with runs.Run(cfg, layout, state, streams, cfg.steps, limits, runs.SEED | updates.IN_STATE) as run:
         state = run.state
@@ -196,27 +217,20 @@ def main(
                 episodes, flat = refill(*((episodes, fresh) if attempt else (fresh, None)))
                 if not layout.get(flat):
                     break
+            if due := (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+                seen = recorder.before(state, params, episodes)
+                run.clock.done("record", [part.reference for part in seen])
             state, metrics = step_fn(state, base, episodes, text_rows)
             run.clock.done("update", metrics)
-            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+            if due:
                 run.samples(step, rollout.table(rows, tokenizer, layout.gather(episodes), cfg.samples))
+                run.tokens(step, recorder.after(seen, lora_lib.attach(base, state.params, cfg.lora)["policy"]))
             run.record(step, state, metrics)
     state = layout.get(state)
     learnt = state.opt_state.get("ema", state.params["policy"])
     models.save(policy, lora_lib.merge(layout.get(base["policy"]), learnt, cfg.lora), cfg.out / "model")
     runs.share(cfg.out / "model")
-    plots.curves(
-        cfg.out,
-        {
-            "score": ["reward/score"],
-            "KL to the reference (nats a response)": ["kl/reference"],
-            "cost, and its multiplier": ["cost/mean", "cost/multiplier"],
-            "entropy (nats a token)": ["policy/entropy"],
-            "length (tokens)": ["response/tokens"],
-            "pretraining loss (nats)": ["loss/ptx"],
-            "seconds": ["seconds/generate", "seconds/score", "seconds/update", "seconds/host"],
-        },
-    )
+    plots.curves(cfg.out, plots.ROLLOUTS)
     return state
 
 

@@ -30,7 +30,7 @@ class Config(grpo.Config):
 
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
-    return grpo.main(cfg, online_dpo_lib.train_step)
+    return grpo.main(cfg, online_dpo_lib.train_step, assess=online_dpo_lib.assess)
 
 
 if __name__ == "__main__":

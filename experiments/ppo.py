@@ -27,7 +27,8 @@ from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
 from rlhf_jax.models import lora as lora_lib
-from rlhf_jax.rollouts import rollout, sampling, scores
+from rlhf_jax.rollouts import judge as judge_lib
+from rlhf_jax.rollouts import rollout, sampling, scores, tokens
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, NonNegative, Positive, Whole
 from rlhf_jax.types import InputError, Params, TrainState, named_key
@@ -41,6 +42,8 @@ class Config(runs.Config):
     init: Path = Path("runs/sft/model")  # model directory of the policy
     reference: Path | None = None  # model directory of the frozen reference model; None: `init`
     reward: tuple[Path, ...] = (Path("runs/reward/model"),)  # reward models, whose scores are averaged or weighted
+    judge: judge_lib.Config = judge_lib.Config()  # scores in place of the reward models, by a rubric
+    process: scores.Process = scores.Process()  # rewards of steps or tokens in place of the reward models' scores
     cost: Path | None = None  # cost model, whose mean score algorithm.rewards.threshold bounds; None: no constraint
     critic: Literal["reward", "policy"] = "reward"  # separate network (from the first reward model), or policy head
     pessimism: NonNegative = 0.0  # number of the reward models' standard deviations to subtract from their mean
@@ -62,6 +65,7 @@ class Config(runs.Config):
     lora: lora_lib.Config = lora_lib.Config()  # low-rank adapters of policy and critic
     samples_every: Count = 20  # number of steps between tables of samples
     samples: Count = 8  # number of episodes in a table of samples
+    token_samples: Whole = 16  # number of episodes to record token by token at those steps, for `report`; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,12 +73,11 @@ class Config(runs.Config):
             raise InputError("critic=reward starts from a reward model: name one by --reward, or use --critic policy")
         if self.pessimism and len(self.reward) < 2:
             raise InputError("pessimism needs the disagreement of several reward models: name more by --reward")
-        if self.algorithm.critic_first >= self.steps:
-            raise InputError(
-                f"algorithm.critic_first={self.algorithm.critic_first}: expected less than steps={self.steps}, or the"
-                " policy learns nothing"
-            )
+        if (first := self.algorithm.critic_first) >= self.steps:
+            raise InputError(f"algorithm.critic_first={first}: expected less than steps={self.steps}")
         self.algorithm.rewards.check(len(self.reward), self.cost is not None, self.pessimism)
+        if self.process.model is not None:
+            self.algorithm.rewards.check_process()
 
 
 def build(
@@ -111,12 +114,8 @@ def build(
             balance=models.balance_weight(cfg.balance, config, critic),
         ),
     )
-    sampled = sampling.Config(
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=algorithm.temperature,
-        eos_id=eos_id,
-        stop_at_eos=algorithm.stop_at_eos,
-    )
+    stop = algorithm.stop_at_eos
+    sampled = sampling.Config(cfg.max_new_tokens, algorithm.temperature, eos_id=eos_id, stop_at_eos=stop)
     collect = rollout.collector(config, layout, sampled, critic_fn, algorithm.buckets)
     return tx, collect, layout.step(step, donate=(0,))
 
@@ -135,17 +134,16 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     """Train, and write the run directory; returns the final state. `score_text` replaces the reward models' scores."""
     runs.claim(cfg.out, cfg)
     models.check_writable(cfg.out / "model")
-    if not cfg.reward and score_text is None:
-        raise InputError("reward: expected at least one model directory")
-    if score_text and (cfg.pessimism or cfg.algorithm.rewards.weights):
-        raise InputError("pessimism and weights have no effect on scores that are not reward models': leave them out")
     algorithm, layout = cfg.algorithm, parallel.layout(cfg.devices)
+    other = scores.other(score_text, cfg.judge, cfg.process, layout, cfg.compute, cfg.seed, cfg.reward)
+    if other is not None and (cfg.pessimism or algorithm.rewards.weights):
+        raise InputError("pessimism and weights have no effect on scores that are not reward models': leave them out")
     load = functools.partial(models.load, compute=cfg.compute, place=layout.sharding)
     policy, reference = load(cfg.init), load(cfg.reference) if cfg.reference else None
-    judges = scores.load(cfg.reward, cfg.cost, layout, cfg.compute, algorithm.rewards, cfg.pessimism)
+    scorers = scores.load(cfg.reward, cfg.cost, layout, cfg.compute, algorithm.rewards, cfg.pessimism)
     if reference and reference.config != policy.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.init}: take the model that it came from")
-    loaded = {cfg.init: policy} | dict(judges.named)
+    loaded = {cfg.init: policy} | scores.named(scorers, other)
     if cfg.reference and reference:
         loaded[cfg.reference] = reference
     models.check_vocabularies(loaded)
@@ -165,8 +163,8 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
         )
 
-    critic = judges.rewards[0] if cfg.critic == "reward" else None
-    score = scores.scorer(judges, score_text, rows, policy, layout, algorithm.buckets)
+    critic = scorers.rewards[0] if cfg.critic == "reward" else None
+    score = scores.scorer(scorers, other, rows, policy, layout, algorithm.buckets)
     critic_config, eos_id = critic.config if critic else None, models.stop_ids(policy)
     tx, collect, step_fn = build(cfg, policy.config, critic_config, eos_id, layout)
     state, frozen = start(cfg, tx, policy.params, critic.params if critic else heads.fresh(policy.config))
@@ -176,13 +174,17 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     else:  # a copy, since the train step donates the buffers of the policy
         reference_params = layout.frozen(jax.tree.map(jnp.copy, cfg.compute.freeze((reference or policy).params)))
     key = layout.state(named_key(cfg.seed, "ppo/sampling"))
+    assessed = functools.partial(ppo_lib.assess, cfg=algorithm)
+    recorder = tokens.Recorder(policy.config, layout, assessed, algorithm.temperature, rows, tokenizer)
+    answer = lambda params, *asked: score(collect(params, *asked))
+    recorder.watch(cfg.token_samples, answer, next(iter(prompts)), named_key(cfg.seed, "ppo/watched"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
         at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
         derive=rates.Rates(
             policy=policy.config,
             critic=critic_config,
-            rewards=tuple(judge.config for judge in judges.every),
+            rewards=scores.readers(scorers, other),
             batch=cfg.batch,
             epochs=algorithm.epochs,
             text_rows=updates_a_step * cfg.text_batch if cfg.text else 0,
@@ -191,10 +193,9 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
         ),
     )
     policy = dataclasses.replace(policy, params=None)  # free the memory of the loaded parameters
-    del judges, critic, reference, loaded, frozen
+    del scorers, other, critic, reference, loaded, frozen
 
-    # The state holds these settings, which may adapt: a resume under others is refused.
-    in_state = runs.SEED | updates.IN_STATE | {"algorithm.kl_coef": "opt_state/kl_coef"}
+    in_state = runs.SEED | updates.IN_STATE | {"algorithm.kl_coef": "opt_state/kl_coef"}  # it adapts
     with runs.Run(cfg, layout, state, streams, cfg.steps, limits, in_state) as run:
         state = run.state
         for step in run:
@@ -208,28 +209,20 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
             run.clock.done("generate", sampled)
             episodes = score(sampled)
             run.clock.done("score", episodes)
+            if due := (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+                seen = recorder.before(state, params, episodes)
+                run.clock.done("record", [part.reference for part in seen])
             state, metrics = step_fn(state, base, episodes, text_rows)
             run.clock.done("update", metrics)
-            if (step - 1) % cfg.samples_every == 0 or step == cfg.steps:
+            if due:
                 run.samples(step, rollout.table(rows, tokenizer, layout.gather(episodes), cfg.samples))
+                run.tokens(step, recorder.after(seen, lora_lib.attach(base, state.params, cfg.lora)["policy"]))
             run.record(step, state, metrics)
     state = layout.get(state)
     trained = state.opt_state.get("ema", state.params["policy"])
     models.save(policy, lora_lib.merge(layout.get(base["policy"]), trained, cfg.lora), cfg.out / "model")
     runs.share(cfg.out / "model")
-    plots.curves(
-        cfg.out,
-        {
-            "score": ["reward/score"],
-            "KL to the reference (nats a response)": ["kl/reference"],
-            "cost, and its multiplier": ["cost/mean", "cost/multiplier"],
-            "entropy (nats a token)": ["policy/entropy"],
-            "length (tokens)": ["response/tokens"],
-            "explained variance of the critic": ["value/explained_variance"],
-            "pretraining loss (nats)": ["loss/ptx"],
-            "seconds": ["seconds/generate", "seconds/score", "seconds/update", "seconds/host"],
-        },
-    )
+    plots.curves(cfg.out, plots.ROLLOUTS | {"explained variance of the critic": ["value/explained_variance"]})
     return state
 
 

@@ -7,6 +7,8 @@ With `--db` people rank them on the pages of `scripts/people.sh`, each held-out 
 waits until enough answers are in; killed meanwhile, it goes on when the same command is run again, without sampling or
 asking anything twice.
 
+With `--judge.model` or `--judge.url` a judge compares all pairs of the answers to a prompt in both orders, by a rubric.
+
 Run:     python -m experiments.rank --init runs/sft/model
 Parent:  none
 Result:  in the quickstart, seed 0: 23,512 answers ranked, 1,434 of them cut; labelers agree on 73.6 % of held-out pairs
@@ -27,10 +29,11 @@ from rlhf_jax import models, runs
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data.builders import Row, Rows
 from rlhf_jax.data.world import World, labelers
-from rlhf_jax.devices import hosts, parallel
+from rlhf_jax.devices import hosts, parallel, progress
 from rlhf_jax.people.asking import Asked
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.store import Store
+from rlhf_jax.rollouts import judge as judge_lib
 from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.runs import cli, log
 from rlhf_jax.settings import Count, Positive, Seed, Share, Whole
@@ -57,8 +60,11 @@ class Config(runs.Stage):
     temperature: Positive = 1.0  # sampling temperature of the answers
     batch: Count = 256  # answers to sample at a time, over all devices
     world: Seed = 0  # seed of the world that the prompts come from
+    judge: judge_lib.Config = judge_lib.Config()  # ranks in place of simulated labelers, by a rubric
     db: Path | None = None  # store of scripts/people.sh, where people rank the answers; None: simulated labelers do
-    data: str | None = None  # with db: prompts, as in every experiment, the first of them held out; None: the world
+    data: str | None = (
+        None  # with db or a judge: prompts, as in every experiment, the first of them held out; None: the world
+    )
     overlap: Count = 2  # with db: number of people who rank the answers to each held-out prompt
     enough: Share = 1.0  # with db: share of the rankings, of each kind of prompt, at which the run goes on
     round: Whole = 0  # with db: number by which the labels can be told from those of other rounds
@@ -71,21 +77,30 @@ class Config(runs.Stage):
             raise InputError(f"least={self.least}, most={self.most}: expected 2 <= least <= most answers to rank")
         if self.db is not None and self.most > _MOST:
             raise InputError(f"most={self.most}: expected at most {_MOST} answers, which a page can show to people")
-        idle = ("data", "overlap", "enough") if self.db is None else ("people",)
+        if self.db is not None and self.judge.given:
+            raise InputError("db and judge: either people or a judge rank the answers; leave out one of them")
+        idle: tuple[str, ...] = ("data", "overlap", "enough")
+        who, hint = "simulated labelers", "name the store of people by --db"
+        if self.db is not None:
+            who, idle, hint = "people", ("people",), "leave it out"
+        elif self.judge.given:
+            who, idle, hint = "a judge", ("people", "overlap", "enough"), "leave it out"
         for name in idle:
             if getattr(self, name) != getattr(Config, name):
-                who = "simulated labelers rank" if self.db is None else "people rank"
-                hint = "name their store by --db" if self.db is None else "leave it out"
-                raise InputError(f"{name}={getattr(self, name)} has no effect where {who}: {hint}")
+                verb = "ranks" if who == "a judge" else "rank"
+                raise InputError(f"{name}={getattr(self, name)} has no effect where {who} {verb}: {hint}")
 
 
 def main(cfg: Config) -> dict[str, float]:
     """Write the rankings; returns {"labeler_agreement": the share of held-out pairs that labelers order alike}.
 
-    It is empty where no two people ranked the same answers.
+    It is empty where no two people ranked the same answers. A judge's is {"judge_consistency": the share of held-out
+    pairs on which it says the same in both orders}.
     """
     runs.claim(cfg.out, cfg)
     runs.write_config(cfg.out, cfg)
+    if cfg.judge.given:
+        return {"judge_consistency": compare(cfg)}
     if cfg.db is None:
         rankings = simulate(cfg, sample(cfg))
     else:
@@ -196,6 +211,44 @@ def simulate(cfg: Config, answers: dict[str, list[Row]]) -> list[list[Row]]:
         write(cfg.out / f"{split}.jsonl", itertools.chain.from_iterable(rankings))
         print(f"{split} prompts: each ranked by {len(rankings[0])} of {len(people)} labelers")
     return rankings
+
+
+# -- a judge -----------------------------------------------------------------------------------------------------------
+
+
+def compare(cfg: Config) -> float:
+    """Write a judge's rankings; returns the share of held-out pairs on which it says the same in both orders.
+
+    A ranking without a verdict on one of its pairs is left out, and counted.
+    """
+    judge = judge_lib.load(cfg.judge, parallel.layout(cfg.devices), cfg.compute, cfg.seed)
+    assert judge is not None
+    consistent = 0.0
+    for split, rows in sample(cfg).items():
+        rankings: list[judge_lib.Ranking] = []
+        parts = [rows[first : first + cfg.batch] for first in range(0, len(rows), cfg.batch)]
+        for part in progress.of(parts, f"judging {split} answers"):
+            rankings += judge.rank([row["prompt"] for row in part], [row["responses"] for row in part])
+        kept = [
+            row | {"ranks": ranking.ranks, "labeler": str(cfg.judge)}
+            for row, ranking in zip(rows, rankings, strict=True)
+            if ranking.ranks is not None
+        ]
+        pairs = sum(ranking.pairs for ranking in rankings)
+        missing = sum(ranking.missing for ranking in rankings)
+        swayed = sum(ranking.swayed for ranking in rankings)
+        consistent = 1 - swayed / max(pairs - missing, 1)
+        print(
+            f"{split} prompts: {len(kept)} of {len(rows)} ranked; {missing} of {pairs} pairs without a verdict, whose"
+            f" rankings are left out; {100 * consistent:.1f} % of the others alike in both orders"
+        )
+        if not kept:
+            raise InputError(
+                f"the judge {cfg.judge} ranked none of the {len(rows)} {split} prompts: expected replies that end"
+                " with a line 'Verdict: A', 'Verdict: B' or 'Verdict: tie'"
+            )
+        write(cfg.out / f"{split}.jsonl", kept)
+    return consistent
 
 
 # -- people ------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from rlhf_jax import models, runs
 from rlhf_jax.algorithms import best_of_n
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
+from rlhf_jax.rollouts import judge as judge_lib
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli
 from rlhf_jax.settings import Count, Positive
@@ -34,6 +35,7 @@ class Config(runs.Stage):
     out: Path = Path("runs/rejection")  # run directory; the best answers go to best.jsonl, the model to "sft/model"
     init: Path = Path("runs/sft/model")  # model directory to sample from, and to fine-tune
     reward: Path = Path("runs/reward/model")  # model directory of the reward model that selects answers
+    judge: judge_lib.Config = judge_lib.Config()  # selects answers in place of the reward model, by a rubric
     data: str = "world:rows=8000"  # source of prompts: the world or a .jsonl file
     prompts: Count = 2000  # number of prompts to answer
     best_of: Count = 4  # answers to each prompt, of which the best becomes a demonstration
@@ -67,15 +69,19 @@ def pick(cfg: Config) -> None:
     """Sample, select, and write the best answers to best.jsonl. A function of its own, so that its models are freed."""
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
-    judge = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
-    models.check_vocabularies({cfg.init: model, cfg.reward: judge})
+    judge = judge_lib.load(cfg.judge, layout, cfg.compute, cfg.seed)
     tokenizer = models.tokenizer_of(model)
     rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
     first = itertools.islice(rows, cfg.prompts)
     prompts, counts = pipeline.every_prompt(first, tokenizer, length=cfg.prompt_length)
     print(f"{cfg.data}: {counts}")
-    score = scores.reward_models([judge], models.stop_ids(model), layout=layout, group=cfg.best_of)
-    del judge  # as it was loaded: `score` has a copy
+    if judge:
+        score = scores.judged(judge, rows, tokenizer, layout, models.stop_ids(model))
+    else:
+        reward = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
+        models.check_vocabularies({cfg.init: model, cfg.reward: reward})
+        score = scores.reward_models([reward], models.stop_ids(model), layout=layout, group=cfg.best_of)
+        del reward  # as it was loaded: `score` has a copy
     sampled = rollout.episodes(
         model,
         best_of_n.repeat(prompts, cfg.best_of),

@@ -32,9 +32,13 @@ from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.models import heads
 from rlhf_jax.models import lora as lora_lib
+from rlhf_jax.rollouts import tokens
 from rlhf_jax.runs import cli, plots
-from rlhf_jax.settings import Count, NonNegative, Positive, Rate
+from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Seed
 from rlhf_jax.types import InputError, Params, Rankings, Virtue, named_key
+
+READ = 32  # rows that are read at once for the tables
+COLUMNS, SHOWN = ("prompt", "response", "rank", "score"), 24  # of the table of samples, and its rows at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Config(runs.Config):
     weight_decay: NonNegative = 0.0  # decoupled weight decay of matrices
     algorithm: reward_lib.Config = reward_lib.Config()
     lora: lora_lib.Config = lora_lib.Config()
+    head_seed: Seed | None = None  # seed of the new head, one for models that are to be averaged; None: seed
+    token_samples: Count = 48  # rankings, held out if there are any, whose answers are recorded token by token
     normalize_first: bool = False  # also normalise scores before training, as Ziegler et al. (arXiv:1909.08593)
 
     def __post_init__(self) -> None:
@@ -92,21 +98,42 @@ def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
     return accuracy
 
 
-def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, score_fn: Callable, length: int) -> list:
-    """A table of the responses in `rows` with prompt, rank and score; text beyond `length` tokens is not scored."""
+def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, running_fn: Callable, length: int) -> list:
+    """A table of the responses in `rows` with prompt, rank and score; text beyond `length` tokens is not scored.
+
+    `running_fn` gives the score of each row through each of its columns. Of these, `value` has those of the response.
+    """
     rows = list(rows)
     prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
     ended = [row.get("ended", [True] * len(row["responses"])) for row in rows]
     starts, ends = tokenizer_lib.render(tokenizer, prompts, responses, ended)
-    sequences = [np.append(start, end)[:length] for start, each in zip(starts, ends, strict=True) for end in each]
-    tokens = np.full((len(sequences), length), tokenizer_lib.pad_id(tokenizer))
-    mask = np.zeros(tokens.shape, bool)
-    for b, ids in enumerate(sequences):
-        tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
-    answers = [(row["prompt"], *pair) for row in rows for pair in zip(row["responses"], row["ranks"], strict=True)]
+    pairs = [(start, end) for start, each in zip(starts, ends, strict=True) for end in each]
+    count = -(-len(pairs) // READ) * READ
+    ids = np.full((count, length), tokenizer_lib.pad_id(tokenizer))
+    mask = np.zeros(ids.shape, bool)
+    for b, (start, end) in enumerate(pairs):
+        sequence = np.append(start, end)[:length]
+        ids[b, : len(sequence)], mask[b, : len(sequence)] = sequence, True
+    parts = [running_fn(ids[first : first + READ], mask[first : first + READ]) for first in range(0, count, READ)]
+    running, known = np.concatenate(parts), dict[int, str]()
+    answers = [
+        (n, row["prompt"], *pair, said)
+        for n, (row, told) in enumerate(zip(rows, ended, strict=True))
+        for *pair, said in zip(row["responses"], row["ranks"], told, strict=True)
+    ]
     return [
-        {"prompt": tokenizer_lib.prompt_text(prompt), "response": text, "rank": rank, "score": score}
-        for (prompt, text, rank), score in zip(answers, score_fn(tokens, mask), strict=True)
+        {
+            "ranking": n,
+            "prompt": tokenizer_lib.prompt_text(prompt),
+            "response": text,
+            "rank": rank,
+            "score": float(running[b, mask[b].sum() - 1]),
+            "ended": said,
+            "prompt_tokens": tokens.spell(tokenizer, ids[b, : len(start)], known),
+            "tokens": tokens.spell(tokenizer, ids[b, len(start) :][mask[b, len(start) :]], known),
+            "value": running[b, len(start) :][mask[b, len(start) :]],
+        }
+        for b, ((n, prompt, text, rank, said), (start, _)) in enumerate(zip(answers, pairs, strict=True))
     ]
 
 
@@ -133,7 +160,8 @@ def build(
 
 def split(cfg: Config, config: models.Config, policy: Params) -> tuple[Params, Params]:
     """The trained parameters of a reward model that starts from a language model, and the frozen base weights."""
-    params = heads.from_policy(policy, config, named_key(cfg.seed, "reward/head"))
+    seed = cfg.seed if cfg.head_seed is None else cfg.head_seed
+    params = heads.from_policy(policy, config, named_key(seed, "reward/head"))
     trained, frozen = lora_lib.split(params, cfg.lora, named_key(cfg.seed, "reward/lora"))
     return trained, cfg.compute.freeze(frozen)
 
@@ -198,9 +226,11 @@ def main(cfg: Config) -> dict[str, float]:
             state, metrics = step_fn(state, base, layout.rows(next(run.streams["data"])))
             run.record(step, state, metrics)
         params = lora_lib.merge(layout.get(base), normalize(layout.get(state).params), cfg.lora)
-        score_fn = jax.jit(heads.score_fn(model.config))
-        score_rows = lambda tokens, mask: hosts.to_host(score_fn(params, tokens, mask))
-        run.samples(steps, table(itertools.islice(held_out or train, 4), tokenizer, score_rows, cfg.length))
+        running_fn = jax.jit(models.bind(heads.ScalarModel(model.config)))
+        read_rows = lambda tokens, mask: hosts.to_host(running_fn(params, tokens, mask))
+        judged = table(itertools.islice(held_out or train, cfg.token_samples), tokenizer, read_rows, cfg.length)
+        run.samples(steps, [{name: row[name] for name in COLUMNS} for row in judged[:SHOWN]])
+        run.tokens(steps, [{"part": "ranked", **row} for row in judged])
     models.save(model, params, cfg.out / "model")
     runs.share(cfg.out / "model")
     plots.curves(cfg.out, {"loss (nats)": [loss_name], "training accuracy (share of pairs)": ["reward/accuracy"]})

@@ -26,7 +26,7 @@ class Config(grpo.Config):
 
 def main(cfg: Config) -> TrainState:
     """Train, and write the run directory."""
-    return grpo.main(cfg, rloo_lib.train_step)
+    return grpo.main(cfg, rloo_lib.train_step, assess=rloo_lib.assess)
 
 
 if __name__ == "__main__":

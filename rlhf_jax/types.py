@@ -122,6 +122,15 @@ class Thumbs(struct.PyTreeNode):
     good: Leaf  # [B] bool
 
 
+class Steps(struct.PyTreeNode):
+    """Solutions whose steps are labelled; a sequence is the prompt and the solution."""
+
+    tokens: Leaf  # [B, T] int32
+    mask: Leaf  # [B, T] bool
+    step: Leaf  # [B, T] bool, the last token of a step
+    label: Leaf  # [B, T] int32, of the step that ends there: 1 right, 0 neither, -1 wrong; 0 elsewhere
+
+
 class Rollout(struct.PyTreeNode):
     """Sampled responses, with log-probabilities, values and scores. A field that was not computed is None."""
 
@@ -135,7 +144,9 @@ class Rollout(struct.PyTreeNode):
     value: Leaf = None  # [B, N] value of the state before each token; at the first pad, of the completed response
     score: Leaf = None  # [B] score of the whole response
     token_score: Leaf = None  # [B, N] score of each token, if the score source gives one
+    step: Leaf = None  # [B, N] bool, the tokens at which a step is over, if `token_score` is of steps
     disagreement: Leaf = None  # [B] standard deviation of the scores of several reward models
+    unjudged: Leaf = None  # [B] bool, a judge gave no score, so that it is the one set for that case
     scores: Leaf = None  # [B, R] the scores of R reward models, of which `algorithms.rewards` makes one
     cost: Leaf = None  # [B] score of a cost model: above 0 is harmful
 

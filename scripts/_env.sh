@@ -34,8 +34,8 @@ choose_python() {
     fail "needs Python 3.11 or newer; name one by PYTHON=..."
 }
 
-# Installs this package and its dependencies into `venv`, with the extra "dev" or "people" if $1 is that, without if it is
-# "run". Does nothing if they are installed: a stamp records the manifest, interpreter and folder of the installation, and
+# Installs this package and its dependencies into `venv`, with the extra "dev", "docs" or "people" if $1 is that, without if
+# it is "run". The site has an environment of its own, unless that of "dev" is there. Does nothing if they are installed: a stamp records the manifest, interpreter and folder of the installation, and
 # `works` checks that it is still intact.
 set_up() {
     local kind=$1 extra='' stamp
@@ -43,6 +43,8 @@ set_up() {
     stamp=$(cd "$root" && { cat setup.cfg pyproject.toml && "$python" -VV && pwd; } | cksum)
     if [[ $(cat "$venv/.made-dev" 2>/dev/null) == "$stamp" ]]; then
         kind=dev # it includes what the others need
+    elif [[ $kind == docs ]]; then
+        venv=$venv-docs
     elif [[ $kind == run && $(cat "$venv/.made-people" 2>/dev/null) == "$stamp" ]]; then
         kind=people
     fi

@@ -295,6 +295,52 @@ MUTANTS = [
     *mutants("algorithms/rewards", "normalize", ("- moments.mean[None]", ""), ("jax.lax.rsqrt", "jnp.sqrt")),
     *mutants("algorithms/rewards", "weighted_sum", (" * jnp.array(weights, jnp.float32)[None]", "")),
     *mutants(
+        "algorithms/rewards",
+        "adjust",
+        ("-cfg.clip, cfg.clip", "0.0, cfg.clip"),
+        ("score - penalty", "score + penalty"),
+        (" * jnp.sum(rollout.response_mask, axis=1)", " * jnp.ones_like(score)"),
+    ),
+    *mutants(
+        "algorithms/process_reward",
+        "targets",
+        ("label >= 0 if", "label > 0 if"),
+        ("step & (label != 0)", "step & (label > 0)"),
+    ),
+    *mutants(
+        "algorithms/process_reward",
+        "loss",
+        ("output, -output)", "-output, output)"),
+        (", learnt, count)", ", right, count)"),
+    ),
+    *mutants("algorithms/grpo", "step_rewards", ("jnp.cumsum(over, axis=1) - over", "jnp.cumsum(over, axis=1)")),
+    *mutants(
+        "algorithms/grpo",
+        "step_advantages",
+        (
+            "jnp.cumsum(jnp.flip(centred.reshape(reward.shape), 1), axis=1)",
+            "jnp.flip(centred.reshape(reward.shape), 1)",
+        ),
+        (" / (deviation + 1e-4)", ""),
+        (" - jnp.sum(rewards, axis=(1, 2), keepdims=True) / count", ""),
+    ),
+    *mutants(
+        "algorithms/grpo",
+        "process_advantages",
+        ("reward - cfg.kl_coef", "reward + cfg.kl_coef"),
+        ("rollout.step | last", "rollout.step"),
+    ),
+    *mutants("rollouts/judge", "both_orders", ("forward == -swapped", "forward == swapped")),
+    *mutants("rollouts/judge", "ranks", ("reverse=True", "reverse=False")),
+    *mutants(
+        "data/steps",
+        "find",
+        ("inside & ~ends", "inside"),
+        ("inside & (ends | last)", "inside & ends"),
+        (" - closed.astype", " + closed.astype"),
+    ),
+    *mutants("models/directory", "_means", ("total / len(values)", "total / 2"), ("total += value", "total += first")),
+    *mutants(
         "algorithms/dpo",
         "sigmoid_terms",
         ("-(1 - label_smoothing)", "(1 - label_smoothing)"),
@@ -412,6 +458,8 @@ EXTRA = {
     "logprobs": ["algorithms/test_gradients"],
     "algorithms/advantages": ["algorithms/test_gradients"],
     "algorithms/rloo": ["algorithms/test_grpo"],
+    "algorithms/grpo": ["algorithms/test_process_reward"],
+    "models/directory": ["models/test_models"],
     "algorithms/updates": ["algorithms/test_ppo", "algorithms/test_grpo"],
 }  # tests beside the module's own
 

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "algorithms": GROUND | {"devices"},
     "data": {"types", "settings", "devices", "people"},
     "models": GROUND | {"devices", "data", "hub"},
-    "rollouts": GROUND | {"devices", "algorithms", "data", "models"},
+    "rollouts": GROUND | {"devices", "algorithms", "data", "models", "people"},  # of `people`, the client of endpoints
     "evaluation": GROUND | {"devices", "data", "models", "rollouts", "algorithms"},
     "serving": GROUND | {"devices", "data", "models", "rollouts", "people"},  # of `people`, where servers listen
     "runs": {"types", "settings", "hub", "devices", "people"},  # a resume compares the labels that it reads
@@ -100,7 +100,7 @@ SPREADING = {  # functions that hand a dict of arguments on, and the reason
 
 DICTS = {  # functions with a dict of anything, and the reason
     "rlhf_jax/models/config.py:llama": "the fields of a config that a family fixes",
-    "rlhf_jax/models/directory.py:_read": "a tree of parameters",
+    "rlhf_jax/models/directory.py:_placed": "a tree of parameters",
     "rlhf_jax/models/families.py:_read": "the fields of a config, out of a config.json",
     "rlhf_jax/models/families.py:_written": "the settings of a config.json",
     "rlhf_jax/models/gguf_file.py:File._config_json": "the settings of a config.json",

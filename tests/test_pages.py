@@ -10,25 +10,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOW = [page for page in PAGES if page.name != "CHANGELOG.md"]  # CHANGELOG.md names what was before too
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path):
     links = re.findall(r"\]\(([^)#]+)", page.read_text())
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
 
 
-@pytest.mark.parametrize("page", NOW, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
 def test_paths_in_the_repository_exist(page: Path):
     named = re.findall(r"(?<![\w/~.-])((?:rlhf_jax|experiments|scripts|tests|docs)/[\w/.-]*\w)", page.read_text())
     missing = {name for name in named if not (ROOT / name).exists() and name != "experiments/mine.py"}
     assert not missing
 
 
-@pytest.mark.parametrize("page", NOW, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
 def test_modules_to_run_exist(page: Path):
     modules = re.findall(r"python -m ((?:experiments|tests)\.[\w.]*\w)", page.read_text())
     missing = {name for name in modules if name != "experiments.NAME" and importlib.util.find_spec(name) is None}

@@ -277,6 +277,7 @@ FILES = {
     "workload",
     "db",
     "responses",
+    "rubric",
     "guidelines",
     "certificate",
     "key",

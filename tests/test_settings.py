@@ -31,7 +31,9 @@ from rlhf_jax.runs import plots, run
 from tests.experiments import test_sentiment
 from tests.quickstart import LENGTHS
 
-LATER = {"out", "saves", "samples_every", "samples", "held_out_every", "resample"}  # of these the loop asks
+JUDGE = {"judge", "process"}  # which tests/experiments/test_judge.py and test_steps.py have
+# Settings of which the loop asks.
+LATER = {"out", "saves", "samples_every", "samples", "token_samples", "held_out_every", "resample"} | JUDGE
 # Settings without effect by default, which tests/experiments has: of `rank` with people, of `rounds` with DPO.
 SPECIAL = {"rank": {"db", "data", "overlap", "enough", "round"}, "rounds": {"dpo"}}
 ASKED = {
@@ -161,7 +163,7 @@ def settings(name, quick):
         margin = reward_lib.Config(margin=0.5)
         learnt = dataclasses.replace(quick.reward, init=tuned, data=ranked, held_out=None)
         special = {"data": other, "held_out": other, "init": base, "algorithm": margin, "lora": lora.Config(rank=2)}
-        return learnt, special | {"virtue": "helpful"}
+        return learnt, special | {"virtue": "helpful", "head_seed": 7}
     if name == "dpo":
         preferred = dpo.Config(init=tuned, data=ranked, length=64, batch=8)
         beta = dataclasses.replace(preferred.algorithm, beta=0.7)

@@ -43,6 +43,7 @@ class Config(study.Config):
         algorithm=ppo_lib.Config(minibatches=4, kl_coef=0.0, unfinished_score=-1.0),
         samples_every=1,  # and as many as there are, so that gold is known along the run
         samples=64,
+        token_samples=0,
     )
 
 

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from rlhf_jax.algorithms import updates
-from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean, whiten
+from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean, token_rewards, whiten
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import kl_estimate, masked_mean, precise
@@ -69,6 +69,7 @@ class Experience(struct.PyTreeNode):
 
     rollout: Rollout
     advantage: Leaf  # [B], or [B, N] where tokens of a response differ in it
+    reward: Leaf = None  # [B, N], of each token; for the records alone
 
 
 def groups(score: Float[Array, "B"], group: int) -> Float[Array, "B_over_G G"]:
@@ -98,12 +99,67 @@ def token_advantages(rollout: Rollout, score: Float[Array, "B"], cfg: Config) ->
     return whiten(raw, mask)
 
 
+def step_rewards(reward: Float[Array, "B N"], over: Bool[Array, "B N"]) -> Float[Array, "B N"]:
+    """The rewards of tokens added up by step, at the column where each step is over; 0 elsewhere."""
+    number = jnp.cumsum(over, axis=1) - over  # of steps that are over before a column
+    added = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=over.shape[1]))(reward, number)
+    return jnp.where(over, jnp.take_along_axis(added, number, axis=1), 0.0)
+
+
+def step_advantages(
+    reward: Float[Array, "B N"],
+    over: Bool[Array, "B N"],
+    mask: Bool[Array, "B N"],
+    group: int,
+    scale: bool = True,
+) -> Float[Array, "B N"]:
+    """GRPO's advantages from rewards of steps (arXiv:2402.03300, section 4.1.3).
+
+        A_t = sum over the steps that are over at t or later of (r - mean(R)) / (std(R) + 1e-4)
+
+    R are the rewards of all steps of a prompt's responses; without `scale` nothing is divided by their deviation.
+    Rewards of other columns than `over` are ignored.
+    """
+    reward = precise(reward)
+    rewards, steps = (groups_of(x, group) for x in (jnp.where(over, reward, 0.0), over))
+    count = jnp.maximum(jnp.sum(steps, axis=(1, 2), keepdims=True), 1)
+    centred = jnp.where(steps, rewards - jnp.sum(rewards, axis=(1, 2), keepdims=True) / count, 0.0)
+    if scale:
+        deviation = jnp.sqrt(jnp.sum(jnp.square(centred), axis=(1, 2), keepdims=True) / count)
+        centred = centred / (deviation + 1e-4)
+    later = jnp.flip(jnp.cumsum(jnp.flip(centred.reshape(reward.shape), 1), axis=1), 1)
+    return jnp.where(mask, later, 0.0)
+
+
+def groups_of(x: Shaped[Array, "B N"], group: int) -> Shaped[Array, "B_over_G G N"]:
+    """The rows grouped by prompt, as `groups` has scores."""
+    return x.reshape(-1, group, x.shape[1])
+
+
+def process_advantages(rollout: Rollout, cfg: Config) -> Float[Array, "B N"]:
+    """The `step_advantages` of a rollout whose steps have scores.
+
+    A response's last token gets its final score too, and each token less kl_coef times its KL [if kl_in="reward"].
+    """
+    mask = rollout.response_mask
+    last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    reward = jnp.where(mask, rollout.token_score, 0.0) + jnp.where(
+        last, updates.final_score(rollout, cfg)[:, None], 0.0
+    )
+    if cfg.kl_in == "reward":
+        reward = reward - cfg.kl_coef * jnp.where(mask, rollout.logp - rollout.logp_ref, 0.0)
+    over = rollout.step | last
+    return step_advantages(step_rewards(reward, over), over, mask, cfg.group, cfg.scale)
+
+
 def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
     """The advantages of a whole rollout, and metrics of it."""
     score = updates.response_score(rollout, cfg)
     reward = score - cfg.kl_coef * updates.response_kl(rollout) if cfg.kl_in == "reward" else score
     grouped = groups(reward, cfg.group)
-    if cfg.baseline == "group":
+    if cfg.baseline == "group" and rollout.step is not None:
+        advantage = process_advantages(rollout, cfg)
+    elif cfg.baseline == "group":
         advantage = (group_normalize(grouped) if cfg.scale else subtract_mean(grouped)).reshape(-1)
     else:
         advantage = token_advantages(rollout, score, cfg)
@@ -111,7 +167,23 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
         "reward/spread": jnp.mean(jnp.std(grouped, axis=1)),
         "reward/flat": jnp.mean(flat(score, cfg.group)),  # share of groups without a gradient
     }
-    return Experience(rollout=rollout, advantage=advantage), metrics
+    return Experience(
+        rollout=rollout,
+        advantage=advantage,
+        reward=token_rewards(
+            score,
+            rollout.logp - rollout.logp_ref,
+            rollout.response_mask,
+            cfg.kl_coef if cfg.kl_in == "reward" else 0.0,
+        ),
+    ), metrics
+
+
+def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
+    """The `experience` of a whole rollout, and the state with the statistics of its scores."""
+    state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
+    batch, metrics = experience(rollout, cfg)
+    return state, batch, metrics | reward_metrics
 
 
 def flat(score: Float[Array, "B"], group: int) -> Bool[Array, "B_over_G"]:
@@ -261,9 +333,8 @@ def train_step(
     Rows g * group to (g + 1) * group - 1 of the global batch must be the responses to one prompt. `text` is pretraining
     text, shaped as in `updates.apply`.
     """
-    state, rollout, reward_metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
-    batch, metrics = experience(rollout, cfg)
-    group = updates.shared_group(rollout, cfg, cfg.group, cfg.whole_groups)
+    state, batch, metrics = assess(state, parallel.all_gather(rollout, axis), cfg)
+    group = updates.shared_group(batch.rollout, cfg, cfg.group, cfg.whole_groups)
     objective = updates.Objective(
         loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg, group=group),
         totals=functools.partial(totals, cfg=cfg),
@@ -281,4 +352,4 @@ def train_step(
         microbatches=microbatches,
         axis=axis,
     )
-    return state, metrics | reward_metrics | update_metrics
+    return state, metrics | update_metrics

@@ -91,6 +91,7 @@ class Experience(struct.PyTreeNode):
 
     rollout: Rollout
     value_mask: Leaf  # [B, N] bool, the response's tokens and the column that gets the score
+    reward: Leaf  # [B, N], of each token before whitening; for the records alone
     advantage: Leaf  # [B, N]
     target: Leaf  # [B, N], what the critic learns to predict
 
@@ -285,16 +286,24 @@ def experience(rollout: Rollout, kl_coef: Array, cfg: Config) -> tuple[Experienc
     reward = token_rewards(score, kl, mask, kl_coef if cfg.kl_in == "reward" else 0.0, value_mask)
     if rollout.token_score is not None:
         reward = reward + jnp.where(mask, rollout.token_score, 0.0)
-    metrics = updates.describe(rollout, score) | {"reward/total": jnp.mean(jnp.sum(reward, axis=1)), "kl/coef": kl_coef}
-    if cfg.whiten_rewards:
-        reward = whiten(reward, value_mask, shift_mean=False)
-    advantage, target = estimate(reward, rollout.value, value_mask, cfg)
+    described = updates.describe(rollout, updates.response_score(rollout, cfg))
+    metrics = described | {"reward/total": jnp.mean(jnp.sum(reward, axis=1)), "kl/coef": kl_coef}
+    whitened = whiten(reward, value_mask, shift_mean=False) if cfg.whiten_rewards else reward
+    advantage, target = estimate(whitened, rollout.value, value_mask, cfg)
     residual = masked_mean(jnp.square(target - rollout.value), value_mask)
     spread = masked_mean(jnp.square(target - masked_mean(target, value_mask)), value_mask)
     metrics["value/explained_variance"] = 1 - residual / jnp.maximum(spread, 1e-8)
     if cfg.whiten_advantages is not None:
         advantage = whiten(advantage, mask, ddof=int(cfg.whiten_advantages == "bessel"))
-    return Experience(rollout=rollout, value_mask=value_mask, advantage=advantage, target=target), metrics
+    batch = Experience(rollout=rollout, value_mask=value_mask, reward=reward, advantage=advantage, target=target)
+    return batch, metrics
+
+
+def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
+    """The `experience` of a whole rollout, and the state with the statistics of its scores."""
+    state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
+    batch, metrics = experience(rollout, state.opt_state["kl_coef"], cfg)
+    return state, batch, metrics | reward_metrics
 
 
 def train_step(
@@ -315,9 +324,8 @@ def train_step(
     Every device gathers the whole rollout, so that whitening is global. `text` is pretraining text for PPO-ptx, shaped
     as in `updates.apply`. Metrics of the rollout come from before the updates, losses are means over them.
     """
-    state, rollout, reward_metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
+    state, batch, metrics = assess(state, parallel.all_gather(rollout, axis), cfg)
     kl_coef = state.opt_state["kl_coef"]
-    batch, metrics = experience(rollout, kl_coef, cfg)
     objective = updates.Objective(
         loss=functools.partial(loss, kl_coef=kl_coef, policy_fn=policy_fn, critic_fn=critic_fn, cfg=cfg),
         totals=totals,
@@ -335,8 +343,8 @@ def train_step(
         axis=axis,
     )
     if cfg.kl_target is not None:
-        n = rollout.tokens.shape[0]
+        n = batch.rollout.tokens.shape[0]
         adapted = adapt_kl_coef(kl_coef, metrics["kl/reference"], n, cfg.kl_target, cfg.kl_horizon)
         moves = state.step > cfg.critic_first  # a policy that waits has no KL to adapt to
         state = state.replace(opt_state=state.opt_state | {"kl_coef": jnp.where(moves, adapted, kl_coef)})
-    return state, metrics | reward_metrics | update_metrics
+    return state, metrics | update_metrics

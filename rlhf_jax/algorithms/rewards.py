@@ -1,4 +1,4 @@
-"""Several rewards in one: a weighted sum of normalised scores, or a reward under a constraint on a cost.
+"""From scores to one reward: normalised, added up with weights, clipped, lowered by length, or constrained by a cost.
 
 The constraint is the Lagrangian form of Safe RLHF (arXiv:2310.12773): maximise the reward subject to a mean cost of at
 most a threshold, with a multiplier that rises while the cost is above it. The paper trains a critic for the reward and
@@ -24,11 +24,14 @@ Cost = Annotated[float, Unbounded("costs have either sign")]
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """How the scores of several models become one; by default those of the reward models are averaged."""
+    """How scores become a reward, in this order; by default those of the reward models are averaged, no more."""
 
     # Weights of the reward models' scores, each normalised by its running mean and standard deviation, in the order of
     # the models; (): average the scores as they are.
     weights: tuple[Weight, ...] = ()
+    normalize: bool = False  # normalise the one score, from whatever source, by its running mean and standard deviation
+    clip: Positive | None = None  # clip the score to [-clip, clip], after it is normalised (arXiv:2307.04964)
+    length_penalty: NonNegative = 0.0  # score subtracted for each token of a response (arXiv:2310.03716)
     threshold: Cost | None = None  # largest mean cost, of a cost model; None: no constraint
     multiplier: Positive = 1.0  # initial Lagrange multiplier of the constraint
     multiplier_lr: NonNegative = 0.1  # step size of its logarithm, per rollout and unit of cost; 0: a fixed multiplier
@@ -38,6 +41,10 @@ class Config(Settings):
         super().__post_init__()
         if self.weights and not any(self.weights):
             raise InputError(f"weights={self.weights}: expected at least one that is not 0")
+        if self.weights and self.normalize:
+            raise InputError(
+                "normalize has no effect on scores that weights add up, which are normalised: leave it out"
+            )
         if self.threshold is None:
             for name in ("multiplier", "multiplier_lr", "multiplier_max"):
                 if getattr(self, name) != getattr(Config, name):
@@ -58,9 +65,17 @@ class Config(Settings):
         if self.threshold is not None and not cost:
             raise InputError("threshold bounds the scores of a cost model: name one by --cost")
 
+    def check_process(self) -> None:
+        """Raise InputError for settings that would change a score where steps have rewards of their own."""
+        if dataclasses.replace(self, length_penalty=0.0) != Config():
+            raise InputError(
+                "of algorithm.rewards only length_penalty goes with process rewards, which are no scores of the whole:"
+                " leave out the others"
+            )
+
 
 class Moments(struct.PyTreeNode):
-    """Running mean and variance of the scores of R reward models."""
+    """Running mean and variance of R scores."""
 
     count: Leaf  # [] float32, number of episodes
     mean: Leaf  # [R]
@@ -76,9 +91,9 @@ class Rewards(struct.PyTreeNode):
 
 def init(cfg: Config) -> Rewards | None:
     """The state before the first rollout; None if the settings need none."""
-    if not cfg.weights and cfg.threshold is None:
+    count = len(cfg.weights) or int(cfg.normalize)
+    if not count and cfg.threshold is None:
         return None
-    count = len(cfg.weights)
     return Rewards(
         moments=Moments(jnp.float32(0.0), jnp.zeros(count), jnp.zeros(count)) if count else None,
         multiplier=None if cfg.threshold is None else jnp.float32(cfg.multiplier),
@@ -140,22 +155,39 @@ def update_multiplier(
     return jnp.asarray(jnp.where(change == 0, multiplier, jnp.exp(logarithm)), jnp.float32)
 
 
+def adjust(rollout: Rollout, cfg: Config) -> tuple[Rollout, Metrics]:
+    """The rollout with each score clipped, and lowered by `length_penalty` for each token of its response."""
+    metrics: Metrics = {}
+    score = rollout.score
+    if cfg.clip is not None:
+        metrics["reward/clipped"] = jnp.mean(jnp.abs(score) > cfg.clip)  # share of the responses
+        score = jnp.clip(score, -cfg.clip, cfg.clip)
+    if cfg.length_penalty:
+        penalty = cfg.length_penalty * jnp.sum(rollout.response_mask, axis=1)
+        metrics["reward/length_penalty"] = jnp.mean(penalty)
+        score = score - penalty
+    return rollout.replace(score=score), metrics
+
+
 def combine(rollout: Rollout, rewards: Rewards, cfg: Config) -> tuple[Rollout, Rewards, Metrics]:
     """A whole rollout with one score for each response, the next state, and metrics of the parts.
 
     A rollout's own scores count in the moments that normalise them. Its costs count in the multiplier of the next one.
     """
     metrics: Metrics = {}
-    if cfg.weights and rewards.moments is not None:
-        if rollout.scores is None or rollout.scores.shape[1] != len(cfg.weights):
+    if rewards.moments is not None:
+        scores = rollout.scores if cfg.weights else rollout.score[:, None]
+        if scores is None or scores.shape[1] != len(rewards.moments.mean):
             raise InputError(f"weights={cfg.weights}: expected so many scores of each response")
-        moments = update_moments(rewards.moments, rollout.scores)
-        rollout = rollout.replace(score=weighted_sum(normalize(rollout.scores, moments), cfg.weights))
+        moments = update_moments(rewards.moments, scores)
+        rollout = rollout.replace(score=weighted_sum(normalize(scores, moments), cfg.weights or (1.0,)))
         rewards = rewards.replace(moments=moments)
-        for number, mean in enumerate(jnp.mean(rollout.scores, axis=0)):
+        for number, mean in enumerate(jnp.mean(scores, axis=0)):
             metrics[f"reward/score_{number}"] = mean
             metrics[f"reward/running_mean_{number}"] = moments.mean[number]
             metrics[f"reward/running_std_{number}"] = jnp.sqrt(moments.squares[number] / moments.count)
+    rollout, adjusted = adjust(rollout, cfg)
+    metrics |= adjusted
     if cfg.threshold is not None:
         if rollout.cost is None:
             raise InputError(f"threshold={cfg.threshold}: expected a cost of each response")

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from rlhf_jax.algorithms import updates
-from rlhf_jax.algorithms.advantages import leave_one_out
+from rlhf_jax.algorithms.advantages import leave_one_out, token_rewards
 from rlhf_jax.algorithms.grpo import Experience, groups, live
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
@@ -41,7 +41,16 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
     reward = score - cfg.kl_coef * updates.response_kl(rollout)
     advantage = leave_one_out(groups(reward, cfg.group)).reshape(-1)
     metrics = updates.describe(rollout, score) | {"reward/total": jnp.mean(reward)}
-    return Experience(rollout=rollout, advantage=advantage), metrics
+    kl = rollout.logp - rollout.logp_ref
+    token_reward = token_rewards(score, kl, rollout.response_mask, cfg.kl_coef)
+    return Experience(rollout=rollout, advantage=advantage, reward=token_reward), metrics
+
+
+def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:
+    """The `experience` of a whole rollout, and the state with the statistics of its scores."""
+    state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
+    batch, metrics = experience(rollout, cfg)
+    return state, batch, metrics | reward_metrics
 
 
 def totals(batch: Experience) -> updates.Totals:
@@ -95,9 +104,8 @@ def train_step(
     Rows g * group to (g + 1) * group - 1 of the global batch must be the responses to one prompt. `text` is pretraining
     text, shaped as in `updates.apply`.
     """
-    state, rollout, reward_metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
-    batch, metrics = experience(rollout, cfg)
-    group = updates.shared_group(rollout, cfg, cfg.group, cfg.whole_groups)
+    state, batch, metrics = assess(state, parallel.all_gather(rollout, axis), cfg)
+    group = updates.shared_group(batch.rollout, cfg, cfg.group, cfg.whole_groups)
     objective = updates.Objective(
         loss=functools.partial(loss, policy_fn=policy_fn, cfg=cfg, group=group),
         totals=totals,
@@ -115,4 +123,4 @@ def train_step(
         microbatches=microbatches,
         axis=axis,
     )
-    return state, metrics | reward_metrics | update_metrics
+    return state, metrics | update_metrics

@@ -78,6 +78,8 @@ class Config(Settings):
             raise InputError(
                 "unfinished_score replaces the score that unfinished_penalty lowers: leave out one of them"
             )
+        if self.rewards.length_penalty and not self.stop_at_eos:
+            raise InputError("length_penalty has no effect with stop_at_eos=False, where all responses are as long")
 
     @property
     def learnt(self) -> float:
@@ -97,10 +99,11 @@ def init(params: dict[str, Params], tx: optax.GradientTransformation, cfg: Confi
 
 def combine_rewards(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Rollout, Metrics]:
     """The whole rollout with one score for each response, as `cfg.rewards` says, and the state that remembers it."""
-    if "rewards" not in state.opt_state:
-        return state, rollout, {}
-    rollout, several, metrics = rewards.combine(rollout, state.opt_state["rewards"], cfg.rewards)
-    return state.replace(opt_state=state.opt_state | {"rewards": several}), rollout, metrics
+    remembered = state.opt_state.get("rewards")
+    rollout, after, metrics = rewards.combine(rollout, remembered or rewards.Rewards(), cfg.rewards)
+    if remembered is not None:
+        state = state.replace(opt_state=state.opt_state | {"rewards": after})
+    return state, rollout, metrics
 
 
 def overlong_penalty(length: Int[Array, "B"], limit: int, soft: int) -> Float[Array, "B"]:
@@ -148,6 +151,7 @@ def describe(rollout: Rollout, score: Float[Array, "B"]) -> Metrics:
             "response/ended": jnp.mean(rollout.ended),
         }
         | ({} if rollout.disagreement is None else {"reward/disagreement": jnp.mean(rollout.disagreement)})
+        | ({} if rollout.unjudged is None else {"reward/unjudged": jnp.mean(rollout.unjudged)})
     )
 
 

@@ -90,10 +90,25 @@ def _all_values(paths: Iterable[Path]) -> Values:
 
 def documents(path: Path) -> Values:
     """Yield the documents of a file of text."""
-    text = "".join(line for _, line in builders.numbered_lines(path))
-    pieces = text.split(EOS) if EOS in text else re.split(r"\n\s*\n", text)
-    for n, document in enumerate(filter(None, map(str.strip, pieces)), start=1):
+    marked = any(EOS in line for _, line in builders.numbered_lines(path))
+    documents = filter(None, map(str.strip, _between(path, marked)))
+    for n, document in enumerate(documents, start=1):
         yield f"{path}, document {n}", {"text": document}
+
+
+def _between(path: Path, marked: bool) -> Iterator[str]:
+    """Yield what is between marks, or between lines without text, one piece of the file in memory at a time."""
+    piece: list[str] = []
+    for _, line in builders.numbered_lines(path):
+        if marked:
+            first, *others = line.split(EOS)
+        else:
+            first, others = line, [] if line.strip() else [""]
+        piece.append(first)
+        for other in others:
+            yield "".join(piece)
+            piece = [other]
+    yield "".join(piece)
 
 
 def lines(path: Path) -> Values:

@@ -1,10 +1,11 @@
 """Rows to batches: Grain pipelines that end in numpy-leaved `Tokens`, `Rankings`, `Thumbs` and `Prompts`.
 
-Rows are tokenised once, up front, so that what is kept, truncated and refused is counted before the first step. From
-then on a batch is a pure function of its number. The rows of an epoch are shuffled globally, otherwise in each epoch,
-and the epochs follow one another as one stream that is cut into batches: each row comes exactly once an epoch, and a
-batch may hold the end of one epoch and the start of the next. If the number of epochs is given, the last batch is
-filled up with empty rows (in `prompts`: with repeated ones, index -1), so that shapes never change.
+Rows are tokenised once, up front, so that what is kept, truncated and refused is counted before the first step; text
+and demonstrations, which may be larger than memory, in a stream (`shards`). From then on a batch is a pure function of
+its number. The rows of an epoch are shuffled globally, otherwise in each epoch, and the epochs follow one another as
+one stream that is cut into batches: each row comes exactly once an epoch, and a batch may hold the end of one epoch and
+the start of the next. If the number of epochs is given, the last batch is filled up with empty rows (in `prompts`: with
+repeated ones, index -1), so that shapes never change.
 
 A dialogue, messages and what follows them, that exceeds `length` loses its oldest turns. It then begins with a user's
 turn, after a leading system message if it has one, and counts as truncated. Text is never cut on the left.
@@ -13,61 +14,28 @@ turn, after a leading system message if it has one, and counts as truncated. Tex
 so that the batches of one process are those of many, laid side by side.
 """
 
-import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grain
 import jax
 import numpy as np
 
+from rlhf_jax.data import shards
+from rlhf_jax.data import steps as steps_lib
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.data.shards import Counts
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.devices import ragged
-from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Thumbs, Tokens, Virtue
+from rlhf_jax.types import BEST_RATING, InputError, Prompts, Rankings, Steps, Thumbs, Tokens, Virtue
 
 T = TypeVar("T")
 Row = dict[str, Any]  # as `sources.rows` returns them
 Shares = Callable[[int, int, int], bool]  # as `Compute.shares`
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """How many rows of a source were kept and refused, and why. Printed, it is one line."""
-
-    kept: int  # truncated ones included
-    truncated: int = 0
-    empty: int = 0
-    too_long: int = 0
-    identical: int = 0  # rankings in which any two responses of different rank are the same tokens
-    tied: int = 0  # rankings of one rank alone
-    repeated: int = 0  # kept rankings of which some pair of different rank is the same tokens; another pair is not
-    unended: int = 0  # responses in kept rankings that were cut before their end
-    control_tokens: int = 0  # kept rows that spell control tokens, which are read as such
-
-    @property
-    def refused(self) -> int:
-        """The number of rows left out."""
-        return self.empty + self.too_long + self.identical + self.tied
-
-    def __str__(self) -> str:
-        why = f"{self.empty} empty, {self.too_long} too long"
-        why += f", {self.identical} of identical responses" * (self.identical > 0)
-        why += f", {self.tied} of one rank" * (self.tied > 0)
-        warnings = {
-            "rows rank identical responses differently too": self.repeated,
-            "responses without an end": self.unended,
-            "rows spell control tokens, which are read as such": self.control_tokens,
-        }
-        return f"{self.kept} rows kept ({self.truncated} of them truncated), {self.refused} refused ({why})" + "".join(
-            f"; {count} {what}" for what, count in warnings.items() if count
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,15 +138,23 @@ def text(
     A longer document goes on in further segments. All tokens are targets but the first of each segment. Without a seed
     the rows are not shuffled, and may be fewer than a batch: for evaluation.
     """
-    ids, lengths, spelled = _documents(source, tokenizer)
-    least = len(tokenizer_lib.front(tokenizer)) + 1  # of an empty document, with its EOS
-    ends = np.cumsum(lengths, dtype=np.int64).tolist()
-    kept = [(end - size, end) for end, size in zip(ends, lengths.tolist(), strict=True) if size > least]
-    pieces = [ids[at : min(at + length, end)] for start, end in kept for at in range(start, end, length)]
-    targets = [np.ones(len(ids), bool) for ids in pieces]
-    counts = Counts(len(kept), empty=len(lengths) - len(kept), control_tokens=spelled)
-    plan = _pack([len(ids) for ids in pieces], length)
-    return _stream("text", _packed(pieces, targets, plan, length, tokenizer, counts), Cut(batch, seed, epochs))
+    packed = shards.prepare(source, text_recipe(tokenizer, length), tokenizer, length)
+    return _stream("text", _packed(packed, length, tokenizer), Cut(batch, seed, epochs))
+
+
+def text_recipe(tokenizer: Tokenizer, length: int) -> shards.Recipe:
+    """How documents become pieces of at most `length` tokens."""
+
+    def make(rows: list[Row], _: int) -> shards.Sequences:
+        texts = [row["text"] for row in rows]
+        least = len(tokenizer_lib.front(tokenizer))  # of an empty document
+        end = np.array([tokenizer.eos_token_id], np.int32)
+        kept = [np.append(ids, end) for ids in tokenizer_lib.documents(tokenizer, texts) if len(ids) > least]
+        pieces = [ids[at : at + length] for ids in kept for at in range(0, len(ids), length)]
+        spelling = sum(tokenizer_lib.spells_control_tokens(tokenizer, texts))
+        return shards.Sequences(pieces, None, Counts(len(kept), empty=len(texts) - len(kept), control_tokens=spelling))
+
+    return shards.Recipe("text", make, pack=True)
 
 
 def demonstrations(
@@ -199,28 +175,32 @@ def demonstrations(
     dialogue its last turns, is cut on the right, and refused if nothing to learn is left. A row without a prompt or a
     completion is refused as empty. `seed` is as in `text`.
     """
-    rows = list(source)
-    usable = [n for n, row in enumerate(rows) if not _lacks_text(row)]
-    rendered, shortened = _shortened(
-        [rows[n] for n in usable],
-        lambda some: list(_demonstrations(some, tokenizer, completion_only)),
-        lambda one: len(one.ids),
-        length,
-        lambda n: _where(source, usable[n]),
-    )
-    kept = [n for n, one in enumerate(rendered) if one.learn[:length].any()]
-    sequences = [rendered[n].ids[:length] for n in kept]
-    targets = [rendered[n].target[:length] for n in kept]
-    plan = _pack([len(ids) for ids in sequences], length) if pack else [[n] for n in range(len(sequences))]
-    counts = Counts(
-        len(kept),
-        truncated=sum(n in shortened or len(rendered[n].ids) > length for n in kept),
-        empty=len(rows) - len(usable),
-        too_long=len(usable) - len(kept),
-        control_tokens=_spelling([rows[usable[n]] for n in kept], tokenizer),
-    )
-    ready = _packed(sequences, targets, plan, length, tokenizer, counts)
-    return _stream("demonstrations", ready, Cut(batch, seed, epochs))
+
+    def make(rows: list[Row], first: int) -> shards.Sequences:
+        usable = [n for n, row in enumerate(rows) if not _lacks_text(row)]
+        rendered, shortened = _shortened(
+            [rows[n] for n in usable],
+            lambda some: list(_demonstrations(some, tokenizer, completion_only)),
+            lambda one: len(one.ids),
+            length,
+            lambda n: _where(source, first + usable[n]),
+        )
+        kept = [n for n, one in enumerate(rendered) if one.learn[:length].any()]
+        counts = Counts(
+            len(kept),
+            truncated=sum(n in shortened or len(rendered[n].ids) > length for n in kept),
+            empty=len(rows) - len(usable),
+            too_long=len(usable) - len(kept),
+            control_tokens=_spelling([rows[usable[n]] for n in kept], tokenizer),
+        )
+        sequences, targets = [rendered[n].ids[:length] for n in kept], [rendered[n].target[:length] for n in kept]
+        return shards.Sequences(sequences, targets, counts)
+
+    template = hashlib.sha256(repr((tokenizer.chat_template, tokenizer.init_kwargs.get("template_date"))).encode())
+    settings = f"{'completions' if completion_only else 'all'}-{'packed' if pack else 'alone'}"
+    recipe = shards.Recipe(f"demonstrations-{settings}-{template.hexdigest()[:12]}", make, pack)
+    packed = shards.prepare(source, recipe, tokenizer, length)
+    return _stream("demonstrations", _packed(packed, length, tokenizer), Cut(batch, seed, epochs))
 
 
 def listing(batch: Tokens, tokenizer: Tokenizer) -> str:
@@ -349,6 +329,49 @@ def thumbs(
     return _stream("thumbs", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
 
 
+def steps(
+    source: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    epochs: int | None = None,
+) -> Batches[Steps]:
+    """Solutions with a label for each step, padded on the right to `length`; longer ones are refused.
+
+    Each step is on a line of its own: new lines within it become spaces. See `steps` for where it is read.
+    """
+    labelled = list(source)
+    rows = [
+        {"prompt": row["prompt"], "responses": [steps_lib.text(row["steps"])], "ended": [False]} for row in labelled
+    ]
+    fitting, counts = _answered(source, rows, tokenizer, length)
+    marks = steps_lib.marks(tokenizer, [tokenizer.eos_token_id])
+    kept = []
+    for one in fitting:
+        (end,) = one.ends
+        over, read = steps_lib.find(end[None], np.ones((1, len(end)), bool), marks)
+        where, labels = np.asarray(read)[np.asarray(over)], labelled[one.row]["labels"]
+        if len(where) == len(labels):
+            kept.append((np.append(one.start, end), len(one.start) + where, labels))
+    counts = dataclasses.replace(counts, kept=len(kept), unlike=len(fitting) - len(kept))
+    pad = tokenizer_lib.pad_id(tokenizer)
+
+    def fill(index: np.ndarray) -> Steps:
+        shape = (len(index), length)
+        tokens, mask = np.full(shape, pad, np.int32), np.zeros(shape, bool)
+        step, label = np.zeros(shape, bool), np.zeros(shape, np.int32)
+        for b, n in enumerate(index):
+            if n >= 0:
+                ids, where, labels = kept[n]
+                tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
+                step[b, where], label[b, where] = True, labels
+        return Steps(tokens=tokens, mask=mask, step=step, label=label)
+
+    return _stream("steps", Ready(len(kept), fill, counts), Cut(batch, seed, epochs))
+
+
 def _by_rating(row: Row, virtue: Virtue, place: Callable[[int], str], n: int) -> Row:
     """The row ranked by the ratings of a virtue, with the field "below": which responses are below the middle."""
     ratings = [one.get(virtue) for one in row.get("ratings", [{}])]
@@ -413,38 +436,6 @@ def _prompts(source: Iterable[Row], tokenizer: Tokenizer, length: int) -> Ready[
 
     sizes = np.array([len(one.start) for one in kept], int)
     return Ready(len(kept), fill, dataclasses.replace(counts, control_tokens=spelling), sizes)
-
-
-def _documents(source: Iterable[Row], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:
-    """The ids of all documents, each ended by EOS, one after another; how many each has; and how many spell control
-    tokens that are read as such.
-
-    Those of `builders.Rows` are kept beside them, and mapped into memory when they are asked for again.
-    """
-    folder = getattr(source, "folder", None)
-    file = folder / f"tokens-{tokenizer_lib.fingerprint(tokenizer)}.npy" if folder else None
-    if file and file.is_file():
-        kept = np.asarray(np.load(file, mmap_mode="r"))
-    else:
-        texts = [row["text"] for row in source]
-        documents = tokenizer_lib.documents(tokenizer, texts)
-        spelled = sum(tokenizer_lib.spells_control_tokens(tokenizer, texts))
-        end = np.array([tokenizer.eos_token_id], np.int32)
-        header = np.array([len(documents), spelled, *(len(document) + 1 for document in documents)], np.int32)
-        kept = np.concatenate([header, *(part for document in documents for part in (document, end))])
-        if file:
-            _keep(file, kept)
-    _, lengths, ids = np.split(kept, [2, 2 + kept[0]])
-    return ids, lengths, int(kept[1])
-
-
-def _keep(file: Path, array: np.ndarray) -> None:
-    """Write a file atomically, if it can be written at all: a data set may be on a read-only disk."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as partial:  # by whoever else does so at this time
-            np.save(Path(partial) / file.name, array)
-            os.replace(Path(partial) / file.name, file)
 
 
 def _where(source: Iterable[Row], n: int) -> str:
@@ -611,47 +602,15 @@ def _weightless(messages: list[tokenizer_lib.Message], ids: np.ndarray, tokenize
     return weightless
 
 
-def _pack(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Best fit decreasing: which sequences stand in each row of `length` columns (arXiv:2404.10830).
-
-    The longest come first, each into the fullest row that still has room. Who shares a row is the same in all epochs;
-    it matters no more than who shares a batch, as segments do not see each other.
-    """
-    rows: list[list[int]] = []
-    having: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the number of their free columns
-    some = 0  # bit n: having[n] is not empty
-    for n in np.argsort(-np.array(lengths, int), kind="stable").tolist():
-        fitting = some >> lengths[n]
-        if fitting:
-            free = lengths[n] + (fitting & -fitting).bit_length() - 1
-            row = having[free].pop()
-            some ^= (not having[free]) << free
-        else:
-            free, row = length, len(rows)
-            rows.append([])
-        rows[row].append(n)
-        free -= lengths[n]
-        having[free].append(row)
-        some |= 1 << free
-    return rows
-
-
-def _packed(
-    sequences: Sequence[np.ndarray],
-    targets: Sequence[np.ndarray],
-    plan: Sequence[Sequence[int]],
-    length: int,
-    tokenizer: Tokenizer,
-    counts: Counts,
-) -> Ready[Tokens]:
-    """The rows of `plan`, ready for batches."""
+def _packed(packed: shards.Shards, length: int, tokenizer: Tokenizer) -> Ready[Tokens]:
+    """The rows of shards, ready for batches."""
     pad = tokenizer_lib.pad_id(tokenizer)
 
     def fill(index: np.ndarray) -> Tokens:
-        rows = [[(sequences[n], targets[n]) for n in (plan[row] if row >= 0 else ())] for row in index]
-        return lay_out(rows, length, pad)
+        found = iter(packed.read(index[index >= 0]))
+        return lay_out([next(found) if row >= 0 else [] for row in index], length, pad)
 
-    return Ready(len(plan), fill, counts)
+    return Ready(packed.rows, fill, packed.counts)
 
 
 def lay_out(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int, pad: int) -> Tokens:

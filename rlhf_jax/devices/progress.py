@@ -11,10 +11,11 @@ from rlhf_jax.devices import hosts
 T = TypeVar("T")
 
 
-def bar(total: int, *, done: int = 0, what: str = "", unit: str = "step", delay: float = 0.0) -> Any:
+def bar(total: int | None, *, done: int = 0, what: str = "", unit: str = "step", delay: float = 0.0) -> Any:
     """A progress bar with rate and time left, which `update` moves on; it does not show before `delay` seconds."""
     terminal = sys.stderr.isatty()
     return tqdm.tqdm(
+        desc=what and f"{what}: ",
         total=total,
         initial=done,
         unit=f" {unit}",
@@ -24,8 +25,7 @@ def bar(total: int, *, done: int = 0, what: str = "", unit: str = "step", delay:
         dynamic_ncols=terminal,
         delay=delay,
         disable=not hosts.first(),
-        bar_format=f"{what and f'{what}: '}{{percentage:3.0f}}% {{n_fmt}}/{{total_fmt}}"
-        " [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        bar_format="{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
     )
 
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ SHARD = 5 * 2**30  # bytes of a file of weights at most, unless one tensor is la
 # The sharding of a parameter, from its path ("blocks/mlp/up/kernel") and shape; None is the default device. Layers, the
 # first axis of a block's parameters, must not be split.
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+_Value = tuple[str, int | None, np.ndarray]  # the path of a leaf, a layer of it where it has any, and what is there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +167,74 @@ def load_reward(
     config, tokenizer, generation = _settings(source, compute)
     params = _read(source.tensors(), config, scalar=True, dtype=dtype, place=place)
     return Model(config, params, tokenizer, heads.score_fn(config), generation)
+
+
+def load_average(
+    paths: Sequence[str | Path],
+    dtype: Any = jnp.float32,
+    compute: Compute = Compute(),
+    place: Placement = lambda path, shape: None,
+) -> Model:
+    """The model whose parameters are the means of those of several, all language models or all reward models.
+
+    Models that were trained from one and the same have weights that may be averaged (WARM, arXiv:2401.12187). They are
+    read side by side, a tensor at a time, so that one model is in memory. Raises InputError where they differ in
+    architecture or tokenizer, or where the weights of one have nothing to do with the first one's.
+    """
+    read = [_open(Path(path)) for path in paths]
+    settings = [_settings(source, compute) for source in read]
+    tensors = [source.tensors() for source in read]
+    scalar = ["score.weight" in each.where for each in tensors]
+    for path, kind, (config, tokenizer, _) in zip(paths, scalar, settings, strict=True):
+        if kind != scalar[0]:
+            one, other = (path, paths[0]) if kind else (paths[0], path)
+            raise InputError(f"{one} is a reward model and {other} is a language model: average models of one kind")
+        differing = _unlike(settings[0][0], config) or _unlike_tokenizers(settings[0][1], tokenizer)
+        if differing:
+            raise InputError(f"{paths[0]} and {path} differ in {differing}: average models of one init")
+    config, tokenizer, generation = settings[0]
+    values = [_values(each, config, scalar[0], dtype) for each in tensors]
+    params = _placed(_means(paths, values), config, dtype, place)
+    apply = heads.score_fn(config) if scalar[0] else transformer.bind(transformer.Transformer(config))
+    return Model(config, params, tokenizer, apply, generation)
+
+
+_RELATED = 0.5  # cosine of two models' weights at least, if one init is to be theirs: else it is about 0
+
+
+def _means(paths: Sequence[str | Path], values: Sequence[Iterator[_Value]]) -> Iterator[_Value]:
+    """The mean of each part over several models; raises InputError at the end for one that is not related."""
+    products = np.zeros(
+        (len(values), 3)
+    )  # of the first model's kernels with this one's, this one's squared, the first's
+    for leaf, layer, first in values[0]:
+        total = first.astype(np.float64)
+        for n, others in enumerate(values[1:], 1):
+            _, _, value = next(others)
+            if value.ndim > 1:  # gains and biases of norms are alike in all models
+                a, b = (x.astype(np.float32, copy=False).reshape(-1) for x in (first, value))
+                products[n] += np.dot(a, b), np.dot(b, b), np.dot(a, a)
+            total += value
+        yield leaf, layer, (total / len(values)).astype(first.dtype)
+    for path, (both, this, that) in zip(paths[1:], products[1:], strict=True):
+        cosine = both / max((this * that) ** 0.5, 1e-30)
+        if cosine < _RELATED:
+            what = f"the cosine between its weights and those of {paths[0]} is {cosine:.2f}"
+            raise InputError(f"{path} was trained from another init: {what}; average models of one")
+
+
+def _unlike(config: Config, other: Config) -> str:
+    """The settings in which two architectures differ, as a message has them."""
+    names = [field.name for field in dataclasses.fields(config)]
+    found = [(name, getattr(config, name), getattr(other, name)) for name in names]
+    return ", ".join(f"{name} ({files.shown(a)}, {files.shown(b)})" for name, a, b in found if a != b)
+
+
+def _unlike_tokenizers(one: tokenizers.Tokenizer | None, other: tokenizers.Tokenizer | None) -> str:
+    """The respects in which two tokenizers differ, as a message has them."""
+    if one is not None and other is not None and one.get_vocab() != other.get_vocab():
+        return "vocabulary"
+    return ", ".join(_differences(one, other))
 
 
 def load_config(path: str | Path) -> Config:
@@ -416,6 +485,11 @@ _BUFFERS = re.compile(r"attn\.(masked_)?bias|.*\.(attn|attention)\.(masked_)?bia
 
 
 def _read(tensors: files.Tensors, config: Config, scalar: bool, dtype: Any, place: Placement) -> Params:
+    return _placed(_values(tensors, config, scalar, dtype), config, dtype, place)
+
+
+def _values(tensors: files.Tensors, config: Config, scalar: bool, dtype: Any) -> Iterator[_Value]:
+    """The parts of the parameters, one in memory at a time, in an order that only `config` and `scalar` decide."""
     tensors.where = {name: file for name, file in tensors.where.items() if not _BUFFERS.fullmatch(name)}
     parts, prefix = [], _prefix(tensors, config, scalar)
     expected = _head(tensors, config, scalar)
@@ -428,24 +502,34 @@ def _read(tensors: files.Tensors, config: Config, scalar: bool, dtype: Any, plac
     tensors.check(expected)
     if config.tie_embeddings and (tied := families.unembedding(config)) in expected:
         _check_tied(tensors, tied, parts[0][2][0])
-    shapes = transformer.parameter_shapes(config)
-    params: dict[str, Any] = {}
     # The largest tensors, those without layers, come first: what a tensor takes on its way adds to what is there.
     for entry, layer, names in sorted(parts, key=lambda part: part[1] is not None):
         value = entry.into(*(tensors.get(name, dtype) for name in names)).astype(dtype, copy=False)
-        shape = _get(shapes, entry.leaf).shape
-        sharding = place(entry.leaf, shape)
-        if layer is None:
-            _set(params, entry.leaf, hosts.put(value, sharding))
+        yield (f"trunk/{entry.leaf}" if scalar else entry.leaf), layer, value
+    if scalar:
+        yield "kernel", None, tensors.get("score.weight")[0].astype(np.float32)
+        bias = tensors.get("score.bias")[0] if "score.bias" in expected else 0.0
+        yield "bias", None, np.array(bias, np.float32)
+
+
+def _placed(values: Iterator[_Value], config: Config, dtype: Any, place: Placement) -> Params:
+    """The parameters on their devices."""
+    shapes = transformer.parameter_shapes(config)
+    params: dict[str, Any] = {}
+    for path, layer, value in values:
+        leaf = path.removeprefix("trunk/")
+        if leaf in ("kernel", "bias"):  # of a score head
+            _set(params, path, jnp.asarray(value))
             continue
-        leaf = _get(params, entry.leaf) if layer else jnp.zeros(shape, dtype, device=sharding)
-        leaf = _put(leaf, hosts.put(value[None], sharding), layer, 0)
-        _set(params, entry.leaf, jax.block_until_ready(leaf))  # or what waits its turn would fill the memory
-    if not scalar:
-        return params
-    weight = tensors.get("score.weight")[0].astype(np.float32)
-    bias = np.float32(tensors.get("score.bias")[0] if "score.bias" in expected else 0.0)
-    return {"trunk": params, "kernel": jnp.asarray(weight), "bias": jnp.asarray(bias)}
+        shape = _get(shapes, leaf).shape
+        sharding = place(leaf, shape)
+        if layer is None:
+            _set(params, path, hosts.put(value, sharding))
+            continue
+        whole = _get(params, path) if layer else jnp.zeros(shape, dtype, device=sharding)
+        whole = _put(whole, hosts.put(value[None], sharding), layer, 0)
+        _set(params, path, jax.block_until_ready(whole))  # or what waits its turn would fill the memory
+    return params
 
 
 def _prefix(tensors: files.Tensors, config: Config, scalar: bool) -> str:

@@ -271,7 +271,8 @@ def _read_scaling(rope: Fields, max_length: int, kinds: Sequence[str] = tuple(_S
     needed = [field.name for field in dataclasses.fields(make) if field.default is dataclasses.MISSING]
     if absent := [names[ours] for ours in needed if ours not in found]:
         raise InputError(f"rope_type {kind!r} needs {', '.join(absent)}, which rope_parameters or rope_scaling lacks")
-    scaling = make(**{ours: tuple(x) if isinstance(x, list) else x for ours, x in found.items()})
+    values: dict[str, Any] = {ours: tuple(x) if isinstance(x, list) else x for ours, x in found.items()}
+    scaling = make(**values)
     for below, above in (("low", "high"), ("beta_slow", "beta_fast")):
         if hasattr(scaling, below) and getattr(scaling, below) >= getattr(scaling, above):
             low, high = (f"{names[x]}={getattr(scaling, x)}" for x in (below, above))
@@ -722,7 +723,7 @@ def hf_config(config: Config, scalar: bool, dtype: str, tokenizer: Tokenizer | N
         every |= {"num_labels": 1}
         if every["pad_token_id"] == every["eos_token_id"]:
             every["pad_token_id"] = None  # transformers would read the score before EOS, where it looks for padding
-    return transformers.CONFIG_MAPPING[kind](**every | _written(row, config))
+    return transformers.CONFIG_MAPPING[kind](**{**every, **_written(row, config)})
 
 
 # How a checkpoint's tensors lie in the parameters ---------------------------------------------------------------------

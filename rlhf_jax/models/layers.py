@@ -155,6 +155,12 @@ def tree_positions(tree: Tree) -> Int[Array, "B T"]:
     return jnp.concatenate([jnp.cumsum(prefix, axis=1) - prefix, before.reshape(len(real), -1)], axis=1)
 
 
+def depth(columns: int, segment: Array | Tree) -> int:
+    """The number of positions that a row of so many columns may have."""
+    fork = segment.fork if isinstance(segment, Tree) else None
+    return columns if fork is None else fork.prefix + (columns - fork.prefix) // fork.branches
+
+
 def split_branches(x: Shaped[Array, "B T ..."], fork: Fork) -> Shaped[Array, "B K M ..."]:
     """The columns of each of K branches of M columns."""
     return x[:, fork.prefix :].reshape(x.shape[0], fork.branches, -1, *x.shape[2:])

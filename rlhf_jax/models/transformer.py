@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.devices import parallel, shared
-from rlhf_jax.logprobs import entropy, map_columns, token_logprobs
+from rlhf_jax.logprobs import entropy, map_columns, precise, token_logprobs
 from rlhf_jax.models import attention
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import Compute, Config
@@ -35,6 +35,7 @@ from rlhf_jax.models.layers import (
     View,
     appended_view,
     continued_view,
+    depth,
     dropout,
     real_tokens,
     soft_cap,
@@ -116,7 +117,7 @@ class Transformer(nn.Module):
         columns: Columns = ALL,
     ) -> Float[Array, "B N D"]:
         """Final hidden states at these columns; `keys` [B] turn residual dropout on."""
-        view = whole_view(self.config, segment, rotary_table(tokens.shape[1], self.config), keys)
+        view = whole_view(self.config, segment, rotary_table(depth(tokens.shape[1], segment), self.config), keys)
         if self.config.experts is not None and self.has_variable("params", "balance"):
             view = view.replace(balance=self.variables["params"]["balance"] / self.config.n_layers)
         x = self._embed(tokens, view)
@@ -309,6 +310,19 @@ class Transformer(nn.Module):
             return logp, targets == jnp.argmax(logits, axis=2, keepdims=True)
 
         return map_columns(read, self.config.compute.chunk, hidden, targets)
+
+    def distributions(
+        self, tokens: Int[Array, "B T"], segment: Array | Tree, *, start: int, temperature: float, best: int
+    ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Int[Array, "B N K"], Float[Array, "B N K"]]:
+        """As `logprobs`, with entropies, and the `best` likeliest tokens of each distribution with theirs."""
+        hidden = self.hidden(tokens, segment, None, slice(start, -1))
+
+        def read(hidden: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
+            logits = self.unembed(hidden, vocab_axis="tensor")
+            highest, ids = jax.lax.top_k(jax.nn.log_softmax(precise(logits) / temperature), best)
+            return token_logprobs(logits, targets, temperature), entropy(logits, temperature), ids, highest
+
+        return map_columns(read, self.config.compute.chunk, hidden, tokens[:, start + 1 :])
 
     def __call__(self, tokens: Array, segment: Array | Tree, keys: Array | None = None) -> Float[Array, "B T V"]:
         """Logits at each column, which predict the token at the next."""

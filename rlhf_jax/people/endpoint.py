@@ -26,9 +26,9 @@ class Failure(Exception):
     or "broken" (nobody will answer: what serves the models has failed). The message may name the model.
     """
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code: str, message: str, status: int = 200):
         super().__init__(message)
-        self.code = code
+        self.code, self.status = code, status  # of HTTP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +157,10 @@ async def _check(response: "httpx2.Response") -> None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     if response.status_code in (429, 503):
-        raise Failure("busy", message)
+        raise Failure("busy", message, response.status_code)
     if code == "context_length_exceeded" or response.status_code == 413:
-        raise Failure("long", message)
-    raise Failure("refused", message)
+        raise Failure("long", message, response.status_code)
+    raise Failure("refused", message, response.status_code)
 
 
 async def _text(response: "httpx2.Response") -> str:

@@ -1,4 +1,4 @@
-"""Where the score of a response comes from: reward models, a function of its text, or a model's word on each token.
+"""Where the score of a response comes from: reward models, a judge, a function of its text, a model's word on a token.
 
 A source takes episodes, laid out over devices by its `parallel.Layout`, and returns them with their scores. So
 `source(collect(...))` is a whole rollout, and a new kind of reward is a new function of that shape.
@@ -10,7 +10,7 @@ import numbers
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,15 @@ import numpy as np
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import rewards as rewards_lib
+from rlhf_jax.data import steps as steps_lib
 from rlhf_jax.data.builders import Row, Rows, short
 from rlhf_jax.data.tokenizer import Prompt, Tokenizer, prompt_text
-from rlhf_jax.devices import parallel, ragged
+from rlhf_jax.devices import hosts, parallel, ragged
 from rlhf_jax.logprobs import response_mask
 from rlhf_jax.models import Model, heads
+from rlhf_jax.rollouts import judge as judge_lib
 from rlhf_jax.rollouts import rollout
+from rlhf_jax.settings import Settings
 from rlhf_jax.types import InputError, Params, Rollout, ScoreFn
 
 Source = Callable[[Rollout], Rollout]
@@ -118,18 +121,93 @@ def score_cost(
 
 
 def score_tokens(
-    params: Params, episodes: Rollout, *, apply_fn: Callable, eos_id: Ends, axis: str | None = None
+    params: Params,
+    episodes: Rollout,
+    *,
+    apply_fn: Callable,
+    eos_id: Ends,
+    value: str = "scalar",
+    marks: steps_lib.Marks | None = None,
+    axis: str | None = None,
 ) -> Rollout:
-    """The episodes with a scalar model's word on each response token as its reward, and no score of the whole."""
+    """The episodes with a scalar model's word on each response token as its reward, and no score of the whole.
+
+    With `marks` the reward is of each step, at the token by which it is over; the model reads it where it has learnt
+    to, at its last one. `value` is as in `Process`.
+    """
     new_tokens = episodes.response_mask.shape[1]
     read = readable(episodes, eos_id)
+    given = read[:, -new_tokens:]
     per_token = apply_fn(params, as_trained(episodes, eos_id), read, columns=slice(-new_tokens, None))
-    token_score = jnp.where(read[:, -new_tokens:], per_token, 0.0)
-    return episodes.replace(token_score=token_score, score=jnp.zeros_like(per_token[:, 0]))
+    if value != "scalar":
+        per_token = jax.nn.log_sigmoid(per_token) if value == "logarithm" else jax.nn.sigmoid(per_token)
+    step = None
+    if marks is not None:
+        step, column = steps_lib.find(episodes.response_tokens, given, marks)
+        given = jnp.asarray(step)
+        per_token = jnp.take_along_axis(per_token, jnp.maximum(column, 0), axis=1)
+    token_score = jnp.where(given, per_token, 0.0)
+    return episodes.replace(token_score=token_score, step=step, score=jnp.zeros_like(per_token[:, 0]))
 
 
 @dataclasses.dataclass(frozen=True)
-class Judges:
+class Process(Settings):
+    """Rewards of single steps or tokens, by a model that maps each token to a number."""
+
+    model: Path | None = None  # model directory of a process reward model, or of a reward model; None: no such rewards
+    at: Literal["step", "token"] = "step"  # a reward at the end of each step, which is a line, or at each token
+    # What the reward is: the logarithm of the probability that the step is right, whose sum is that of the whole
+    # solution (arXiv:2305.20050); the probability (arXiv:2312.08935); or the model's output itself.
+    value: Literal["logarithm", "probability", "scalar"] = "logarithm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("at", "value"):
+            if self.model is None and getattr(self, name) != getattr(Process, name):
+                raise InputError(f"process.{name} has no effect without a model: name one by process.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenModel:
+    """A model that gives rewards to single steps or tokens."""
+
+    cfg: Process
+    model: Model
+
+
+Other = ScoreText | judge_lib.Judge | TokenModel | None  # what scores responses in place of reward models, if anything
+
+
+def other(
+    score_text: ScoreText | None,
+    judge: judge_lib.Config,
+    process: Process,
+    layout: parallel.Layout,
+    compute: models.Compute,
+    seed: int,
+    reward: Sequence[Path],
+) -> Other:
+    """What is to score responses in place of the models `reward`, None where nothing is.
+
+    Raises InputError for more than one, and where there are no reward models either.
+    """
+    given = {
+        "a function of the text": score_text is not None,
+        "judge": judge.given,
+        "process": process.model is not None,
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    if len(names) > 1:
+        raise InputError(f"{' and '.join(names)} would both score the responses: leave out one of them")
+    if not names and not reward:
+        raise InputError("reward: expected at least one model directory")
+    if process.model is not None:
+        return TokenModel(process, models.load_reward(process.model, compute=compute, place=layout.sharding))
+    return judge_lib.load(judge, layout, compute, seed) or score_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
     """The models that score responses."""
 
     named: tuple[tuple[Path, Model], ...]  # the reward models and, if there is a cost model, that one last
@@ -155,37 +233,58 @@ def load(
     compute: models.Compute,
     combine: rewards_lib.Config,
     pessimism: float = 0.0,
-) -> Judges:
+) -> Models:
     """The reward models of these directories and the cost model, if there is one, for `scorer`."""
     paths = (*reward, *([] if cost is None else [cost]))
     named = tuple((path, models.load_reward(path, compute=compute, place=layout.sharding)) for path in paths)
-    return Judges(named=named, costs=cost is not None, weighted=bool(combine.weights), pessimism=pessimism)
+    return Models(named=named, costs=cost is not None, weighted=bool(combine.weights), pessimism=pessimism)
 
 
 def scorer(
-    judges: Judges,
-    score_text: ScoreText | None,
+    scorers: Models,
+    other: Other,
     rows: Rows,
     policy: Model,
     layout: parallel.Layout,
     buckets: int = 1,
     group: int = 1,
 ) -> Source:
-    """`text_function` of the policy's responses where there is a function of the text, else the judges' scores.
+    """The scores of the policy's responses by what is in the place of reward models, if anything is, or by these.
 
     Each `group` of consecutive episodes has the same prompt.
     """
     eos_id = models.stop_ids(policy)
-    if score_text is not None:
-        source = text_function(score_text, rows, models.tokenizer_of(policy), layout, eos_id)
-    elif judges.weighted:
-        source = each_model(judges.rewards, eos_id, layout, buckets, group)
+    if isinstance(other, judge_lib.Judge):
+        source = judged(other, rows, models.tokenizer_of(policy), layout, eos_id)
+    elif isinstance(other, TokenModel):
+        marks = steps_lib.marks(models.tokenizer_of(policy), eos_id) if other.cfg.at == "step" else None
+        source = token_model(other.model, eos_id, layout, other.cfg.value, marks)
+    elif other is not None:
+        source = text_function(other, rows, models.tokenizer_of(policy), layout, eos_id)
+    elif scorers.weighted:
+        source = each_model(scorers.rewards, eos_id, layout, buckets, group)
     else:
-        source = reward_models(judges.rewards, eos_id, judges.pessimism, layout, buckets, group)
-    if not judges.costs:
+        source = reward_models(scorers.rewards, eos_id, scorers.pessimism, layout, buckets, group)
+    if not scorers.costs:
         return source
-    add_cost = cost_model(judges.every[-1], eos_id, layout, buckets, group)
+    add_cost = cost_model(scorers.every[-1], eos_id, layout, buckets, group)
     return lambda episodes: add_cost(source(episodes))
+
+
+def named(scorers: Models, other: Other) -> dict[Path, Model]:
+    """The models that read the responses' tokens, by their directories."""
+    models_of = dict(scorers.named)
+    if isinstance(other, TokenModel) and other.cfg.model:
+        models_of[other.cfg.model] = other.model
+    return models_of
+
+
+def readers(scorers: Models, other: Other) -> tuple[models.Config, ...]:
+    """The architectures of the models by which `scorer` has responses read on the devices."""
+    costs = [model.config for model in scorers.every[-1:] if scorers.costs]
+    if other is None:
+        return tuple(model.config for model in scorers.every)
+    return (other.model.config, *costs) if isinstance(other, TokenModel) else tuple(costs)
 
 
 def each_model(
@@ -252,10 +351,16 @@ def scoring(
     )
 
 
-def token_model(model: Model, eos_id: Ends, layout: parallel.Layout = parallel.PMAP) -> Source:
-    """A source whose reward of each token is a scalar model's output there; no experiment uses it yet."""
+def token_model(
+    model: Model,
+    eos_id: Ends,
+    layout: parallel.Layout = parallel.PMAP,
+    value: str = "scalar",
+    marks: steps_lib.Marks | None = None,
+) -> Source:
+    """A source whose reward of each token, or with `marks` of each step, is a scalar model's, see `score_tokens`."""
     apply_fn = models.bind(heads.ScalarModel(model.config))
-    step = layout.step(functools.partial(score_tokens, apply_fn=apply_fn, eos_id=eos_id))
+    step = layout.step(functools.partial(score_tokens, apply_fn=apply_fn, eos_id=eos_id, value=value, marks=marks))
     return functools.partial(step, layout.frozen(model.config.compute.freeze(model.params)))
 
 
@@ -272,18 +377,47 @@ def text_function(
     names the function and the response, for a score that is no finite number.
     """
 
-    ends = tokenizer.eos_token_id if eos_id is None else eos_id
-
     def source(episodes: Rollout) -> Rollout:
-        host = layout.fetch({"tokens": episodes.tokens, "mask": episodes.response_mask, "index": episodes.index})
-        tokens = host["tokens"][:, -host["mask"].shape[1] :]
-        read = host["mask"] & np.asarray(response_mask(jnp.asarray(tokens), ends))
-        responses = rollout.texts(tokenizer, tokens, read)
-        prompts = [rows[int(index)]["prompt"] for index in host["index"]]
-        score = [score_text(function, *pair) for pair in zip(prompts, responses, strict=True)]
+        pairs = _texts(episodes, rows, tokenizer, eos_id, layout.fetch)
+        score = [score_text(function, *pair) for pair in zip(*pairs, strict=True)]
         return episodes.replace(score=layout.rows(np.array(score, np.float32)))
 
     return source
+
+
+def judged(
+    judge: judge_lib.Judge,
+    rows: Rows | Sequence[Row],
+    tokenizer: Tokenizer,
+    layout: parallel.Layout = parallel.PMAP,
+    eos_id: Ends | None = None,
+) -> Source:
+    """The scores of a judge, with `unjudged` where it gave none; `rows` are what the episodes' `index` counts.
+
+    The response ends before its first EOS, as for `text_function`.
+    """
+
+    def source(episodes: Rollout) -> Rollout:
+        score, absent = judge.scores(*_texts(episodes, rows, tokenizer, eos_id, layout.gather))
+        found = hosts.share({"score": score, "unjudged": absent})
+        return episodes.replace(score=layout.rows(found["score"]), unjudged=layout.rows(found["unjudged"]))
+
+    return source
+
+
+def _texts(
+    episodes: Rollout,
+    rows: Rows | Sequence[Row],
+    tokenizer: Tokenizer,
+    eos_id: Ends | None,
+    take: Callable,
+) -> tuple[list[Prompt], list[str]]:
+    """Prompt and response of each episode, which `take` brings to the host."""
+    ends = tokenizer.eos_token_id if eos_id is None else eos_id
+    host = take({"tokens": episodes.tokens, "mask": episodes.response_mask, "index": episodes.index})
+    tokens = host["tokens"][:, -host["mask"].shape[1] :]
+    read = host["mask"] & np.asarray(response_mask(jnp.asarray(tokens), ends))
+    return [rows[int(index)]["prompt"] for index in host["index"]], rollout.texts(tokenizer, tokens, read)
 
 
 def score_text(function: Callable[[Prompt, str], float], prompt: Prompt, response: str) -> float:

@@ -29,6 +29,7 @@ FREE = {
     "profile",
     "samples",
     "samples_every",
+    "token_samples",
     "saves",
     "docs",
     "held_out_every",
@@ -66,6 +67,11 @@ def settings(config: Any) -> dict[str, Any]:
     environment = {name: getattr(jax.config, name, None) for name in _JAX_FLAGS}
     whole = plain | ({"contents": files} if files else {}) | {"environment": environment}
     return json.loads(gcs.named(json.dumps(whole, ensure_ascii=False)))
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The `settings` of the run in `directory`; empty if it has none that can be read."""
+    return _read_config(directory) or {}
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:

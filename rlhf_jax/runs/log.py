@@ -1,8 +1,8 @@
 """The records of a run: its configuration, metrics and samples.
 
 A run directory holds `config.json`, `metrics.jsonl` (one object a line: step, time, metrics), `samples.jsonl` (all
-sample tables), `samples.md` (the newest table, for reading) and TensorBoard events. Other modules add plots,
-`checkpoints/` and the model directory.
+sample tables), `samples.md` (the newest table, for reading), `tokens/` (Parquet, one file for each step whose episodes
+are recorded token by token) and TensorBoard events. Other modules add plots, `checkpoints/` and the model directory.
 
 `write` leaves metrics on the device; they are copied to the host several steps at a time, so that logging never waits
 for a step. After the copy they are checked: a loss or gradient norm that is not finite ends the run (or too many in a
@@ -32,6 +32,7 @@ from rlhf_jax.runs import checkpoint, events, gcs, timing
 from rlhf_jax.runs.directory import CHECKPOINTS, write_config, writing
 from rlhf_jax.types import InputError
 
+TOKENS = "tokens"  # the folder of what every token was worth, below the run directory
 MUST_BE_FINITE = ("loss/", "grad_norm")  # prefixes of the names of metrics that may not be NaN or infinite
 
 
@@ -196,6 +197,20 @@ class Records:
             data = [[row.get(column) for column in columns] for row in table]
             self._wandb.log({"samples": self._wandb.Table(columns=columns, data=data)}, step=int(step))
 
+    def tokens(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows, one an episode, to `tokens/STEP.parquet`; their arrays become lists, with an entry a token."""
+        if not self._main or not rows:
+            return
+        import pyarrow
+        import pyarrow.parquet
+
+        path = self.directory / TOKENS / f"{int(step):08d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        table = pyarrow.Table.from_pylist([{"step": int(step), **row} for row in rows])
+        pyarrow.parquet.write_table(table, partial, compression="zstd")
+        os.replace(partial, path)
+
     def close(self) -> None:
         """Write pending metrics, and close the files even if that fails. May raise `BrokenRunError`."""
         try:
@@ -252,6 +267,20 @@ def read(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return rows
 
 
+def read_tokens(directory: Path) -> list[dict[str, Any]]:
+    """The rows that `Records.tokens` wrote in the run of this directory, in the order of their steps."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = []
+    for path in sorted((directory / TOKENS).glob("*.parquet")):
+        try:
+            rows += pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise InputError(f"{path} cannot be read: {error}; delete it to do without its episodes") from error
+    return rows
+
+
 def without_timings(row: Mapping[str, Any]) -> dict[str, Any]:
     """A line of metrics without timings: the part that is the same when a run is repeated."""
     return {name: value for name, value in row.items() if not timing.is_timing(name)}
@@ -262,6 +291,9 @@ def _prepare(directory: Path, step: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl"):
         _rewrite(directory / name, [line for line in _lines(directory / name) if step and _step(line) <= step])
+    for path in (directory / TOKENS).glob("*.parquet"):
+        if not step or int(path.stem) > step:
+            path.unlink()
     if step == 0:  # a run that continues uses purge_step to hide later events instead
         shutil.rmtree(directory / "tensorboard", ignore_errors=True)
         (directory / "samples.md").unlink(missing_ok=True)

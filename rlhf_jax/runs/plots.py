@@ -17,6 +17,18 @@ INK = "#333333"
 Panels = Mapping[str, Mapping[str, float]]
 
 
+# The panels of a run that optimises scores of rollouts, as `curves` takes them.
+ROLLOUTS = {
+    "score": ["reward/score"],
+    "KL to the reference (nats a response)": ["kl/reference"],
+    "cost, and its multiplier": ["cost/mean", "cost/multiplier"],
+    "entropy (nats a token)": ["policy/entropy"],
+    "length (tokens)": ["response/tokens"],
+    "pretraining loss (nats)": ["loss/ptx"],
+    "seconds": ["seconds/generate", "seconds/score", "seconds/update", "seconds/host"],
+}
+
+
 def curves(directory: Path, panels: Mapping[str, Sequence[str]] | None = None) -> Path:
     """Draw the metrics of the run in `directory` over its steps, into `curves.png` there.
 

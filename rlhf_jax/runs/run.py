@@ -142,6 +142,10 @@ class Run:
         """Record a table of samples, see `log.Records.samples`."""
         self._records.samples(step, rows)
 
+    def tokens(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record what every token of some episodes was worth, see `log.Records.tokens`."""
+        self._records.tokens(step, rows)
+
 
 def _value(cfg: Any, name: str) -> Any:
     """The setting of this dotted name."""

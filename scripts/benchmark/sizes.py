@@ -149,6 +149,17 @@ class Choice(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class Text(Settings):
+    """Text on disk to the first batch, once; the limit is the tokenizer's own rate, with all its threads."""
+
+    megabytes: Positive = 100.0
+    small: Positive = 10.0  # megabytes, with whose peak of memory that of the others is compared
+    tokenizer: str | None = None  # a directory; None trains one of the model's vocabulary
+    length: Count = 1024
+    batch: Count = 8
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(Settings):
     """The model, and the sizes of each workload."""
 
@@ -173,3 +184,4 @@ class Config(Settings):
     grpo_prefix: Rank = Rank(responses=8)  # one iteration: sample, score by two models, update
     # Options that share a long prompt.
     choice_prefix: Choice = Choice(questions=24, examples=0, question=512, options=8, option=8)
+    text_10gb: Text = Text()  # for ten gigabytes, as in its name, set `megabytes`

@@ -36,6 +36,7 @@ from scripts.benchmark.parts import (
 )
 from scripts.benchmark.prefixes import grpo_prefix_workload, rank_prefix_workload, reward_prefix_workload
 from scripts.benchmark.sizes import Choice, Config, Ppo
+from scripts.benchmark.text import text_10gb_workload
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
@@ -393,4 +394,5 @@ WORKLOADS: dict[str, Callable[[models.Config, Config], Workload]] = {
     "grpo_prefix": grpo_prefix_workload,
     "choice": choice_workload,
     "choice_prefix": choice_prefix_workload,
+    "text_10gb": text_10gb_workload,
 }

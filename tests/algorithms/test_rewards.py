@@ -99,6 +99,7 @@ def test_equal_scores_are_normalised_to_nothing():
     ("changes", "said"),
     [
         ({"weights": (0.0, 0.0)}, r"weights=\(0.0, 0.0\): expected at least one that is not 0"),
+        ({"weights": (1.0,), "normalize": True}, "normalize has no effect on scores that weights add up"),
         ({"multiplier": 2.0}, "multiplier has no effect without threshold"),
         ({"multiplier_lr": 0.5}, "multiplier_lr has no effect without threshold"),
         ({"multiplier_max": 2.0}, "multiplier_max has no effect without threshold"),
@@ -139,6 +140,62 @@ def test_combine():
     for missing in ({"scores": None}, {"cost": None}):
         with pytest.raises(InputError, match="expected"):
             rewards.combine(sampled.replace(**missing), rewards.init(cfg), cfg)
+
+
+def scored(score, length):
+    """A rollout of responses of these lengths, with these scores."""
+    mask = jnp.arange(4)[None] < jnp.array(length)[:, None]
+    return episodes(0, len(score)).replace(score=jnp.array(score), response_mask=mask)
+
+
+def test_a_score_is_normalised_clipped_and_lowered_by_length():
+    cfg = Config(normalize=True, clip=1.2, length_penalty=0.25)
+    first, state, metrics = rewards.combine(scored([1.5, -0.5], [4, 1]), rewards.init(cfg), cfg)
+    np.testing.assert_allclose(first.score, [1.0 - 4 * 0.25, -1.0 - 0.25], atol=1e-6)
+    assert metrics["reward/clipped"] == 0 and metrics["reward/score_0"] == 0.5
+    np.testing.assert_allclose(metrics["reward/length_penalty"], 0.625)
+    # Of 1.5, -0.5, 4.5, 0.5 the mean is 1.5 and the variance 14 / 4: 3 / sqrt(3.5) is clipped, -1 / sqrt(3.5) is not.
+    second, state, metrics = rewards.combine(scored([4.5, 0.5], [2, 3]), state, cfg)
+    np.testing.assert_allclose(second.score, [1.2 - 0.5, -1 / np.sqrt(3.5) - 0.75], rtol=1e-5)
+    assert metrics["reward/clipped"] == 0.5 and state.moments.count == 4
+    np.testing.assert_allclose([metrics["reward/running_mean_0"], metrics["reward/running_std_0"]], [1.5, 3.5**0.5])
+
+
+def test_clip_and_length_need_no_state():
+    cfg = Config(clip=0.5, length_penalty=0.1)
+    assert rewards.init(cfg) is None
+    found, _, metrics = rewards.combine(scored([-3.25, 0.25], [1, 2]), rewards.Rewards(), cfg)
+    np.testing.assert_allclose(found.score, [-0.6, 0.05], rtol=1e-6)
+    assert metrics["reward/clipped"] == 0.5
+    untouched, _, nothing = rewards.combine(scored([-3.25, 0.25], [1, 2]), rewards.Rewards(), Config())
+    np.testing.assert_array_equal(untouched.score, [-3.25, 0.25])
+    assert not nothing
+
+
+def test_a_length_penalty_needs_responses_that_end():
+    with pytest.raises(InputError, match="length_penalty has no effect with stop_at_eos=False"):
+        ppo.Config(rewards=Config(length_penalty=0.1), stop_at_eos=False)
+
+
+def test_running_statistics_are_the_same_on_one_device_and_eight():
+    cfg = grpo.Config(rewards=Config(normalize=True, clip=1.0, length_penalty=0.02))
+
+    def step(state, rollout, axis=None):
+        state, rollout, metrics = updates.combine_rewards(state, parallel.all_gather(rollout, axis), cfg)
+        return state, (rollout.score, metrics)
+
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        layout = parallel.layout(devices=devices)
+        compiled, state = (
+            layout.step(step),
+            layout.state(updates.init({"policy": jnp.zeros(1)}, TX, cfg, jax.random.key(0))),
+        )
+        for seed in (0, 1):
+            state, found = compiled(state, layout.rows(episodes(seed)))
+        results.append(jax.tree.map(np.asarray, layout.get((state.opt_state["rewards"], found))))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert results[0][0].moments.count == 32 and 0 < results[0][1][1]["reward/clipped"] < 1
 
 
 ALGORITHMS = {"ppo": ppo.Config, "grpo": grpo.Config, "rloo": rloo.Config}

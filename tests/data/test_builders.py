@@ -361,8 +361,12 @@ def test_thumbs_of_the_world(tmp_path):
     assert [row["label"] for row in rows] == [True, False] * 10
     ranked = [*sources.rows("world:rows=20", "rankings", data_dir=tmp_path)]
     assert not {str(row["prompt"]) for row in rows} <= {str(row["prompt"]) for row in ranked}
-    with pytest.raises(InputError, match="nobody in the world labels steps"):
-        sources.rows("world", "steps", data_dir=tmp_path)
+
+
+def test_steps_of_the_world_end_with_the_first_wrong_one(tmp_path):
+    rows = [*sources.rows("world:rows=40", "steps", data_dir=tmp_path)]
+    assert all(set(row) == {"prompt", "steps", "labels"} and -1 not in row["labels"][:-1] for row in rows)
+    assert {row["labels"][-1] for row in rows} == {1, -1}
 
 
 def test_unknown_split(tmp_path):

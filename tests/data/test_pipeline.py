@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_jax.data import pipeline, sources
+from rlhf_jax.data import pipeline, shards, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.types import InputError, Prompts, Rankings, Tokens
 
@@ -484,12 +484,12 @@ def test_held_out_rows_come_in_order_however_few(tokenizer, kind):
 
 def test_packing_fits_and_leaves_out_nothing():
     lengths = np.random.default_rng(0).integers(1, 17, 500).tolist()
-    rows = pipeline._pack(lengths, 32)
+    rows = shards.pack(lengths, 32)
     assert sorted(itertools.chain(*rows)) == list(range(500))
     used = [sum(lengths[n] for n in row) for row in rows]
     assert max(used) <= 32 and sum(used) > 0.98 * 32 * len(rows)
-    assert pipeline._pack([7, 5, 3, 1], 8) == [[0, 3], [1, 2]]
-    assert pipeline._pack([], 8) == []
+    assert shards.pack([7, 5, 3, 1], 8) == [[0, 3], [1, 2]]
+    assert shards.pack([], 8) == []
 
 
 # -- what is refused, masked and counted -------------------------------------------------------------------------------

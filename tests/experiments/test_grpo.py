@@ -53,3 +53,8 @@ def test_answers_come_in_groups(done, tmp_path, name):
 def test_a_batch_of_groups_that_are_not_whole(capsys):
     default = grpo.Config(algorithm=grpo_lib.Config(group=4))
     assert "batch=18: expected a multiple of the group of 4" in refused(capsys, grpo.main, default, "--batch", 18)
+
+
+def test_resampling_and_rewards_are_not_combined(capsys):
+    flags = "--resample", 1, "--algorithm.rewards.clip", 1
+    assert "resample compares scores before algorithm.rewards" in refused(capsys, grpo.main, grpo.Config(), *flags)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -29,6 +29,8 @@ class Stub:
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         self.pause = 0.0  # seconds between the words
+        self.passing: list[str] = []  # faults of the next answers, one each
+        self.rule: Callable[[str], str] | None = None  # from the message to the answer, in the place of `text`
         self.text = "{model} heard: {message}"
         self.said: dict[tuple[str, str], str] = {}  # by model and message, in the place of `text`
         self.cancelled = 0  # answers that nobody waited for any more
@@ -42,7 +44,7 @@ class Stub:
         body = json.loads(await request.body())
         self.asked.append(body)
         self.keys.add(request.headers.get("authorization", ""))
-        match self.fault:
+        match self.passing.pop(0) if self.passing else self.fault:
             case "busy":
                 return JSONResponse({"error": {"message": "slow down"}}, 429)
             case "long":
@@ -56,7 +58,8 @@ class Stub:
 
     async def _events(self, body: dict[str, Any]) -> AsyncIterator[str]:
         model, message = body["model"], body["messages"][-1]["content"]
-        text = self.said.get((model, message)) or self.text.format(model=model, message=message)
+        told = self.said.get((model, message)) or (self.rule(message) if self.rule else "")
+        text = told or self.text.format(model=model, message=message)
         yield ": a comment\n\n" + _event({"role": "assistant", "content": ""})
         words = text.split(" ")
         try:

@@ -11,10 +11,11 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import ppo, updates
-from rlhf_jax.data import builders, tokenizer
+from rlhf_jax.data import builders, steps, tokenizer
+from rlhf_jax.data.steps import Marks
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
-from rlhf_jax.rollouts import scores
+from rlhf_jax.rollouts import judge, scores
 from rlhf_jax.types import InputError, Rollout
 from tests import tiny
 
@@ -77,7 +78,7 @@ def test_each_model_and_a_cost_model_score_by_themselves(devices, monkeypatch):
         for one in (reward(5), llama, reward(6))
     )
     named = tuple((Path(str(n)), model) for n, model in enumerate((reward(5), llama, reward(6))))
-    judges = scores.Judges(named=named, costs=True, weighted=True, pessimism=0.0)
+    judges = scores.Models(named=named, costs=True, weighted=True, pessimism=0.0)
     rows = builders.Rows([], lambda row, n: row, {}, Path(), lambda row, n: "")  # which no model reads
     monkeypatch.setattr(models, "stop_ids", lambda policy: (EOS,))
     found = layout.gather(scores.scorer(judges, None, rows, reward(0), layout)(sampled))
@@ -114,6 +115,38 @@ def test_token_scores_are_rewards_where_they_stand():
     np.testing.assert_allclose(batch.advantage, per_token[:, ::-1].cumsum(axis=1)[:, ::-1], atol=1e-5)
     np.testing.assert_allclose(metrics["reward/total"], per_token.sum(axis=1).mean(), atol=1e-5)
     np.testing.assert_allclose(updates.response_score(ones, cfg), per_token.sum(axis=1), atol=1e-5)
+
+
+def test_steps_have_rewards_where_they_are_over():
+    """Every third token is a new line; the model is read before it."""
+    sampled = episodes()
+    marks = Marks(np.arange(31) % 3 == 0, (np.arange(31) % 3 == 0) | (np.arange(31) == EOS))
+    found = parallel.gather(scores.token_model(reward(5), EOS, value="logarithm", marks=marks)(parallel.shard(sampled)))
+    on = read(sampled)
+    output = np.asarray(SCALAR(tiny.scalar(seed=5), sampled.tokens, on))[:, P:]
+    over, column = steps.find(sampled.tokens[:, P:], on[:, P:], marks)
+    expected = np.where(over, -np.log1p(np.exp(-np.take_along_axis(output, np.maximum(column, 0), axis=1))), 0)
+    np.testing.assert_array_equal(found.step, over)
+    np.testing.assert_allclose(found.token_score, expected, atol=1e-5)
+    assert over.any() and (column[over] < np.broadcast_to(np.arange(N), over.shape)[over]).any()
+
+
+def test_one_thing_alone_scores():
+    for given, said in (
+        (
+            (lambda prompt, text: 1.0, judge.Config(model=Path("m"), rubric=Path("r"))),
+            "a function of the text and judge would",
+        ),
+        (
+            (None, judge.Config(model=Path("m"), rubric=Path("r")), scores.Process(model=Path("p"))),
+            "judge and process would",
+        ),
+    ):
+        source, judged, process = (*given, scores.Process())[:3]
+        with pytest.raises(InputError, match=said):
+            scores.other(source, judged, process, parallel.PMAP, models.Compute(), 0, ())
+    with pytest.raises(InputError, match=r"process.at has no effect without a model"):
+        scores.Process(at="token")
 
 
 def test_a_function_sees_prompt_and_response(tmp_path):

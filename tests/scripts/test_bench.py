@@ -29,6 +29,7 @@ SIZES = {
     "grpo_prefix": {"prompts": 8, "responses": 2, "prompt": 8, "new": 4, "timed": 2},
     "choice": {"questions": 8, "examples": 2, "question": 4, "options": 3, "option": 2, "batch": 8, "timed": 2},
     "choice_prefix": {"questions": 8, "question": 16, "options": 4, "option": 2, "batch": 8, "timed": 2},
+    "text_10gb": {"megabytes": 0.2, "small": 0.1, "length": 64, "batch": 8},
     "learning_rate": 1e-3,
 }
 
@@ -53,6 +54,7 @@ def test_a_workload_has_rates_a_limit_and_memory(cfg, name):
     assert ("times_padded" in result) == (name in ("reward_ragged", "ppo_ragged"))
     assert ("times_plain" in result) == (name == "choice" or name.endswith("_prefix"))
     assert ("update_s" in result) == name.startswith("ppo")
+    assert ("above_small_mib" in result) == (name == "text_10gb")
 
 
 def test_sizes_and_settings_reach_the_model(cfg):

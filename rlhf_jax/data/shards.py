@@ -1,0 +1,394 @@
+"""Rows of tokens that may be more than memory holds: made once, in a stream, and kept in ArrayRecord shards on disk.
+
+The rows of a source are read one after another. Each part of them, of PART characters, is tokenised and packed by
+itself, best fit decreasing (arXiv:2404.10830), and is a shard of its own, so that no process ever holds more than one
+part. A row of tokens is then read by its number. Tokens are stored in the smallest unsigned type that holds the
+vocabulary, without padding.
+
+What is made of a source is kept beside it, under a name that says what it was made by. A shard appears under its name
+when it is complete: after a kill, what is complete is found again, and the rest is made.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.data import builders, records
+from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.devices import hosts, progress
+
+PART = 2**25  # characters of the rows of a source that are packed together
+ROWS = 2**19  # at most so many of them
+BATCH = 2**20  # characters that are tokenised at a time
+CHUNK = 4096  # tokens that lie together on disk, about
+
+Segments = list[tuple[np.ndarray, np.ndarray]]  # of a row: the tokens of each of its segments, and which are targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """How many rows of a source were kept and refused, and why. Printed, it is one line."""
+
+    kept: int = 0  # truncated ones included
+    truncated: int = 0
+    empty: int = 0
+    too_long: int = 0
+    identical: int = 0  # rankings in which any two responses of different rank are the same tokens
+    tied: int = 0  # rankings of one rank alone
+    repeated: int = 0  # kept rankings of which some pair of different rank is the same tokens; another pair is not
+    unended: int = 0  # responses in kept rankings that were cut before their end
+    unlike: int = 0  # solutions whose steps their tokens do not keep apart
+    control_tokens: int = 0  # kept rows that spell control tokens, which are read as such
+
+    @property
+    def refused(self) -> int:
+        """The number of rows left out."""
+        return self.empty + self.too_long + self.identical + self.tied + self.unlike
+
+    def __str__(self) -> str:
+        why = f"{self.empty} empty, {self.too_long} too long"
+        why += f", {self.identical} of identical responses" * (self.identical > 0)
+        why += f", {self.tied} of one rank" * (self.tied > 0)
+        why += f", {self.unlike} with steps that tokens do not keep apart" * (self.unlike > 0)
+        warnings = {
+            "rows rank identical responses differently too": self.repeated,
+            "responses without an end": self.unended,
+            "rows spell control tokens, which are read as such": self.control_tokens,
+        }
+        return f"{self.kept} rows kept ({self.truncated} of them truncated), {self.refused} refused ({why})" + "".join(
+            f"; {count} {what}" for what, count in warnings.items() if count
+        )
+
+
+def _sum(counts: Iterable[Counts]) -> Counts:
+    """The counts of several sources, or parts of one, together."""
+    columns = list(zip(*map(dataclasses.astuple, counts), strict=True))
+    return Counts(*map(sum, columns))
+
+
+class Sequences(NamedTuple):
+    """The tokens that some rows of a source become."""
+
+    ids: list[np.ndarray]
+    targets: list[np.ndarray] | None  # masks of the ids; None: all are
+    counts: Counts
+
+
+class Recipe(NamedTuple):
+    """How rows of a source become sequences."""
+
+    name: str  # of this recipe alone, with its settings but for the tokenizer and the length
+    make: Callable[[list[builders.Row], int], Sequences]  # of some rows, and the number of the first
+    pack: bool  # whether sequences share rows of tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """How much a shard was made of, and how much it holds."""
+
+    source: int  # rows
+    tokens: int
+    rows: int
+    counts: Counts
+
+
+class Shards:
+    """The rows of some shards, read by their numbers."""
+
+    def __init__(self, folder: Path, parts: Sequence[Part], dtype: np.dtype):
+        self.folder, self._dtype = folder, dtype
+        self.rows, self.tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
+        self.counts = _sum(part.counts for part in parts)
+        self._records = records.Records([records.Span(_file(folder, n), 0, part.rows) for n, part in enumerate(parts)])
+
+    def read(self, numbers: np.ndarray) -> list[Segments]:
+        """The rows of these numbers."""
+        return [_segments(record, self._dtype) for record in self._records.__getitems__(numbers)]
+
+
+def prepare(source: Iterable[builders.Row], recipe: Recipe, tokenizer: Tokenizer, length: int) -> Shards:
+    """The rows of a source as rows of at most `length` tokens.
+
+    Of several processes the first makes them, and the others find them. Where nothing can be kept beside the source,
+    the shards are in a temporary folder, which is deleted with them.
+    """
+    dtype = np.min_scalar_type(max(tokenizer.get_vocab().values())).newbyteorder("<")
+    task = _Task(source, recipe, length, dtype)
+    folder = getattr(source, "folder", None)
+    if folder is None:
+        return _temporary(task)
+    folder = folder / f"{recipe.name}-{length}-{tokenizer_lib.fingerprint(tokenizer)}-{_code()}"
+    with hosts.first_before_others():
+        if (found := _complete(folder, dtype)) is not None:
+            return found
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            if builders.disk_is_full(error):
+                raise
+            print(f"{folder}: {error.strerror}: tokens are not kept for the next start", file=sys.stderr, flush=True)
+            return _temporary(task)
+        with _alone(folder):
+            return _made(task, folder)
+
+
+def _code() -> str:
+    """A hash of the code that rows are made by, which changes more often than anybody remembers to count versions."""
+    here = Path(__file__).parent
+    code = b"".join((here / name).read_bytes() for name in ("pipeline.py", "shards.py", "tokenizer.py"))
+    return hashlib.sha256(code).hexdigest()[:12]
+
+
+def pack(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Best fit decreasing: which sequences stand in each row of `length` columns (arXiv:2404.10830).
+
+    The longest come first, each into the fullest row that still has room. Who shares a row is the same in all epochs;
+    it matters no more than who shares a batch, as segments do not see each other.
+    """
+    rows: list[list[int]] = []
+    having: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the number of their free columns
+    some = 0  # bit n: having[n] is not empty
+    for n in np.argsort(-np.array(lengths, int), kind="stable").tolist():
+        fitting = some >> lengths[n]
+        if fitting:
+            free = lengths[n] + (fitting & -fitting).bit_length() - 1
+            row = having[free].pop()
+            some ^= (not having[free]) << free
+        else:
+            free, row = length, len(rows)
+            rows.append([])
+        rows[row].append(n)
+        free -= lengths[n]
+        having[free].append(row)
+        some |= 1 << free
+    return rows
+
+
+# -- making them -------------------------------------------------------------------------------------------------------
+
+
+class _Task(NamedTuple):
+    """What shards are to be made of."""
+
+    source: Iterable[builders.Row]
+    recipe: Recipe
+    length: int
+    dtype: np.dtype
+
+
+def _temporary(task: _Task) -> Shards:
+    """The shards of a source, in a folder that is deleted when nobody reads them any more."""
+    folder = Path(tempfile.mkdtemp(prefix="rlhf_jax-"))
+    try:
+        shards = _made(task, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(shards, shutil.rmtree, folder, ignore_errors=True)
+    return shards
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Run the block while no other process runs it for the same folder; the others wait."""
+    with (folder / "lock").open("w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: whoever is last writes the same once more
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _made(task: _Task, folder: Path) -> Shards:
+    """The shards of a source in `folder`: those that are there, and then the missing ones."""
+    if (found := _complete(folder, task.dtype)) is not None:  # another process was quicker
+        return found
+    parts = _first_parts(folder)
+    done = sum(part.source for part in parts)
+    total = len(task.source) if isinstance(task.source, Sized) else None
+    start, tokens = time.monotonic(), 0
+    with progress.bar(total, done=done, what="tokenising", unit="row", delay=10.0) as shown:
+
+        def tell(rows: int, new: int) -> None:
+            nonlocal tokens
+            tokens += new
+            shown.set_postfix_str(f"{tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
+            shown.update(rows)
+
+        rows = _from(task.source, done)
+        try:
+            for first in rows:
+                part = _some(itertools.chain([first], rows))
+                parts.append(_write(task, part, done, _file(folder, len(parts)), tell))
+                done += parts[-1].source
+            _keep(folder / "complete.json", list(map(_numbers, parts)))
+        except Exception as error:
+            if builders.disk_is_full(error):
+                raise builders.full_disk(folder) from error
+            raise
+    return Shards(folder, parts, task.dtype)
+
+
+def _from(source: Iterable[builders.Row], first: int) -> Iterator[builders.Row]:
+    """Yield the rows of a source from number `first` on."""
+    if isinstance(source, builders.Rows):
+        for start in range(first, len(source), 64):  # at a time in memory, however long they are
+            yield from source.take(range(start, min(start + 64, len(source))))
+    else:
+        yield from itertools.islice(source, first, None)
+
+
+def _some(rows: Iterator[builders.Row]) -> Iterator[builders.Row]:
+    """Yield the rows of a part; the next part begins with the row behind them."""
+    size = 0
+    for row in itertools.islice(rows, ROWS):
+        yield row
+        size += _size(row)
+        if size >= PART:
+            return
+
+
+def _size(value: Any) -> int:
+    """The characters of the texts in a row."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 0
+
+
+def _write(task: _Task, rows: Iterator[builders.Row], first: int, file: Path, tell: Callable[[int, int], None]) -> Part:
+    """Write the shard of some rows, and return how much it holds; `tell` hears of rows and tokens that are done."""
+    ids: list[np.ndarray] = []
+    targets: list[np.ndarray | None] = []
+    source, counts = 0, Counts()
+    for count, made in _sequences(task.recipe, rows, first):
+        ids += [one.astype(task.dtype) for one in made.ids]
+        targets += [None] * len(made.ids) if made.targets is None else made.targets
+        source, counts = source + count, _sum([counts, made.counts])
+        tell(count, sum(map(len, made.ids)))
+    plan = pack(list(map(len, ids)), task.length) if task.recipe.pack else [[n] for n in range(len(ids))]
+    partial = file.with_suffix(".partial")
+    stored = (_record([ids[n] for n in row], [targets[n] for n in row]) for row in plan)
+    records.write(partial, stored, group=max(1, CHUNK // task.length))
+    _place(partial, file)
+    part = Part(source, sum(map(len, ids)), len(plan), counts)
+    _keep(file.with_suffix(".json"), _numbers(part))
+    return part
+
+
+def _sequences(recipe: Recipe, rows: Iterator[builders.Row], first: int) -> Iterator[tuple[int, Sequences]]:
+    """Yield how many rows of the source were read, and what they become, some at a time.
+
+    The tokenizer has threads of its own; it works on the next rows while the caller is at the last ones.
+    """
+    pending = collections.deque[tuple[int, concurrent.futures.Future[Sequences]]]()
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+        for some in _batches(rows):
+            pending.append((len(some), ahead.submit(recipe.make, some, first)))
+            first += len(some)
+            if len(pending) > 2:
+                count, made = pending.popleft()
+                yield count, made.result()
+        while pending:
+            count, made = pending.popleft()
+            yield count, made.result()
+
+
+def _batches(rows: Iterable[builders.Row]) -> Iterator[list[builders.Row]]:
+    """Yield the rows, some at a time."""
+    some, size = list[builders.Row](), 0
+    for row in rows:
+        some.append(row)
+        size += _size(row)
+        if size >= BATCH:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+# -- on disk -----------------------------------------------------------------------------------------------------------
+
+
+def _file(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05}.array_record"
+
+
+def _record(ids: Sequence[np.ndarray], targets: Sequence[np.ndarray | None]) -> bytes:
+    """A row on disk: the number of its segments, their lengths, their tokens, and a bit for each if not all count."""
+    sizes = np.array([len(ids), *map(len, ids)], "<u4")
+    masks = [mask for mask in targets if mask is not None]
+    bits = np.packbits(np.concatenate(masks)).tobytes() if masks else b""
+    return b"".join([sizes.tobytes(), *(one.tobytes() for one in ids), bits])
+
+
+def _segments(record: bytes, dtype: np.dtype) -> Segments:
+    """The row that a record holds."""
+    count = int(np.frombuffer(record, "<u4", 1)[0])
+    sizes = np.frombuffer(record, "<u4", count, 4)
+    start, total = 4 + 4 * count, int(sizes.sum())
+    ids = np.frombuffer(record, dtype, total, start)
+    bits = np.frombuffer(record, np.uint8, offset=start + ids.nbytes)
+    target = np.unpackbits(bits, count=total).astype(bool) if len(bits) else np.ones(total, bool)
+    cuts = np.cumsum(sizes[:-1])
+    return list(zip(np.split(ids, cuts), np.split(target, cuts), strict=True))
+
+
+def _complete(folder: Path, dtype: np.dtype) -> Shards | None:
+    """The shards of a folder that has all of them, None for another one."""
+    try:
+        parts = json.loads((folder / "complete.json").read_text())
+    except OSError:
+        return None
+    return Shards(folder, list(map(_part, parts)), dtype)
+
+
+def _first_parts(folder: Path) -> list[Part]:
+    """The parts that a run which was ended had finished."""
+    parts: list[Part] = []
+    while (file := _file(folder, len(parts)).with_suffix(".json")).is_file():
+        parts.append(_part(json.loads(file.read_text())))
+    return parts
+
+
+def _numbers(part: Part) -> list[int]:
+    """A part as JSON holds it."""
+    return [part.source, part.tokens, part.rows, *dataclasses.astuple(part.counts)]
+
+
+def _part(numbers: list[int]) -> Part:
+    """The inverse of `_numbers`."""
+    source, tokens, rows, *counts = numbers
+    return Part(source, tokens, rows, Counts(*counts))
+
+
+def _keep(file: Path, value: Any) -> None:
+    """Write a JSON file, which is there when it is whole."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    _place(partial, file)
+
+
+def _place(partial: Path, file: Path) -> None:
+    """Give a file its name, once it is on the disk."""
+    with partial.open("rb") as opened:
+        os.fsync(opened.fileno())
+    os.replace(partial, file)

@@ -1,0 +1,247 @@
+"""Tests of rlhf_jax.data.shards: text beyond one part loses nothing, and preparing it can be interrupted anywhere."""
+
+import errno
+import itertools
+import json
+import re
+import tracemalloc
+from pathlib import Path
+
+import grain
+import numpy as np
+import pytest
+
+from rlhf_jax.data import builders, pipeline, records, shards, sources
+from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.devices import hosts, progress
+from rlhf_jax.types import InputError
+
+LENGTH = 24
+WORDS = "the cat sat on a mat and ate two fish while nobody was looking at it".split()  # noqa: SIM905
+TEXTS = [f"{n}: " + " ".join(WORDS[(n + k) % len(WORDS)] for k in range(1 + n * n % 29)) for n in range(200)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tokenizer_lib.train([" ".join(WORDS)] * 3, 300, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return sources.rows(str(path), "text", data_dir=tmp_path / "data")
+
+
+def prepare(rows, tokenizer, length=LENGTH):
+    return shards.prepare(rows, pipeline.text_recipe(tokenizer, length), tokenizer, length)
+
+
+def pieces_of(tokenizer):
+    documents = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(TEXTS)["input_ids"]]
+    return [np.array(ids[at : at + LENGTH]) for ids in documents for at in range(0, len(ids), LENGTH)]
+
+
+def every(prepared):
+    return [[ids.tolist() for ids, _ in row] for row in prepared.read(np.arange(prepared.rows))]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_text_of_one_part_is_packed_and_shuffled_as_in_memory(tokenizer, rows, seed):
+    pieces = pieces_of(tokenizer)
+    plan = shards.pack([len(ids) for ids in pieces], LENGTH)
+    numbers = grain.MapDataset.range(len(plan))
+    numbers = numbers if seed is None else numbers.seed(seed).shuffle()
+    pad = tokenizer_lib.pad_id(tokenizer)
+    data = pipeline.text(rows, tokenizer, length=LENGTH, batch=4, seed=seed, epochs=2)
+    for n, (batch, left, right) in enumerate(zip(data, data.part(0, 2), data.part(1, 2), strict=True)):
+        here = [numbers.repeat(2)[k] for k in range(4 * n, min(4 * n + 4, 2 * len(plan)))]
+        expected = pipeline.lay_out(
+            [[(pieces[p], np.ones(len(pieces[p]), bool)) for p in plan[row]] for row in here] + [[]] * (4 - len(here)),
+            LENGTH,
+            pad,
+        )
+        for name in ("tokens", "segment", "target"):
+            whole = getattr(batch, name)
+            assert np.array_equal(whole, getattr(expected, name)) and whole.dtype == getattr(expected, name).dtype
+            assert np.array_equal(whole, np.concatenate([getattr(left, name), getattr(right, name)]))
+    assert n + 1 == data.steps == -(-2 * len(plan) // 4)
+
+
+def test_text_of_several_parts_loses_no_document_and_no_token(tokenizer, rows, monkeypatch):
+    monkeypatch.setattr(shards, "PART", 1500)
+    monkeypatch.setattr(shards, "BATCH", 400)
+    monkeypatch.setattr(records, "OPEN", 2)
+    prepared = prepare(rows, tokenizer)
+    assert len(list(prepared.folder.glob("*.array_record"))) > 5
+    assert prepared.counts == pipeline.Counts(len(TEXTS))
+    found = every(prepared)
+    assert all(sum(map(len, row)) <= LENGTH for row in found)
+    expected = [ids.tolist() for ids in pieces_of(tokenizer)]
+    assert sorted(itertools.chain(*found)) == sorted(expected)
+    assert prepared.tokens == sum(map(len, expected))
+    order = np.random.default_rng(0).permutation(len(found))  # rows of all shards at once
+    assert [[ids.tolist() for ids, _ in row] for row in prepared.read(order)] == [found[n] for n in order]
+    again = prepare(rows, tokenizer)
+    assert every(again) == found and again.counts == prepared.counts
+
+
+def test_an_interrupted_preparation_goes_on_where_it_was(tokenizer, rows, monkeypatch):
+    monkeypatch.setattr(shards, "PART", 1500)
+    monkeypatch.setattr(shards, "BATCH", 400)
+    expected = every(prepare(rows, tokenizer))
+    write, taken = shards._write, []
+
+    def dies(*given):
+        if given[3].name == "00003.array_record":
+            given[3].with_suffix(".partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return write(*given)
+
+    def take(indices):
+        taken.extend(indices)
+        return type(rows).take(rows, indices)
+
+    other = sources.rows("world:rows=3", "text", data_dir=rows.folder.parent / "elsewhere")
+    other.folder, other._records, other._to_row = rows.folder / "b", rows._records, rows._to_row
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(other, tokenizer)
+    (folder,) = other.folder.iterdir()
+    assert not (folder / "complete.json").exists() and len(list(folder.glob("*.array_record"))) == 3
+    done = sum(part.source for part in shards._first_parts(folder))
+    monkeypatch.setattr(other, "take", take)
+    assert every(prepare(other, tokenizer)) == expected
+    assert taken == list(range(done, len(TEXTS)))
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_full_disk_is_named(tokenizer, rows):
+    folder = prepare(rows, tokenizer).folder
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "00000.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        prepare(rows, tokenizer)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(folder))
+    assert not list(folder.glob("*.array_record")) and not list(folder.glob("*.json"))
+
+
+def test_where_nothing_can_be_kept_a_temporary_folder_serves(tokenizer, rows, capsys):
+    expected = every(prepare(rows, tokenizer))
+    rows.folder = rows.folder / "some.txt" / "no folder"
+    rows.folder.parent.write_text("a file")
+    prepared = prepare(rows, tokenizer)
+    assert every(prepared) == expected
+    folder = prepared.folder
+    assert folder.is_dir() and "Not a directory: tokens are not kept for the next start" in capsys.readouterr().err
+    del prepared
+    assert not folder.exists()
+
+
+def test_other_processes_wait_for_the_first(tokenizer, rows, monkeypatch):
+    met = []
+    monkeypatch.setattr(hosts, "meet", lambda where: met.append(len(list(rows.folder.glob("*/complete.json")))))
+    prepare(rows, tokenizer)
+    monkeypatch.setattr(hosts, "first", lambda: False)
+    prepare(rows, tokenizer)
+    assert met == [1, 1]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_text(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PART", 20_000)
+    monkeypatch.setattr(shards, "BATCH", 10_000)
+    monkeypatch.setattr(builders, "SHARD", 50_000)
+    peaks = []
+    for megabytes in (0.1, 0.3):
+        path = tmp_path / f"{megabytes}.jsonl"
+        with path.open("w") as file:
+            for n in range(int(megabytes * 1000)):
+                file.write(json.dumps({"text": f"{n} " + "a cat on a mat, " * 60}) + "\n")
+        tracemalloc.start()
+        made = sources.rows(str(path), "text", data_dir=tmp_path / "data")
+        data = pipeline.text(made, tokenizer, length=128, batch=4, seed=0)
+        next(iter(data))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 100_000, peaks
+    assert len(list(Path(made.folder).parents[1].glob("*.array_record*"))) > 3
+
+
+def test_progress_tells_rows_and_tokens_a_second(tokenizer, rows, monkeypatch, capsys):
+    bar = progress.bar
+    monkeypatch.setattr(
+        progress, "bar", lambda total, done, what, unit, delay: bar(total, done=done, what=what, unit=unit)
+    )
+    prepare(rows, tokenizer)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"tokenising: 100% 200/200 \[.*<.*, .* row/s, [\d,]+ tokens/s\]", last)
+    with bar(None, what="reading", unit="row") as shown:
+        shown.update(3)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("reading: 3 row [")
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_row_comes_back(dtype, masked):
+    ids = [np.array([np.iinfo(dtype).max, 0, 7], dtype), np.array([1], dtype), np.arange(9).astype(dtype)]
+    targets = [np.arange(len(one)) % 3 == 1 for one in ids] if masked else [None] * 3
+    found = shards._segments(shards._record(ids, targets), np.dtype(dtype))
+    assert [one.tolist() for one, _ in found] == [one.tolist() for one in ids]
+    expected = targets if masked else [np.ones(len(one), bool) for one in ids]
+    assert all(np.array_equal(mask, other) for (_, mask), other in zip(found, expected, strict=True))
+
+
+def test_the_smallest_type_is_taken(tokenizer, rows):
+    prepared = prepare(rows, tokenizer)
+    assert max(tokenizer.get_vocab().values()) > 255 and prepared._dtype == np.dtype("<u2")
+
+
+DEMONSTRATIONS = [
+    {"prompt": f"{n}: " + TEXTS[n][: 5 + n], "completion": TEXTS[-n][: 20 + n]}
+    if n % 3
+    else {"prompt": "", "completion": "a"}
+    for n in range(60)
+] + [
+    {"messages": [{"role": "user", "content": TEXTS[n]}, {"role": "assistant", "content": "a", "weight": n % 2}] * 2}
+    for n in range(2, 20)
+]
+DEMONSTRATIONS.append({"prompt": "z" * 100, "completion": "a"})
+
+
+@pytest.mark.parametrize("options", [{}, {"pack": False}, {"completion_only": False}])
+def test_demonstrations_of_several_parts_are_those_of_one(tokenizer, tmp_path, monkeypatch, options):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in DEMONSTRATIONS))
+    loaded = sources.rows(str(path), "demonstrations", data_dir=tmp_path / "data")
+
+    def found(rows):
+        data = pipeline.demonstrations(rows, tokenizer, length=64, batch=4, seed=0, epochs=1, **options)
+        segments = [
+            (batch.tokens[b][batch.segment[b] == n].tolist(), batch.target[b][batch.segment[b] == n].tolist())
+            for batch in data
+            for b in range(4)
+            for n in range(1, batch.segment[b].max() + 1)
+        ]
+        return sorted(segments), data.counts
+
+    expected = found(DEMONSTRATIONS)
+    assert expected[1].empty == 29 and expected[1].too_long and expected[1].truncated
+    monkeypatch.setattr(shards, "PART", 500)
+    monkeypatch.setattr(shards, "BATCH", 150)
+    assert found(loaded) == expected
+    monkeypatch.setattr(tokenizer_lib, "encode", None)
+    assert found(loaded) == expected  # kept
+
+
+def test_the_row_that_is_refused_is_named_in_a_later_batch(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "BATCH", 20)
+    path = tmp_path / "some.jsonl"
+    good = {"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "a"}]}
+    bad = {"messages": [{"role": "user", "content": "say", "weight": 0}, {"role": "assistant", "content": "a"}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [good] * 9 + [bad]))
+    rows = sources.rows(str(path), "demonstrations", data_dir=tmp_path / "data")
+    with pytest.raises(InputError, match=f"{path}, line 10: field weight"):
+        pipeline.demonstrations(rows, tokenizer, length=64, batch=1, seed=0, completion_only=False)
