@@ -87,8 +87,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of solutions, whose rows are spread over `axis`.
 
-    `token_fn(params, tokens, mask, keys)` is a scalar model's output at each token, [B, T]. `balance` is the weight of a
-    load-balancing loss, see `algorithms.balance`. The metrics describe the parameters before the update.
+    `token_fn(params, tokens, mask, keys)` is a scalar model's output at each token, [B, T]. `balance` is the weight of
+    a load-balancing loss, see `algorithms.balance`. The metrics describe the parameters before the update.
     """
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.tokens.shape[0], axis)
     right, learnt = targets(batch.label, batch.step, cfg.neutral)
