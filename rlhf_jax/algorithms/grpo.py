@@ -118,12 +118,13 @@ def step_advantages(
         A_t = sum over the steps that are over at t or later of (r - mean(R)) / (std(R) + 1e-4)
 
     R are the rewards of all steps of a prompt's responses; without `scale` nothing is divided by their deviation.
-    Rewards of other columns than `over` are ignored.
+    Rewards of other columns than `over` are ignored. Exactly 0 where all rewards of a group are equal.
     """
-    reward = precise(reward)
-    rewards, steps = (groups_of(x, group) for x in (jnp.where(over, reward, 0.0), over))
+    rewards, steps = groups_of(precise(reward), group), groups_of(over, group)
+    largest = jnp.max(jnp.where(steps, rewards, -jnp.inf), axis=(1, 2), keepdims=True)
+    below = jnp.where(steps, rewards - largest, 0.0)  # of equal numbers the mean has a rounding error, of zeros none
     count = jnp.maximum(jnp.sum(steps, axis=(1, 2), keepdims=True), 1)
-    centred = jnp.where(steps, rewards - jnp.sum(rewards, axis=(1, 2), keepdims=True) / count, 0.0)
+    centred = jnp.where(steps, below - jnp.sum(below, axis=(1, 2), keepdims=True) / count, 0.0)
     if scale:
         deviation = jnp.sqrt(jnp.sum(jnp.square(centred), axis=(1, 2), keepdims=True) / count)
         centred = centred / (deviation + 1e-4)

@@ -455,9 +455,9 @@ function pairsView() {
   const pairs = [], byText = new Map(), known = new Set();
   for (const group of groups.values()) for (const better of group) for (const worse of group) if (better.rank < worse.rank) {
     const pair = { better, worse, margin: better.score - worse.score, run: better.run, longer: better.length - worse.length };
-    const texts = [better.run, better.ranking, better.text, worse.text].join("\u0000"), key = [better.prompt, better.text, worse.text].join("\u0000");
-    if (known.has(texts)) continue;  // people were shown the same text twice
-    known.add(texts);
+    const key = [better.prompt, better.text, worse.text].join("\u0000");
+    if (known.has(better.run + key)) continue;  // the same two texts again
+    known.add(better.run + key);
     if (better.run === 1 && byText.has(key)) byText.get(key).second = pair; else if (better.run === 0) byText.set(key, pair);
     if (better.run === 0 || !runs[0].curves["reward/accuracy"]) pairs.push(pair);
   }
@@ -472,7 +472,7 @@ function pairsView() {
   const rate = (xs) => percent(xs.reduce((sum, pair) => sum + (pair.margin > 0) + 0.5 * (pair.margin === 0), 0) / xs.length);
   const unequal = pairs.filter((pair) => pair.longer), share = (test) => percent(unequal.filter(test).length / Math.max(1, unequal.length));
   const facts = el("div", { class: "facts" },
-    el("span", { class: "chip" }, el("span", {}, "right on ", el("b", { text: rate(pairs) }), ` of ${pairs.length} pairs, chance is 50 %`)),
+    el("span", { class: "chip" }, el("span", {}, "right on ", el("b", { text: rate(pairs) }), ` of ${pairs.length} different pairs, chance is 50 %`)),
     el("span", { class: "chip" }, el("span", {}, "the model prefers the longer answer in ", el("b", { text: share((p) => p.margin > 0 === p.longer > 0) }), ", people in ", el("b", { text: share((p) => p.longer > 0) }))));
   const update = () => {
     const kept = pairs.filter((pair) => !settings.show || (settings.show === "wrong" ? pair.margin <= 0 : settings.show === "right" ? pair.margin > 0 : pair.second && pair.margin > 0 !== pair.second.margin > 0));
