@@ -62,6 +62,7 @@ def build(
             tx=tx,
             cfg=cfg.algorithm,
             microbatches=cfg.devices.microbatches,
+            balance=models.balance_weight(cfg.balance, config),
         ),
     )
     count = functools.partial(process_lib.evaluate, token_fn=models.bind(heads.ScalarModel(config)), cfg=cfg.algorithm)

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.algorithms import optim
+from rlhf_jax.algorithms.balance import attach, detach
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import masked_mean, precise
 from rlhf_jax.settings import Settings
@@ -81,12 +82,13 @@ def train_step(
     tx: optax.GradientTransformation,
     cfg: Config = Config(),
     microbatches: int = 1,
+    balance: float = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch of solutions, whose rows are spread over `axis`.
 
-    `token_fn(params, tokens, mask, keys)` is a scalar model's output at each token, [B, T]. The metrics describe the
-    parameters before the update.
+    `token_fn(params, tokens, mask, keys)` is a scalar model's output at each token, [B, T]. `balance` is the weight of
+    a load-balancing loss, see `algorithms.balance`. The metrics describe the parameters before the update.
     """
     keys = parallel.row_keys(jax.random.fold_in(state.rng, state.step), batch.tokens.shape[0], axis)
     right, learnt = targets(batch.label, batch.step, cfg.neutral)
@@ -97,10 +99,12 @@ def train_step(
         value = loss(output, right, learnt, count)
         return value, (value, counts(output, right, learnt))
 
-    share = functools.partial(jax.grad(objective, has_aux=True), state.params)
+    params = attach(state.params, balance, microbatches, axis)
+    share = functools.partial(jax.grad(objective, has_aux=True), params)
     grads, sums = parallel.accumulate(share, microbatches)(batch.tokens, batch.mask, right, learnt, keys)
     grads, (value, count_of) = parallel.psum((grads, jax.tree.map(jnp.sum, sums)), axis)
-    metrics = {"loss/step": value, "grad_norm": optax.tree.norm(grads)} | shares(count_of)
+    grads, load = detach(grads)
+    metrics = {"loss/step": value, "grad_norm": optax.tree.norm(grads)} | shares(count_of) | load
     return optim.apply_gradients(state, grads, tx), metrics
 
 
