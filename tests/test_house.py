@@ -102,7 +102,6 @@ SPREADING = {  # functions that hand a dict of arguments on, and the reason
 
 DICTS = {  # functions with a dict of anything, and the reason
     "rlhf_jax/analysis/report/__init__.py:_episode": "an object of the page's JSON",
-    "rlhf_jax/models/families.py:_read_scaling": "a scaling is a row of a table: its fields by name",
     "rlhf_jax/models/config.py:llama": "the fields of a config that a family fixes",
     "rlhf_jax/models/directory.py:_placed": "a tree of parameters",
     "rlhf_jax/models/families.py:_read_scaling": "the fields of a scaling, out of a config.json",

@@ -275,6 +275,8 @@ def test_flags_keep_their_spelling_and_types():
 FILES = {
     "scaling",
     "run",
+    "other",
+    "quickstart",
     "workload",
     "db",
     "responses",
