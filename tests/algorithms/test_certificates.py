@@ -53,7 +53,7 @@ class Tree:
         columns = jnp.arange(tokens.shape[1])
         return jnp.where(columns == 0, 0, jnp.minimum(1 + tokens, self.nodes - 1))
 
-    def policy(self, params, tokens, mask, keys=None, *, start, temperature, with_entropy):
+    def policy(self, params, tokens, mask, keys=None, *, start, temperature, with_entropy, group):
         assert (temperature, with_entropy) == (1.0, False)
         return token_logprobs(params["policy"][self.node(tokens)[:, start:-1]], tokens[:, start + 1 :]), None
 
