@@ -282,13 +282,13 @@ def apply(
             jax.grad(objective.loss, has_aux=True), params, totals=parallel.psum(totals, axis)
         )
         block = ragged.together(len(jax.tree.leaves(local)[0]), parts, objective.group)
-        blocks = ragged.blocks(local, block)
+        blocks = local if block == 1 else ragged.blocks(local, block)
         if cfg.buckets > 1:
             index = ragged.order(jnp.any(ragged.blocks(objective.live(local), block), axis=1), parts)
             blocks = jax.tree.map(lambda x: x[index], blocks)
             share = ragged.trimmed(share, objective.live, cfg.buckets)
-        together = lambda blocks, text: share(ragged.unblock(blocks), text)
-        grads, metrics = parallel.accumulate(together, parts)(blocks, text)
+        of_blocks = share if block == 1 else lambda blocks, text: share(ragged.unblock(blocks), text)
+        grads, metrics = parallel.accumulate(of_blocks, parts)(blocks, text)
         worst = parallel.pmax(jnp.max(metrics.pop("ratio_error")), axis)  # a maximum, which does not add up
         grads, metrics = parallel.psum((grads, jax.tree.map(jnp.sum, metrics)), axis)
         grads, load = detach(grads)

@@ -35,4 +35,4 @@ def test_evaluation_refuses_models_that_do_not_go_together(done, flags, capsys, 
     said = refused(capsys, evaluate.main, cfg.evaluate, *flags, "--reference", tmp_path / "other")
     assert said.endswith(f"other is not of the architecture of {init}: take the model that it came from")
     said = refused(capsys, evaluate.main, cfg.evaluate, *flags, "--reference", init, "--best-of", 2)
-    assert said == "error: best_of=2 needs a reward model to pick by: name one by --reward"
+    assert said == "error: best_of=2 needs a reward model to pick by: name one by --reward, or a judge"
