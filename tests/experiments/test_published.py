@@ -110,7 +110,7 @@ def test_a_check_of_the_answer_is_a_reward(done, tmp_path, sums, capsys):
     said = refused(capsys, ppo.main, ppo.Config(critic="policy", **plain))
     assert said == "error: reward: expected at least one model directory"
     said = refused(capsys, gsm8k_grpo.main, gsm8k_grpo.CONFIG, "--data", sums, "--reward", tmp_path)
-    assert said.startswith("error: reward has no effect on scores that are not reward models'")
+    assert said.startswith("error: reward and weights have no effect on scores that are not reward models'")
     said = refused(capsys, grpo.main, grpo.Config(**plain))
     assert said == "error: reward: expected at least one model directory"
     with pytest.raises(InputError, match="the prompts come without answers to check responses by"):

@@ -174,8 +174,11 @@ def test_a_run_goes_on_without_the_last_answers(done, asked, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--overlap", 3], "overlap=3 has no effect where simulated labelers rank: name their store by --db"),
-        (["--data", "a.jsonl"], "data=a.jsonl has no effect where simulated labelers rank: name their store by --db"),
+        (["--overlap", 3], "overlap=3 has no effect where simulated labelers rank: name the store of people by --db"),
+        (
+            ["--data", "a.jsonl"],
+            "data=a.jsonl has no effect where simulated labelers rank: name the store of people by --db",
+        ),
         (["--db", "a.db", "--people", 6], "people=6 has no effect where people rank: leave it out"),
         (["--db", "a.db", "--most", 27], "most=27: expected at most 26 answers, which a page can show to people"),
     ],
