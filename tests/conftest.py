@@ -47,11 +47,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest picks by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow are tests so marked, and all that need the models of a quickstart or a browser.
+    """Slow are tests so marked, and all that need the models of a quickstart or a browser; `full` ones are skipped.
 
     Files with slow tests come first, so that no worker is left alone with one at the end.
     """
     for item in items:
+        if item.get_closest_marker("full") and "FULL_SIZE" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="FULL_SIZE=1 runs this further variant"))
         if {"done", "browser"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -106,7 +106,11 @@ def test_the_first_process_lets_the_others_go_on_after_an_error(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "mesh"), [("sft", ()), ("ppo", ("--devices.fsdp", 4, "--devices.tensor", 2))], ids=["pmap", "mesh"]
+    ("stage", "mesh"),
+    [
+        pytest.param("sft", (), id="pmap", marks=pytest.mark.full),
+        pytest.param("ppo", ("--devices.fsdp", 4, "--devices.tensor", 2), id="mesh"),
+    ],
 )
 def test_two_processes_train_as_one_does(done, tmp_path: Path, stage, mesh):
     """With dropout, sampling, the mix of pretraining text and checkpoints, from the models of the quickstart."""

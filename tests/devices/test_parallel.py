@@ -150,7 +150,13 @@ def five_steps(stage: Stage, place: parallel.Layout, microbatches: int = 1) -> t
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("ppo", "reward") else pytest.mark.slow) for name in STAGES]
+    "name",
+    [
+        pytest.param(name, marks=(pytest.mark.slow, *([pytest.mark.full] if name in ("rloo", "online_dpo") else ())))
+        if name not in ("ppo", "reward")
+        else name
+        for name in STAGES
+    ],
 )
 def test_one_device_and_its_micro_batches_equal_eight_and_a_mesh(name):
     one = parallel.layout(devices=jax.devices()[:1])

@@ -24,7 +24,9 @@ GROUPS = {
 SIZES = {"data": "world:rows=100", "text": "world:rows=200", "batch": 16, "steps": 2, "warmup": 1, "samples_every": 1}
 
 
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name == "rloo" else ()) for name in GROUPS]
+)
 def test_answers_come_in_groups(done, tmp_path, name):
     cfg, _ = done
     main, make, algorithm = GROUPS[name]

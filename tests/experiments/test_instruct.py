@@ -78,6 +78,7 @@ def test_wrong_input_is_refused(base, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.full  # tests/experiments/test_study_pages.py has the same of another study
 def test_the_study_makes_each_run_once_and_renews_its_page(base, tmp_path, capsys):
     (tmp_path / "instruct.md").write_text(f"# Mine\n\n{study.BEGIN}\nearlier\n{study.END}\n")
     preset = pretrain.Config(data="world:rows=200", preset="llama-micro", vocab_size=300, batch=8, steps=1)

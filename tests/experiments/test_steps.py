@@ -32,7 +32,9 @@ def test_policies_learn_from_rewards_of_steps(done, tmp_path):
         )
     )
     assert [*found] == ["process_reward", "sft", "ppo", "grpo"] and 0 <= found["process_reward"]["step/accuracy"] <= 1
-    assert found["sft"]["kl"] == 0 and all(0 <= found[name]["held_out/right_answer"] <= 1 for name in ("ppo", "grpo"))
+    assert abs(found["sft"]["kl"]) < 1e-4 and all(
+        0 <= found[name]["held_out/right_answer"] <= 1 for name in ("ppo", "grpo")
+    )
     for name in ("ppo", "grpo"):
         (row,) = metrics_of(tmp_path / name)
         assert row["reward/score"] < 0  # logarithms, and what unfinished answers cost

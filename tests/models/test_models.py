@@ -98,7 +98,13 @@ LAYOUTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "config"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        pytest.param(name, config, marks=pytest.mark.full if config != "config.json" and name in NEWER else ())
+        for name, config in LAYOUTS
+    ],
+)
 def test_published_layouts_oracle(name, config, shared, tmp_path):
     path, expected = published(shared, name, config, tmp_path)
     loaded = models.load(path)

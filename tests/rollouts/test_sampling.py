@@ -134,7 +134,7 @@ def test_a_prompt_is_read_once_for_its_group(config, platform, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "platform"), [(tiny.GPT, "cpu"), (tiny.LLAMA, "cpu"), (tiny.LLAMA, "tpu")])
+@pytest.mark.parametrize(("config", "platform"), [(tiny.GPT, "cpu"), (tiny.LLAMA, "tpu")])
 def test_what_prompts_have_in_common_is_read_once(config, platform, monkeypatch):
     """With the tokens of the plain way, wherever the padding is, and for a group of answers to each prompt."""
     config = dataclasses.replace(config, window=3 if config.position == "rope" else None)

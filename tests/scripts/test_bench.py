@@ -34,6 +34,9 @@ SIZES = {
 }
 
 
+MAIN = "sft", "decode", "reward", "ppo", "grpo_prefix", "choice", "text_10gb"  # one of each kind
+
+
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "workload.json"
@@ -42,7 +45,9 @@ def cfg(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", workloads.WORKLOADS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in MAIN else pytest.mark.full) for name in workloads.WORKLOADS]
+)
 def test_a_workload_has_rates_a_limit_and_memory(cfg, name):
     result = workloads.measure(cfg, name)
     counted = next(key.removeprefix("median_") for key in result if key.startswith("median_"))
