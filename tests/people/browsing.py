@@ -78,7 +78,8 @@ class Site:
         return page
 
     def page(self, **options: Any) -> Any:
-        page = self.browser.new_context(**options).new_page()
+        # Without transitions, in the middle of which colours would be checked.
+        page = self.browser.new_context(reduced_motion="reduce", **options).new_page()
         page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("dialog", lambda dialog: (self.errors.append(dialog.message), dialog.dismiss()))
