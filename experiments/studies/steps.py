@@ -7,9 +7,9 @@ right in all steps, and how many in the answer.
 
 Run:     python -m experiments.studies.steps --init runs/quickstart/sft/model
 Parent:  sft, process_reward, ppo, grpo
-Result:  from a quickstart's SFT model, seed 0: of 256 training and 256 other sums 22 and 11 % are right in all steps after
-         fine-tuning, 28 and 10 % after PPO, 22 and 11 % after GRPO, with standard errors of 2 to 3 %: no clear gain. The
-         process reward model finds 97 % of the right steps, but only 19 % of the wrong ones
+Result:  from a quickstart's SFT model, seed 0: of 256 training and 256 other sums 22 and 11 % are right in all steps
+         after fine-tuning, 28 and 10 % after PPO, 22 and 11 % after GRPO, with standard errors of 2 to 3 %: no clear
+         gain. The process reward model finds 97 % of the right steps, but only 19 % of the wrong ones
 """
 
 import dataclasses
