@@ -117,6 +117,7 @@ def test_a_check_of_the_answer_is_a_reward(done, tmp_path, sums, capsys):
         gsm8k_grpo.main(dataclasses.replace(gsm8k_grpo.CONFIG, data="world:rows=20", data_dir=where["data_dir"]))
 
 
+@pytest.mark.full  # the test before has its loop, by PPO
 def test_grpo_raises_the_share_of_problems_solved(done, tmp_path, sums):
     tuned, better = tmp_path / "sft", tmp_path / "grpo"
     settings = {"length": 64, "lr": 1e-2, "epochs": 6, "batch": 8}

@@ -43,6 +43,7 @@ def test_each_stage_leaves_its_records(done, stage, losses):
     assert len(samples) >= 8 and all(row["prompt"] and isinstance(row["response"], str) for row in samples)
 
 
+@pytest.mark.full  # tests/devices/test_parallel.py has each step
 def test_a_mesh_learns_and_says_what_replicas_do(done, tmp_path, monkeypatch):
     """Its reference and reward models wait on the host meanwhile."""
     cfg, _ = done
