@@ -59,7 +59,7 @@ def main(cfg: Config) -> Path:
 
 
 def _names(directories: list[Path]) -> list[str]:
-    """What tells the directories apart, from their ends."""
+    """The shortest ends of the directories that tell them apart, of two names at least."""
     parts = [directory.resolve().parts for directory in directories]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]

@@ -14,7 +14,7 @@ from rlhf_jax.algorithms import advantages, dpo, ppo, reward
 
 @dataclasses.dataclass(frozen=True)
 class Exercise:
-    """What is asked, as the right function and the inputs on which an answer has to agree with it."""
+    """An exercise: the right function, and the inputs on which an answer has to agree with it."""
 
     right: Callable[..., Any]
     inputs: Sequence[tuple]

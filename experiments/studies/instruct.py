@@ -49,7 +49,7 @@ class Config(study.Config):
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What differs between the runs of a seed; None: as the others."""
+    """The settings in which the runs of a seed differ; None: as the others."""
 
     clusters: int | None = None
     templates: int | None = None

@@ -38,7 +38,7 @@ class Graded:
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """What a run recorded."""
+    """The records of a run."""
 
     metrics: Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
     answers: Sequence[Graded] = ()

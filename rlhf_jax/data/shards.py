@@ -187,7 +187,7 @@ def pack(lengths: Sequence[int], length: int) -> list[list[int]]:
 
 
 class _Task(NamedTuple):
-    """What shards are to be made of."""
+    """The source of shards, and how they are made of it."""
 
     source: Iterable[builders.Row]
     recipe: Recipe

@@ -19,7 +19,7 @@ Array = jax.Array | np.ndarray
 
 
 class Marks(NamedTuple):
-    """What each token of a vocabulary does to a step; an id beyond does what the last one does."""
+    """The effect of each token of a vocabulary on a step; an id beyond has that of the last one."""
 
     ends: np.ndarray  # [V] bool, the token ends with a new line
     blank: np.ndarray  # [V] bool, it is white space with a new line, or ends the solution: it belongs to no step

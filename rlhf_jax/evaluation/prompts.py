@@ -169,7 +169,7 @@ class _Examples:
         self._shared: list[tuple[Example, shots.Pair]] | None = None
 
     def of(self, row: int, asked: Example) -> list[shots.Pair]:
-        """As many as there are to be in front of a question, or as there are."""
+        """The examples in front of a question, fewer where there are no more."""
         if self._pool is None or not self._form.shots:
             return []
         if self._form.same_shots:

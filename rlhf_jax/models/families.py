@@ -65,7 +65,7 @@ def _renamed(**names: str) -> Setting:
 
 
 def _fixed(**expected: Any) -> Setting:
-    """What no Config says: the one value that there is, which need not be in the file."""
+    """Settings of one value alone, which no Config says and the file need not have."""
 
     def read(hf: Any) -> Fields:
         for name, value in expected.items():

@@ -50,7 +50,7 @@ def check_directory(path: Path, holds: str) -> None:
 
 
 def find(path: Path, *names: str) -> list[Path]:
-    """Those of the files `names` that a directory has."""
+    """The files among `names` that a directory has."""
     with _readable(path):
         return [path / name for name in names if os.path.lexists(path / name)]
 

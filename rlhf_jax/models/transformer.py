@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         cache: Cache,
         layers: Sequence[Params] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """As `prefill`, of tokens that follow those in the cache, of which each row has one at least."""
+        """Logits and cache as of `prefill`, for tokens that follow those in the cache, where each row has some."""
         cache = cache.extend_mask(mask)
         view = continued_view(self.config, cache.mask, cache.column, tokens.shape[1], cache.rotary_table)
         return self._next_logits(tokens, view, cache, layers)
@@ -314,7 +314,7 @@ class Transformer(nn.Module):
     def distributions(
         self, tokens: Int[Array, "B T"], segment: Array | Tree, *, start: int, temperature: float, best: int
     ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Int[Array, "B N K"], Float[Array, "B N K"]]:
-        """As `logprobs`, with entropies, and the `best` likeliest tokens of each distribution with theirs."""
+        """The results of `logprobs` with entropies, and the `best` likeliest tokens of each distribution."""
         hidden = self.hidden(tokens, segment, None, slice(start, -1))
 
         def read(hidden: Array, targets: Array) -> tuple[Array, Array, Array, Array]:

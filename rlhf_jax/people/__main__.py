@@ -60,7 +60,7 @@ QUICKSTART = Path("runs/quickstart/sft/model")
 
 @dataclasses.dataclass(frozen=True)
 class Tasks(Settings):
-    """What people are asked, and how many of them."""
+    """The questions to people: where they come from, and how many there are."""
 
     responses: Path | None = None  # file of {"prompt", "responses": [K]} to ask about; needs no model
     task: forms.Task | None = None  # asked of rows that name none; without it, rank, or demonstrate if no responses
@@ -208,7 +208,7 @@ def _to_write(cfg: Serve) -> list[Item]:
 
 
 def _sampling(cfg: Serve, store: Store) -> Sampling | None:
-    """What is to be sampled: with the models named, or what was begun before, or with the quickstart's at first."""
+    """The answers to sample: with the models named, or as begun before, or with the quickstart's at first."""
     if cfg.prompts == 0:
         if cfg.model:
             raise InputError(f"--prompts 0: --model {cfg.model[0]} has nothing to answer; leave one of the two out")
@@ -312,7 +312,7 @@ def invite(cfg: Invite) -> None:
 
 
 def _told(items: Sequence[Item], added: int, present: int) -> str:
-    """What became of items, in words."""
+    """The sentence that says how many items were added."""
     same = sum(item.task == "arena" and arena.is_same(item.responses) for item in items)
     more = f"; {same} battles have the same answer from both models: people are told so" if same else ""
     return f"{added} items added, {present} were there already{more}"

@@ -278,7 +278,7 @@ def estimate_kappa(
 
 
 def _kappa_sums(given: np.ndarray) -> np.ndarray:
-    """What Fleiss' kappa adds up over units: [U, 2 + V], one each, the share of agreeing pairs, the counts."""
+    """The terms of Fleiss' kappa by unit: [U, 2 + V], one each, the share of agreeing pairs, the counts."""
     people = given.sum(axis=1)
     share = np.sum(given * (given - 1), axis=1) / (people * (people - 1))
     return np.column_stack([np.ones(len(given)), share, given])

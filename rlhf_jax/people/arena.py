@@ -83,7 +83,7 @@ def _is_only(end: str, model: str, ends: Mapping[str, list[str]]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Vote:
-    """What a person said of a battle."""
+    """A person's verdict on a battle."""
 
     first: str  # a model
     second: str  # the other

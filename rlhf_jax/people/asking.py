@@ -51,7 +51,7 @@ class Standing:
         return said
 
     def hint(self) -> str:
-        """What stands in the way of further answers, and what to do; empty if nothing does."""
+        """The obstacle to further answers, and what to do; empty if there is none."""
         if not self.people:
             return "nobody has a link yet: invite people on the administrator's page"
         if self.stuck:

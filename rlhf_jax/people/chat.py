@@ -42,7 +42,7 @@ _MOST_ADDED = 1000  # conversations that an administrator adds at once
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
-    """What is sent to the models, and how their answers are recorded."""
+    """The requests to the models, and how their answers are recorded."""
 
     name: str  # the page's, of the turn
     messages: list[dict[str, str]]

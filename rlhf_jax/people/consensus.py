@@ -166,7 +166,7 @@ def look(db: sqlite3.Connection, book: Book, now: float) -> Snapshot:
 
 
 def _pairs(blocks: list[Block]) -> Said:
-    """What people say of pairs of responses."""
+    """The table of what people say of pairs of responses."""
     return _said(blocks, lambda block: agreement.compare(block.ranks).astype(int), 3)
 
 
@@ -194,7 +194,7 @@ def _said(blocks: list[Block], labels: Callable[[Block], np.ndarray], values: in
 
 
 def _checks(db: sqlite3.Connection, names: Mapping[int, str]) -> dict[int, list[float]]:
-    """By person: pairs agreed and pairs in all of repeated answers, and the same of gold ones."""
+    """Pairs agreed and pairs in all of each person's repeated answers, and the same of gold ones."""
     found: dict[int, list[float]] = {person: [0.0] * 4 for person in names}
     for row in db.execute("SELECT person, kind, agreed, pairs FROM tallies WHERE kind IN ('gold', 'repeat')"):
         if row["person"] in found:
@@ -256,7 +256,7 @@ class Watch:
         self._looking: threading.Thread | None = None
 
     def latest(self, wait: float = 0.0) -> Snapshot | None:
-        """What was found last, perhaps by a look that ends within `wait` seconds; None before the first has ended."""
+        """The newest snapshot, perhaps of a look that ends within `wait` seconds; None before the first has ended."""
         with self._lock:
             looking = self._looking
             if (looking is None or not looking.is_alive()) and time.monotonic() >= self._next:

@@ -17,7 +17,7 @@ from rlhf_jax.people.leases import Refused
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What a person wrote, and the answers, in the order in which the page shows them."""
+    """The messages of a person and the answers, in the order in which the page shows them."""
 
     id: int  # of its assignment
     message: str

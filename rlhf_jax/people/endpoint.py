@@ -33,7 +33,7 @@ class Failure(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What a model is asked."""
+    """A question to a model."""
 
     model: str
     messages: list[dict[str, str]]

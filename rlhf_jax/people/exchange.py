@@ -308,7 +308,7 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
 
 
 def _about(label: sqlite3.Row, answer: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a label beside its row."""
+    """The facts about a label beside its row."""
     said = dict[str, Any]()
     for name in ("strength", "verdict", "prompt_flags", "confidence", "note", "edited", "turns"):
         if name in answer:

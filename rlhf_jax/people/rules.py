@@ -31,7 +31,7 @@ def newest(db: sqlite3.Connection) -> Rules:
 
 
 def difference(before: Rules, after: Rules) -> str:
-    """What changes from one set of rules to another, in a line."""
+    """The changes from one set of rules to another, in a line."""
     former = dataclasses.asdict(before)
     changed = ((name, former[name], value) for name, value in dataclasses.asdict(after).items())
     return ", ".join(f"{name} {old} → {new}" for name, old, new in changed if old != new)

@@ -320,7 +320,7 @@ def _power_of_two(n: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """What the programs are compiled for."""
+    """The settings that programs are compiled for."""
 
     config: models.Config
     cfg: sampling.Config | None  # how tokens are drawn; None: as `_Draw` says
@@ -336,7 +336,7 @@ class _Program:
         return bind(Transformer(self.config), Transformer.append)(params, tokens, count, cache)
 
     def append_scored(self, params: Params, part: "_Part", cache: Cache) -> tuple[Array, Cache, "_Scores"]:
-        """As `append`, with the scores of the tokens that follow; logits exist for a few columns at a time."""
+        """The results of `append`, and the scores of the next tokens; logits exist for a few columns at a time."""
         module = Transformer(self.config)
         hidden, cache = bind(module, Transformer.append_hidden)(params, part.tokens, part.count[None], cache)
         unembed = bind(module, Transformer.unembed)
@@ -406,7 +406,7 @@ class _State(struct.PyTreeNode):
 
 
 class _Answers(struct.PyTreeNode):
-    """What decides the next token of each row, beside the cache."""
+    """The inputs that decide the next token of each row, beside the cache."""
 
     token: Leaf  # [B] int32, the last one
     scores: _Scores | None  # of these

@@ -187,7 +187,7 @@ def other(
     seed: int,
     reward: Sequence[Path],
 ) -> Other:
-    """What is to score responses in place of the models `reward`, None where nothing is.
+    """The source of scores in place of the models `reward`, None where there is none.
 
     Raises InputError for more than one, and where there are no reward models either.
     """
@@ -326,7 +326,7 @@ def reward_models(
 
 
 def stacked(params: Sequence[Params], config: models.Config) -> Params:
-    """Those of reward models of one architecture, as `score_responses` takes them."""
+    """The parameters of reward models of one architecture, as `score_responses` takes them."""
     return jax.tree.map(lambda *x: jnp.stack(x), *map(config.compute.freeze, params))
 
 

@@ -104,8 +104,7 @@ class Recorder:
         )
 
     def before(self, state: TrainState, params: Mapping[str, Params], episodes: Rollout) -> list[Part]:
-        """What there is to say of a scored rollout, and of what is watched, as long as the state is the one that
-        sampled it."""
+        """The parts to record of a scored rollout and of the watched answers, while the state is that which sampled."""
         if not self._count:
             return []
         kept = {name: state.opt_state[name] for name in STATISTICS if name in state.opt_state}

@@ -31,7 +31,7 @@ Finish = Literal["stop", "length"]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a model: `n` answers to each prompt."""
+    """A request to a model: `n` answers to each prompt."""
 
     prompts: tuple[tuple[int, ...], ...]
     max_tokens: int  # of an answer; with 0 prompts are only read

@@ -175,7 +175,7 @@ def completion(body: Any) -> Asked:
 def _asked(
     fields: _Fields, prompts: list[Any], chat: bool, limit: int | None, likeliest: int | None, echo: bool = False
 ) -> Asked:
-    """What the two routes have in common."""
+    """The fields that the two routes have in common."""
     stop = fields.take("stop", [], f"a text, or a list of at most {MOST_STOPS} texts", _is_stop)
     model = fields.take("model", None, "a text", lambda x: isinstance(x, str))
     if model is None:

@@ -117,7 +117,7 @@ def _on_error(_: HttpRequest, error: Exception) -> Response:
 
 
 def _refusal_of(error: Exception) -> Refusal:
-    """What a client is told of an error of ours."""
+    """The message to a client about an error of ours."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, InputError):
@@ -307,7 +307,7 @@ class _Telling:
         return text, [place for piece in whole for place in piece.places]
 
     async def _events(self) -> AsyncGenerator[Event, None]:
-        """What the engine tells of the request, up to the end of all answers."""
+        """Yield the engine's events of the request, up to the end of all answers."""
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def deliver(event: Event) -> None:
@@ -329,7 +329,7 @@ def _event(value: protocol.Json) -> bytes:
 
 
 async def _unless_gone(request: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
-    """What the work returns, unless the client goes away, which ends it."""
+    """The result of the work, unless the client goes away, which ends it."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -40,7 +40,7 @@ class Text:
         self.stopped = False
 
     def add(self, token: Token, written: bytes) -> Piece:
-        """What can be given out after this token, which writes these bytes."""
+        """The text that can be given out after this token, which writes these bytes."""
         self._tokens.append((token, self._given + len(self._held)))
         self._held += self._decoder.decode(written)
         found = [place for place in map(self._held.find, self._stop) if place >= 0]
@@ -51,7 +51,7 @@ class Text:
         return self._give(len(self._held) - kept, last=False)
 
     def end(self) -> Piece:
-        """What is left, once there are no more tokens."""
+        """The text that is left, once there are no more tokens."""
         self._held += self._decoder.decode(b"", final=True)
         return self._give(len(self._held), last=True)
 

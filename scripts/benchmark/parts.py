@@ -1,4 +1,4 @@
-"""What the workloads are made of: the model, random inputs, trainers and samplers."""
+"""The parts of the workloads: the model, random inputs, trainers and samplers."""
 
 import dataclasses
 import functools

@@ -24,7 +24,7 @@ SAMPLE = 4.0  # megabytes on which the tokenizer alone is measured, at most
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-    """What the way to the first batch took."""
+    """The time and memory that the way to the first batch took."""
 
     tokens: int
     seconds: float
