@@ -25,7 +25,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Shaped
 
 from rlhf_jax.algorithms import updates
-from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean, token_rewards, whiten
+from rlhf_jax.algorithms.advantages import group_normalize, subtract_mean, whiten
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
 from rlhf_jax.logprobs import kl_estimate, masked_mean, precise
@@ -168,16 +168,8 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
         "reward/spread": jnp.mean(jnp.std(grouped, axis=1)),
         "reward/flat": jnp.mean(flat(score, cfg.group)),  # share of groups without a gradient
     }
-    return Experience(
-        rollout=rollout,
-        advantage=advantage,
-        reward=token_rewards(
-            score,
-            rollout.logp - rollout.logp_ref,
-            rollout.response_mask,
-            cfg.kl_coef if cfg.kl_in == "reward" else 0.0,
-        ),
-    ), metrics
+    reward = updates.earned(rollout, cfg, cfg.kl_coef if cfg.kl_in == "reward" else 0.0)
+    return Experience(rollout=rollout, advantage=advantage, reward=reward), metrics
 
 
 def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:

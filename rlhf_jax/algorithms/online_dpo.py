@@ -16,7 +16,6 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax.algorithms import dpo, grpo, updates
-from rlhf_jax.algorithms.advantages import token_rewards
 from rlhf_jax.algorithms.grpo import flat, groups
 from rlhf_jax.algorithms.preferences import mean_logprobs, sequence_logprobs
 from rlhf_jax.algorithms.reward import margins, pair_mask, pair_mean
@@ -86,14 +85,14 @@ def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState
     """A whole rollout with what the records say of it, and the state with the statistics of its scores.
 
     The advantage of a response is the share of its prompt's responses that score less, minus that of those that score
-    more; its last token has its score.
+    more.
     """
     state, rollout, reward_metrics = updates.combine_rewards(state, rollout, cfg)
     score = updates.response_score(rollout, cfg)
     grouped = groups(score, cfg.group)
     advantage = jnp.mean(jnp.sign(grouped[:, :, None] - grouped[:, None, :]), axis=2).reshape(-1)
-    reward = token_rewards(score, jnp.zeros_like(rollout.logp), rollout.response_mask, 0.0)
-    return state, grpo.Experience(rollout=rollout, advantage=advantage, reward=reward), reward_metrics
+    earned = updates.earned(rollout, cfg, 0.0)
+    return state, grpo.Experience(rollout=rollout, advantage=advantage, reward=earned), reward_metrics
 
 
 def totals(batch: Experience) -> updates.Totals:

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from rlhf_jax.algorithms import updates
-from rlhf_jax.algorithms.advantages import leave_one_out, token_rewards
+from rlhf_jax.algorithms.advantages import leave_one_out
 from rlhf_jax.algorithms.grpo import Experience, groups, live
 from rlhf_jax.algorithms.ppo import policy_loss
 from rlhf_jax.devices import parallel
@@ -41,9 +41,8 @@ def experience(rollout: Rollout, cfg: Config) -> tuple[Experience, Metrics]:
     reward = score - cfg.kl_coef * updates.response_kl(rollout)
     advantage = leave_one_out(groups(reward, cfg.group)).reshape(-1)
     metrics = updates.describe(rollout, score) | {"reward/total": jnp.mean(reward)}
-    kl = rollout.logp - rollout.logp_ref
-    token_reward = token_rewards(score, kl, rollout.response_mask, cfg.kl_coef)
-    return Experience(rollout=rollout, advantage=advantage, reward=token_reward), metrics
+    earned = updates.earned(rollout, cfg, cfg.kl_coef)
+    return Experience(rollout=rollout, advantage=advantage, reward=earned), metrics
 
 
 def assess(state: TrainState, rollout: Rollout, cfg: Config) -> tuple[TrainState, Experience, Metrics]:

@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.algorithms import rewards, sft
+from rlhf_jax.algorithms.advantages import token_rewards
 from rlhf_jax.algorithms.balance import attach, detach
 from rlhf_jax.devices import parallel, ragged, shared
 from rlhf_jax.logprobs import masked_mean
@@ -131,6 +132,16 @@ def response_score(rollout: Rollout, cfg: Config) -> Float[Array, "B"]:
     if rollout.token_score is None:
         return score
     return score + jnp.sum(jnp.where(rollout.response_mask, rollout.token_score, 0.0), axis=1)
+
+
+def earned(rollout: Rollout, cfg: Config, kl_coef: float) -> Float[Array, "B N"]:
+    """The reward of each token, for the records, less `kl_coef` times its KL to the reference.
+
+    It is the token's own score if there is one and, at the last token of a response, the `final_score` too.
+    """
+    kl, mask = rollout.logp - rollout.logp_ref, rollout.response_mask
+    reward = token_rewards(final_score(rollout, cfg), kl, mask, kl_coef)
+    return reward if rollout.token_score is None else reward + jnp.where(mask, rollout.token_score, 0.0)
 
 
 def response_kl(rollout: Rollout) -> Float[Array, "B"]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import grpo, ppo, rloo
+from rlhf_jax.algorithms import grpo, online_dpo, ppo, rloo, updates
 from rlhf_jax.rollouts import tokens
 from rlhf_jax.runs import log
 
@@ -77,3 +77,21 @@ def test_each_algorithm_says_what_its_tokens_earned(module):
     kl = np.sum(np.where(mask, rollout.logp - rollout.logp_ref, 0.0), axis=1)
     np.testing.assert_allclose(reward.sum(axis=1), np.asarray(rollout.score) - coef * kl, rtol=1e-5)
     assert not reward[~mask].any()
+
+
+def test_a_token_with_a_score_of_its_own_has_earned_it_there():
+    from tests.algorithms.test_grpo import EPISODES
+
+    cfg = online_dpo.Config(group=4)
+    plain = updates.earned(EPISODES, cfg, 0.0)
+    scored = EPISODES.replace(token_score=jnp.zeros_like(EPISODES.logp).at[:, 0].set(0.5))
+    np.testing.assert_allclose(updates.earned(scored, cfg, 0.0) - plain, scored.token_score, atol=1e-6)
+
+
+def test_online_dpo_says_how_many_answers_each_one_beats():
+    from tests.algorithms.test_grpo import EPISODES, init
+
+    cfg = online_dpo.Config(group=4)
+    score = jnp.tile(jnp.array([0.0, 2.0, 1.0, 1.0]), len(EPISODES.score) // 4)
+    _, made, _ = online_dpo.assess(init(cfg), EPISODES.replace(score=score), cfg)
+    np.testing.assert_allclose(made.advantage[:4], [-0.75, 0.75, 0.0, 0.0])
