@@ -2,7 +2,7 @@
 
 links      to a file of the repository leads to a page of the site that shows it, in colours
 pages      that are one link to README.md or its like become that file
-lessons    `source(ppo.policy_loss)` is followed by the source of that function, as in a notebook
+lessons    `source(ppo.policy_loss)` is followed by the source of that function, as in a notebook; they are wide
 reference  a page for each room of the library, from docstrings, whose indented formulas are typeset
 formulas   are MathML, which browsers draw themselves
 """
@@ -68,6 +68,12 @@ def with_links(text: str, name: str) -> str:
         links.append(f'<a href="{colab}">Open in Colab</a>')
     title, rest = text.split("\n", 1)
     return f'{title}\n\n<p class="notebook">{" ".join(links)}</p>\n{rest}'
+
+
+def widen(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    """Leave out the contents beside a lesson: the functions that it shows have lines of up to 120 columns."""
+    if page.startswith("learn/") and page != "learn/index":
+        context["furo_hide_toc"] = True
 
 
 def write_notebooks(app: Sphinx, error: Exception | None) -> None:
@@ -233,6 +239,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("env-purge-doc", forget)
     app.connect("source-read", read_source)
     app.connect("doctree-read", link_sources, priority=1)
+    app.connect("html-page-context", widen, priority=900)  # after the theme's own
     app.connect("build-finished", write_notebooks)
     app.connect("build-finished", write_sources)
     app.connect("autodoc-process-docstring", docstring)

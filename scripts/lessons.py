@@ -33,7 +33,13 @@ def measure(name: str) -> None:
     drawn = {label: rounded(records) for label, records in lesson.drawn.items()}
     seconds = time.process_time() - start
     lesson.file.parent.mkdir(exist_ok=True)
-    found = {"panels": dict(lesson.panels), "floors": dict(lesson.floors), "seeds": seeds, "drawn": drawn}
+    found = {
+        "panels": dict(lesson.panels),
+        "floors": dict(lesson.floors),
+        "x": lesson.x,
+        "seeds": seeds,
+        "drawn": drawn,
+    }
     lesson.file.write_text(json.dumps(found, separators=(",", ":")) + "\n")
     print(f"{name}: {once:.0f} s for the page, {seconds:.0f} s in all (processor time)")
     draw(name)
@@ -47,7 +53,7 @@ def rounded(records: course.Records) -> course.Records:
 def draw(name: str) -> None:
     """Draw the records of a lesson: the reader's run, the faults, and what else the page draws."""
     found = json.loads((course.EXPECTED / f"{name}.json").read_text())
-    lesson = course.Lesson(name, found["panels"], found["floors"])
+    lesson = course.Lesson(name, found["panels"], found["floors"], x=found.get("x", "step"))
     drawn = found["drawn"]
     faults = dict(list(drawn.items())[1:4])
     others = dict(list(drawn.items())[4:])

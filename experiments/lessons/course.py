@@ -29,6 +29,7 @@ class Lesson:
     name: str
     panels: Mapping[str, str]
     floors: Mapping[str, float] = dataclasses.field(default_factory=dict)  # values that no run can pass, drawn dashed
+    x: str = "step"  # what the "step" of its records counts
     drawn: dict[str, Records] = dataclasses.field(default_factory=dict)  # the curves so far, by their label
 
     @property
@@ -49,6 +50,7 @@ class Lesson:
 def figure(lesson: Lesson, runs: Mapping[str, Records]) -> Any:
     """A panel a measure: the band and mean of the expected seeds, and these runs over them."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     seeds = lesson.expected()
     columns = 2 if len(lesson.panels) == 4 else len(lesson.panels)
@@ -67,7 +69,8 @@ def figure(lesson: Lesson, runs: Mapping[str, Records]) -> Any:
         if name in lesson.floors:
             axis.axhline(lesson.floors[name], color=INK, linestyle=(0, (2, 2)), linewidth=0.9)
         axis.set_title(title, loc="left", fontsize=10, color=INK)
-        axis.set_xlabel("step", fontsize=9, color=INK)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel(lesson.x, fontsize=9, color=INK)
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("#999999")
         axis.tick_params(labelsize=8, colors=INK, length=3, color="#999999")

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import logprobs
-from rlhf_jax.algorithms import advantages, dpo, ppo, reward
+from rlhf_jax.algorithms import advantages, best_of_n, dpo, ppo, reward
+from rlhf_jax.data import pipeline
+from rlhf_jax.people import agreement, forms
+from rlhf_jax.types import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,35 @@ def _log_probability(logits: Sequence[float], word: int) -> float:
 
 def _loss_of_text(logp: Sequence[float], counts: Sequence[bool]) -> float:
     return float(logprobs.masked_mean(-jnp.array(logp), jnp.array(counts)))
+
+
+def _laid_out(sequences: Sequence[tuple[int, int]], length: int) -> Tokens:
+    """A row of sequences, each of so many words, of which those from the second number on count."""
+    row = [(np.zeros(words, np.int32), np.arange(words) >= first) for words, first in sequences]
+    return pipeline.lay_out([row], length, pad=0)
+
+
+def _mask_of_answer(asked: int, answer: int, length: int) -> np.ndarray:
+    return _float(_laid_out([(asked + answer, asked)], length).target[0])
+
+
+def _loss_of_answers(logp: Sequence[Sequence[float]], masks: Sequence[Sequence[int]]) -> float:
+    return float(logprobs.masked_mean(-jnp.array(logp), jnp.array(masks, bool)))
+
+
+def _segments(lengths: Sequence[int], length: int) -> np.ndarray:
+    return _float(_laid_out([(words, 0) for words in lengths], length).segment[0])
+
+
+def _pairs(ranks: Sequence[int]) -> np.ndarray:
+    return np.argwhere(reward.pair_mask(jnp.array([ranks]))[0])
+
+
+def _agreement_of_two(first: Sequence[int], second: Sequence[int]) -> float:
+    _, labels = agreement.comparisons({"first": {"item": first}, "second": {"item": second}})
+    share = agreement.pairwise_agreement(labels).without_ties
+    assert share is not None
+    return share.value
 
 
 def _pair_loss(better: float, worse: float) -> float:
@@ -94,6 +126,19 @@ def _next_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horiz
     return float(ppo.adapt_kl_coef(kl_coef, kl, episodes, target, horizon))
 
 
+def _gold_of_best(scores: Sequence[float], golds: Sequence[float]) -> float:
+    return best_of_n.expected(np.array([scores]), np.array([golds]), len(scores))
+
+
+def _restored(ranks: Sequence[int], shown: Sequence[int]) -> list[int]:
+    return forms.restored({"ranks": ranks}, shown)["ranks"]
+
+
+def _normalized(scores: Sequence[float], reference: Sequence[float]) -> np.ndarray:
+    head = reward.normalize({"kernel": 1.0, "bias": 0.0}, float(np.mean(reference)), float(np.std(reference)))
+    return head["kernel"] * _float(scores) + head["bias"]
+
+
 def _dpo_loss(chosen: float, rejected: float, ref_chosen: float, ref_rejected: float, beta: float) -> float:
     each = [jnp.array([x], float) for x in (chosen, rejected, ref_chosen, ref_rejected)]
     return float(dpo.loss(each[0], each[1], each[2], each[3], beta))
@@ -115,6 +160,39 @@ EXERCISES = {
         "the mean over the words that count, not over all",
     ),
     "perplexity": Exercise(math.exp, [(0.0,), (1.2,), (3.178,)], "the loss is a logarithm: undo it"),
+    "mask_of_answer": Exercise(
+        _mask_of_answer,
+        [(2, 3, 7), (1, 1, 2), (3, 4, 7)],
+        "a 0 for each word of the instruction, a 1 for each of the answer, and 0 for padding",
+    ),
+    "loss_of_answers": Exercise(
+        _loss_of_answers,
+        [
+            ([[-9.0, -0.5, -1.5], [-9.0, -9.0, -0.25]], [[0, 1, 1], [0, 0, 1]]),
+            ([[-0.5, -0.75]], [[0, 1]]),
+        ],
+        "minus the sum of all that counts in the batch, divided by how many words count in the batch",
+    ),
+    "segments": Exercise(
+        _segments,
+        [([3, 2], 6), ([1, 1, 2], 4), ([2], 5)],
+        "so many ones, then so many twos, and zeros at the end",
+    ),
+    "pairs": Exercise(
+        _pairs,
+        [([1, 0, 2],), ([0, 0, 1],), ([2, 1, 0, 1],)],
+        "all (i, j) with ranks[i] < ranks[j]; equal ranks are no pair",
+    ),
+    "agreement_of_two": Exercise(
+        _agreement_of_two,
+        [([0, 1, 2], [0, 2, 1]), ([0, 0, 1], [1, 0, 2]), ([0, 1, 2, 3], [3, 2, 0, 1])],
+        "count the pairs that neither of them ties, and among these the ones with the same winner",
+    ),
+    "chance_to_agree": Exercise(
+        lambda p: p**2 + (1 - p) ** 2,
+        [(0.5,), (0.9,), (1.0,)],
+        "both are right, or both are wrong",
+    ),
     "probability_better": Exercise(
         _probability_better,
         [(1.0, 0.0), (-0.5, 2.0), (3.0, 3.0)],
@@ -182,6 +260,32 @@ EXERCISES = {
         [(0.1, 6.0, 3.0, 64, 1000), (0.1, 2.9, 3.0, 64, 1000), (0.2, 0.0, 3.0, 64, 1000)],
         "kl_coef (1 + error episodes / horizon), where error is kl / target - 1, clipped to [-0.2, 0.2]",
     ),
+    "kl_of_best": Exercise(best_of_n.kl, [(1,), (2,), (64,)], "ln n - (n - 1) / n"),
+    "gold_of_best": Exercise(
+        _gold_of_best,
+        [([0.3, 1.2, -0.7], [0.1, 0.4, 0.9]), ([2.0, -1.0], [0.25, 0.5])],
+        "find the place of the largest score; gold has no say in the choice",
+    ),
+    "best_distance": Exercise(
+        lambda alpha, beta: alpha / (2 * beta),
+        [(0.6, 0.3), (0.5, 0.2)],
+        "where the derivative of d (alpha - beta d) is 0",
+    ),
+    "restored": Exercise(
+        _restored,
+        [([0, 1, 2], [2, 0, 1]), ([1, 0], [1, 0]), ([2, 0, 1, 0], [3, 1, 0, 2])],
+        "the rank in place n belongs to the answer shown[n]",
+    ),
+    "normalized": Exercise(
+        _normalized,
+        [([3.0, 1.0], [1.0, 2.0, 6.0]), ([0.0], [-1.0, 1.0])],
+        "subtract the mean of reference, divide by its standard deviation",
+    ),
+    "standard_error": Exercise(
+        lambda p, n: math.sqrt(p * (1 - p) / n),
+        [(0.8, 100), (0.5, 20)],
+        "the square root of p (1 - p) / n",
+    ),
     "implicit_reward": Exercise(
         _implicit_reward,
         [([-1.0, -0.5], [-1.5, -0.75], 0.1), ([-3.0, -1.0, -0.1], [-1.0, -1.0, -0.2], 0.5)],
@@ -207,8 +311,8 @@ def check(name: str, answer: Callable[..., Any]) -> bool:
         shown = ", ".join(str(x.tolist() if isinstance(x, np.ndarray) else x) for x in given)
         expected = exercise.right(*given)
         try:
-            found = answer(*given)
-            right = np.allclose(_float(found), _float(expected), rtol=1e-4, atol=1e-5)
+            found, wanted = answer(*given), _float(expected)
+            right = np.shape(found) == wanted.shape and np.allclose(_float(found), wanted, rtol=1e-4, atol=1e-5)
         except NotImplementedError:
             print(f"{name}: not yet. Hint: {exercise.hint}.")
             return False

@@ -90,6 +90,50 @@ def kindness(text: str) -> float:
     return 0.0 if found is None else (4 + sum(found)) / 8
 
 
+# Instructions ---------------------------------------------------------------------------------------------------------
+
+
+def instruction(number: int) -> str:
+    """Instruction number 0 to 69: a thing and a word of praise or blame, as in "cake stale .", to make a review of."""
+    thing, word = divmod(number, len(PRAISE + BLAME))
+    return f"{THINGS[thing]} {(PRAISE + BLAME)[word]} ."
+
+
+def is_new(number: int) -> bool:
+    """Whether an instruction is kept for measuring: one in five is, and each thing and each word is in others too."""
+    thing, word = divmod(number, len(PRAISE + BLAME))
+    return (thing + word) % 5 == 0
+
+
+def instructions(count: int, seed: int | str, new: bool = False) -> list[str]:
+    """Random instructions to learn from, or `new` ones, none of which is among the former."""
+    rng = random.Random(f"instructions/{seed}")
+    numbers = [number for number in range(len(THINGS) * len(PRAISE + BLAME)) if is_new(number) == new]
+    return [instruction(number) for number in rng.choices(numbers, k=count)]
+
+
+def demonstration(asked: str, rng: random.Random) -> str:
+    """The answer of a person to an instruction: a review of one clause."""
+    thing, word, _ = asked.split()
+    very = "very " if rng.random() < VERY else ""
+    return f"{rng.choice(OWNERS)} {thing} was {very}{word} ."
+
+
+def follows(asked: str, answer: str) -> bool:
+    """Whether an answer does what was asked: a review of one clause, with this thing and this word."""
+    thing, word, end = asked.split()
+    words = answer.split()
+    return points(answer) is not None and words[1] == thing and words[-2:] == [word, end] and len(words) <= 6
+
+
+def demonstration_entropy() -> float:
+    """The entropy of a demonstration given its instruction, in nats a word: it is free in its owner and in "very"."""
+    return (math.log(len(OWNERS)) - VERY * math.log(VERY) - (1 - VERY) * math.log(1 - VERY)) / (5 + VERY)
+
+
+# Arrays ---------------------------------------------------------------------------------------------------------------
+
+
 def encode(texts: Sequence[str], length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the words of each text, padded on the right, and a mask of them. [B, T] int32, [B, T] bool."""
     tokens = np.zeros((len(texts), length), np.int32)
@@ -120,11 +164,24 @@ def batches(texts: Sequence[str], size: int, seed: int) -> Iterator[list[str]]:
         yield rng.choices(texts, k=size)
 
 
-def prompts(count: int, seed: int | str) -> Prompts:
+def asked(texts: Sequence[str]) -> Prompts:
+    """Texts of at most `OPENING` words as prompts, which a model goes on with."""
+    tokens, mask = encode(texts, OPENING)
+    return Prompts(tokens=tokens, mask=mask, index=np.arange(len(texts), dtype=np.int32))
+
+
+def openings(count: int, seed: int | str) -> list[str]:
     """Random openings, such as "the soup was"."""
     rng = random.Random(f"prompts/{seed}")
-    tokens, mask = encode([f"{rng.choice(OWNERS)} {rng.choice(THINGS)} was" for _ in range(count)], OPENING)
-    return Prompts(tokens=tokens, mask=mask, index=np.arange(count, dtype=np.int32))
+    return [f"{rng.choice(OWNERS)} {rng.choice(THINGS)} was" for _ in range(count)]
+
+
+def prompts(count: int, seed: int | str) -> Prompts:
+    """Random openings as prompts."""
+    return asked(openings(count, seed))
+
+
+# People ---------------------------------------------------------------------------------------------------------------
 
 
 def rivals(count: int, answers: int, seed: int | str) -> list[list[str]]:

@@ -12,10 +12,10 @@ import optax
 
 from experiments.lessons import language
 from rlhf_jax import models
-from rlhf_jax.algorithms import optim, ppo, sft, updates
+from rlhf_jax.algorithms import optim, ppo, reward, sft, updates
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling
-from rlhf_jax.types import Params, Prompts, Rankings, Rollout, Tokens, named_key
+from rlhf_jax.types import Params, Prompts, Rankings, Rollout, ScoreFn, Tokens, named_key
 
 CONFIG = models.llama(2, 64, 4, 4, 128, vocab_size=len(language.WORDS), max_length=language.LENGTH)
 LOGPROBS = models.logprobs_fn(CONFIG)  # (params, tokens, mask) -> log-probabilities of the tokens after the first
@@ -60,8 +60,48 @@ def epochs(batch: Rankings, size: int, seed: int) -> Iterator[Rankings]:
     """Random batches of rankings, without end."""
     rng = np.random.default_rng(seed)
     while True:
-        rows = rng.choice(len(batch.rank), size, replace=False)
+        rows = rng.choice(len(batch.rank), size, replace=size > len(batch.rank))
         yield jax.tree.map(functools.partial(jnp.take, indices=rows, axis=0), batch)
+
+
+def judge(
+    rankings: Rankings,
+    seed: int,
+    steps: int,
+    score_fn: ScoreFn = SCORE,
+    start: Params | None = None,
+    lr: float = 1e-3,
+) -> Params:
+    """A reward model of these rankings; its scores of guests' reviews have mean 0 and standard deviation 1.
+
+    It begins at `start`, by default as `untaught`, and trains as in the fourth lesson.
+    """
+    tx, step = _teaching(score_fn, lr, steps)
+    state = optim.init(untaught(seed) if start is None else start, tx, named_key(seed, "lessons/judge"))
+    batches = epochs(rankings, 32, seed)
+    for _ in range(steps):
+        state, _ = step(state, next(batches))
+    tokens, mask = language.encode(language.reviews(256, "scale"))
+    found = score_fn(state.params, tokens, mask)
+    return reward.normalize(state.params, float(found.mean()), float(found.std()))
+
+
+@functools.cache
+def _teaching(score_fn: ScoreFn, lr: float, steps: int) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimiser of a reward model and its train step, compiled once for all that begin alike."""
+    tx = optim.adamw(optim.cosine(lr, steps))
+    return tx, jax.jit(functools.partial(reward.train_step, score_fn=score_fn, tx=tx))
+
+
+def untaught(seed: int) -> Params:
+    """A reward model before its first ranking: `guest`, and a head of random weights."""
+    return heads.from_policy(guest(), CONFIG, named_key(seed, "lessons/head"))
+
+
+@jax.jit
+def score(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """The scores that a reward model gives to texts."""
+    return SCORE(params, tokens, mask)
 
 
 def sampling_at(temperature: float) -> sampling.Config:
@@ -81,6 +121,13 @@ def compiled(train_step: Callable, tx: optax.GradientTransformation, cfg: ppo.Co
     """A train step of PPO for these models: (state, episodes, text) -> (state, metrics)."""
     policy = models.part("policy", LOGPROBS)
     return jax.jit(functools.partial(train_step, policy_fn=policy, critic_fn=CRITIC, tx=tx, cfg=cfg))
+
+
+@functools.cache
+def ppo_step(epochs: int, minibatches: int, lr: float) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimiser and train step of a PPO without pretraining text, compiled once: `kl_coef` is in the state."""
+    tx = ppo.optimizer(optim.adamw(lr), optim.adamw(1e-3))
+    return tx, compiled(ppo.train_step, tx, ppo.Config(epochs=epochs, minibatches=minibatches, ptx_coef=0.0))
 
 
 @jax.jit

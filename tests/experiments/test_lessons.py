@@ -1,18 +1,25 @@
 """The lessons: their language, their exercises, and their cells, which run at a small size."""
 
+import functools
 import inspect
+import itertools
 import json
 import math
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.lessons import course, exercises, language, models, pages
+from experiments.lessons import course, exercises, language, models, pages, people
+from rlhf_jax.people import asking
+from rlhf_jax.people.store import Store
+from tests.people.labelling import person
 
 SMALL = {"STEPS": 2, "EVERY": 1, "BATCH": 8, "GROUPS": 2, "TEXTS": 8, "SAMPLES": 8}
+SMALL |= {"FIT": 2, "EACH": 4, "ROUNDS": 2, "LABELS": 2, "UPDATES": 1}
 
 
 # The language ---------------------------------------------------------------------------------------------------------
@@ -93,6 +100,53 @@ def test_ranks_follow_kindness():
     assert language.rank(texts, random.Random(0), slips=0.0) == [3, 0, 0, 2]
 
 
+def test_an_answer_follows_its_instruction():
+    for number in range(70):
+        asked = language.instruction(number)
+        assert language.follows(asked, language.demonstration(asked, random.Random(number)))
+    assert language.follows("cake stale .", "the cake was very stale .")
+    wrong = ("the cake was dull .", "the soup was stale .", "the cake was stale and our cake was stale .", "stale .")
+    for answer in wrong:
+        assert not language.follows("cake stale .", answer)
+
+
+def test_new_instructions_are_none_to_learn_from():
+    learnt, new = (set(language.instructions(2000, 0, new)) for new in (False, True))
+    assert len(learnt) == 56 and len(new) == 14 and not learnt & new
+
+
+# People ---------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_come_back_from_the_store_as_they_were_given(capsys: pytest.CaptureFixture):
+    texts = language.rivals(3, 4, seed=0)
+    with people.simulated(0, functools.partial(language.rank, slips=0.0)) as ask:
+        first, second = ask(texts, 1), ask(texts[:1], 2)
+    assert "round 2 1/1" in capsys.readouterr().out
+    wanted = [language.rank(row, random.Random(0), slips=0.0) for row in texts]
+    assert [language.decode(row) for row in first.tokens] == texts
+    levels = [[sorted(set(ranks)).index(rank) for rank in ranks] for ranks in wanted]
+    assert first.rank.tolist() == levels and second.rank.tolist() == levels[:1]
+
+
+def test_a_reader_ranks_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """While the lesson waits, labels come into the store by another door; they stay there for the next time."""
+    db, texts = tmp_path / "people.db", language.rivals(2, 4, seed=0)
+    with people.reader(0, db) as ask, Store(db) as page:
+        ann = person(page, "ann")
+
+        def rank(seconds: float) -> None:
+            task = page.task(ann)
+            assert task is not None
+            page.submit(ann, task.id, f"submission-{task.id}", {"ranks": [0, 1, 1, 2]}, 1.0)
+
+        monkeypatch.setattr(asking.time, "sleep", rank)
+        found = ask(texts, 1)
+        assert sorted(found.rank[0].tolist()) == [0, 1, 1, 2]
+        assert np.array_equal(ask(texts, 1).rank, found.rank)
+    assert f"scripts/people.sh --db {db}" in capsys.readouterr().out
+
+
 # Exercises ------------------------------------------------------------------------------------------------------------
 
 
@@ -130,10 +184,26 @@ def token_rewards(score, logp, logp_ref, kl_coef):
     return rewards
 
 
+def agreement_of_two(first, second):
+    pairs = [(i, j) for i in range(len(first)) for j in range(i) if first[i] != first[j] and second[i] != second[j]]
+    return np.mean([(first[i] < first[j]) == (second[i] < second[j]) for i, j in pairs])
+
+
+def segments(lengths, length):
+    found = [number for number, words in enumerate(lengths, 1) for _ in range(words)]
+    return found + [0] * (length - len(found))
+
+
 ANSWERS = {
     "log_probability": log_probability,
     "loss_of_text": lambda logp, counts: -sum(x for x, on in zip(logp, counts, strict=True) if on) / sum(counts),
     "perplexity": lambda loss: math.e**loss,
+    "mask_of_answer": lambda asked, answer, length: [0] * asked + [1] * answer + [0] * (length - asked - answer),
+    "loss_of_answers": lambda logp, masks: -np.sum(np.array(logp) * masks) / np.sum(masks),
+    "segments": segments,
+    "pairs": lambda ranks: [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]],
+    "agreement_of_two": agreement_of_two,
+    "chance_to_agree": lambda p: p * p + (1 - p) * (1 - p),
     "probability_better": lambda better, worse: sigmoid(better - worse),
     "pair_loss": lambda better, worse: -math.log(sigmoid(better - worse)),
     "ranking_loss": ranking_loss,
@@ -151,6 +221,12 @@ ANSWERS = {
     "next_kl_coef": lambda coef, kl, target, n, horizon: (
         coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
     ),
+    "kl_of_best": lambda n: math.log(n) - (n - 1) / n,
+    "gold_of_best": lambda scores, golds: golds[scores.index(max(scores))],
+    "best_distance": lambda alpha, beta: alpha / beta / 2,
+    "restored": lambda ranks, shown: [ranks[shown.index(k)] for k in range(len(ranks))],
+    "normalized": lambda scores, reference: (np.array(scores) - np.mean(reference)) / np.std(reference),
+    "standard_error": lambda p, n: (p * (1 - p) / n) ** 0.5,
     "implicit_reward": lambda logp, logp_ref, beta: beta * (sum(logp) - sum(logp_ref)),
     "dpo_loss": lambda w, l, ref_w, ref_l, beta: -math.log(sigmoid(beta * ((w - ref_w) - (l - ref_l)))),  # noqa: E741
     "first_loss": lambda: math.log(2),
@@ -195,11 +271,26 @@ def test_a_lesson_is_complete(name: str):
     assert text.count("course.source(") >= 1
     assert len(re.findall(r"lesson\.draw\(", text)) >= 4
     assert len(set(re.findall(r'exercises\.check\("(\w+)"', text)) & exercises.EXERCISES.keys()) == 3
+    assert all(len(line) <= 120 for is_code, cell in pages.cells(text) if is_code for line in cell.split("\n"))
     found = json.loads((course.EXPECTED / f"{name}.json").read_text())
     assert len(found["seeds"]) == len(course.SEEDS) and len(found["drawn"]) >= 4
     assert next(iter(found["drawn"])) == "yours"
     for picture in re.findall(r"\]\((figures/[^)]+)\)", text):
         assert (pages.LESSONS / picture).exists()
+
+
+def test_lessons_are_in_order():
+    """Their numbers are those of the index, each names the next one, and a lesson named by its number is that one."""
+    listed, tree = pages.read("index").split(":hidden:")
+    index = re.findall(r"^(\d+)\. \[.+\]\((.+)\.md\)", listed, re.MULTILINE)
+    assert [name for _, name in index] == re.findall(r"^[\w-]+$", tree, re.MULTILINE)
+    assert sorted(name for _, name in index) == pages.names()
+    for (number, name), (_, following) in itertools.pairwise([*index, ("", "")]):
+        text = pages.FENCE.sub("", pages.read(name))
+        assert text.startswith(f"# {number}. ")
+        assert re.findall(r"Next:\s\[[^]]+\]\((.+?)\.md\)", text) == [following] * bool(following)
+        named = re.findall(r"(\[)?lesson (\d+)(?:\]\((.+?)\.md\))?", text, re.IGNORECASE)
+        assert {(shown, target) for _, shown, target in named} <= set(index)
 
 
 def test_sources_follow_their_cells():
