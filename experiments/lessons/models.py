@@ -81,7 +81,7 @@ def judge(
     batches = epochs(rankings, 32, seed)
     for _ in range(steps):
         state, _ = step(state, next(batches))
-    tokens, mask = language.encode(language.reviews(256, "scale"))
+    tokens, mask = map(jnp.asarray, language.encode(language.reviews(256, "scale")))
     found = score_fn(state.params, tokens, mask)
     return reward.normalize(state.params, float(found.mean()), float(found.std()))
 

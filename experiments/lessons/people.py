@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from experiments.lessons import language, pages
 from experiments.lessons.models import Ranks
 from rlhf_jax.people import access
@@ -43,7 +46,7 @@ def reader(seed: int, db: Path = DB) -> Iterator[Ask]:
     """You: the tasks wait on the page of this store. Run again, it goes on with what you have ranked already."""
     db.parent.mkdir(parents=True, exist_ok=True)
     with Store(db) as store:
-        print("Run this in a terminal, open the link that it prints, and rank:")
+        print("Run this in a terminal, open the link that it prints, choose Label, and rank:")
         print(f"  scripts/people.sh --db {db} --prompts 0")
         yield functools.partial(ask, store, lambda: None)
 
@@ -58,7 +61,7 @@ def ask(store: Store, label: Callable[[], None], texts: Sequence[Sequence[str]],
         pass
     (rows,) = asked.rows().values()
     found = [[f"{row['prompt']} {answer}" for answer in row["responses"]] for row in rows]
-    return language.rankings(found, [row["ranks"] for row in rows])
+    return jax.tree.map(jnp.asarray, language.rankings(found, [row["ranks"] for row in rows]))
 
 
 def _item(texts: Sequence[str], number: int, place: int) -> Item:
