@@ -714,7 +714,6 @@ def test_transformers_loads_what_we_save(config, kind, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
     import transformers
 
-    tokens, mask = tiny.random_tokens(0, 2, 6), np.ones((2, 6), bool)
     params = tiny.policy(config) if kind == "language" else tiny.scalar(config)
     models.save(model(config), params, tmp_path / "model")
     auto = {
@@ -723,12 +722,14 @@ def test_transformers_loads_what_we_save(config, kind, tmp_path):
     }[kind]
     theirs = auto.from_pretrained(tmp_path / "model")
     theirs.config.pad_token_id = 0
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    load = models.load if kind == "language" else models.load_reward
-    loaded = load(tmp_path / "model")
-    ours = np.asarray(jax.jit(loaded.apply)(loaded.params, jnp.array(tokens), jnp.array(mask)))
-    np.testing.assert_allclose(ours, expected[:, 0] if kind == "reward" else expected, atol=1e-4)
+    loaded = (models.load if kind == "language" else models.load_reward)(tmp_path / "model")
+    longer = isinstance(config.rope_scaling, models.LongScaling)  # which has other factors there
+    for columns in (6, config.rope_scaling.original_length + 1) if longer else (6,):
+        tokens, mask = tiny.random_tokens(0, 2, columns), np.ones((2, columns), bool)
+        with torch.no_grad():
+            expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+        ours = np.asarray(jax.jit(loaded.apply)(loaded.params, jnp.array(tokens), jnp.array(mask)))
+        np.testing.assert_allclose(ours, expected[:, 0] if kind == "reward" else expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", *ORACLES, *NEWER, *REWARD_MODELS])
