@@ -280,7 +280,7 @@ def _read_scaling(rope: Fields, max_length: int, kinds: Sequence[str] = tuple(_S
     return scaling
 
 
-def _write_rope(theta: float, scaling: RopeScaling | None) -> Fields:
+def _write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     if scaling is None:
         return {"rope_type": "default", "rope_theta": theta}
     kind, names = next((kind, row.names) for kind, row in _SCALINGS.items() if row.make is type(scaling))
@@ -312,13 +312,13 @@ def _rope(*kinds: str, partial: bool = False) -> Setting:
     def write(config: Config) -> Fields:
         rope = _write_rope(config.rope_theta, config.rope_scaling)
         beside = {_ORIGINAL: rope[_ORIGINAL]} if partial and _ORIGINAL in rope else {}  # where Phi-3 has it
-        share = _share(config.rotary_size or config.head_dim, config.head_dim)
-        return {"rope_parameters": {**rope, "partial_rotary_factor": share} if partial else rope} | beside
+        rotated = {"partial_rotary_factor": share(config.rotary_size or config.head_dim, config.head_dim)}
+        return {"rope_parameters": rope | rotated if partial else rope} | beside
 
     return Setting(read, write)
 
 
-def _share(part: int, whole: int) -> float:
+def share(part: int, whole: int) -> float:
     """The number by which `whole` is multiplied to give `part`, rounded down."""
     share = part / whole
     return share if int(whole * share) == part else math.nextafter(share, 2.0)

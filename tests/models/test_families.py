@@ -203,7 +203,7 @@ def test_a_model_is_written_as_the_family_that_it_came_from(tmp_path):
 def test_a_part_of_a_head_is_written_as_a_share():
     for whole in range(2, 300):
         for part in range(2, whole + 1, 2):
-            assert int(whole * families._share(part, whole)) == part
+            assert int(whole * families.share(part, whole)) == part
 
 
 FIELDS = {
