@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data import tokenizer as tokenizers
-from rlhf_jax.models import families, files, gguf_tokenizer, ranges
+from rlhf_jax.models import config_json, files, gguf_tokenizer, ranges, rope_fields
 from rlhf_jax.models.config import Config
 from rlhf_jax.types import InputError
 
@@ -197,7 +197,7 @@ class File:
     def config(self) -> Config:
         """The architecture. Raises InputError where it is none that this Transformer expresses."""
         raw = self._config_json()
-        return families.read_config(raw, self.path, lambda: families.hf_settings(raw))
+        return config_json.read_config(raw, self.path, lambda: config_json.hf_settings(raw))
 
     def _config_json(self) -> dict[str, Any]:
         """The settings as a config.json has them."""
@@ -265,7 +265,7 @@ class File:
             if self.architecture.family != "phi3" or type(rotary) is not int or not 0 < rotary < size:
                 what = f"rope.dimension_count={rotary} is not supported"
                 raise InputError(f"{self.path}: {what}: expected {size}, as of a head")
-            rope["partial_rotary_factor"] = families.share(rotary, size)
+            rope["partial_rotary_factor"] = rope_fields.share(rotary, size)
         return rope | self._scaling(rope["rope_theta"], size)
 
     def _scaling(self, theta: float, size: int) -> dict[str, Any]:
