@@ -421,7 +421,8 @@ class _OwnInfo(tfds.core.DatasetInfo):
         """Do nothing: TFDS would leave an empty temporary folder behind, and find nothing in its bucket."""
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False)  # `json.dumps` would make one for each row
+# Made once: `json.dumps` would make an encoder for each row, and `json.loads` would ask what its bytes are.
+_ENCODER, _DECODER = json.JSONEncoder(ensure_ascii=False), json.JSONDecoder()
 
 
 class Builder(tfds.core.dataset_builder.FileReaderBuilder):
@@ -465,15 +466,15 @@ class Builder(tfds.core.dataset_builder.FileReaderBuilder):
 
     def _records(self) -> Iterator[bytes]:
         """Yield the rows as TFDS stores them."""
+        example = tf_example_pb2.Example()  # one for all rows: to build another takes as long again
+        values = {name: example.features.feature[name].bytes_list.value for name in ("place", "row")}
         with progress.bar(None, what="reading", unit="row", delay=10.0) as shown:
             for place, row in self.rows():
                 try:
                     text = _ENCODER.encode(row).encode()
                 except (TypeError, ValueError) as error:  # of a table of other types than JSON has
                     raise InputError(f"{place}: expected what JSON can hold ({short(str(error))})") from error
-                example = tf_example_pb2.Example()
-                for name, value in (("place", place.encode()), ("row", text)):
-                    example.features.feature[name].bytes_list.value.append(value)
+                values["place"][:], values["row"][:] = [place.encode()], [text]
                 yield example.SerializeToString(deterministic=True)
                 shown.update()
 
@@ -515,7 +516,7 @@ def stored(make: Callable[[], Builder], where: str, split: str) -> Rows:
         print(f"{where}: {'; '.join(f'{n} {what}' for what, n in counts.items())}")
     return Rows(
         records,
-        lambda record, _: json.loads(_value(record, "row")),
+        lambda record, _: _DECODER.decode(_value(record, "row").decode()),
         counts,
         derived_folder(builder, split),
         lambda record, _: f"{where}, {_value(record, 'place').decode()}",
