@@ -292,17 +292,21 @@ def _size(value: Any) -> int:
 
 def _write(task: _Task, rows: Iterator[builders.Row], first: int, file: Path, tell: Callable[[int, int], None]) -> Part:
     """Write the shard of some rows, and return how much it holds; `tell` hears of rows and tokens that are done."""
-    items: list[Item] = []
+    to_pack, stored = list[Item](), list[bytes]()
     source, tokens, counts, most = 0, 0, Counts(), list[tuple[int, ...]]()
     for count, made in _items(task.recipe, rows, first):
-        items += [one._replace(ids=[ids.astype(task.dtype) for ids in one.ids]) for one in made.items]
-        new = sum(len(ids) for one in made.items for ids in one.ids)
+        items = [one._replace(ids=[ids.astype(task.dtype) for ids in one.ids]) for one in made.items]
+        if task.recipe.pack:
+            to_pack += items
+        else:
+            stored += map(_record, items)
+        new = sum(len(ids) for one in items for ids in one.ids)
         source, tokens, counts = source + count, tokens + new, _sum([counts, made.counts])
         most.append(made.most)
         tell(count, new)
-    stored = _packed(items, task.length) if task.recipe.pack else items
+    stored += map(_record, _packed(to_pack, task.length))
     partial = file.with_suffix(".partial")
-    records.write(partial, map(_record, stored), group=max(1, CHUNK * len(stored) // max(1, tokens)))
+    records.write(partial, stored, group=max(1, CHUNK * len(stored) // max(1, tokens)))
     _place(partial, file)
     part = Part(source, tokens, len(stored), counts, _largest(most))
     _keep(file.with_suffix(".json"), _numbers(part))
@@ -312,13 +316,8 @@ def _write(task: _Task, rows: Iterator[builders.Row], first: int, file: Path, te
 def _packed(items: Sequence[Item], length: int) -> list[Item]:
     """Items of one sequence each, of which several share a row of `length` tokens."""
     rows = pack([len(one.ids[0]) for one in items], length)
-    return [
-        Item(
-            [items[n].ids[0] for n in row],
-            [mask for n in row for mask in items[n].targets or ()] or None,
-        )
-        for row in rows
-    ]
+    masks = lambda row: [mask for n in row for mask in items[n].targets or ()]
+    return [Item([items[n].ids[0] for n in row], masks(row) or None) for row in rows]
 
 
 def _items(recipe: Recipe, rows: Iterator[builders.Row], first: int) -> Iterator[tuple[int, Made]]:
@@ -344,8 +343,8 @@ def _file(folder: Path, shard: int) -> Path:
 
 
 def _record(item: Item) -> bytes:
-    """An item on disk: the numbers of its sequences and numbers, the lengths of the sequences, its numbers, all tokens,
-    and a bit for each of them unless all are targets."""
+    """An item on disk: how many sequences and numbers it has, the sequences' lengths, the numbers, the tokens, and a
+    bit for each token unless all are targets."""
     head = np.array([len(item.ids), len(item.numbers), *map(len, item.ids), *item.numbers], "<i4")
     bits = b"" if item.targets is None else np.packbits(np.concatenate(item.targets)).tobytes()
     return b"".join([head.tobytes(), *(ids.tobytes() for ids in item.ids), bits])

@@ -44,7 +44,7 @@ Prompt = str | list[Message]
 Ids = np.ndarray  # [n] int32
 ControlTokens = Literal["warn", "text"]
 
-AT_ONCE = 2**17  # characters that are encoded at a time
+AT_ONCE = 2**18  # characters that are encoded at a time
 EOS = "<|endoftext|>"
 # The generation prompt ends at the colon and the response starts with the space, where byte-level BPE never merges:
 # the tokens of a prompt and of its response are together the tokens of the whole.
