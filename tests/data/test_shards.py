@@ -151,10 +151,10 @@ def test_other_processes_wait_for_the_first(tokenizer, rows, monkeypatch):
     assert met == [1, 1]
 
 
-LONG = "a cat on a mat, " * 250
-LARGE = {  # a row of four kilobytes
+LONG = "a cat on a mat, " * 60
+LARGE = {  # a row of a kilobyte
     "text": {"text": LONG},
-    "rankings": {"prompt": LONG[:1300], "responses": [LONG[:1400], LONG[:1300]], "ranks": [0, 1]},
+    "rankings": {"prompt": LONG[:320], "responses": [LONG[:320], LONG[:300]], "ranks": [0, 1]},
 }
 
 
@@ -167,10 +167,10 @@ def test_memory_does_not_grow_with_the_data(tokenizer, tmp_path, monkeypatch, ki
     peaks = []
     for megabytes in (0.1, 0.3):
         path = tmp_path / f"{megabytes}.jsonl"
-        path.write_text((json.dumps(LARGE[kind]) + "\n") * int(megabytes * 250))
+        path.write_text((json.dumps(LARGE[kind]) + "\n") * int(megabytes * 1000))
         tracemalloc.start()
         made = sources.rows(str(path), kind, data_dir=tmp_path / "data")
-        data = getattr(pipeline, kind)(made, tokenizer, length=2048, batch=4, seed=0)
+        data = getattr(pipeline, kind)(made, tokenizer, length=512, batch=4, seed=0)
         next(iter(data))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
