@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data import builders, files, gsm8k, hub
+from rlhf_jax.data import builders, files, gsm8k, hub, json_lines
 from rlhf_jax.data.builders import Kind, Row, Rows, field, json_object, short, text_field
 from rlhf_jax.data.files import Origin, Values
 from rlhf_jax.data.tokenizer import Message
@@ -567,7 +567,7 @@ def bbh_values(path: Path, split: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}, shot {n}", {"input": question, "target": answer, "rationale": rationale}
         return
     try:
-        whole = json.loads("".join(line for _, line in builders.numbered_lines(path)))
+        whole = json.loads("".join(line for _, line in json_lines.numbered_lines(path)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected an object in JSON ({short(str(error))})") from error
     examples = _list(field(whole, "examples", str(path)), None, f"{path}, field examples")
@@ -584,7 +584,7 @@ def _bbh_prompt(path: Path) -> tuple[str, str]:
     file = _bbh_file(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file; put the chain-of-thought prompt there, or ask without examples")
-    text = "".join(line for _, line in builders.numbered_lines(file))
+    text = "".join(line for _, line in json_lines.numbered_lines(file))
     prompt = re.split(r"^-+$", text, maxsplit=1, flags=re.M)[-1].strip()
     if not _SHOT.search(prompt):
         raise InputError(
@@ -594,7 +594,7 @@ def _bbh_prompt(path: Path) -> tuple[str, str]:
 
 
 def _bbh_file(path: Path) -> Path:
-    return path.with_name(f"{builders.uncompressed(path).removesuffix('.json')}.cot.txt")
+    return path.with_name(f"{json_lines.uncompressed(path).removesuffix('.json')}.cot.txt")
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -681,7 +681,7 @@ def source(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
     beside = builders.file_path(first) if first else None
     origin = find(last)
     ending = _ENDINGS.get(name, "")
-    if ending and not (origin.paths and all(builders.uncompressed(path).endswith(ending) for path in origin.paths)):
+    if ending and not (origin.paths and all(json_lines.uncompressed(path).endswith(ending) for path in origin.paths)):
         raise InputError(f"data {spec!r}: {name} is read from {ending} files")
     read = [beside] if beside else []
     for path in origin.paths if base == SHOTS and name == "bbh" else ():
