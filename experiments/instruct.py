@@ -173,15 +173,16 @@ def main(cfg: Config) -> dict[str, list[dict]]:
     model = dataclasses.replace(model, params=None)  # free the memory of the loaded parameters
     limits = runs.Limits(show=("loss/next_token", "accuracy/unseen", "accuracy/seen"))
     with runs.Run(cfg, layout, state, {"data": stream}, cfg.steps, limits) as run:
-        state = run.state
+        state, after = run.state, None
         for step in run:
             state, metrics = step_fn(state, base, layout.rows(hosts.share(next(run.streams["data"]))))
+            after = None  # which was before this step
             if step == cfg.steps or (cfg.held_out_every and step % cfg.held_out_every == 0):
-                accuracy = tests.metrics(tests(lora_lib.attach(base, state.params, cfg.lora)))
-                metrics |= layout.state(accuracy)
+                after = tests(lora_lib.attach(base, state.params, cfg.lora))
+                metrics |= layout.state(tests.metrics(after))
             run.record(step, state, metrics)
         print(f"mixture: {mixture_lib.counts(run.streams['data'])}")
-        rows = tests.report(before, tests(lora_lib.attach(base, state.params, cfg.lora)))
+        rows = tests.report(before, after or tests(lora_lib.attach(base, state.params, cfg.lora)))
         state = layout.get(state)
         model = dataclasses.replace(model, params=lora_lib.merge(layout.get(base), state.params, cfg.lora))
         models.save(model, model.params, cfg.out / "model")
