@@ -433,7 +433,7 @@ class Builder(tfds.core.dataset_builder.FileReaderBuilder):
     What `rows` puts into `self.info.metadata`, as {what: how many}, is stored too, and printed whenever they are read.
     """
 
-    VERSION = tfds.core.Version("1.2.0")  # raise it when the rows change though the config does not
+    VERSION = tfds.core.Version("1.2.1")  # raise it when the rows change though the config does not
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Places and canonical rows, as `check` returns them; InputError on a bad one."""

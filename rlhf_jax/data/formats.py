@@ -538,11 +538,11 @@ def gsm8k_example(row: Any, where: str, counts: Counter[str]) -> Row:
 def _chosen(row: Row, counts: Counter[str]) -> Row | None:
     """The row with the options that its question lists: the lines, or their labels if the answer is one of these.
 
-    A question that lists none, and whose answer is yes or no, has these two.
+    A question that lists none, and whose answer is yes or no, or True or False, has these two.
     """
     _, listed, text = row["question"].rpartition("\nOptions:\n")
     if not listed:
-        return row | {"options": ["yes", "no"]} if row["answer"] in ("yes", "no") else row
+        return row | {"options": next(([*pair] for pair in _PAIRED if row["answer"] in pair), [])}
     options = [line.strip().removeprefix("- ") for line in text.split("\n") if line.strip()]
     labels = [match[0] for option in options if (match := re.match(r"\([A-Z]\)|[^:]+(?=:)", option))]
     if row["answer"] not in options and len(labels) == len(options):
@@ -556,6 +556,7 @@ def _chosen(row: Row, counts: Counter[str]) -> Row | None:
     return row | {"options": options}
 
 
+_PAIRED = ("yes", "no"), ("True", "False")
 _SHOT = re.compile(r"Q: (.*?)\nA: Let's think step by step\.\n(.*?) So the answer is (.*?)\.?(?=\n\nQ: |\s*\Z)", re.S)
 
 

@@ -611,7 +611,8 @@ def test_published_files(tmp_path, shared, tokenizer, spec, length, kept, refuse
 
 BBH = {"canary": "none", "examples": [{"input": "Is it?\nOptions:\n- Yes\n- No", "target": "No"},
                                       {"input": "Which?\nOptions:\n(A) 1\n(B) 2", "target": "(B)"},
-                                      {"input": "How many?", "target": "3"}]}  # fmt: skip
+                                      {"input": "How many?", "target": "3"},
+                                      {"input": "not True is", "target": "False"}]}  # fmt: skip
 BBH_PROMPT = """Not to be learnt from.
 -----
 Answer it.
@@ -690,6 +691,7 @@ def test_big_bench_hard_is_for_evaluation_alone(tmp_path):
         (["No"], ["Yes", "No"]),
         (["(B)"], ["(A)", "(B)"]),
         (["3"], []),
+        (["False"], ["True", "False"]),
     ]
     spec = f"bbh:{tmp_path / 'data.json'}"
     for kind, split in [("examples", "train"), ("demonstrations", "train"), ("prompts", "held_out")]:
