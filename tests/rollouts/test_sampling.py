@@ -169,6 +169,49 @@ def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
     tiny.assert_close(before, generate(config, tokens, mask, eos_id=EOS), atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "platform"), [("gpt", "cpu"), ("gemma2", "tpu")])
+def test_the_cache_grows_without_a_trace(name, platform, monkeypatch):
+    """In four parts, behind prompts that each group of rows reads together."""
+    config = tiny.CONFIGS[name]
+    tokens, mask = (np.repeat(x, 2, axis=0) for x in (tiny.random_tokens(0, 16, 6), tiny.ragged(1, 16, 6)))
+    settings = {"eos_id": (EOS, 5), "n": 12}
+    plain = generate(config, tokens, mask, parts=1, **settings)
+    on(platform, monkeypatch)
+    fresh(monkeypatch)
+    monkeypatch.setattr(sampling, "PART", 3)
+    grown = generate(config, tokens, mask, parts=4, group=2, **settings)
+    np.testing.assert_array_equal(grown.tokens, plain.tokens)
+    tiny.assert_close(grown, plain, atol=1e-5)
+    assert plain.mask.all(1).any() and not plain.mask.all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "platform"), [("gpt", "cpu"), ("gemma2", "tpu")])
+def test_rows_take_turns_without_a_trace(name, platform, monkeypatch):
+    """In eight slots, which hold the only caches of new tokens, whatever the prompts share."""
+    config = tiny.CONFIGS[name]
+    tokens, mask = (np.repeat(x, 2, axis=0) for x in (tiny.random_tokens(0, 16, 6), tiny.ragged(1, 16, 6)))
+    tokens[:, :2] = [7, 3]
+    mask[:, :2] = True
+    settings = {"eos_id": (EOS, 5, 7, 11), "n": 11}
+    plain = generate(config, tokens, mask, **settings)
+    on(platform, monkeypatch)
+    fresh(monkeypatch)
+    in_turn = generate(config, tokens, mask, slots=8, group=2, shared=1, **settings)
+    np.testing.assert_array_equal(in_turn.tokens, plain.tokens)
+    tiny.assert_close(in_turn, plain, atol=1e-5)
+    assert plain.mask.all(1).any() and (plain.mask.sum(1) == 1).any()
+    cfg = sampling.Config(max_new_tokens=11, slots=8, eos_id=settings["eos_id"])
+    program = str(
+        jax.make_jaxpr(functools.partial(sampling.generate, models.Transformer(config), cfg=cfg))(
+            tiny.policy(config), tokens, mask, KEY
+        )
+    )
+    cache = lambda rows: f"{rows},{config.n_kv_heads},11,{config.head_dim}]"
+    assert cache(8) in program and cache(32) not in program
+
+
 def within_loops(jaxpr, inside=False):
     """Every equation in the body of a loop."""
     for eqn in jaxpr.eqns:
