@@ -92,6 +92,19 @@ def take_rows(x: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
     return taken.reshape(*shape[:axis], len(rows), *shape[axis + 1 :])
 
 
+def put_rows(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+    """The array `x` [B, ...] with these values in these rows, where each device has its own as in `take_rows`.
+
+    A number that is no row of `x` is left out.
+    """
+    devices, count = row_devices(), x.shape[0]
+    share = count // devices
+    own = lambda x: x.reshape(devices, -1, *x.shape[1:])
+    local = own(jnp.where(rows < count, rows % share, share))
+    put = jax.vmap(lambda block, rows, values: block.at[rows].set(values, mode="drop"))
+    return put(own(x), local, own(values)).reshape(x.shape)
+
+
 def part_size(rows: int, parts: int) -> int:
     """The number of rows in each of `parts` equal parts of a batch.
 

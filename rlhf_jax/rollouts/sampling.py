@@ -304,7 +304,7 @@ def _generate(config: models.Config, params: Params, tokens: Array, mask: Array,
     stacked = functools.partial(_sample_stacked, cfg=cfg)
     # As a branch it is compiled to a program that is a tenth faster on CPU than inline. The other is cheap to trace.
     if parallel.platform() == "cpu":
-        unrolled = functools.partial(_sample_unrolled, cfg=cfg, loops=LOOPS)
+        unrolled = functools.partial(_sample_unrolled, cfg=cfg, loops=1 if parallel.has_mesh() else LOOPS)
         return jax.lax.platform_dependent(network, prompts, cpu=unrolled, default=stacked)
     # On GPUs one loop runs until the last row has ended: further loops would be compiled, layer by layer, for little.
     on_gpu = functools.partial(_sample_unrolled, cfg=cfg, loops=1)
@@ -335,10 +335,10 @@ def _sample_unrolled(network: _Network, prompts: _Prompts, cfg: Config, loops: i
     own, which on CPU takes half the time.
     """
     network, prompts = network.unrolled(), prompts.replace(cache=prompts.cache.unstacked())
-    sizes = _loop_sizes(cfg.slots or len(prompts.uniform), cfg, loops)
+    sizes = _loop_sizes(_width(prompts, cfg), cfg, loops)
     rows, sample = _begin(network, prompts, cfg, sizes[1] if sizes[1:] else 0)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
-        if size < sizes[0]:
+        if size < len(rows.index):
             rows = rows.take(jnp.argsort(rows.done, stable=True)[:size])
         rows = _extend_until(network, rows, cfg, next_size)
         sample = _scatter(sample, rows)
@@ -365,12 +365,9 @@ def _loop_sizes(rows: int, cfg: Config, loops: int) -> list[int]:
 
 def _scatter(sample: Sample, rows: _Rows) -> Sample:
     """The sample of the whole batch with the samples of these rows in their places."""
-    columns = jnp.arange(rows.uniform.shape[1])
-
-    def put(whole: Array, x: Array) -> Array:
-        ordered = jnp.take_along_axis(x, (rows.start[:, None] + columns[None]) % len(columns), axis=1)
-        return whole.at[rows.index].set(ordered, mode="drop")
-
+    length = rows.uniform.shape[1]
+    columns = (rows.start[:, None] + jnp.arange(length)[None]) % length
+    put = lambda whole, x: parallel.put_rows(whole, rows.index, jnp.take_along_axis(x, columns, axis=1))
     return jax.tree.map(put, sample, rows.sample)
 
 
@@ -402,8 +399,14 @@ def _prefill(network: _Network, prompts: _Prompts, cfg: Config) -> _Rows:
     )
 
 
-PART = 32  # columns at least, by which the cache grows: each width of it is compiled
+PART = 64  # columns at least, by which the cache grows: each width of it is compiled
 TURN = 8  # a row in so many has ended when others take their places: each time, all prompts in the cache are copied
+
+
+def _width(prompts: _Prompts, cfg: Config) -> int:
+    """The number of rows that are computed at a time."""
+    rows = len(prompts.uniform)
+    return min(rows, cfg.slots * parallel.row_devices()) if cfg.slots else rows
 
 
 def _begin(network: _Network, prompts: _Prompts, cfg: Config, unfinished: int) -> tuple[_Rows, Sample]:
@@ -412,10 +415,9 @@ def _begin(network: _Network, prompts: _Prompts, cfg: Config, unfinished: int) -
     They are all rows, once at most so many are unfinished or the cache has grown to its last part, or those in the
     slots, once no other waits.
     """
-    rows = _prefill(network, prompts, cfg)
-    slots = cfg.slots * parallel.row_devices()
-    if 0 < slots < len(rows.index):
-        return _take_turns(network, rows, cfg, slots)
+    rows, width = _prefill(network, prompts, cfg), _width(prompts, cfg)
+    if width < len(rows.index):
+        return _take_turns(network, rows, cfg, width)
     *widths, whole = ragged.widths(cfg.max_new_tokens, max(1, min(cfg.parts, cfg.max_new_tokens // PART)))
     for width in widths:
         rows = _extend_until(network, rows.replace(cache=rows.cache.widen(width)), cfg, unfinished)

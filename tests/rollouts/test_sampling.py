@@ -170,46 +170,32 @@ def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "platform"), [("gpt", "cpu"), ("gemma2", "tpu")])
-def test_the_cache_grows_without_a_trace(name, platform, monkeypatch):
-    """In four parts, behind prompts that each group of rows reads together."""
+@pytest.mark.parametrize(
+    ("name", "platform", "given"),
+    [("gpt", "cpu", {"parts": 4, "group": 2}), ("gemma2", "tpu", {"slots": 8, "group": 2, "shared": 1})],
+    ids=["parts", "slots"],
+)
+def test_neither_a_growing_cache_nor_slots_leave_a_trace(name, platform, given, monkeypatch):
+    """A cache in two parts, or eight slots for 32 rows, where groups share their prompts and all have a beginning."""
     config = tiny.CONFIGS[name]
     tokens, mask = (np.repeat(x, 2, axis=0) for x in (tiny.random_tokens(0, 16, 6), tiny.ragged(1, 16, 6)))
-    settings = {"eos_id": (EOS, 5), "n": 12}
-    plain = generate(config, tokens, mask, parts=1, **settings)
-    on(platform, monkeypatch)
-    fresh(monkeypatch)
-    monkeypatch.setattr(sampling, "PART", 3)
-    grown = generate(config, tokens, mask, parts=4, group=2, **settings)
-    np.testing.assert_array_equal(grown.tokens, plain.tokens)
-    tiny.assert_close(grown, plain, atol=1e-5)
-    assert plain.mask.all(1).any() and not plain.mask.all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "platform"), [("gpt", "cpu"), ("gemma2", "tpu")])
-def test_rows_take_turns_without_a_trace(name, platform, monkeypatch):
-    """In eight slots, which hold the only caches of new tokens, whatever the prompts share."""
-    config = tiny.CONFIGS[name]
-    tokens, mask = (np.repeat(x, 2, axis=0) for x in (tiny.random_tokens(0, 16, 6), tiny.ragged(1, 16, 6)))
-    tokens[:, :2] = [7, 3]
-    mask[:, :2] = True
+    tokens[:, 0] = 7
     settings = {"eos_id": (EOS, 5, 7, 11), "n": 11}
-    plain = generate(config, tokens, mask, **settings)
+    plain = generate(config, tokens, mask, parts=1, **settings)
+    assert plain.mask.all(1).any() and (plain.mask.sum(1) == 1).any()
     on(platform, monkeypatch)
     fresh(monkeypatch)
-    in_turn = generate(config, tokens, mask, slots=8, group=2, shared=1, **settings)
-    np.testing.assert_array_equal(in_turn.tokens, plain.tokens)
-    tiny.assert_close(in_turn, plain, atol=1e-5)
-    assert plain.mask.all(1).any() and (plain.mask.sum(1) == 1).any()
-    cfg = sampling.Config(max_new_tokens=11, slots=8, eos_id=settings["eos_id"])
-    program = str(
-        jax.make_jaxpr(functools.partial(sampling.generate, models.Transformer(config), cfg=cfg))(
-            tiny.policy(config), tokens, mask, KEY
-        )
-    )
-    cache = lambda rows: f"{rows},{config.n_kv_heads},11,{config.head_dim}]"
-    assert cache(8) in program and cache(32) not in program
+    monkeypatch.setattr(sampling, "PART", 5)
+    sample = generate(config, tokens, mask, **given, **settings)
+    np.testing.assert_array_equal(sample.tokens, plain.tokens)
+    tiny.assert_close(sample, plain, atol=1e-5)
+
+
+def test_slots_hold_the_only_caches_of_new_tokens():
+    tokens, mask = tiny.random_tokens(0, 32, 6), np.ones((32, 6), bool)
+    step = functools.partial(generate, tiny.GPT, n=11, slots=8, eos_id=EOS)
+    program = str(jax.make_jaxpr(step)(tokens, mask, KEY))
+    assert "f32[8,2,11,8]" in program and "f32[32,2,11,8]" not in program
 
 
 def within_loops(jaxpr, inside=False):
