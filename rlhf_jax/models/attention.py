@@ -199,28 +199,29 @@ def attend_behind(
     mask: Bool[Array, "B T P+S"],
     config: Config,
 ) -> Float[Array, "B T G R H"]:
-    """`attend` to the keys and values of a prefix, and to its own behind them, where A rows share each prefix.
+    """`attend` to the keys and values of a prefix and, behind them, of the row's own columns.
 
-    Those rows are consecutive, and read it in one matrix product.
+    Each of the A prefixes is that of B / A consecutive rows, which read it in one matrix product.
     """
     rows, columns, groups, shared, size = query.shape
-    prompts, columns_before = prefix[0].shape[0], prefix[0].shape[2]
+    prefixes, columns_before = prefix[0].shape[0], prefix[0].shape[2]
 
-    def together(x: Array) -> Array:  # [B, G, Q, X] as [A, G, K Q, X]
-        return x.reshape(prompts, -1, *x.shape[1:]).swapaxes(1, 2).reshape(prompts, groups, -1, x.shape[-1])
+    def together(x: Array) -> Array:  # [B, G, Q, X] as [A, G, B / A * Q, X]
+        return x.reshape(prefixes, -1, *x.shape[1:]).swapaxes(1, 2).reshape(prefixes, groups, -1, x.shape[-1])
 
     def apart(x: Array) -> Array:
-        x = x.reshape(prompts, groups, rows // prompts, -1, x.shape[-1])
+        x = x.reshape(prefixes, groups, rows // prefixes, -1, x.shape[-1])
         return x.swapaxes(1, 2).reshape(rows, groups, -1, x.shape[-1])
 
+    score = functools.partial(jnp.einsum, "bgqh,bgsh->bgqs", preferred_element_type=jnp.float32)
+    mix = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     query = query.transpose(0, 2, 3, 1, 4).reshape(rows, groups, shared * columns, size)
-    product = functools.partial(jnp.einsum, "bgqh,bgsh->bgqs", preferred_element_type=jnp.float32)
-    scores = jnp.concatenate([apart(product(together(query), prefix[0])), product(query, own[0])], axis=3)
+    scores = jnp.concatenate([apart(score(together(query), prefix[0])), score(query, own[0])], axis=3)
     scores = scores.reshape(rows, groups, shared, columns, -1)
     weights = _softmax(scores, mask[:, None, None], size, config)
     weights = weights.astype(query.dtype).reshape(rows, groups, shared * columns, -1)
     before, behind = jnp.split(weights, [columns_before], axis=3)
-    mixed = apart(together(before) @ prefix[1]) + behind @ own[1]
+    mixed = (apart(mix(together(before), prefix[1])) + mix(behind, own[1])).astype(query.dtype)
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
 
 

@@ -127,19 +127,18 @@ class Cache(struct.PyTreeNode):
         )
 
     def restart(self, rows: Bool[Array, "B"], prefix: "Cache") -> "Cache":
-        """The cache in which these rows begin again, behind their row of another prefix."""
+        """The cache in which these rows begin again, behind what is theirs in another prefix of B rows."""
 
         def put(new: Array, old: Array, axis: int) -> Array:
             return jnp.where(jnp.expand_dims(rows, [n for n in range(old.ndim) if n != axis]), new, old)
 
-        at, old = self._rows_axis, self.prefix
-        pair = jax.tree.map(lambda new, old: put(new, old, at), (prefix.key, prefix.value), (old.key, old.value))
-        key, value = pair
+        old, put_rows = self.prefix, lambda new, old: put(new, old, self._rows_axis)
+        key, value = jax.tree.map(put_rows, (prefix.key, prefix.value), (old.key, old.value))
         prefix = old.replace(key=key, value=value, mask=put(prefix.mask, old.mask, 0))
         return self.replace(mask=self.mask & ~rows[:, None], prefix=prefix)
 
     def widen(self, columns: int) -> "Cache":
-        """The cache with room for so many columns beside its prefix."""
+        """The cache with room for so many columns, without those of its prefix."""
         more = columns - self.mask.shape[1]
         pad = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
         key, value = jax.tree.map(pad, (self.key, self.value))

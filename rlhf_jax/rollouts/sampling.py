@@ -3,6 +3,10 @@
 There are two strategies, `_sample_unrolled` for CPUs and GPUs and `_sample_stacked` for TPUs and meshes. On CPU, where
 a step takes as long as it has rows, the first has several loops, each over half the rows of the one before. No step
 copies or converts weights.
+
+The cache has two parts: what the prompts left, which the rows of a group share, and the columns of new tokens, of which
+there are more in each of some successive loops. With `Config.slots`, one loop computes so many rows at a time, and the
+next prompt takes the place of a row that has ended.
 """
 
 import dataclasses
@@ -295,8 +299,8 @@ def _generate(config: models.Config, params: Params, tokens: Array, mask: Array,
     tokens, mask = left_pad(tokens[::group], mask[::group])
     network = _converted(config, params)
     shared = 0 if parallel.has_mesh() else cfg.shared
-    columns, new = tokens.shape[1], cfg.max_new_tokens
-    cache = Cache.empty(network.config, 1 if shared else tokens.shape[0], columns, columns + new)
+    rows, columns = 1 if shared else tokens.shape[0], tokens.shape[1]
+    cache = Cache.empty(network.config, rows, columns, columns + cfg.max_new_tokens)
     uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(cfg.max_new_tokens))
     prompts = _Prompts(shared=None, tokens=tokens, mask=mask, uniform=uniform, cache=cache)
     if shared:
@@ -410,17 +414,17 @@ def _width(prompts: _Prompts, cfg: Config) -> int:
 
 
 def _begin(network: _Network, prompts: _Prompts, cfg: Config, unfinished: int) -> tuple[_Rows, Sample]:
-    """The rows that are left, with a cache of all columns, and the sample of the whole batch so far.
+    """The rows that are left to a last loop, whose cache has all columns, and the sample of the whole batch so far.
 
-    They are all rows, once at most so many are unfinished or the cache has grown to its last part, or those in the
-    slots, once no other waits.
+    Without slots they are all rows, once the cache has its last part, or at most so many of them are unfinished.
     """
     rows, width = _prefill(network, prompts, cfg), _width(prompts, cfg)
     if width < len(rows.index):
         return _take_turns(network, rows, cfg, width)
     *widths, whole = ragged.widths(cfg.max_new_tokens, max(1, min(cfg.parts, cfg.max_new_tokens // PART)))
     for width in widths:
-        rows = _extend_until(network, rows.replace(cache=rows.cache.widen(width)), cfg, unfinished)
+        more = lambda now, width=width: (now.n <= width) & (jnp.sum(~now.done) > unfinished)
+        rows = _extend_while(network, rows.replace(cache=rows.cache.widen(width)), cfg, more)
     return rows.replace(cache=rows.cache.widen(whole)), rows.sample
 
 
@@ -433,9 +437,11 @@ def _take_turns(network: _Network, rows: _Rows, cfg: Config, slots: int) -> tupl
     lanes = lambda x: x.reshape(devices, -1)
     queue = jnp.argsort(lanes(rows.done), axis=1, stable=True) + jnp.arange(devices)[:, None] * (total // devices)
     waiting = jnp.sum(lanes(~rows.done), axis=1)
-    first = rows.take(queue[:, : slots // devices].reshape(-1))
-    first = first.replace(
-        index=jnp.full(slots, total), done=jnp.ones(slots, bool), cache=first.cache.widen(cfg.max_new_tokens)
+    some = rows.take(queue[:, : slots // devices].reshape(-1))
+    empty = some.replace(
+        index=jnp.full(slots, total),
+        done=jnp.ones(slots, bool),
+        cache=some.cache.widen(cfg.max_new_tokens),
     )
 
     def turn(state: tuple[_Rows, Sample, Array]) -> tuple[_Rows, Sample, Array]:
@@ -453,20 +459,14 @@ def _take_turns(network: _Network, rows: _Rows, cfg: Config, slots: int) -> tupl
 
         return _extend_while(network, slotted, cfg, more), sample, begun
 
-    state = first, rows.sample, jnp.zeros(devices, jnp.int32)
+    state = empty, rows.sample, jnp.zeros(devices, jnp.int32)
     slotted, sample, _ = jax.lax.while_loop(lambda state: jnp.any(state[2] < waiting), turn, state)
     return slotted, sample
 
 
 def _extend_until(network: _Network, rows: _Rows, cfg: Config, unfinished: int) -> _Rows:
-    """The rows once at most so many of them are unfinished, or the cache has no more columns and is to grow."""
-    width = rows.cache.mask.shape[1]
-
-    def more(rows: _Rows) -> Array:
-        full = rows.n > width if width < cfg.max_new_tokens else False
-        return (jnp.sum(~rows.done) > unfinished) & jnp.logical_not(full)
-
-    return _extend_while(network, rows, cfg, more)
+    """The rows once at most so many of them are unfinished."""
+    return _extend_while(network, rows, cfg, lambda now: jnp.sum(~now.done) > unfinished)
 
 
 def _extend_while(network: _Network, rows: _Rows, cfg: Config, more: Callable[[_Rows], Array]) -> _Rows:
