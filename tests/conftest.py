@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imp
 import jax
 import pytest
 
+import tests.typed  # noqa: F401 (jaxtyping looks it up by name)
+
 # Before the first computation. A flag of the user's comes later, and so prevails.
 xla_flags = [
     "--xla_force_host_platform_device_count=8",
@@ -27,6 +30,7 @@ if jax.__version_info__ < (0, 11):  # newer ones abort on a flag that they have 
     xla_flags.insert(0, "--xla_cpu_parallel_codegen_split_count=1")  # every core has a worker of its own already
 os.environ["XLA_FLAGS"] = " ".join(xla_flags)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(50_000, 10, 10)  # tracing makes millions of objects: by default each 700 new ones are looked through
 
 
 def pytest_configure(config: pytest.Config) -> None:
