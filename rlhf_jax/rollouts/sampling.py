@@ -48,8 +48,8 @@ class Config(Settings):
     eos_id: Whole | tuple[Whole, ...] | None = None  # tokens that end a response; None: there are none
     stop_at_eos: bool = True  # False: a response goes on after its end, up to max_new_tokens
     group: Count = 1  # responses to one prompt, whose rows follow each other: it is read once for all of them
-    slots: Whole = 0  # rows at a time on each device, where the next one follows each that has ended; 0: all at once
-    parts: Count = 4  # in which the cache of new tokens grows, at most: a step reads what is there
+    slots: Whole = 0  # rows at a time on each device, the next in the place of one that has ended; 0: all at once
+    parts: Count = 4  # at most, in which the cache of new tokens grows, so that a step reads less
     shared: Whole = 0  # tokens with which all prompts begin, each of which has more: they are read once for all of them
 
     @property
