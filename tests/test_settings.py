@@ -82,15 +82,17 @@ def described(value):
     return repr(value) if plain else type(value).__name__
 
 
-def once(load):
-    """Loading that reads each model once, since no stage comes as far as to change one."""
+def once(load, asked):
+    """Loading that reads each model once, since no stage comes as far as to change one, and asks nothing meanwhile."""
     found = {}
 
     @functools.wraps(load)
     def loaded(path, **how):
         key = str(path), repr(how.get("compute")), "place" in how
         if key not in found:
+            before = len(asked)
             found[key] = load(path, **how)
+            del asked[before:]
         return found[key]
 
     return loaded
@@ -114,7 +116,7 @@ def asked(monkeypatch):
         raise Begun
 
     for name in ("load", "load_reward"):
-        monkeypatch.setattr(models, name, once(getattr(models, name)))
+        monkeypatch.setattr(models, name, once(getattr(models, name), asked))
     for module, names in ASKED.items():
         for name in names:
             monkeypatch.setattr(module, name, record(name, getattr(module, name)))
