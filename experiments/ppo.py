@@ -115,10 +115,8 @@ def build(
             balance=models.balance_weight(cfg.balance, config, critic),
         ),
     )
-    stop = algorithm.stop_at_eos
-    sampled = sampling.Config(
-        cfg.max_new_tokens, algorithm.temperature, eos_id=eos_id, stop_at_eos=stop, slots=cfg.slots
-    )
+    new, stop, slots = cfg.max_new_tokens, algorithm.stop_at_eos, cfg.slots
+    sampled = sampling.Config(new, algorithm.temperature, eos_id=eos_id, stop_at_eos=stop, slots=slots)
     collect = rollout.collector(config, layout, sampled, critic_fn, algorithm.buckets)
     return tx, collect, layout.step(step, donate=(0,))
 
@@ -147,8 +145,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     if reference and reference.config != policy.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.init}: take the model that it came from")
     loaded = {cfg.init: policy} | scores.named(scorers, other)
-    if cfg.reference and reference:
-        loaded[cfg.reference] = reference
+    loaded |= {cfg.reference: reference} if cfg.reference and reference else {}
     models.check_vocabularies(loaded)
     tokenizer = models.tokenizer_of(policy, cfg.control_tokens)
 
