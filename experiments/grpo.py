@@ -49,6 +49,7 @@ class Config(runs.Config):
     prompt_length: Count = 20  # most tokens of a prompt; longer ones are refused, or lose their oldest turns
     prompt_widths: Count = 1  # group prompts by length into so many widths of rollouts, to save padding
     max_new_tokens: Count = 16  # most tokens of an answer
+    slots: Whole = 0  # episodes at a time on each device, the next in the place of one that has ended; 0: all at once
     text_length: Count = 64  # tokens in a row of pretraining text
     batch: Count = 64  # episodes a step, over all devices; a multiple of the group
     text_batch: Count = 8  # rows of pretraining text an update, over all devices
@@ -107,6 +108,7 @@ def build(
         eos_id=eos_id,
         stop_at_eos=algorithm.stop_at_eos,
         group=algorithm.group,
+        slots=cfg.slots,
     )
     return tx, rollout.collector(config, layout, sampled, buckets=algorithm.buckets), layout.step(step, donate=(0,))
 

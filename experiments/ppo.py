@@ -52,6 +52,7 @@ class Config(runs.Config):
     prompt_length: Count = 20  # most tokens of a prompt; longer ones are refused, or lose their oldest turns
     prompt_widths: Count = 1  # group prompts by length into so many widths of rollouts, to save padding
     max_new_tokens: Count = 16  # most tokens of an answer
+    slots: Whole = 0  # episodes at a time on each device, the next in the place of one that has ended; 0: all at once
     text_length: Count = 64  # tokens in a row of pretraining text
     batch: Count = 64  # episodes a step, over all devices
     text_batch: Count = 8  # rows of pretraining text an update, over all devices
@@ -114,8 +115,8 @@ def build(
             balance=models.balance_weight(cfg.balance, config, critic),
         ),
     )
-    stop = algorithm.stop_at_eos
-    sampled = sampling.Config(cfg.max_new_tokens, algorithm.temperature, eos_id=eos_id, stop_at_eos=stop)
+    new, stop, slots = cfg.max_new_tokens, algorithm.stop_at_eos, cfg.slots
+    sampled = sampling.Config(new, algorithm.temperature, eos_id=eos_id, stop_at_eos=stop, slots=slots)
     collect = rollout.collector(config, layout, sampled, critic_fn, algorithm.buckets)
     return tx, collect, layout.step(step, donate=(0,))
 
@@ -144,8 +145,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     if reference and reference.config != policy.config:
         raise InputError(f"{cfg.reference} is not of the architecture of {cfg.init}: take the model that it came from")
     loaded = {cfg.init: policy} | scores.named(scorers, other)
-    if cfg.reference and reference:
-        loaded[cfg.reference] = reference
+    loaded |= {cfg.reference: reference} if cfg.reference and reference else {}
     models.check_vocabularies(loaded)
     tokenizer = models.tokenizer_of(policy, cfg.control_tokens)
 

@@ -459,7 +459,7 @@ EXTRA = {
     "algorithms/advantages": ["algorithms/test_gradients"],
     "algorithms/rloo": ["algorithms/test_grpo"],
     "algorithms/grpo": ["algorithms/test_process_reward"],
-    "models/directory": ["models/test_models"],
+    "models/directory": ["models/test_average"],
     "algorithms/updates": ["algorithms/test_ppo", "algorithms/test_grpo"],
 }  # tests beside the module's own
 

@@ -222,8 +222,8 @@ class NoTests:
 
     def __init__(self, *_: Any): ...
 
-    def __call__(self, *_: Any) -> dict:
-        return {}
+    def __call__(self, *_: Any) -> list:
+        return []
 
     def metrics(self, *_: Any) -> dict:
         return {}

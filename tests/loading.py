@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from rlhf_jax import models
-from rlhf_jax.models import directory, families
+from rlhf_jax.models import config_json, directory
 
 
 def make(path: Path, size: int) -> int:
@@ -18,7 +18,7 @@ def make(path: Path, size: int) -> int:
     config = models.llama(1, 1024, 16, 8, 2816, vocab_size=16000, max_length=1024)
     layers = 1 + max(0, size - 4 * models.parameter_count(config)) // (4 * 1024 * (2 * 1024 + 2 * 512 + 3 * 2816))
     config = models.llama(layers, 1024, 16, 8, 2816, vocab_size=16000, max_length=1024)
-    families.hf_config(config, False, "float32", None).save_pretrained(path)
+    config_json.hf_config(config, False, "float32", None).save_pretrained(path)
     header, end = {}, 0
     for *_, tensors in directory._layout(config, scalar=False):
         for name, shape in tensors.items():

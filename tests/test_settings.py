@@ -24,7 +24,7 @@ from rlhf_jax.algorithms import sft as sft_lib
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data.tasks import mixture
 from rlhf_jax.devices import parallel
-from rlhf_jax.evaluation import probe
+from rlhf_jax.evaluation import tasks
 from rlhf_jax.models import heads, lora
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import plots, run
@@ -42,7 +42,7 @@ ASKED = {
     models: ["load", "load_reward", "logprobs_fn", "preset", "tokenizer_of", "balance_weight"],
     heads: ["critic", "shared_critic", "score_fn"],
     mixture: ["open_mixture", "Sizes"],
-    probe: ["prepare"],
+    tasks.Evaluation: ["__init__"],
     optim: ["adamw", "adafactor", "schedule", "cosine"],
     parallel: ["layout", "pmap"],
     reward_lib: ["normalize"],
@@ -124,7 +124,7 @@ def asked(monkeypatch):
         if hasattr(stage, "named_key"):
             monkeypatch.setattr(stage, "named_key", record("named_key", types.named_key))
     monkeypatch.setattr(run, "Records", begin)
-    monkeypatch.setattr(probe.Probe, "ask", lambda *_: {})
+    monkeypatch.setattr(tasks.Evaluation, "__call__", lambda *_: [])
     return asked
 
 

@@ -39,6 +39,7 @@ class Config(updates.Config):
 
     minibatches: Count = 8  # parts of a rollout in each pass; each part gives one update
     clip: Positive = 0.2  # clip the probability ratio to [1 - clip, 1 + clip]
+    clip_high: Positive | None = None  # clip it to [1 - clip, 1 + clip_high] instead (clip-higher, in DAPO and VAPO)
 
     # Weight of each nat of KL to the reference, in the reward or the loss (kl_in). This is the first value: the state
     # holds the current one, opt_state["kl_coef"], which kl_target adapts.
@@ -78,6 +79,8 @@ class Config(updates.Config):
             raise InputError("penalty replaces the clip, so dual_clip has no effect: leave out one of them")
         if self.penalty is not None and self.clip != Config.clip:
             raise InputError("penalty replaces the clip, so clip has no effect: leave out one of them")
+        if self.penalty is not None and self.clip_high is not None:
+            raise InputError("penalty replaces the clip, so clip_high has no effect: leave out one of them")
         if self.lam_alpha is not None and self.lam != Config.lam:
             raise InputError(
                 "lam_alpha gives each response its own lambda, so lam has no effect: leave out one of them"
@@ -239,7 +242,16 @@ def loss(
     count = totals["tokens"]
     logp, entropy = updates.forward(params, rollout, policy_fn, cfg)
     if cfg.penalty is None:
-        policy, details = policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.clip, cfg.dual_clip, count)
+        policy, details = policy_loss(
+            logp,
+            rollout.logp,
+            batch.advantage,
+            mask,
+            cfg.clip,
+            dual_clip=cfg.dual_clip,
+            count=count,
+            clip_high=cfg.clip_high,
+        )
     else:
         policy, details = penalty_policy_loss(logp, rollout.logp, batch.advantage, mask, cfg.penalty, count)
         details["approx_kl"] = details.pop("kl")

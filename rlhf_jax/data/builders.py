@@ -33,7 +33,6 @@ stored is found again by what it was made of: the content of the file, or the pa
 import contextlib
 import dataclasses
 import errno
-import gzip
 import hashlib
 import io
 import itertools
@@ -43,10 +42,9 @@ import math
 import os
 import sys
 import urllib.parse
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from unittest import mock
 
 import requests
@@ -423,6 +421,10 @@ class _OwnInfo(tfds.core.DatasetInfo):
         """Do nothing: TFDS would leave an empty temporary folder behind, and find nothing in its bucket."""
 
 
+# Made once: `json.dumps` would make an encoder for each row, and `json.loads` would ask what its bytes are.
+_ENCODER, _DECODER = json.JSONEncoder(ensure_ascii=False), json.JSONDecoder()
+
+
 class Builder(tfds.core.dataset_builder.FileReaderBuilder):
     """Store the rows that `rows` yields, in their order. A further reader is a subclass with `rows` and a config.
 
@@ -431,7 +433,7 @@ class Builder(tfds.core.dataset_builder.FileReaderBuilder):
     What `rows` puts into `self.info.metadata`, as {what: how many}, is stored too, and printed whenever they are read.
     """
 
-    VERSION = tfds.core.Version("1.2.0")  # raise it when the rows change though the config does not
+    VERSION = tfds.core.Version("1.2.1")  # raise it when the rows change though the config does not
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Places and canonical rows, as `check` returns them; InputError on a bad one."""
@@ -464,15 +466,15 @@ class Builder(tfds.core.dataset_builder.FileReaderBuilder):
 
     def _records(self) -> Iterator[bytes]:
         """Yield the rows as TFDS stores them."""
+        example = tf_example_pb2.Example()  # one for all rows: to build another takes as long again
+        values = {name: example.features.feature[name].bytes_list.value for name in ("place", "row")}
         with progress.bar(None, what="reading", unit="row", delay=10.0) as shown:
             for place, row in self.rows():
                 try:
-                    text = json.dumps(row, ensure_ascii=False).encode()
+                    text = _ENCODER.encode(row).encode()
                 except (TypeError, ValueError) as error:  # of a table of other types than JSON has
                     raise InputError(f"{place}: expected what JSON can hold ({short(str(error))})") from error
-                example = tf_example_pb2.Example()
-                for name, value in (("place", place.encode()), ("row", text)):
-                    example.features.feature[name].bytes_list.value.append(value)
+                values["place"][:], values["row"][:] = [place.encode()], [text]
                 yield example.SerializeToString(deterministic=True)
                 shown.update()
 
@@ -483,116 +485,6 @@ class Config(tfds.core.BuilderConfig):
 
     kind: Kind = "text"
     split: str = "train"
-
-
-def _plain(path: Path) -> Any:
-    return path.open("rb")
-
-
-def _gzipped(path: Path) -> Any:
-    return gzip.open(path, "rb")
-
-
-def _zstandard(path: Path) -> Any:
-    import pyarrow  # takes a tenth of a second
-
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-
-
-_OPEN: dict[str, Callable[[Path], Any]] = {".gz": _gzipped, ".zst": _zstandard}  # each to a binary file
-COMPRESSED = tuple(_OPEN)
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a UTF-8 file that may be compressed, as its name tells: .gz or .zst."""
-    with _OPEN.get(path.suffix, _plain)(path) as file:
-        number = 0
-        while True:
-            try:
-                line = file.readline()
-            except (OSError, EOFError, zlib.error) as error:
-                raise InputError(f"{path}, line {number + 1}: cannot be read ({error})") from error
-            if not line:
-                return
-            number += 1
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}, line {number}: expected UTF-8, got byte {line[error.start]:#x}") from error
-
-
-class _Flaw(NamedTuple):
-    """An invalid field of a JSON object, and why it is invalid. JSON has no tuples, so that no value looks like one."""
-
-    field: str
-    what: str
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row | _Flaw:
-    """The object with these fields, or its first invalid field."""
-    row: Row = {}
-    for name, value in pairs:
-        shown = name if name.isidentifier() else short(name)
-        if name in row:
-            return _Flaw(shown, "given twice")
-        if flaw := _flaw(value):
-            return _Flaw(f"{shown}{flaw.field}", flaw.what)
-        row[name] = value
-    return row
-
-
-def _flaw(value: Any) -> _Flaw | None:
-    """The first invalid field within a value, as it continues the name of the field that holds the value."""
-    if isinstance(value, _Flaw):
-        return _Flaw(f", field {value.field}", value.what)
-    if isinstance(value, float) and not math.isfinite(value):
-        return _Flaw("", f"expected a finite number, got {value}")
-    if isinstance(value, list):
-        flaws = ((n, _flaw(one)) for n, one in enumerate(value))
-        return next((_Flaw(f"[{n}]{flaw.field}", flaw.what) for n, flaw in flaws if flaw), None)
-    return None
-
-
-def checked(value: Any, where: str) -> Any:
-    """Return the value; raise InputError if a field in it is invalid."""
-    if flaw := _flaw(value):
-        raise InputError(f"{where}{flaw.field if flaw.field.startswith(', ') else ''}: {flaw.what}")
-    return value
-
-
-def json_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line's value, or each element of the list that a .json file may hold, with where it stands."""
-    lines = numbered_lines(path)
-    if uncompressed(path).endswith(".json"):
-        text = "".join(line for _, line in lines)
-        if text.lstrip().startswith("["):
-            try:
-                values = json.loads(text, object_pairs_hook=_object)
-            except (ValueError, RecursionError) as error:
-                line = getattr(error, "lineno", 1)
-                raise InputError(f"{path}, line {line}: expected a list in JSON ({short(str(error))})") from error
-            for n, value in enumerate(values, start=1):
-                yield f"{path}, row {n}", checked(value, f"{path}, row {n}")
-            return
-        lines = enumerate(text.split("\n"), start=1)
-    yield from values_of_lines(path, lines)
-
-
-def values_of_lines(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, Any]]:
-    """Yield the value of each numbered line that is not empty, with where it stands."""
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: expected a JSON object, got {short(line.strip())}") from error
-        yield f"{path}, line {number}", checked(value, f"{path}, line {number}")
-
-
-def uncompressed(path: Path) -> str:
-    """The name of a file without the ending that tells of its compression."""
-    return path.stem if path.suffix in COMPRESSED else path.name
 
 
 def place(title: object, where: str) -> str:
@@ -624,7 +516,7 @@ def stored(make: Callable[[], Builder], where: str, split: str) -> Rows:
         print(f"{where}: {'; '.join(f'{n} {what}' for what, n in counts.items())}")
     return Rows(
         records,
-        lambda record, _: json.loads(_value(record, "row")),
+        lambda record, _: _DECODER.decode(_value(record, "row").decode()),
         counts,
         derived_folder(builder, split),
         lambda record, _: f"{where}, {_value(record, 'place').decode()}",

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.data import builders
+from rlhf_jax.data import builders, json_lines
 from rlhf_jax.data.builders import short
 from rlhf_jax.data.tokenizer import EOS
 from rlhf_jax.types import InputError
@@ -90,7 +90,7 @@ def _all_values(paths: Iterable[Path]) -> Values:
 
 def documents(path: Path) -> Values:
     """Yield the documents of a file of text."""
-    marked = any(EOS in line for _, line in builders.numbered_lines(path))
+    marked = any(EOS in line for _, line in json_lines.numbered_lines(path))
     documents = filter(None, map(str.strip, _between(path, marked)))
     for n, document in enumerate(documents, start=1):
         yield f"{path}, document {n}", {"text": document}
@@ -99,7 +99,7 @@ def documents(path: Path) -> Values:
 def _between(path: Path, marked: bool) -> Iterator[str]:
     """Yield what is between marks, or between lines without text, one piece of the file in memory at a time."""
     piece: list[str] = []
-    for _, line in builders.numbered_lines(path):
+    for _, line in json_lines.numbered_lines(path):
         if marked:
             first, *others = line.split(EOS)
         else:
@@ -113,17 +113,17 @@ def _between(path: Path, marked: bool) -> Iterator[str]:
 
 def lines(path: Path) -> Values:
     """Yield the fields of each line that is not empty, between tabs, of a table that does not name them."""
-    for number, line in builders.numbered_lines(path):
+    for number, line in json_lines.numbered_lines(path):
         if line.strip():
             yield f"{path}, line {number}", line.rstrip("\r\n").split("\t")
 
 
 def _commas(path: Path) -> Values:
-    return cells((line for _, line in builders.numbered_lines(path)), ",", str(path))
+    return cells((line for _, line in json_lines.numbered_lines(path)), ",", str(path))
 
 
 def _tabs(path: Path) -> Values:
-    return cells((line for _, line in builders.numbered_lines(path)), "\t", str(path))
+    return cells((line for _, line in json_lines.numbered_lines(path)), "\t", str(path))
 
 
 def cells(text: Iterable[str], separator: str, title: str) -> Values:
@@ -150,8 +150,8 @@ def cells(text: Iterable[str], separator: str, title: str) -> Values:
 
 
 def _header(path: Path) -> list[str]:
-    separator = "\t" if builders.uncompressed(path).endswith(".tsv") else ","
-    text = (line for _, line in builders.numbered_lines(path))
+    separator = "\t" if json_lines.uncompressed(path).endswith(".tsv") else ","
+    text = (line for _, line in json_lines.numbered_lines(path))
     try:
         return next(csv.reader(text, delimiter=separator), [])
     except csv.Error as error:
@@ -234,7 +234,7 @@ def batches_values(open_batches: Callable[[], Iterator[Any]], title: str) -> Val
             return
         for row in _reading(batch.to_pylist, where):
             number += 1
-            yield f"{title}, row {number}", builders.checked(_plain(row), f"{title}, row {number}")
+            yield f"{title}, row {number}", json_lines.checked(_plain(row), f"{title}, row {number}")
 
 
 def _reading(read: Callable[[], Any], where: str) -> Any:
@@ -279,8 +279,8 @@ class _Container(NamedTuple):
 
 
 _TEXTS = {
-    ".jsonl": _Container(builders.json_values, _none),
-    ".json": _Container(builders.json_values, _none),
+    ".jsonl": _Container(json_lines.json_values, _none),
+    ".json": _Container(json_lines.json_values, _none),
     ".csv": _Container(_commas, _header),
     ".tsv": _Container(_tabs, _header),
     ".txt": _Container(documents, _none),
@@ -291,12 +291,12 @@ _TABLES = {
     ".feather": _Container(_arrow, _arrow_columns),
 }
 _CONTAINERS = _TEXTS | _TABLES
-ENDINGS = (*_CONTAINERS, *(f"{ending}{more}" for ending in _TEXTS for more in builders.COMPRESSED))
-ENDINGS_TEXT = f"{', '.join(_TEXTS)} (perhaps with {' or '.join(builders.COMPRESSED)}), {', '.join(_TABLES)}"
+ENDINGS = (*_CONTAINERS, *(f"{ending}{more}" for ending in _TEXTS for more in json_lines.COMPRESSED))
+ENDINGS_TEXT = f"{', '.join(_TEXTS)} (perhaps with {' or '.join(json_lines.COMPRESSED)}), {', '.join(_TABLES)}"
 
 
 def _container(path: Path) -> _Container:
-    container = _CONTAINERS.get(Path(builders.uncompressed(path)).suffix)
+    container = _CONTAINERS.get(Path(json_lines.uncompressed(path)).suffix)
     if container is None:
         raise InputError(f"{path}: expected a name that ends in {ENDINGS_TEXT}")
     return container

@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data import builders, files, gsm8k, hub
+from rlhf_jax.data import builders, files, gsm8k, hub, json_lines
 from rlhf_jax.data.builders import Kind, Row, Rows, field, json_object, short, text_field
 from rlhf_jax.data.files import Origin, Values
 from rlhf_jax.data.tokenizer import Message
@@ -538,11 +538,11 @@ def gsm8k_example(row: Any, where: str, counts: Counter[str]) -> Row:
 def _chosen(row: Row, counts: Counter[str]) -> Row | None:
     """The row with the options that its question lists: the lines, or their labels if the answer is one of these.
 
-    A question that lists none, and whose answer is yes or no, has these two.
+    A question that lists none, and whose answer is yes or no, or True or False, has these two.
     """
     _, listed, text = row["question"].rpartition("\nOptions:\n")
     if not listed:
-        return row | {"options": ["yes", "no"]} if row["answer"] in ("yes", "no") else row
+        return row | {"options": next(([*pair] for pair in _PAIRED if row["answer"] in pair), [])}
     options = [line.strip().removeprefix("- ") for line in text.split("\n") if line.strip()]
     labels = [match[0] for option in options if (match := re.match(r"\([A-Z]\)|[^:]+(?=:)", option))]
     if row["answer"] not in options and len(labels) == len(options):
@@ -556,6 +556,7 @@ def _chosen(row: Row, counts: Counter[str]) -> Row | None:
     return row | {"options": options}
 
 
+_PAIRED = ("yes", "no"), ("True", "False")
 _SHOT = re.compile(r"Q: (.*?)\nA: Let's think step by step\.\n(.*?) So the answer is (.*?)\.?(?=\n\nQ: |\s*\Z)", re.S)
 
 
@@ -567,7 +568,7 @@ def bbh_values(path: Path, split: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}, shot {n}", {"input": question, "target": answer, "rationale": rationale}
         return
     try:
-        whole = json.loads("".join(line for _, line in builders.numbered_lines(path)))
+        whole = json.loads("".join(line for _, line in json_lines.numbered_lines(path)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected an object in JSON ({short(str(error))})") from error
     examples = _list(field(whole, "examples", str(path)), None, f"{path}, field examples")
@@ -584,7 +585,7 @@ def _bbh_prompt(path: Path) -> tuple[str, str]:
     file = _bbh_file(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file; put the chain-of-thought prompt there, or ask without examples")
-    text = "".join(line for _, line in builders.numbered_lines(file))
+    text = "".join(line for _, line in json_lines.numbered_lines(file))
     prompt = re.split(r"^-+$", text, maxsplit=1, flags=re.M)[-1].strip()
     if not _SHOT.search(prompt):
         raise InputError(
@@ -594,7 +595,7 @@ def _bbh_prompt(path: Path) -> tuple[str, str]:
 
 
 def _bbh_file(path: Path) -> Path:
-    return path.with_name(f"{builders.uncompressed(path).removesuffix('.json')}.cot.txt")
+    return path.with_name(f"{json_lines.uncompressed(path).removesuffix('.json')}.cot.txt")
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -681,7 +682,7 @@ def source(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
     beside = builders.file_path(first) if first else None
     origin = find(last)
     ending = _ENDINGS.get(name, "")
-    if ending and not (origin.paths and all(builders.uncompressed(path).endswith(ending) for path in origin.paths)):
+    if ending and not (origin.paths and all(json_lines.uncompressed(path).endswith(ending) for path in origin.paths)):
         raise InputError(f"data {spec!r}: {name} is read from {ending} files")
     read = [beside] if beside else []
     for path in origin.paths if base == SHOTS and name == "bbh" else ():

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_jax.data import builders, formats
+from rlhf_jax.data import builders, formats, json_lines
 from rlhf_jax.data.builders import Row
 from rlhf_jax.types import InputError
 
@@ -50,7 +50,7 @@ def compared(row: Row, where: str) -> Row:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, str, Row]]:
-    for where, value in builders.json_values(file):
+    for where, value in json_lines.json_values(file):
         row = builders.json_object(value, where)
         yield where, builders.text_field(row, "subset", where), row
 
@@ -58,7 +58,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, str, Row]]:
 def _big_bench(file: Path) -> Iterator[tuple[str, str, Row]]:
     subset = file.parent.name if file.name == "task.json" else file.stem
     try:
-        whole = json.loads("".join(line for _, line in builders.numbered_lines(file)))
+        whole = json.loads("".join(line for _, line in json_lines.numbered_lines(file)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: expected JSON ({builders.short(str(error))})") from error
     examples = builders.field(whole, "examples", str(file))

@@ -1,16 +1,14 @@
 """Rows of tokens that may be more than memory holds: made once, in a stream, and kept in ArrayRecord shards on disk.
 
-The rows of a source are read one after another. Each part of them, of PART characters, is tokenised and packed by
-itself, best fit decreasing (arXiv:2404.10830), and is a shard of its own, so that no process ever holds more than one
-part. A row of tokens is then read by its number. Tokens are stored in the smallest unsigned type that holds the
-vocabulary, without padding.
+The rows of a source are read one after another. Each part of them, of PART characters, is tokenised by itself, and
+packed best fit decreasing (arXiv:2404.10830) if its recipe says so. It is a shard of its own, so that no process ever
+holds more than one part. A row of tokens is then read by its number. Tokens are stored in the smallest unsigned type
+that holds the vocabulary, without padding.
 
 What is made of a source is kept beside it, under a name that says what it was made by. A shard appears under its name
 when it is complete: after a kill, what is complete is found again, and the rest is made.
 """
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
@@ -29,17 +27,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import builders, records
+from rlhf_jax.data import ahead, builders, records
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.devices import hosts, progress
 
 PART = 2**25  # characters of the rows of a source that are packed together
 ROWS = 2**19  # at most so many of them
-BATCH = 2**20  # characters that are tokenised at a time
+BATCH = 2**22  # characters of the rows that a recipe is given at a time
 CHUNK = 4096  # tokens that lie together on disk, about
 
-Segments = list[tuple[np.ndarray, np.ndarray]]  # of a row: the tokens of each of its segments, and which are targets
+
+class Item(NamedTuple):
+    """The tokens of one or several sequences, which stay together."""
+
+    ids: Sequence[np.ndarray]
+    targets: Sequence[np.ndarray] | None = None  # masks of the ids; None: all are
+    numbers: Sequence[int] = ()  # whatever else there is to know, from -2^31 up to below 2^31
+
+    @property
+    def segments(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The sequences, each with its mask."""
+        targets = [np.ones(len(ids), bool) for ids in self.ids] if self.targets is None else self.targets
+        return list(zip(self.ids, targets, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +93,25 @@ def _sum(counts: Iterable[Counts]) -> Counts:
     return Counts(*map(sum, columns))
 
 
-class Sequences(NamedTuple):
-    """The tokens that some rows of a source become."""
+def _largest(sizes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The largest of each size; none of nothing."""
+    return tuple(map(max, zip(*sizes, strict=True)))
 
-    ids: list[np.ndarray]
-    targets: list[np.ndarray] | None  # masks of the ids; None: all are
+
+class Made(NamedTuple):
+    """What some rows of a source become."""
+
+    items: list[Item]
     counts: Counts
+    most: tuple[int, ...] = ()  # sizes of which the largest in the whole source is to be known
 
 
 class Recipe(NamedTuple):
-    """How rows of a source become sequences."""
+    """How rows of a source become items."""
 
-    name: str  # of this recipe alone, with its settings but for the tokenizer and the length
-    make: Callable[[list[builders.Row], int], Sequences]  # of some rows, and the number of the first
-    pack: bool  # whether sequences share rows of tokens
+    name: str  # of this recipe alone, with its settings but for the vocabulary and the length
+    make: Callable[[list[builders.Row], int], Made]  # of some rows, and the number of the first
+    pack: bool  # whether items share rows of tokens; each then has one sequence, and no numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +122,7 @@ class Part:
     tokens: int
     rows: int
     counts: Counts
+    most: tuple[int, ...]
 
 
 class Shards:
@@ -115,12 +131,12 @@ class Shards:
     def __init__(self, folder: Path, parts: Sequence[Part], dtype: np.dtype):
         self.folder, self._dtype = folder, dtype
         self.rows, self.tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
-        self.counts = _sum(part.counts for part in parts)
+        self.counts, self.most = _sum(part.counts for part in parts), _largest(part.most for part in parts)
         self._records = records.Records([records.Span(_file(folder, n), 0, part.rows) for n, part in enumerate(parts)])
 
-    def read(self, numbers: np.ndarray) -> list[Segments]:
+    def read(self, numbers: np.ndarray) -> list[Item]:
         """The rows of these numbers."""
-        return [_segments(record, self._dtype) for record in self._records.__getitems__(numbers)]
+        return [_item(record, self._dtype) for record in self._records.__getitems__(numbers)]
 
 
 def prepare(source: Iterable[builders.Row], recipe: Recipe, tokenizer: Tokenizer, length: int) -> Shards:
@@ -154,7 +170,7 @@ def prepare(source: Iterable[builders.Row], recipe: Recipe, tokenizer: Tokenizer
 def _code() -> str:
     """A hash of the code that rows are made by, which changes more often than anybody remembers to count versions."""
     here = Path(__file__).parent
-    code = b"".join((here / name).read_bytes() for name in ("pipeline.py", "shards.py", "tokenizer.py"))
+    code = b"".join((here / name).read_bytes() for name in ("recipes.py", "shards.py", "steps.py", "tokenizer.py"))
     return hashlib.sha256(code).hexdigest()[:12]
 
 
@@ -276,53 +292,47 @@ def _size(value: Any) -> int:
 
 def _write(task: _Task, rows: Iterator[builders.Row], first: int, file: Path, tell: Callable[[int, int], None]) -> Part:
     """Write the shard of some rows, and return how much it holds; `tell` hears of rows and tokens that are done."""
-    ids: list[np.ndarray] = []
-    targets: list[np.ndarray | None] = []
-    source, counts = 0, Counts()
-    for count, made in _sequences(task.recipe, rows, first):
-        ids += [one.astype(task.dtype) for one in made.ids]
-        targets += [None] * len(made.ids) if made.targets is None else made.targets
-        source, counts = source + count, _sum([counts, made.counts])
-        tell(count, sum(map(len, made.ids)))
-    plan = pack(list(map(len, ids)), task.length) if task.recipe.pack else [[n] for n in range(len(ids))]
+    to_pack, stored = list[Item](), list[bytes]()
+    source, tokens, counts, most = 0, 0, Counts(), list[tuple[int, ...]]()
+    for count, made in _items(task.recipe, rows, first):
+        items = [one._replace(ids=[ids.astype(task.dtype) for ids in one.ids]) for one in made.items]
+        if task.recipe.pack:
+            to_pack += items
+        else:
+            stored += map(_record, items)
+        new = sum(len(ids) for one in items for ids in one.ids)
+        source, tokens, counts = source + count, tokens + new, _sum([counts, made.counts])
+        most.append(made.most)
+        tell(count, new)
+    stored += map(_record, _packed(to_pack, task.length))
     partial = file.with_suffix(".partial")
-    stored = (_record([ids[n] for n in row], [targets[n] for n in row]) for row in plan)
-    records.write(partial, stored, group=max(1, CHUNK // task.length))
+    records.write(partial, stored, group=max(1, CHUNK * len(stored) // max(1, tokens)))
     _place(partial, file)
-    part = Part(source, sum(map(len, ids)), len(plan), counts)
+    part = Part(source, tokens, len(stored), counts, _largest(most))
     _keep(file.with_suffix(".json"), _numbers(part))
     return part
 
 
-def _sequences(recipe: Recipe, rows: Iterator[builders.Row], first: int) -> Iterator[tuple[int, Sequences]]:
+def _packed(items: Sequence[Item], length: int) -> list[Item]:
+    """Items of one sequence each, of which several share a row of `length` tokens."""
+    rows = pack([len(one.ids[0]) for one in items], length)
+    masks = lambda row: [mask for n in row for mask in items[n].targets or ()]
+    return [Item([items[n].ids[0] for n in row], masks(row) or None) for row in rows]
+
+
+def _items(recipe: Recipe, rows: Iterator[builders.Row], first: int) -> Iterator[tuple[int, Made]]:
     """Yield how many rows of the source were read, and what they become, some at a time.
 
     The tokenizer has threads of its own; it works on the next rows while the caller is at the last ones.
     """
-    pending = collections.deque[tuple[int, concurrent.futures.Future[Sequences]]]()
-    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        for some in _batches(rows):
-            pending.append((len(some), ahead.submit(recipe.make, some, first)))
-            first += len(some)
-            if len(pending) > 2:
-                count, made = pending.popleft()
-                yield count, made.result()
-        while pending:
-            count, made = pending.popleft()
-            yield count, made.result()
 
+    def numbered() -> Iterator[tuple[list[builders.Row], int]]:
+        number = first
+        for some in ahead.batches(rows, _size, BATCH):
+            yield some, number
+            number += len(some)
 
-def _batches(rows: Iterable[builders.Row]) -> Iterator[list[builders.Row]]:
-    """Yield the rows, some at a time."""
-    some, size = list[builders.Row](), 0
-    for row in rows:
-        some.append(row)
-        size += _size(row)
-        if size >= BATCH:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+    yield from ahead.results(lambda batch: (len(batch[0]), recipe.make(*batch)), numbered(), threads=1)
 
 
 # -- on disk -----------------------------------------------------------------------------------------------------------
@@ -332,24 +342,24 @@ def _file(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.array_record"
 
 
-def _record(ids: Sequence[np.ndarray], targets: Sequence[np.ndarray | None]) -> bytes:
-    """A row on disk: the number of its segments, their lengths, their tokens, and a bit for each if not all count."""
-    sizes = np.array([len(ids), *map(len, ids)], "<u4")
-    masks = [mask for mask in targets if mask is not None]
-    bits = np.packbits(np.concatenate(masks)).tobytes() if masks else b""
-    return b"".join([sizes.tobytes(), *(one.tobytes() for one in ids), bits])
+def _record(item: Item) -> bytes:
+    """An item on disk: how many sequences and numbers it has, the sequences' lengths, the numbers, the tokens, and a
+    bit for each token unless all are targets."""
+    head = np.array([len(item.ids), len(item.numbers), *map(len, item.ids), *item.numbers], "<i4")
+    bits = b"" if item.targets is None else np.packbits(np.concatenate(item.targets)).tobytes()
+    return b"".join([head.tobytes(), *(ids.tobytes() for ids in item.ids), bits])
 
 
-def _segments(record: bytes, dtype: np.dtype) -> Segments:
-    """The row that a record holds."""
-    count = int(np.frombuffer(record, "<u4", 1)[0])
-    sizes = np.frombuffer(record, "<u4", count, 4)
-    start, total = 4 + 4 * count, int(sizes.sum())
+def _item(record: bytes, dtype: np.dtype) -> Item:
+    """The item that a record holds."""
+    count, more = np.frombuffer(record, "<i4", 2).tolist()
+    sizes, numbers = np.split(np.frombuffer(record, "<i4", count + more, 8), [count])
+    start, total = 4 * (2 + count + more), int(sizes.sum())
     ids = np.frombuffer(record, dtype, total, start)
     bits = np.frombuffer(record, np.uint8, offset=start + ids.nbytes)
-    target = np.unpackbits(bits, count=total).astype(bool) if len(bits) else np.ones(total, bool)
     cuts = np.cumsum(sizes[:-1])
-    return list(zip(np.split(ids, cuts), np.split(target, cuts), strict=True))
+    targets = np.split(np.unpackbits(bits, count=total).astype(bool), cuts) if len(bits) else None
+    return Item(np.split(ids, cuts), targets, numbers.tolist())
 
 
 def _complete(folder: Path, dtype: np.dtype) -> Shards | None:
@@ -371,13 +381,14 @@ def _first_parts(folder: Path) -> list[Part]:
 
 def _numbers(part: Part) -> list[int]:
     """A part as JSON holds it."""
-    return [part.source, part.tokens, part.rows, *dataclasses.astuple(part.counts)]
+    return [part.source, part.tokens, part.rows, *part.most, *dataclasses.astuple(part.counts)]
 
 
 def _part(numbers: list[int]) -> Part:
     """The inverse of `_numbers`."""
-    source, tokens, rows, *counts = numbers
-    return Part(source, tokens, rows, Counts(*counts))
+    source, tokens, rows, *others = numbers
+    cut = len(others) - len(dataclasses.fields(Counts))
+    return Part(source, tokens, rows, Counts(*others[cut:]), tuple(others[:cut]))
 
 
 def _keep(file: Path, value: Any) -> None:

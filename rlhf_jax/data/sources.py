@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhf_jax.data import builders, files, formats, mixtures
+from rlhf_jax.data import builders, files, formats, json_lines, mixtures
 from rlhf_jax.data import world as world_lib
 from rlhf_jax.data.builders import Kind, Row, Rows, check
 from rlhf_jax.data.world import labelers
@@ -116,9 +116,9 @@ class PlainRows(builders.Builder):
 
 def _plain_rows(origin: files.Origin, kind: Kind, data_dir: Path, split: str) -> Rows:
     for path in origin.paths:
-        if builders.uncompressed(path).endswith(".txt") and kind != "text":
+        if json_lines.uncompressed(path).endswith(".txt") and kind != "text":
             raise InputError(f"{path}: {kind} are read from a .jsonl file, a .txt file holds documents alone")
-    endings = {Path(builders.uncompressed(path)).suffix for path in origin.paths}
+    endings = {Path(json_lines.uncompressed(path)).suffix for path in origin.paths}
     config = PlainConfig(name="-".join(filter(None, [kind + "".join(sorted(endings)), origin.digest])), kind=kind,
                          origin=origin)  # fmt: skip
     return builders.stored(lambda: PlainRows(config=config, data_dir=data_dir / origin.store), origin.title, split)

@@ -19,6 +19,7 @@ Two settings of rendering are kept in tokenizer_config.json, so that whatever st
 """
 
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from rlhf_jax.data import ahead
 from rlhf_jax.types import InputError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found", which is as we want it
@@ -42,6 +44,7 @@ Prompt = str | list[Message]
 Ids = np.ndarray  # [n] int32
 ControlTokens = Literal["warn", "text"]
 
+AT_ONCE = 2**18  # characters that are encoded at a time
 EOS = "<|endoftext|>"
 # The generation prompt ends at the colon and the response starts with the space, where byte-level BPE never merges:
 # the tokens of a prompt and of its response are together the tokens of the whole.
@@ -266,10 +269,11 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], special: bool | Sequence[
     bpe = tokenizer.backend_tokenizer
     bpe.no_truncation()  # a published tokenizer.json may ask for either
     bpe.no_padding()
-    ids: list[Ids] = []
-    for start in range(0, len(texts), 4096):  # bounds the memory that the encodings take
-        batch = bpe.encode_batch_fast(list(texts[start : start + 4096]), add_special_tokens=False)
-        ids.extend(np.array(encoding.ids, np.int32) for encoding in batch)
+    some = list(ahead.batches(texts, len, AT_ONCE))
+    read = functools.partial(bpe.encode_batch_fast, add_special_tokens=False)
+    # Encodings take much memory, and copies of their ids much time, in which the tokenizer reads on.
+    encoded = ahead.results(read, some, threads=2) if len(some) > 1 else map(read, some)
+    ids = [np.fromiter(one.ids, np.int32, len(one)) for batch in encoded for one in batch]
     for n, text in enumerate(texts):
         if _MARK in text:
             ids[n] = _encode_marked(tokenizer, text)

@@ -77,6 +77,34 @@ def row_keys(key: jax.Array, rows: int, axis: str | None, first: int | jax.Array
     return jax.vmap(functools.partial(jax.random.fold_in, key))(first + row_index(rows, axis))
 
 
+def take_rows(x: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
+    """These rows of `x`, which lie along this axis.
+
+    On a mesh each device takes its share of them from its own share of `x`, where they must be.
+    """
+    devices, shape = row_devices(), x.shape
+    if devices == 1:
+        return jnp.take(x, rows, axis=axis, mode="clip")
+    share = shape[axis] // devices
+    blocks = x.reshape(*shape[:axis], devices, share, *shape[axis + 1 :])
+    local = rows.reshape(devices, -1) % share
+    taken = jax.vmap(lambda block, own: jnp.take(block, own, axis=axis), (axis, 0), axis)(blocks, local)
+    return taken.reshape(*shape[:axis], len(rows), *shape[axis + 1 :])
+
+
+def put_rows(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+    """The array `x` [B, ...] with these values in these rows, where each device has its own as in `take_rows`.
+
+    A number that is no row of `x` is left out.
+    """
+    devices, count = row_devices(), x.shape[0]
+    share = count // devices
+    own = lambda x: x.reshape(devices, -1, *x.shape[1:])
+    local = own(jnp.where(rows < count, rows % share, share))
+    put = jax.vmap(lambda block, rows, values: block.at[rows].set(values, mode="drop"))
+    return put(own(x), local, own(values)).reshape(x.shape)
+
+
 def part_size(rows: int, parts: int) -> int:
     """The number of rows in each of `parts` equal parts of a batch.
 

@@ -8,7 +8,8 @@ the last examples are left out, which is counted.
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Form(Settings):
     shots: Whole = 0  # examples in front of a question
     reasoning: bool = False  # ask for a chain of thought, and show those of the examples (arXiv:2201.11903)
     chat: bool = True  # as messages, by the tokenizer's chat template; False: as text
-    template: Whole = 0  # number of the task's template
+    template: Whole | None = 0  # number of the task's template; None: each question takes the next one
     same_shots: bool = True  # all questions have the same examples; False: each draws its own
     seed: Seed = 0  # of the examples
 
@@ -41,18 +42,22 @@ class Question:
     shots: int  # examples in front of it
     prompt: tokenizers.Prompt
     ids: Ids  # of the prompt
-    options: tuple[Ids, ...]  # of each option, as it follows the prompt; () if answers are written
+    # Of each option, or of the right answer where there are none, as it follows the prompt; () if answers are written.
+    options: tuple[Ids, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Room:
     """The columns for prompts and answers."""
 
-    context: Count  # of the model
+    context: Count  # for a prompt with its answer
     answer: Whole  # for a written answer
 
 
 Asked = tuple[list[Question], Counter[str]]
+# How questions are answered: the likeliest option; the same with the EOS after each answer, and without options the
+# right answer, token by token; or in writing.
+By = Literal["rank", "read", "write"]
 
 
 def held_out(task: Task, rows: Rows, limit: int | None) -> Iterator[tuple[int, Example]]:
@@ -74,59 +79,73 @@ def write(
     form: Form,
     room: Room,
     pool: Rows | None,
-    ranked: bool,
+    by: By,
+    spare: Iterable[tuple[int, Example]] = (),
 ) -> Asked:
     """The questions as a model reads them, and counts of what was left out, as {what: how many}.
 
-    `pool` has the rows that examples are drawn from; None if there are to be none. Raises InputError for a template
-    that there is not, for one that names a field that a question lacks, and if no question fits the context.
+    `pool` has the rows that examples are drawn from; None if there are to be none. Questions of `spare` take the places
+    of those that do not fit. Raises InputError for a template that there is not, for one that names a field that a
+    question lacks, and if no question fits.
     """
-    if form.template >= len(task.templates):
-        last = len(task.templates) - 1
-        raise InputError(f"task {task.name} has templates 0 to {last}, and no template {form.template}: choose another")
-    if task.templates[form.template].turned:
-        raise InputError(f"task {task.name}: template {form.template} asks for something other than the answer")
-    words = [_in_words(task, example, form, "") for _, example in questions]
-    examples = _Examples(task, form, pool)
-    pairs = [examples.of(row, example) for row, example in questions]
+    templates = _templates(task, form)
+    drawn = {n: _Examples(task, form, n, pool) for n in templates}
     written: dict[int, Question] = {}
-    left = list(range(len(questions)))
-    refused = Counter[str]()
-    sizes = [len(some) for some in pairs]
+    tried, refused = list[_Try](), Counter[str]()
+
+    def begin(row: int, example: Example) -> _Try:
+        template = templates[len(tried) % len(templates)]
+        words, pairs = _in_words(task, example, form, template, ""), drawn[template].of(row, example)
+        tried.append(_Try(len(tried), row, example, words, pairs, len(pairs)))
+        return tried[-1]
+
+    others = iter(spare)
+    left = [begin(*question) for question in questions]
     while left:
-        prompts = [_prompt(task, pairs[n][: sizes[n]], words[n], form) for n in left]
-        answers = [_answers(questions[n][1].options, form.chat) if ranked else [] for n in left]
-        ids, options = tokenizers.render(tokenizer, prompts, answers, [[False] * len(some) for some in answers])
-        too_long = []
-        for place, n in enumerate(left):
-            row, example = questions[n]
-            size = len(ids[place]) + max((len(one) for one in options[place]), default=room.answer)
-            if size <= room.context:
-                written[n] = Question(row, example, sizes[n], prompts[place], ids[place], tuple(options[place]))
-            elif sizes[n]:
-                sizes[n] -= 1
-                too_long.append(n)
+        prompts = [_prompt(task, one.pairs[: one.shots], one.words, form) for one in left]
+        answers = [[] if by == "write" else _answers(one.example, form.chat) for one in left]
+        ended = [[by == "read"] * len(some) for some in answers]
+        ids, options = tokenizers.render(tokenizer, prompts, answers, ended)
+        again = []
+        for one, prompt, start, ends in zip(left, prompts, ids, options, strict=True):
+            if len(start) + max(map(len, ends), default=room.answer) <= room.context:
+                written[one.number] = Question(one.row, one.example, one.shots, prompt, start, tuple(ends))
+            elif one.shots:
+                one.shots -= 1
+                again.append(one)
             else:
-                refused["questions refused, too long for the model's context"] += 1
-        left = too_long
+                refused[f"questions refused, of more than {room.context} tokens with the answer"] += 1
+                again += [begin(*question) for question in itertools.islice(others, 1)]
+        left = again
     if not written:
         raise InputError(
-            f"task {task.name}: none of {len(questions)} questions fits the model's context of {room.context} tokens"
-            f" with {room.answer} for the answer: lower --max-new-tokens, or take a model with a longer context"
+            f"task {task.name}: none of {len(tried)} questions fits into {room.context} tokens with {room.answer} for"
+            " the answer: raise --length, lower --max-new-tokens, or take a model with a longer context"
         )
-    asked = [written[n] for n in sorted(written)]
-    if short_of := form.shots - examples.most(pairs):
+    if short_of := form.shots - max(len(one.pairs) for one in tried):
         refused[f"examples missing in every prompt: there are no more{' with a rationale' * form.reasoning}"] = short_of
-    if fewer := sum(len(pairs[n]) > written[n].shots for n in written):
+    if fewer := sum(len(tried[n].pairs) > one.shots for n, one in written.items()):
         refused[f"questions with fewer than {form.shots} examples, as many as fit the context"] = fewer
-    return asked, refused
+    return [written[n] for n in sorted(written)], refused
+
+
+@dataclasses.dataclass
+class _Try:
+    """A question that is being fitted into the context."""
+
+    number: int
+    row: int
+    example: Example
+    words: tuple[str, str]
+    pairs: list[shots.Pair]
+    shots: int  # of the pairs, how many stand in front of it
 
 
 def check_options(task: Task, rows: Rows, questions: Sequence[Question]) -> None:
     """Raise InputError for a question of which two options are the same tokens."""
     for question in questions:
         seen: dict[bytes, str] = {}
-        for option, ids in zip(question.example.options, question.options, strict=True):
+        for option, ids in zip(_texts(question.example), question.options, strict=True):
             other = seen.setdefault(ids.tobytes(), option)
             if other != option or not len(ids):
                 raise InputError(
@@ -152,9 +171,26 @@ def has_template(tokenizer: Tokenizer) -> bool:
     return not str(tokenizer.chat_template).endswith(tokenizers.CHAT_TEMPLATE)
 
 
-def _in_words(task: Task, example: Example, form: Form, where: str) -> tuple[str, str]:
+def _templates(task: Task, form: Form) -> list[int]:
+    """The numbers of the templates in which questions are put, all of which ask for the answer."""
+    asking = [n for n, template in enumerate(task.templates) if not template.turned]
+    if form.template is None:
+        if not asking:
+            raise InputError(
+                f"task {task.name}: no template asks for the answer; give it one whose target is {{answer}}"
+            )
+        return asking
+    if form.template >= len(task.templates):
+        last = len(task.templates) - 1
+        raise InputError(f"task {task.name} has templates 0 to {last}, and no template {form.template}: choose another")
+    if form.template not in asking:
+        raise InputError(f"task {task.name}: template {form.template} asks for something other than the answer")
+    return [form.template]
+
+
+def _in_words(task: Task, example: Example, form: Form, number: int, where: str) -> tuple[str, str]:
     """The prompt and the answer of an example, which in a question's own prompt need have no rationale."""
-    template, place = task.templates[form.template], f"task {task.name}, template {form.template}{where}"
+    template, place = task.templates[number], f"task {task.name}, template {number}{where}"
     if not form.reasoning:
         return in_words(example, template, place)
     known = example if example.rationale else dataclasses.replace(example, rationale="none")
@@ -162,10 +198,10 @@ def _in_words(task: Task, example: Example, form: Form, where: str) -> tuple[str
 
 
 class _Examples:
-    """The examples in front of questions."""
+    """The examples in front of questions, in one template."""
 
-    def __init__(self, task: Task, form: Form, pool: Rows | None):
-        self._task, self._form, self._pool = task, form, pool
+    def __init__(self, task: Task, form: Form, template: int, pool: Rows | None):
+        self._task, self._form, self._template, self._pool = task, form, template, pool
         self._shared: list[tuple[Example, shots.Pair]] | None = None
 
     def of(self, row: int, asked: Example) -> list[shots.Pair]:
@@ -181,17 +217,14 @@ class _Examples:
         others = (pair for example, pair in drawn if example.fields != asked.fields)
         return list(itertools.islice(others, self._form.shots))
 
-    def most(self, pairs: Sequence[Sequence[shots.Pair]]) -> int:
-        """The most examples that a question has, before any are left out for length."""
-        return max(map(len, pairs), default=0)
-
     def _drawn(self, seed: int) -> Iterator[tuple[Example, shots.Pair]]:
         assert self._pool is not None
         numbers = range(len(self._pool)) if self._task.shots else shots.order(len(self._pool), seed)
         for n in numbers:
             example = self._task.read(self._pool[n])
             if example is not None and (example.rationale or not self._form.reasoning):
-                yield example, _in_words(self._task, example, self._form, f", {self._pool.where(n)}")
+                where = f", {self._pool.where(n)}"
+                yield example, _in_words(self._task, example, self._form, self._template, where)
 
 
 def _prompt(task: Task, pairs: Sequence[shots.Pair], words: tuple[str, str], form: Form) -> tokenizers.Prompt:
@@ -203,6 +236,10 @@ def _prompt(task: Task, pairs: Sequence[shots.Pair], words: tuple[str, str], for
     return [{**first, "content": preface + first["content"]}, *others]
 
 
-def _answers(options: Sequence[str], chat: bool) -> list[str]:
-    """The options as they follow the prompt: a text ends before the space."""
-    return list(options) if chat else [f" {option}" for option in options]
+def _answers(example: Example, chat: bool) -> list[str]:
+    """The options, or the right answer if there are none, as they follow the prompt: a text ends before the space."""
+    return list(_texts(example)) if chat else [f" {text}" for text in _texts(example)]
+
+
+def _texts(example: Example) -> tuple[str, ...]:
+    return example.options or example.answers[:1]

@@ -1,12 +1,18 @@
-"""The answers of a model to tasks on which nobody trains it, with any number of examples in the prompt.
+"""The answers of a model to tasks, with any number of examples in the prompt.
 
     results = tasks.evaluate(model, [task], tasks.Config(shots=(0, 4)), layout=layout, data_dir="runs/data")
     results[0].score.value  # of the task's own metric, without examples
 
 Questions with options are answered by the likeliest of these, others in writing; a chain of thought is always written.
+Whoever asks again and again, as of a model that is training, keeps an `Evaluation`:
+
+    asked = tasks.Evaluation(model, [task], tasks.Config(by="read"), layout=layout, data_dir="runs/data")
+    results = asked(params)
 """
 
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,10 +25,11 @@ from rlhf_jax.data.builders import Rows
 from rlhf_jax.data.tasks import Example, Task
 from rlhf_jax.devices import parallel
 from rlhf_jax.evaluation import likelihood, metrics, prompts, writing
+from rlhf_jax.evaluation.likelihood import Likelihood
 from rlhf_jax.evaluation.metrics import Score
 from rlhf_jax.evaluation.prompts import Question
 from rlhf_jax.settings import Count, NonNegative, Seed, Settings, Whole
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +37,17 @@ class Config(Settings):
     """How tasks are put to a model."""
 
     shots: tuple[Whole, ...] = (0,)  # numbers of examples in the prompt, each an evaluation of its own
-    limit: Count | None = 200  # questions of each task, the first held-out ones; None: all
+    limit: Count | None = 200  # questions of each task, the first held-out ones that fit the context; None: all
     # Rank the options by log-probability, or have the answer written; auto ranks where there are options and no
-    # reasoning.
-    by: Literal["auto", "rank", "write"] = "auto"
+    # reasoning. read is the cheapest: it ranks options with the EOS after them, and counts an answer without options as
+    # right if each of its tokens and its EOS is the likeliest one.
+    by: Literal["auto", "rank", "read", "write"] = "auto"
     reasoning: bool = False  # ask for a chain of thought before the answer, and show those of the examples
     chat: bool = True  # put questions as messages, by the tokenizer's chat template; False: as text
-    template: Whole = 0  # number of the template among those of each task
+    # Number of the template among those of each task; None: each question takes the next of those that ask for the
+    # answer.
+    template: Whole | None = 0
+    length: Count | None = None  # most tokens of a prompt with its answer; None: the model's context
     same_shots: bool = True  # all questions have the same examples; False: each draws its own
     samples: Count = 1  # written answers to a question; several vote, and give pass@k
     temperature: NonNegative = 0.0  # of written answers; 0 takes the likeliest token
@@ -49,8 +60,8 @@ class Config(Settings):
         super().__post_init__()
         if self.samples > 1 and not self.temperature:
             raise InputError(f"samples={self.samples} are all the same at temperature 0: raise --temperature")
-        if self.reasoning and self.by == "rank":
-            raise InputError("reasoning is written, and has no effect where options are ranked: leave out one of them")
+        if self.reasoning and self.by in ("rank", "read"):
+            raise InputError(f"reasoning is written, and has no effect with --by {self.by}: leave out one of them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +82,7 @@ class Result:
     task: str
     cluster: str
     shots: int  # that were asked for
-    ranked: bool  # options by log-probability; else answers were written
+    ranked: bool  # by log-probability; else answers were written
     metric: str  # the main one among the scores
     scores: dict[str, Score]
     figures: dict[str, float]  # without errors: what chance gives, the calibration error, the mean number of examples
@@ -94,7 +105,7 @@ class _Put:
 
     task: Task
     shots: int
-    ranked: bool
+    by: prompts.By
     questions: list[Question]
     left_out: dict[str, int]
 
@@ -107,21 +118,47 @@ def evaluate(
     layout: parallel.Layout = parallel.PMAP,
     data_dir: str | Path,
 ) -> list[Result]:
-    """The results of each task with each number of examples, in that order.
+    """The results of each task with each number of examples, in that order; see `Evaluation`."""
+    return Evaluation(model, tasks, cfg, layout=layout, data_dir=data_dir)()
+
+
+class Evaluation:
+    """The questions of tasks as a model reads them, and the programs that answer them, to be asked any number of times.
 
     All questions are computed together, those of like length in a batch. Raises InputError, which names the task,
     before anything is computed: for a task without held-out rows, one without options that is to be ranked, options
     that are the same tokens, and what `prompts.write` says.
     """
-    tokenizer = models.tokenizer_of(model)
-    put = [one for task in tasks for one in _put(task, tokenizer, cfg, model.config.max_length, data_dir)]
-    rank = [one for one in put if one.ranked]
-    write = [one for one in put if not one.ranked]
-    ranked = _rank(model, tokenizer, rank, cfg, layout) if rank else []
-    written = _write(model, write, cfg, layout) if write else []
-    shown = {id(one): [prompts.shown(tokenizer, some) for some in one.questions[:SHOWN]] for one in put}
-    results = {id(one): result for one, result in zip((*rank, *write), (*ranked, *written), strict=True)}
-    return [dataclasses.replace(results[id(one)], prompts=shown[id(one)]) for one in put]
+
+    def __init__(
+        self,
+        model: models.Model,
+        tasks: Sequence[Task],
+        cfg: Config,
+        *,
+        layout: parallel.Layout = parallel.PMAP,
+        data_dir: str | Path,
+    ):
+        """`model` may come without parameters, where each call has some."""
+        tokenizer = models.tokenizer_of(model)
+        self._put = [one for task in tasks for one in _put(task, tokenizer, cfg, model.config.max_length, data_dir)]
+        self._shown = [[prompts.shown(tokenizer, some) for some in one.questions[:SHOWN]] for one in self._put]
+        self._read = _Read(model, [one for one in self._put if one.by != "write"], cfg, layout)
+        self._write = _Write(model, [one for one in self._put if one.by == "write"], cfg, layout)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many questions of all tasks were left out, and what else was, by what it was."""
+        return dict(sum((Counter(one.left_out) for one in self._put), Counter[str]()))
+
+    def __call__(self, params: Params | None = None) -> list[Result]:
+        """The results of each task with each number of examples, in that order.
+
+        `params`, as the layout places them, stand in for those of the model.
+        """
+        read, written = iter(self._read(params)), iter(self._write(params))
+        results = [next(written if one.by == "write" else read) for one in self._put]
+        return [dataclasses.replace(one, prompts=some) for one, some in zip(results, self._shown, strict=True)]
 
 
 def new_tokens(cfg: Config, context: int) -> int:
@@ -135,8 +172,10 @@ def _put(task: Task, tokenizer: tokenizers.Tokenizer, cfg: Config, context: int,
     questions = list(prompts.held_out(task, rows, cfg.limit))
     left_out: dict[str, int] = {}
     has_options = [pair for pair in questions if pair[1].options]
-    ranked = cfg.by == "rank" or (cfg.by == "auto" and not cfg.reasoning and bool(has_options))
-    if ranked:
+    by = cfg.by
+    if by == "auto":
+        by = "rank" if has_options and not cfg.reasoning else "write"
+    if by == "rank":
         if not has_options:
             raise InputError(f"task {task.name}: its questions have no options to rank: ask with --by write")
         if others := len(questions) - len(has_options):
@@ -145,7 +184,10 @@ def _put(task: Task, tokenizer: tokenizers.Tokenizer, cfg: Config, context: int,
     if not questions:
         raise InputError(f"task {task.name}: no usable held-out rows in {task.data}, split {task.held_out!r}: add some")
     pool = _rows(task, task.shots or task.train, "rows for examples", data_dir) if any(cfg.shots) else None
-    room = prompts.Room(context=context, answer=0 if ranked else new_tokens(cfg, context))
+    room = prompts.Room(
+        context=min(cfg.length or context, context),
+        answer=new_tokens(cfg, context) if by == "write" else 0,
+    )
     put = []
     for shots in cfg.shots:
         form = prompts.Form(
@@ -156,10 +198,12 @@ def _put(task: Task, tokenizer: tokenizers.Tokenizer, cfg: Config, context: int,
             same_shots=cfg.same_shots,
             seed=cfg.seed,
         )
-        asked, refused = prompts.write(task, questions, tokenizer, form, room, pool, ranked)
-        if ranked:
+        rest = itertools.islice(prompts.held_out(task, rows, None), cfg.limit, None)
+        spare = (pair for pair in rest if pair[1].options or by != "rank") if cfg.limit else ()
+        asked, refused = prompts.write(task, questions, tokenizer, form, room, pool, by, spare)
+        if by != "write":
             prompts.check_options(task, rows, asked)
-        put.append(_Put(task, shots, ranked, asked, left_out | refused))
+        put.append(_Put(task, shots, by, asked, left_out | refused))
     return put
 
 
@@ -170,37 +214,50 @@ def _rows(task: Task, split: str, what: str, data_dir: str | Path) -> Rows:
         raise InputError(f"task {task.name}, {what}: {error}") from error
 
 
-# -- ranked ------------------------------------------------------------------------------------------------------------
+# -- by log-probability ------------------------------------------------------------------------------------------------
 
 
-def _rank(
-    model: models.Model, tokenizer: tokenizers.Tokenizer, put: Sequence[_Put], cfg: Config, layout: parallel.Layout
-) -> list[Result]:
-    """The results of questions whose options are ranked."""
-    alone = {ids.tobytes(): ids for one in put for question in one.questions for ids in question.options}
-    nothing = prompts.empty(tokenizer, cfg.chat).tolist()
-    requests = [likelihood.Request(nothing, ids.tolist()) for ids in alone.values()]
-    requests += [
-        likelihood.Request(question.ids.tolist(), ids.tolist())
-        for one in put
-        for question in one.questions
-        for ids in question.options
-    ]
-    found = [one.total for one in likelihood.loglikelihoods(model, requests, layout=layout, batch=cfg.batch)]
-    prior = dict(zip(alone, found[: len(alone)], strict=True))
-    totals = iter(found[len(alone) :])
-    return [
-        _ranked(one, [np.array([next(totals) for _ in question.options]) for question in one.questions], prior)
-        for one in put
-    ]
+class _Read:
+    """Questions that are answered by the log-probability of given answers."""
+
+    def __init__(self, model: models.Model, put: Sequence[_Put], cfg: Config, layout: parallel.Layout):
+        self._model, self._put, self._layout = model, put, layout
+        without = dataclasses.replace(model, params=None)  # which come with each call
+        self._reader = likelihood.Reader(without, layout, cfg.batch)
+        options = [ids for one in put if one.by == "rank" for question in one.questions for ids in question.options]
+        self._alone = {ids.tobytes(): ids for ids in options}  # asked in the empty context too
+        nothing = prompts.empty(models.tokenizer_of(model), cfg.chat).tolist() if options else []
+        self._requests = [likelihood.Request(nothing, ids.tolist()) for ids in self._alone.values()]
+        self._requests += [
+            likelihood.Request(question.ids.tolist(), ids.tolist())
+            for one in put
+            for question in one.questions
+            for ids in question.options
+        ]
+
+    def __call__(self, params: Params | None) -> list[Result]:
+        """The result of each task."""
+        if not self._requests:
+            return []
+        if params is None:
+            params = self._layout.frozen(self._model.config.compute.freeze(self._model.params))
+        found = self._reader(self._requests, params)
+        prior = {ids: one.total for ids, one in zip(self._alone, found, strict=False)}
+        rest = iter(found[len(prior) :])
+        results = []
+        for one in self._put:
+            likelihoods = [[next(rest) for _ in question.options] for question in one.questions]
+            results.append(_ranked(one, likelihoods, prior) if one.by == "rank" else _answered(one, likelihoods))
+        return results
 
 
-def _ranked(put: _Put, logp: list[np.ndarray], prior: dict[bytes, float]) -> Result:
-    """The result of one task, from the log-probability of each option and that in the empty context."""
+def _ranked(put: _Put, likelihoods: list[list[Likelihood]], prior: dict[bytes, float]) -> Result:
+    """The result of one task, from the likelihood of each option and its log-probability in the empty context."""
     right: dict[str, list[float]] = {"acc": [], "acc_norm": [], "acc_calibrated": []}
     answers, confidence = [], []
-    for question, total in zip(put.questions, logp, strict=True):
+    for question, each in zip(put.questions, likelihoods, strict=True):
         options, good = question.example.options, question.example.answers
+        total = np.array([one.total for one in each])
         unlikely = np.array([prior[ids.tobytes()] for ids in question.options])
         chosen = metrics.best(total), metrics.best_by_characters(total, options), metrics.best(total - unlikely)
         for values, number in zip(right.values(), chosen, strict=True):
@@ -208,46 +265,86 @@ def _ranked(put: _Put, logp: list[np.ndarray], prior: dict[bytes, float]) -> Res
         share = np.exp(total - total.max())
         confidence.append(share.max() / share.sum())
         answers.append(Answer(question.row, question.shots, (options[chosen[0]],), good, right["acc"][-1]))
-    chance = [np.mean([option in one.example.answers for option in one.example.options]) for one in put.questions]
     agreement = metrics.calibration(np.array(confidence), np.array(right["acc"], bool))
+    figures = {"chance": _chance(put), "calibration_error": agreement.expected_error}
+    return _result(put, "acc", {name: metrics.score(values) for name, values in right.items()}, figures, answers)
+
+
+def _answered(put: _Put, likelihoods: list[list[Likelihood]]) -> Result:
+    """The result of one task, from the likelihood of each option, or of the right answer where there are none."""
+    answers = []
+    for question, each in zip(put.questions, likelihoods, strict=True):
+        options, good = question.example.options, question.example.answers
+        if options:
+            said = options[metrics.best([one.total for one in each])]
+            answers.append(Answer(question.row, question.shots, (said,), good, float(said in good)))
+        else:
+            (one,) = each
+            answers.append(Answer(question.row, question.shots, good[:1] * one.greedy, good, float(one.greedy)))
+    scores = {"acc": metrics.score([one.score for one in answers])}
+    return _result(put, "acc", scores, {"chance": _chance(put)}, answers)
+
+
+def _chance(put: _Put) -> float:
+    """The accuracy of a guess among the options; a question without any counts as 0."""
+    share = [[option in one.example.answers for option in one.example.options] or [False] for one in put.questions]
+    return float(np.mean([np.mean(some) for some in share]))
+
+
+def _result(
+    put: _Put, metric: str, scores: dict[str, Score], figures: dict[str, float], answers: list[Answer]
+) -> Result:
+    """The result of one task, still without prompts."""
     return Result(
         task=put.task.name,
         cluster=put.task.cluster,
         shots=put.shots,
-        ranked=True,
-        metric="acc",
-        scores={name: metrics.score(values) for name, values in right.items()},
-        figures={"chance": float(np.mean(chance)), "calibration_error": agreement.expected_error} | _shots(put),
+        ranked=put.by != "write",
+        metric=metric,
+        scores=scores,
+        figures=figures | {"examples": float(np.mean([question.shots for question in put.questions]))},
         left_out=put.left_out,
         prompts=[],
         answers=answers,
     )
 
 
-def _shots(put: _Put) -> dict[str, float]:
-    return {"examples": float(np.mean([question.shots for question in put.questions]))}
-
-
 # -- written -----------------------------------------------------------------------------------------------------------
 
 
-def _write(model: models.Model, put: Sequence[_Put], cfg: Config, layout: parallel.Layout) -> list[Result]:
-    """The results of questions whose answers are written."""
-    ids = [[question.ids for question in one.questions] for one in put]
-    apart = [writing.worth_sharing(model.config, some) > 0 for some in ids]
-    form = writing.Config(
-        samples=cfg.samples,
-        max_new_tokens=new_tokens(cfg, model.config.max_length),
-        temperature=cfg.temperature,
-        stop="" if cfg.chat else "\n\n",  # an empty line is what stands between examples
-        batch=cfg.batch,
-        seed=cfg.seed,
-    )
-    said = {n: writing.answers(model, some, form, layout=layout) for n, some in enumerate(ids) if apart[n]}
-    if rest := [prompt for n, some in enumerate(ids) if not apart[n] for prompt in some]:
-        found = iter(writing.answers(model, rest, form, layout=layout))
-        said |= {n: [next(found) for _ in some] for n, some in enumerate(ids) if not apart[n]}
-    return [_written(one, said[n], cfg) for n, one in enumerate(put)]
+class _Write:
+    """Questions whose answers are written."""
+
+    def __init__(self, model: models.Model, put: Sequence[_Put], cfg: Config, layout: parallel.Layout):
+        self._model, self._put, self._cfg, self._layout = model, put, cfg, layout
+        ids = [[question.ids for question in one.questions] for one in put]
+        apart = [writing.worth_sharing(model.config, some) > 0 for some in ids]
+        form = writing.Config(
+            samples=cfg.samples,
+            max_new_tokens=new_tokens(cfg, model.config.max_length),
+            temperature=cfg.temperature,
+            stop="" if cfg.chat else "\n\n",  # an empty line is what stands between examples
+            batch=cfg.batch,
+            seed=cfg.seed,
+        )
+        # A task whose examples are worth a program of their own is asked by itself, all others together.
+        groups = [[n] for n in range(len(put)) if apart[n]] + [[n for n in range(len(put)) if not apart[n]]]
+        self._writers = [
+            (numbers, writing.Writer(model, [prompt for n in numbers for prompt in ids[n]], form, layout))
+            for numbers in filter(None, groups)
+        ]
+
+    def __call__(self, params: Params | None) -> list[Result]:
+        """The result of each task."""
+        if not self._put:
+            return []
+        if params is None:
+            params = self._layout.state(self._model.params)
+        said: dict[int, list[list[str]]] = {}
+        for numbers, writer in self._writers:
+            found = iter(writer(params))
+            said |= {n: [next(found) for _ in self._put[n].questions] for n in numbers}
+        return [_written(one, said[n], self._cfg) for n, one in enumerate(self._put)]
 
 
 def _written(put: _Put, texts: list[list[str]], cfg: Config) -> Result:
@@ -268,18 +365,7 @@ def _written(put: _Put, texts: list[list[str]], cfg: Config) -> Result:
     if put.task.metric not in _PARTIAL:
         scores |= _of_samples(put, votes, sums[main], cfg.samples)
     silent = np.mean([vote is None for some in votes for vote in some])
-    return Result(
-        task=put.task.name,
-        cluster=put.task.cluster,
-        shots=put.shots,
-        ranked=False,
-        metric=main,
-        scores=scores,
-        figures={"no answer found": float(silent)} | _shots(put),
-        left_out=put.left_out,
-        prompts=[],
-        answers=answers,
-    )
+    return _result(put, main, scores, {"no answer found": float(silent)}, answers)
 
 
 def _of_samples(

@@ -15,7 +15,7 @@ from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import rollout, sampling
 from rlhf_jax.settings import Count, NonNegative, Seed, Settings
-from rlhf_jax.types import Prompts, named_key
+from rlhf_jax.types import Params, Prompts, named_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,33 +46,44 @@ def answers(
     model: models.Model, prompts: Sequence[tokenizers.Ids], cfg: Config, *, layout: parallel.Layout = parallel.PMAP
 ) -> list[list[str]]:
     """The answers to each prompt, `cfg.samples` of them, without what ends them."""
-    tokenizer = models.tokenizer_of(model)
-    shared = worth_sharing(model.config, prompts)
-    prompts = [ids for ids in prompts for _ in range(cfg.samples)]
-    width = max(map(len, prompts))
-    tokens, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
-    for n, ids in enumerate(prompts):
-        tokens[n, width - len(ids) :], mask[n, width - len(ids) :] = ids, True
-    written = rollout.episodes(
-        model,
-        Prompts(tokens=tokens, mask=mask, index=np.arange(len(prompts), dtype=np.int32)),
-        named_key(cfg.seed, "evaluation/writing"),
-        sampling.Config(
+    return Writer(model, prompts, cfg, layout)()
+
+
+class Writer:
+    """Prompts, and the compiled programs that answer them; who asks more than once keeps it."""
+
+    def __init__(self, model: models.Model, prompts: Sequence[tokenizers.Ids], cfg: Config, layout: parallel.Layout):
+        self._model, self._cfg, self._layout = model, cfg, layout
+        shared = worth_sharing(model.config, prompts)
+        prompts = [ids for ids in prompts for _ in range(cfg.samples)]
+        width = max(map(len, prompts))
+        tokens, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
+        for n, ids in enumerate(prompts):
+            tokens[n, width - len(ids) :], mask[n, width - len(ids) :] = ids, True
+        self._prompts = Prompts(tokens=tokens, mask=mask, index=np.arange(len(prompts), dtype=np.int32))
+        sampled = sampling.Config(
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
-            eos_id=(*models.stop_ids(model), *_spelling(tokenizer, cfg.stop)),
+            eos_id=(*models.stop_ids(model), *_spelling(models.tokenizer_of(model), cfg.stop)),
             group=math.gcd(cfg.samples, cfg.batch),  # a batch begins with a prompt's first answer, or that of a part
             shared=shared,
-        ),
-        batch=cfg.batch,
-        layout=layout,
-    )
-    texts = [
-        tokenizers.decode(tokenizer, ids, on)
-        for ids, on in zip(written.response_tokens, written.response_mask, strict=True)
-    ]
-    texts = [(text.partition(cfg.stop)[0] if cfg.stop else text).strip() for text in texts]
-    return [texts[first : first + cfg.samples] for first in range(0, len(texts), cfg.samples)]
+        )
+        self._sampler = rollout.Sampler(model.config, layout, sampled, cfg.batch)
+
+    def __call__(self, params: Params | None = None) -> list[list[str]]:
+        """The answers to each prompt, `cfg.samples` of them, without what ends them.
+
+        `params`, as the layout places them, stand in for those of the model, as while it trains.
+        """
+        cfg, tokenizer = self._cfg, models.tokenizer_of(self._model)
+        policy = self._layout.state(self._model.params) if params is None else params
+        written = self._sampler({"policy": policy}, self._prompts, named_key(cfg.seed, "evaluation/writing"))
+        texts = [
+            tokenizers.decode(tokenizer, ids, on)
+            for ids, on in zip(written.response_tokens, written.response_mask, strict=True)
+        ]
+        texts = [(text.partition(cfg.stop)[0] if cfg.stop else text).strip() for text in texts]
+        return [texts[first : first + cfg.samples] for first in range(0, len(texts), cfg.samples)]
 
 
 def _spelling(tokenizer: tokenizers.Tokenizer, stop: str) -> list[int]:

@@ -192,6 +192,39 @@ def attend(
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
 
 
+def attend_behind(
+    query: Float[Array, "B T G R H"],
+    prefix: tuple[Float[Array, "A G P H"], Float[Array, "A G P H"]],
+    own: tuple[Float[Array, "B G S H"], Float[Array, "B G S H"]],
+    mask: Bool[Array, "B T P+S"],
+    config: Config,
+) -> Float[Array, "B T G R H"]:
+    """`attend` to the keys and values of a prefix and, behind them, of the row's own columns.
+
+    Each of the A prefixes is that of B / A consecutive rows, which read it in one matrix product.
+    """
+    rows, columns, groups, shared, size = query.shape
+    prefixes, columns_before = prefix[0].shape[0], prefix[0].shape[2]
+
+    def together(x: Array) -> Array:  # [B, G, Q, X] as [A, G, B / A * Q, X]
+        return x.reshape(prefixes, -1, *x.shape[1:]).swapaxes(1, 2).reshape(prefixes, groups, -1, x.shape[-1])
+
+    def apart(x: Array) -> Array:
+        x = x.reshape(prefixes, groups, rows // prefixes, -1, x.shape[-1])
+        return x.swapaxes(1, 2).reshape(rows, groups, -1, x.shape[-1])
+
+    score = functools.partial(jnp.einsum, "bgqh,bgsh->bgqs", preferred_element_type=jnp.float32)
+    mix = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(rows, groups, shared * columns, size)
+    scores = jnp.concatenate([apart(score(together(query), prefix[0])), score(query, own[0])], axis=3)
+    scores = scores.reshape(rows, groups, shared, columns, -1)
+    weights = _softmax(scores, mask[:, None, None], size, config)
+    weights = weights.astype(query.dtype).reshape(rows, groups, shared * columns, -1)
+    before, behind = jnp.split(weights, [columns_before], axis=3)
+    mixed = (apart(mix(together(before), prefix[1])) + mix(behind, own[1])).astype(query.dtype)
+    return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
+
+
 def _softmax(scores: Array, mask: Array, size: int, config: Config) -> Array:
     """The weights of products of queries and keys with `size` features, where the mask allows them."""
     scores = soft_cap(scores * (config.query_size or size) ** -0.5, config.attention_cap)
@@ -310,8 +343,9 @@ class Attention(nn.Module):
             full = listed(layer, c.full_layers)
             mask = jnp.where(full, view.mask, view.window_mask) if c.full_layers else view.window_mask
         scale = (c.query_size or c.head_dim) ** -0.5
+        prefix = None if cache is None else cache.prefix
         fork, tree = fork_of(view), isinstance(view.segment, Tree)
-        match kernel(c, query.shape[1], key.shape[2], tree and fork is None):
+        match None if prefix else kernel(c, query.shape[1], key.shape[2], tree and fork is None):
             case "splash":
                 segment = view.segment.reach > 0 if tree else view.segment
                 mixed = splash(query, key, value, segment, scale, c.attention_cap, fork)
@@ -319,6 +353,8 @@ class Attention(nn.Module):
                 mixed = cudnn(query, key, value, mask, scale)
             case None if fork and isinstance(columns, slice) and columns in (ALL, slice(fork.prefix, None)):
                 mixed = attend_fork(query, key, value, mask, fork, c)
+            case None if prefix:
+                mixed = attend_behind(query, prefix.layer(layer), (key, value), take_columns(mask, columns), c)
             case None:
                 mixed = attend(query, key, value, take_columns(mask, columns), c)
         std = 0.02 / (2 * c.n_layers) ** 0.5

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax.devices import parallel
 from rlhf_jax.models.config import Config
 from rlhf_jax.models.rope import rotary_table
 from rlhf_jax.types import Leaf
@@ -17,16 +18,19 @@ class Cache(struct.PyTreeNode):
 
     The layers are stacked on a leading axis [L], for a scan over them, or `unstacked` in a tuple. Rows are filled
     together, each with its padding, or, in a `by_row` cache, every row from its own first column on, without padding.
+    A cache may continue another, its `prefix`, whose rows are each continued by as many consecutive ones.
     """
 
     key: Leaf  # [L, B, G, S, head_dim], or L times [B, G, S, head_dim]
     value: Leaf  # as key
     mask: Leaf  # [B, S] bool, columns that hold a real token; None by row, where those are the columns before `column`
     column: Leaf  # [] int32, the next column to fill; by row [B]
-    rotary_table: Any  # `rope.Rotations` of S positions; None without RoPE
+    rotary_table: Any  # `rope.Rotations` of all positions; None without RoPE
+    prefix: Any = None  # the `Cache` [A, ..] of the columns before these, which is only read; None: there are none
 
     @classmethod
-    def empty(cls, config: Config, rows: int, columns: int) -> "Cache":
+    def empty(cls, config: Config, rows: int, columns: int, positions: int | None = None) -> "Cache":
+        """An empty cache of rows that may have so many `positions`: by default, as many as there are columns."""
         shape = (config.n_layers, rows, config.n_kv_heads, columns, config.head_dim)
         zeros = jnp.zeros(shape, config.compute.dtype)
         return cls(
@@ -34,7 +38,7 @@ class Cache(struct.PyTreeNode):
             value=zeros,
             mask=jnp.zeros((rows, columns), bool),
             column=jnp.int32(0),
-            rotary_table=rotary_table(columns, config),
+            rotary_table=rotary_table(positions or columns, config),
         )
 
     @classmethod
@@ -87,14 +91,77 @@ class Cache(struct.PyTreeNode):
             return self.key[layer], self.value[layer]
         return tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.key, self.value))
 
+    def positions(self) -> tuple[Int[Array, "B"], Int[Array, "B S"]]:
+        """The position of the token in the column to fill, which the mask has already, and those of all columns.
+
+        Arbitrary where nothing was seen.
+        """
+        rank = jnp.cumsum(self.seen, axis=1, dtype=jnp.int32) - 1
+        last = rank[:, -1]
+        if self.prefix is None:
+            return last, rank
+        before, own = self.prefix.mask.shape[1], self.mask.shape[1]
+        age = (self.column - jnp.arange(own)) % own  # a row may have begun anywhere, and gone on at the first column
+        return last, jnp.concatenate([rank[:, :before], last[:, None] - age[None]], axis=1)
+
+    @property
+    def seen(self) -> Bool[Array, "B S"]:
+        """The mask of the prefix and of these columns."""
+        if self.prefix is None:
+            return self.mask
+        times = self.mask.shape[0] // self.prefix.mask.shape[0]
+        return jnp.concatenate([_repeat(self.prefix.mask, times, 0), self.mask], axis=1)
+
+    def fork(self, times: int, columns: int) -> "Cache":
+        """A cache of so many empty columns that continues each row of this one so many times."""
+        rows = times * self.mask.shape[0]
+        empty = lambda x: jnp.zeros((*x.shape[: x.ndim - 4], rows, x.shape[-3], columns, x.shape[-1]), x.dtype)
+        key, value = jax.tree.map(empty, (self.key, self.value))
+        return Cache(
+            key=key,
+            value=value,
+            mask=jnp.zeros((rows, columns), bool),
+            column=jnp.int32(0),
+            rotary_table=self.rotary_table,
+            prefix=self.replace(rotary_table=None),
+        )
+
+    def restart(self, rows: Bool[Array, "B"], prefix: "Cache") -> "Cache":
+        """The cache in which these rows begin again, behind what is theirs in another prefix of B rows."""
+
+        def put(new: Array, old: Array, axis: int) -> Array:
+            return jnp.where(jnp.expand_dims(rows, [n for n in range(old.ndim) if n != axis]), new, old)
+
+        old, put_rows = self.prefix, lambda new, old: put(new, old, self._rows_axis)
+        key, value = jax.tree.map(put_rows, (prefix.key, prefix.value), (old.key, old.value))
+        prefix = old.replace(key=key, value=value, mask=put(prefix.mask, old.mask, 0))
+        return self.replace(mask=self.mask & ~rows[:, None], prefix=prefix)
+
+    def widen(self, columns: int) -> "Cache":
+        """The cache with room for so many columns, without those of its prefix."""
+        more = columns - self.mask.shape[1]
+        pad = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
+        key, value = jax.tree.map(pad, (self.key, self.value))
+        return self.replace(key=key, value=value, mask=jnp.pad(self.mask, ((0, 0), (0, more))))
+
     def take(self, rows: Int[Array, "B"]) -> "Cache":
-        """An `unstacked` cache of these rows alone."""
-        key, value = jax.tree.map(lambda x: x[rows], (self.key, self.value))
-        return self.replace(key=key, value=value, mask=self.mask[rows])
+        """The cache of these rows alone, see `parallel.take_rows`, each with a prefix of its own."""
+        take = lambda x: parallel.take_rows(x, rows, self._rows_axis)
+        key, value = jax.tree.map(take, (self.key, self.value))
+        prefix = self.prefix
+        if prefix is not None:
+            prefix = prefix.take(rows // (self.mask.shape[0] // prefix.mask.shape[0]))
+        return self.replace(key=key, value=value, mask=parallel.take_rows(self.mask, rows), prefix=prefix)
 
     def repeat(self, times: int) -> "Cache":
         """The cache with each row so many times, in consecutive rows."""
-        again = lambda x, axis: x if times == 1 else jnp.repeat(x, times, axis=axis)
-        rows_axis = 0 if isinstance(self.key, tuple) else 1
-        key, value = jax.tree.map(lambda x: again(x, rows_axis), (self.key, self.value))
-        return self.replace(key=key, value=value, mask=again(self.mask, 0))
+        key, value = jax.tree.map(lambda x: _repeat(x, times, self._rows_axis), (self.key, self.value))
+        return self.replace(key=key, value=value, mask=_repeat(self.mask, times, 0))
+
+    @property
+    def _rows_axis(self) -> int:
+        return 0 if isinstance(self.key, tuple) else 1
+
+
+def _repeat(x: Array, times: int, axis: int) -> Array:
+    return x if times == 1 else jnp.repeat(x, times, axis=axis)

@@ -28,7 +28,7 @@ from rlhf_jax import hub
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.devices import hosts
 from rlhf_jax.devices.compute import Compute
-from rlhf_jax.models import families, files, gguf_file, heads, transformer
+from rlhf_jax.models import config_json, entries, files, gguf_file, heads, transformer
 from rlhf_jax.models.config import Config
 from rlhf_jax.models.scaling import LongScaling
 from rlhf_jax.types import InputError, Params
@@ -249,7 +249,7 @@ class _Directory:
     path: Path
 
     def config(self) -> Config:
-        return families.load_config(self.path)
+        return config_json.load_config(self.path)
 
     def tokenizer(self, config: Config) -> tokenizers.Tokenizer | None:
         return _load_tokenizer(self.path, config)
@@ -314,7 +314,7 @@ def save(model: Model, params: Params, path: str | Path) -> None:
 
 def _save(model: Model, params: Params, path: Path) -> None:
     trunk = params.get("trunk", params)
-    config = families.hf_config(model.config, "trunk" in params, str(trunk["embedding"].dtype), model.tokenizer)
+    config = config_json.hf_config(model.config, "trunk" in params, str(trunk["embedding"].dtype), model.tokenizer)
     target = _destination(path)
     with _writable(path):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -409,13 +409,13 @@ def _remove(left: Path) -> None:
         print(f"warning: {left} cannot be deleted: it is a former or partial copy; delete it", file=sys.stderr)
 
 
-def _layout(config: Config, scalar: bool) -> Iterator[tuple[families.Entry, int | None, dict[str, tuple[int, ...]]]]:
+def _layout(config: Config, scalar: bool) -> Iterator[tuple[entries.Entry, int | None, dict[str, tuple[int, ...]]]]:
     """The parts that parameters consist of, one layer at a time: entry, layer, and the tensors' shapes by name.
 
     The layer is None where a leaf has none.
     """
     shapes = transformer.parameter_shapes(config)
-    for entry in families.entries(config, scalar):
+    for entry in entries.entries(config, scalar):
         leaf, layered = _get(shapes, entry.leaf), "{}" in entry.names[0]
         part = jax.ShapeDtypeStruct(leaf.shape[1:] if layered else leaf.shape, leaf.dtype)
         tensors = [tensor.shape for tensor in jax.eval_shape(entry.out, part)]
@@ -470,7 +470,7 @@ def _hand_over(config: Config, params: Params) -> None:
             pass
 
 
-def _tensors(entry: families.Entry, layer: int | None, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(entry: entries.Entry, layer: int | None, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of one part of the parameters, by name."""
     leaf = _get(params, entry.leaf)
     for name, tensor in zip(entry.names, entry.out(hosts.to_host(leaf if layer is None else leaf[layer])), strict=True):
@@ -500,7 +500,7 @@ def _values(tensors: files.Tensors, config: Config, scalar: bool, dtype: Any) ->
         expected |= found
         parts.append((entry, layer, [*found]))
     tensors.check(expected)
-    if config.tie_embeddings and (tied := families.unembedding(config)) in expected:
+    if config.tie_embeddings and (tied := entries.unembedding(config)) in expected:
         _check_tied(tensors, tied, parts[0][2][0])
     # The largest tensors, those without layers, come first: what a tensor takes on its way adds to what is there.
     for entry, layer, names in sorted(parts, key=lambda part: part[1] is not None):
@@ -534,14 +534,14 @@ def _placed(values: Iterator[_Value], config: Config, dtype: Any, place: Placeme
 
 def _prefix(tensors: files.Tensors, config: Config, scalar: bool) -> str:
     """The prefix that the names in this checkpoint lack, as in GPT-2's own files; empty for most."""
-    prefix = families.entries(config, scalar)[0].names[0].split(".")[0] + "."
+    prefix = entries.entries(config, scalar)[0].names[0].split(".")[0] + "."
     return "" if any(name.startswith(prefix) for name in tensors.where) else prefix
 
 
 def _head(tensors: files.Tensors, config: Config, scalar: bool) -> dict[str, tuple[int, ...]]:
     """The shapes of a score head, which a reward model must have, or of a tied unembedding, which may be there too."""
     if not scalar:
-        name = families.unembedding(config)
+        name = entries.unembedding(config)
         tied = config.tie_embeddings and name in tensors.where
         return {name: (config.vocab_size, config.d_model)} if tied else {}
     if "score.weight" not in tensors.where:

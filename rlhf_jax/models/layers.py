@@ -64,15 +64,20 @@ def whole_view(
     )
 
 
-def token_view(config: Config, mask: Bool[Array, "B S"], table: rope.Rotations | None) -> View:
-    """The view of each row's last real token, which attends to all the real columns of a cache with this mask."""
-    position = jnp.sum(mask, axis=1, dtype=jnp.int32, keepdims=True) - 1
-    attended = mask[:, None, :]
+def token_view(
+    config: Config,
+    mask: Bool[Array, "B S"],
+    position: Int[Array, "B"],
+    key_position: Int[Array, "B S"],
+    table: rope.Rotations | None,
+) -> View:
+    """The view of one token of each row, which attends to all the real columns of a cache with this mask."""
+    position, attended = position[:, None], mask[:, None, :]
     return View(
         position=position,
         rotation=rope.look_up(table, position),
         mask=attended,
-        window_mask=within_window(config, attended, position, jnp.cumsum(mask, axis=1) - 1),
+        window_mask=within_window(config, attended, position, key_position),
         segment=jnp.ones_like(position, bool),
         keys=None,
     )

@@ -160,7 +160,8 @@ class Transformer(nn.Module):
         """Logits of the token after this one, and the cache with this one in it; `layers` as in `prefill`."""
         tokens = token[:, None]
         cache = cache.extend_mask(jnp.ones_like(tokens, bool))
-        return self._next_logits(tokens, token_view(self.config, cache.mask, cache.rotary_table), cache, layers)
+        view = token_view(self.config, cache.seen, *cache.positions(), cache.rotary_table)
+        return self._next_logits(tokens, view, cache, layers)
 
     def append(
         self, tokens: Int[Array, "B T"], count: Int[Array, "B"], cache: Cache

@@ -3,7 +3,8 @@
 Labels are a table of ratings, a row a person and a column a unit; NaN marks a unit that the person did not rate. Units
 of rankings are pairs of responses (`comparisons`), labelled FIRST, SECOND or TIE; ratings from 1 to 7 are a table as
 they are. A table has a cell for each person and unit, so a large store is summed up in counts instead, the number of
-people by unit and value [U, V] (`agreement_of`, `estimate_alpha`, `estimate_kappa`).
+people by unit and value [U, V] (`agreement_of`, `estimate_alpha`, `estimate_kappa`). These measures come from sums over
+units, so counts that are too many for one array are added up a few at a time (`cases`, `alpha_sums`, `kappa_sums`).
 A measure that these labels leave undefined raises `Undefined`, so that no NaN is ever shown as a number.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 FIRST, SECOND, TIE = 0, 1, 2  # which response of a pair is better
 NORMAL_95 = 1.959963984540054  # quantile of the normal distribution at 97.5 %: intervals of 95 %
 GROUPS = 500  # at most, that are drawn again for an interval, so that its cost does not grow with the labels
+_AT_ONCE = 100  # draws, so that little memory is needed
 
 Level = Literal["nominal", "ordinal", "interval"]
 Weights = Literal["none", "linear", "quadratic"]
@@ -160,7 +162,12 @@ def agreement_of(counts: np.ndarray, own: np.ndarray | None = None) -> Agreement
 
     With `own` [U], one person's labels, which the counts include, only the cases of this person and one other.
     """
-    strict, both_tie, halves, against = (int(np.sum(found)) for found in _cases(counts, own))
+    return agreement_from(cases(counts, own).sum(axis=0))
+
+
+def agreement_from(found: np.ndarray) -> Agreement:
+    """`agreement_of` from the sums of `cases` [4]."""
+    strict, both_tie, halves, against = map(int, found)
     n = strict + both_tie + halves + against
     if not n:
         raise Undefined(
@@ -178,27 +185,31 @@ def agreement_by(counts: np.ndarray, item: np.ndarray, items: int) -> np.ndarray
 
     `counts` [U, 3] are of pairs of responses, `item` [U] is the number of the item of each.
     """
-    strict, both_tie, halves, against = _cases(counts)
+    strict, both_tie, halves, against = cases(counts).T
     agreed = np.bincount(item, strict + both_tie + halves / 2, items)
     total = np.bincount(item, strict + both_tie + halves + against, items)
     return np.divide(agreed, total, out=np.full(items, np.nan), where=total > 0)
 
 
-def _cases(counts: np.ndarray, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The cases by unit in which two people choose the same, both tie, exactly one ties, and choose opposite ones."""
+def cases(counts: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
+    """The cases by unit in which two people choose the same, both tie, exactly one ties, choose opposite ones. [U, 4].
+
+    With `own` [U], as in `agreement_of`.
+    """
     first, second, tie = np.asarray(counts).T
     if own is None:
         same, both_tie = (first * (first - 1) + second * (second - 1)) // 2, tie * (tie - 1) // 2
-        return same, both_tie, tie * (first + second), first * second
+        return np.stack([same, both_tie, tie * (first + second), first * second], axis=1)
     theirs = np.where(own == FIRST, first, np.where(own == SECOND, second, tie)) - 1  # others who say the same
     ties = own == TIE
     strict = np.where(own == FIRST, second, first)  # others who choose the opposite
-    return (
+    found = (
         np.where(ties, 0, theirs),
         np.where(ties, theirs, 0),
         np.where(ties, first + second, tie),
         np.where(ties, 0, strict),
     )
+    return np.stack(found, axis=1)
 
 
 def self_agreement(first: Sequence[Ranks], second: Sequence[Ranks]) -> Agreement:
@@ -251,16 +262,8 @@ def fleiss_kappa(counts: Sequence[Sequence[int]] | np.ndarray) -> float:
     categories. Units may have different numbers of people; one with fewer than two is left out. Raises Undefined if no
     unit is left, or if all chose one category.
     """
-    given = np.array(counts, float)
-    if given.ndim != 2:
-        raise ValueError(f"counts of shape {given.shape}: expected a row a unit and a column a category")
-    given = given[given.sum(axis=1) >= 2]
-    if not len(given):
-        raise Undefined("Fleiss' kappa is undefined: no unit was rated by two people; raise the overlap", "no_overlap")
-    kappa = _kappas(_kappa_sums(given)[None].sum(axis=1))[0]
-    if np.isnan(kappa):
-        raise Undefined("Fleiss' kappa is undefined: all ratings are the same", "all_same")
-    return float(kappa)
+    given = _counts(counts)
+    return _kappa(kappa_sums(given, np.zeros(len(given), int), 1))
 
 
 def estimate_kappa(
@@ -270,18 +273,45 @@ def estimate_kappa(
     seed: int = 0,
 ) -> Estimate:
     """`fleiss_kappa` with the interval that `estimate_alpha` describes."""
-    value, given = fleiss_kappa(counts), np.asarray(counts, float)
+    given = _counts(counts)
     kept = given.sum(axis=1) >= 2
     group, groups = _groups(np.arange(len(given)) if cluster is None else cluster, kept, seed)
-    sums = np.stack([np.bincount(group, column, groups) for column in _kappa_sums(given[kept]).T], axis=1)
-    return Estimate(value, *_interval(_kappas(_drawn(sums, draws, seed))))
+    return kappa_from(kappa_sums(given[kept], group, groups), draws, seed)
 
 
-def _kappa_sums(given: np.ndarray) -> np.ndarray:
-    """The terms of Fleiss' kappa by unit: [U, 2 + V], one each, the share of agreeing pairs, the counts."""
-    people = given.sum(axis=1)
-    share = np.sum(given * (given - 1), axis=1) / (people * (people - 1))
-    return np.column_stack([np.ones(len(given)), share, given])
+def kappa_from(sums: np.ndarray, draws: int = 1000, seed: int = 0) -> Estimate:
+    """`estimate_kappa` from the sums of each group [G, 2 + V], see `kappa_sums`."""
+    return Estimate(_kappa(sums), *_interval(_kappas(_drawn(sums, draws, seed))))
+
+
+def kappa_sums(counts: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+    """The terms of Fleiss' kappa by group of units: the units, the shares of agreeing pairs, the counts. [G, 2 + V].
+
+    Units with fewer than two people are left out.
+    """
+    people = counts.sum(axis=1)
+    counts, group, people = counts[people >= 2], group[people >= 2], people[people >= 2]
+    share = np.sum(counts * (counts - 1), axis=1) / (people * (people - 1))
+    terms = (np.ones(len(counts)), share, *counts.T)
+    return np.stack([np.bincount(group, term, groups) for term in terms], axis=1)
+
+
+def _counts(counts: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+    given = np.asarray(counts, float)
+    if given.ndim != 2:
+        raise ValueError(f"counts of shape {given.shape}: expected a row a unit and a column a category")
+    return given
+
+
+def _kappa(sums: np.ndarray) -> float:
+    """Fleiss' kappa from the sums of each group [G, 2 + V]."""
+    total = sums.sum(axis=0)
+    if not total[0]:
+        raise Undefined("Fleiss' kappa is undefined: no unit was rated by two people; raise the overlap", "no_overlap")
+    kappa = _kappas(total[None])[0]
+    if np.isnan(kappa):
+        raise Undefined("Fleiss' kappa is undefined: all ratings are the same", "all_same")
+    return float(kappa)
 
 
 def _kappas(sums: np.ndarray) -> np.ndarray:
@@ -305,7 +335,7 @@ def krippendorff_alpha(ratings: Sequence[Sequence[Any]] | np.ndarray, level: Lev
     left, or if all ratings are the same.
     """
     counts, values = _rated(ratings)
-    return _alpha(counts, values, level)
+    return _alpha(alpha_sums(counts, np.zeros(len(counts), int), 1), values, level)
 
 
 def alpha_interval(
@@ -333,34 +363,57 @@ def estimate_alpha(
     `krippendorff_alpha` does.
     """
     counts = np.asarray(counts, float)
-    value, kept = _alpha(counts, values, level), counts.sum(axis=1) >= 2
+    kept = counts.sum(axis=1) >= 2
     group, groups = _groups(np.arange(len(counts)) if cluster is None else cluster, kept, seed)
-    sums = _coincidences(counts[kept], group, groups)
-    drawn = _drawn(sums.reshape(groups, -1), draws, seed).reshape(-1, *sums.shape[1:])
-    return Estimate(value, *_interval(_alphas(drawn, values, level)))
+    return alpha_from(alpha_sums(counts[kept], group, groups), values, level, draws, seed)
+
+
+def alpha_from(sums: np.ndarray, values: np.ndarray, level: Level, draws: int = 1000, seed: int = 0) -> Estimate:
+    """`estimate_alpha` from the sums of each group [G, V (V + 1) / 2], see `alpha_sums`."""
+    return Estimate(_alpha(sums, values, level), *_interval(_alphas(_drawn(sums, draws, seed), values, level)))
+
+
+def alpha_sums(counts: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+    """How often two people's ratings of a unit are v and w, v <= w, by group of units. [G, V (V + 1) / 2].
+
+    A unit with m ratings adds 1 / (m - 1) for each ordered pair of them; one with fewer than two is left out.
+    """
+    people = counts.sum(axis=1)
+    counts, group, weight = counts[people >= 2], group[people >= 2], 1 / (people[people >= 2] - 1)
+    pairs = np.transpose(np.triu_indices(counts.shape[1]))
+    found = np.empty((groups, len(pairs)))
+    for n, (v, w) in enumerate(pairs):
+        found[:, n] = np.bincount(group, weight * (counts[:, v] * (counts[:, w] - (v == w))), groups)
+    return found
+
+
+def deal(clusters: int, seed: int = 0) -> np.ndarray:
+    """The group of each cluster: one of its own for the first GROUPS, one at random for each that follows."""
+    more = np.random.default_rng(seed).integers(0, GROUPS, max(0, clusters - GROUPS), np.int16)
+    return np.concatenate([np.arange(min(clusters, GROUPS), dtype=np.int16), more])
 
 
 def _groups(cluster: np.ndarray, kept: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
-    """The group of each unit that is kept, and their number: its cluster, or one of GROUPS that clusters are dealt to.
+    """The group of each unit that is kept, to which its cluster is dealt, and the number of groups.
 
     Clusters without a unit that is kept are none.
     """
     found, number = np.unique(cluster[kept], return_inverse=True)
-    if len(found) <= GROUPS:
-        return number, len(found)
-    return (np.random.default_rng(seed).permutation(len(found)) % GROUPS)[number], GROUPS
+    return deal(len(found), seed)[number], min(len(found), GROUPS)
 
 
 def _drawn(sums: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """Sums over as many groups as there are, drawn with replacement, from the sums of each group. [D, F]."""
-    return _times(len(sums), draws, seed) @ sums
+    times = _times(len(sums), draws, seed)
+    return np.concatenate([times[n : n + _AT_ONCE].astype(float) @ sums for n in range(0, draws, _AT_ONCE)])
 
 
-@functools.lru_cache(maxsize=4)  # the measures of one person have the same number of groups
+@functools.lru_cache(maxsize=16)  # all who judged many items have the same number of groups
 def _times(groups: int, draws: int, seed: int) -> np.ndarray:
     """How often each group is drawn, by draw. [D, G]."""
-    drawn = np.random.default_rng(seed).integers(0, groups, (draws, groups)) + groups * np.arange(draws)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=draws * groups).reshape(draws, groups).astype(float)
+    rng, times = np.random.default_rng(seed), np.empty((draws, groups), np.int16)
+    for draw in times:
+        draw[:] = np.bincount(rng.integers(0, groups, groups), minlength=groups)
     times.setflags(write=False)
     return times
 
@@ -430,36 +483,24 @@ def _rated(ratings: Sequence[Sequence[Any]] | np.ndarray) -> tuple[np.ndarray, n
     return np.sum(found[:, :, None] == values, axis=0), values
 
 
-def _alpha(counts: np.ndarray, values: np.ndarray, level: Level) -> float:
-    """Krippendorff's alpha from the number of ratings by unit and value [U, V]."""
-    counts = np.asarray(counts, float)
-    counts = counts[counts.sum(axis=1) >= 2]
-    if not counts.size:
+def _alpha(sums: np.ndarray, values: np.ndarray, level: Level) -> float:
+    """Krippendorff's alpha from the sums of each group [G, V (V + 1) / 2]."""
+    total = sums.sum(axis=0)
+    if not total.any():
         raise Undefined(
             "Krippendorff's alpha is undefined: no unit was rated by two people; raise the overlap", "no_overlap"
         )
-    alpha = _alphas(_coincidences(counts, np.zeros(len(counts), int), 1), values, level)[0]
+    alpha = _alphas(total[None], values, level)[0]
     if np.isnan(alpha):
         raise Undefined("Krippendorff's alpha is undefined: all ratings are the same", "all_same")
     return float(alpha)
 
 
-def _coincidences(counts: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    """How often two people's ratings of a unit are a value and another, by group of units; [G, V, V].
-
-    A unit with m ratings adds 1 / (m - 1) for each ordered pair of them.
-    """
-    weight, size = 1 / (counts.sum(axis=1) - 1), counts.shape[1]
-    found = np.empty((groups, size, size))
-    for v in range(size):
-        for w in range(v + 1):
-            pairs = counts[:, v] * (counts[:, w] - (v == w))
-            found[:, v, w] = found[:, w, v] = np.bincount(group, weight * pairs, groups)
-    return found
-
-
-def _alphas(coincidence: np.ndarray, values: np.ndarray, level: Level) -> np.ndarray:
-    """Krippendorff's alpha of each of [D, V, V] coincidences; NaN where all ratings are the same."""
+def _alphas(sums: np.ndarray, values: np.ndarray, level: Level) -> np.ndarray:
+    """Krippendorff's alpha from each of [D, V (V + 1) / 2] sums; NaN where all ratings are the same."""
+    first, second = np.triu_indices(len(values))
+    coincidence = np.empty((len(sums), len(values), len(values)))
+    coincidence[:, first, second] = coincidence[:, second, first] = sums
     total = coincidence.sum(axis=2)
     n = total.sum(axis=1)
     distance = _distance(level)(values, total)

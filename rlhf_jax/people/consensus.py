@@ -1,7 +1,10 @@
 """How far the people of a store agree now, and the items on which they agree least.
 
-Labels are appended, so a look reads those that are new, and keeps the orders and ratings in small integers. Only
-answers that count are measured: none that was withdrawn, and none of people who were set aside. `Watch` looks in a
+Labels are appended, so a look reads those that are new, and keeps the orders and ratings in small integers: to read all
+of them again would take as long as all the rest of a look. Every measure is computed from sums over items, so the
+answers are taken in order of item, some at a time, and memory does not grow with the store otherwise.
+
+Only answers that count are measured: none that was withdrawn, and none of people who were set aside. `Watch` looks in a
 thread of its own, so that the page of the administrator holds up nobody, whatever the size of the store.
 """
 
@@ -10,13 +13,13 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
 from rlhf_jax.people import agreement, forms
-from rlhf_jax.people.agreement import Agreement, Estimate, Level, Share, Undefined
+from rlhf_jax.people.agreement import GROUPS, Agreement, Estimate, Level, Share, Undefined
 from rlhf_jax.people.store import Store
 
 DRAWS = {"all": 1000, "person": 400}  # of each interval
@@ -24,38 +27,44 @@ _HIGHEST = 7  # rating
 _FRESH = 1.0  # seconds in which no new look is taken
 _REST = 10.0  # times as long as a look took, before the next
 _AT_ONCE = 1000  # labels that are read before others have a turn
+_CHUNK = 1000  # answers that are counted at once, or those of one item if they are more
 _ORDERS = "('rank', 'compare', 'best')"  # tasks whose answers order the responses
 Found = TypeVar("Found")
+Sums = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # of terms by group, see `agreement.alpha_sums`
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The answers that order K responses, a row each."""
+    """The answers that order K responses, of which those are measured that count, on items that two people ordered."""
 
-    label: np.ndarray  # [N]
-    person: np.ndarray  # [N]
-    item: np.ndarray  # [N]
-    ranks: np.ndarray  # [N, K]
-    ratings: np.ndarray  # [N, K, scales], 0 where none was given
+    rows: np.ndarray  # [N] records, see `_record`
+    order: np.ndarray  # of the rows that are measured, by item
+    starts: np.ndarray  # [I] the place in this order at which each item starts
 
-    def __getitem__(self, rows: np.ndarray) -> "Block":
-        return Block(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The rows that are measured, some items at a time."""
+        first = 0
+        while first < len(self.starts):
+            start = self.starts[first]
+            first = max(first + 1, int(np.searchsorted(self.starts, start + _CHUNK)))
+            end = self.starts[first] if first < len(self.starts) else len(self.order)
+            yield self.rows[self.order[start:end]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """A sparse table of what people say of units: person[n] says value[n] of unit[n]."""
+    """What people say of the units of some items: judge[n] says value[n] of unit[n]. Each item has as many units."""
 
-    person: np.ndarray  # [N]
-    unit: np.ndarray  # [N]
+    items: np.ndarray  # [I]
+    judge: np.ndarray  # [N], from 1
+    unit: np.ndarray  # [N], from 0, in order of item
     value: np.ndarray  # [N], from 0
-    item: np.ndarray  # [U] that each unit belongs to, numbered from 0
-    values: int  # number of values
+    counts: np.ndarray  # [U, V] the number of people by unit and value
 
-    def counts(self) -> np.ndarray:
-        """The number of people by unit and value. [U, V]."""
-        found = np.bincount(self.unit * self.values + self.value, minlength=len(self.item) * self.values)
-        return found.reshape(-1, self.values)
+    @property
+    def item(self) -> np.ndarray:
+        """The item of each unit, numbered from 0. [U]."""
+        return np.repeat(np.arange(len(self.items)), len(self.counts) // len(self.items))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +86,16 @@ class Snapshot:
     took: float  # seconds
     everybody: Measures
     people: dict[str, Measures]  # who count and have answered
-    items: np.ndarray  # [I] items that two people ordered, lowest agreement first
-    shares: np.ndarray  # [I] the share of cases in which two of them agree, a tie as half
+    items: np.ndarray  # [I] int32, items that two people ordered, lowest agreement first
+    shares: np.ndarray  # [I] float32, the share of cases in which two of them agree, a tie as half
 
 
 class Book:
     """All orders and ratings of a store, as far as they were read."""
 
     def __init__(self) -> None:
-        self._blocks: dict[int, Block] = {}  # by the number of responses
+        self._rows: dict[int, np.ndarray] = {}  # records by the number of responses, with room for more
+        self._size: dict[int, int] = {}  # records that are filled
         self._last = 0  # label that was read last
 
     def read(self, db: sqlite3.Connection) -> None:
@@ -94,31 +104,53 @@ class Book:
         rows = db.execute(
             "SELECT labels.id, labels.person, labels.item, answer, task, shown FROM labels"
             " JOIN items ON items.id = labels.item JOIN assignments ON assignments.id = labels.assignment"
-            f" WHERE labels.id > ? AND labels.id <= ? AND labels.kind = 'slot' AND task IN {_ORDERS}",
+            f" WHERE labels.id > ? AND labels.id <= ? AND labels.kind = 'slot' AND task IN {_ORDERS}"
+            " ORDER BY labels.id",
             (self._last, newest),
         )
-        parts: dict[int, list[Block]] = {}
         while some := rows.fetchmany(_AT_ONCE):
-            for count, block in _blocks(some).items():
-                parts.setdefault(count, []).append(block)
-        for count, each in parts.items():
-            self._blocks[count] = _joined([self._blocks[count], *each] if count in self._blocks else each)
+            for count, records in _records(some).items():
+                self._add(count, records)
+            self._last = some[-1]["id"]
         self._last = newest
 
-    def counting(self, withdrawn: np.ndarray, people: np.ndarray) -> list[Block]:
-        """The answers of `people` that were not withdrawn."""
-        return [
-            block[np.isin(block.person, people) & ~np.isin(block.label, withdrawn)] for block in self._blocks.values()
-        ]
+    def _add(self, count: int, records: np.ndarray) -> None:
+        size = self._size.get(count, 0)
+        end = size + len(records)
+        if end > len(self._rows.get(count, ())):
+            grown = np.empty(max(2 * size, end), records.dtype)
+            if size:
+                grown[:size] = self._rows[count][:size]
+            self._rows[count] = grown
+        self._rows[count][size:end] = records
+        self._size[count] = end
+
+    def counting(self, withdrawn: np.ndarray, people: np.ndarray) -> tuple[list[Block], set[int]]:
+        """What is measured of the answers of `people` that were not withdrawn, and the people who gave any."""
+        blocks, answered = [], set[int]()
+        for count, size in self._size.items():
+            rows = self._rows[count][:size]
+            counts = np.isin(rows["person"], people) & ~np.isin(rows["label"], withdrawn)
+            answered.update(np.unique(rows["person"][counts]).tolist())
+            kept = np.flatnonzero(counts).astype(np.int32)
+            item = rows["item"][kept]
+            _, times = np.unique(item, return_counts=True)
+            order = kept[np.argsort(item, kind="stable")[np.repeat(times > 1, times)]]
+            times = times[times > 1]
+            if len(times):
+                blocks.append(Block(rows, order, (np.cumsum(times) - times).astype(np.int32)))
+        return blocks, answered
 
 
-def _shared(block: Block) -> Block:
-    """The answers on items that two people ordered."""
-    _, number, times = np.unique(block.item, return_inverse=True, return_counts=True)
-    return block[times[number] > 1]
+def _record(count: int) -> np.dtype:
+    """What is kept of an answer that orders `count` responses."""
+    ratings = ("ratings", np.int8, (count, len(forms.SCALES)))  # 0 where none was given
+    return np.dtype(
+        [(name, np.int32) for name in ("label", "person", "item")] + [("ranks", np.int8, (count,)), ratings]
+    )
 
 
-def _blocks(rows: list[sqlite3.Row]) -> dict[int, Block]:
+def _records(rows: list[sqlite3.Row]) -> dict[int, np.ndarray]:
     """The answers that order responses, by the number of responses."""
     found: dict[int, list[tuple]] = {}
     for label, person, item, text, task, shown in rows:
@@ -128,69 +160,141 @@ def _blocks(rows: list[sqlite3.Row]) -> dict[int, Block]:
             given = answer.get("ratings") or [{}] * count
             ratings = [[rating.get(scale, 0) for scale in forms.SCALES] for rating in given]
             found.setdefault(count, []).append((label, person, item, ranks, ratings))
-    blocks = {}
+    records = {}
     for count, listed in found.items():
-        label, person, item, *said = zip(*listed, strict=True)
-        blocks[count] = Block(*map(np.array, (label, person, item)), *(np.array(each, np.int8) for each in said))
-    return blocks
-
-
-def _joined(blocks: list[Block]) -> Block:
-    fields = (field.name for field in dataclasses.fields(Block))
-    return Block(*(np.concatenate([getattr(block, name) for block in blocks]) for name in fields))
+        records[count] = np.empty(len(listed), _record(count))
+        for name, values in zip(records[count].dtype.names or (), zip(*listed, strict=True), strict=True):
+            records[count][name] = values
+    return records
 
 
 def look(db: sqlite3.Connection, book: Book, now: float) -> Snapshot:
     """Measure how far people agree at `now`, from the book, which is brought up to date."""
     start = time.perf_counter()
     book.read(db)
-    rows = db.execute("SELECT id, name FROM people WHERE aside IS NULL").fetchall()
-    names = {row["id"]: row["name"] for row in rows}
-    withdrawn = np.array([row["label"] for row in db.execute("SELECT label FROM withdrawals")], int)
-    counting = book.counting(withdrawn, np.array(list(names), int))
-    answered = {person for block in counting for person in np.unique(block.person).tolist()}
-    blocks = [block for block in map(_shared, counting) if len(block.label)]
-    items = np.concatenate([np.empty(0, int), *(np.unique(block.item) for block in blocks)])
-    said = {"pairs": _pairs(blocks)} | {scale: _rated(blocks, n) for n, scale in enumerate(forms.SCALES)}
-    counts = {name: one.counts() for name, one in said.items()}
+    names = {row["id"]: row["name"] for row in db.execute("SELECT id, name FROM people WHERE aside IS NULL")}
+    withdrawn = np.fromiter((row["label"] for row in db.execute("SELECT label FROM withdrawals")), np.int32)
+    blocks, answered = book.counting(withdrawn, np.array(list(names), np.int32))
     checks = _checks(db, names)
-    everybody = _measures(said, counts, None, [sum(each, 0.0) for each in zip(*checks.values(), strict=True)])
-    people = {
-        name: _measures(said, counts, person, checks[person])
-        for person, name in sorted(names.items(), key=lambda pair: pair[1])
-        if person in answered or any(checks[person])
-    }
-    shares = agreement.agreement_by(counts["pairs"], said["pairs"].item, len(items))
-    order = np.lexsort((items, shares))
-    return Snapshot(now, time.perf_counter() - start, everybody, people, items[order], shares[order])
+    judges = np.array(sorted(person for person in names if person in answered or any(checks[person])), np.int32)
+    number, shared = len(judges) + 1, sum(len(block.starts) for block in blocks)
+    pairs = Tally(number, shared, 3, agreement.alpha_sums, agreement.kappa_sums)
+    cases, items, shares = np.zeros((number, 4), int), [np.empty(0, np.int32)], [np.empty(0, np.float32)]
+    for said in _said(blocks, judges, _compared, 3):
+        pairs.add(said)
+        cases[0] += agreement.cases(said.counts).sum(axis=0)
+        own = agreement.cases(said.counts[said.unit], said.value)
+        cases += np.stack([np.bincount(said.judge, each, number) for each in own.T], axis=1).astype(int)
+        items.append(said.items)
+        shares.append(agreement.agreement_by(said.counts, said.item, len(said.items)).astype(np.float32))
+    agreed = [_or_why(agreement.agreement_from, each) for each in cases]
+    alpha, kappa = {"pairs": pairs.alphas("pairs", "nominal")}, pairs.kappas()
+    del pairs  # which is large
+    for scale in forms.SCALES:
+        alpha[scale] = _ratings(blocks, judges, shared, scale)
+
+    def measures(judge: int, checked: list[float]) -> Measures:
+        same, repeated, right, known = checked
+        return Measures(
+            agreement=agreed[judge],
+            alpha={name: each[judge] for name, each in alpha.items()},
+            kappa=kappa[judge],
+            own=agreement.wilson(same, int(repeated))
+            if repeated
+            else Undefined("self-agreement is undefined: no item was shown twice", "no_repeat"),
+            gold=agreement.wilson(right, int(known))
+            if known
+            else Undefined("gold accuracy is undefined: no gold item was answered", "no_gold"),
+        )
+
+    everybody = measures(0, [sum(each, 0.0) for each in zip(*checks.values(), strict=True)] or [0.0] * 4)
+    people = {names[person]: measures(n, checks[person]) for n, person in enumerate(judges.tolist(), 1)}
+    found, lowest = np.concatenate(items), np.concatenate(shares)
+    order = np.lexsort((found, lowest))
+    took = time.perf_counter() - start
+    return Snapshot(now, took, everybody, dict(sorted(people.items())), found[order], lowest[order])
 
 
-def _pairs(blocks: list[Block]) -> Said:
-    """The table of what people say of pairs of responses."""
-    return _said(blocks, lambda block: agreement.compare(block.ranks).astype(int), 3)
+def _ratings(blocks: list[Block], judges: np.ndarray, items: int, scale: str) -> list[Estimate | Undefined]:
+    """Krippendorff's alpha of the ratings on a scale, by judge."""
+    tally, place = Tally(len(judges) + 1, items, _HIGHEST, agreement.alpha_sums), forms.SCALES.index(scale)
+    for said in _said(blocks, judges, lambda rows: rows["ratings"][:, :, place].astype(int) - 1, _HIGHEST):
+        tally.add(said)
+    return tally.alphas(scale, "ordinal")
 
 
-def _rated(blocks: list[Block], scale: int) -> Said:
-    """How people rate responses on a scale."""
-    return _said(blocks, lambda block: block.ratings[:, :, scale].astype(int) - 1, _HIGHEST)
+def _compared(rows: np.ndarray) -> np.ndarray:
+    """The labels of the pairs of responses. [N, K (K - 1) / 2]."""
+    return agreement.compare(rows["ranks"]).astype(int)
 
 
-def _said(blocks: list[Block], labels: Callable[[Block], np.ndarray], values: int) -> Said:
-    """The table of `labels` [N, M] of the M units of each item; those below 0 are none."""
-    parts: list[tuple[np.ndarray, ...]] = []
-    units = items = 0
-    for block in blocks:
-        label = labels(block)
-        size = label.shape[1]
-        found, number = np.unique(block.item, return_inverse=True)
-        unit = units + number[:, None] * size + np.arange(size)
-        given = label >= 0
-        person = np.broadcast_to(block.person[:, None], label.shape)
-        parts.append((person[given], unit[given], label[given], items + np.repeat(np.arange(len(found)), size)))
-        units, items = units + len(found) * size, items + len(found)
-    empty = np.empty(0, int)
-    person, unit, value, item = (np.concatenate(each) for each in zip((empty,) * 4, *parts, strict=True))
-    return Said(person, unit, value, item, values)
+def _said(
+    blocks: list[Block], judges: np.ndarray, labels: Callable[[np.ndarray], np.ndarray], values: int
+) -> Iterator[Said]:
+    """What `judges`, people in order of number, say of the M units of each item, some items at a time.
+
+    `labels` are those of N answers, [N, M], from 0; below 0 there is none.
+    """
+    for rows in (rows for block in blocks for rows in block.chunks()):
+        label = labels(rows)
+        items, number = np.unique(rows["item"], return_inverse=True)
+        answer, unit = np.nonzero(label >= 0)
+        value, unit = label[answer, unit], number[answer] * label.shape[1] + unit
+        counts = np.bincount(unit * values + value, minlength=len(items) * label.shape[1] * values)
+        judge = 1 + np.searchsorted(judges, rows["person"])
+        yield Said(items, judge[answer], unit, value, counts.reshape(-1, values))
+
+
+class Tally:
+    """Running sums over units, of everybody (judge 0) and of each person, by the groups to which items are dealt.
+
+    A person's sums are over the units that this person judged, by all who judged them.
+    """
+
+    def __init__(self, judges: int, items: int, values: int, *sums: Sums):
+        none = np.zeros((0, values)), np.zeros(0, int), 0
+        self._sums = [(each, np.zeros((judges, GROUPS, each(*none).shape[1]))) for each in sums]
+        self._met = np.zeros(judges, int)  # items with a unit that two people judged, one of them the judge
+        self._deal, self._values, self._is_empty = agreement.deal(items), values, True
+
+    def add(self, said: Said) -> None:
+        """Add all units of some items."""
+        self._is_empty &= not len(said.value)
+        several = said.counts.sum(axis=1) > 1
+        everybody, own = np.flatnonzero(several), several[said.unit]
+        judge = np.concatenate([np.zeros(len(everybody), int), said.judge[own]])
+        unit = np.concatenate([everybody, said.unit[own]])
+        place, number = np.unique(self._places(judge, said.item[unit], len(said.items)), return_inverse=True)
+        for function, sums in self._sums:
+            sums.reshape(-1, sums.shape[-1])[place] += function(said.counts[unit], number, len(place))
+
+    def _places(self, judge: np.ndarray, item: np.ndarray, items: int) -> np.ndarray:
+        """The place of each unit in the sums, by its judge and group."""
+        cluster = judge * items + item
+        met = np.bincount(cluster, minlength=len(self._met) * items).reshape(-1, items) > 0
+        before = self._met[:, None] + np.cumsum(met, axis=1) - met
+        self._met += met.sum(axis=1)
+        return judge * GROUPS + self._deal[before.ravel()[cluster]]
+
+    def _by_judge(self, n: int) -> list[tuple[np.ndarray, int]]:
+        """Each judge's sums by group, of the nth function, and the number of draws from them."""
+        return [
+            (sums[: min(met, GROUPS)], DRAWS["person" if judge else "all"])
+            for judge, (met, sums) in enumerate(zip(self._met, self._sums[n][1], strict=True))
+        ]
+
+    def alphas(self, name: str, level: Level) -> list[Estimate | Undefined]:
+        """Krippendorff's alpha by judge, if the first function is `alpha_sums`."""
+        if self._is_empty:
+            why: agreement.Why = "no_overlap" if name == "pairs" else "not_rated"
+            undefined = Undefined(f"Krippendorff's alpha of {name} is undefined: nobody said anything", why)
+            return [undefined] * len(self._met)
+        values = np.arange(self._values)
+        return [_or_why(agreement.alpha_from, sums, values, level, draws) for sums, draws in self._by_judge(0)]
+
+    def kappas(self) -> list[Estimate | Undefined]:
+        """Fleiss' kappa by judge, if the second function is `kappa_sums`."""
+        return [_or_why(agreement.kappa_from, sums, draws) for sums, draws in self._by_judge(1)]
 
 
 def _checks(db: sqlite3.Connection, names: Mapping[int, str]) -> dict[int, list[float]]:
@@ -201,42 +305,6 @@ def _checks(db: sqlite3.Connection, names: Mapping[int, str]) -> dict[int, list[
             at = 0 if row["kind"] == "repeat" else 2
             found[row["person"]][at : at + 2] = [float(row["agreed"]), float(row["pairs"])]
     return found
-
-
-def _measures(
-    said: Mapping[str, Said], counts: Mapping[str, np.ndarray], person: int | None, checks: list[float]
-) -> Measures:
-    """The measures of all people, or of one: of cases with this person, and of units that this person judged."""
-    alpha = {}
-    kappa: Estimate | Undefined
-    agreed: Agreement | Undefined
-    draws = DRAWS["all" if person is None else "person"]
-    for name, one in said.items():
-        level: Level = "nominal" if name == "pairs" else "ordinal"
-        own = np.flatnonzero(one.person == person) if person is not None else None
-        unit = np.arange(len(one.item)) if own is None else one.unit[own]
-        given, item = counts[name][unit], one.item[unit]
-        values = np.arange(one.values)
-        if len(one.value):
-            alpha[name] = _or_why(agreement.estimate_alpha, given, values, level, item, draws)
-        else:
-            why: agreement.Why = "no_overlap" if name == "pairs" else "not_rated"
-            alpha[name] = Undefined(f"Krippendorff's alpha of {name} is undefined: nobody said anything", why)
-        if name == "pairs":
-            kappa = _or_why(agreement.estimate_kappa, given, item, draws)
-            agreed = _or_why(agreement.agreement_of, given, None if own is None else one.value[own])
-    same, repeated, right, known = checks or (0, 0, 0, 0)
-    return Measures(
-        agreement=agreed,
-        alpha=alpha,
-        kappa=kappa,
-        own=agreement.wilson(same, int(repeated))
-        if repeated
-        else Undefined("self-agreement is undefined: no item was shown twice", "no_repeat"),
-        gold=agreement.wilson(right, int(known))
-        if known
-        else Undefined("gold accuracy is undefined: no gold item was answered", "no_gold"),
-    )
 
 
 def _or_why(measure: Callable[..., Found], *args: Any) -> Found | Undefined:

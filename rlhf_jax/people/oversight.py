@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
@@ -72,8 +75,8 @@ class Oversight:
         person, found = self._frame.administrator(request), self._watch.latest(_SOON)
         listed = []
         with self._store.reader() as db:
-            left = _left(found, adjudication.settled(db, person.id)) if found else []
-            for item, share in left[:_LISTED]:
+            items, shares = _left(found, adjudication.settled(db, person.id))
+            for item, share in zip(items[:_LISTED].tolist(), shares[:_LISTED].tolist(), strict=True):
                 names = [order.person for order in adjudication.orders(db, item)]
                 prompt = db.execute("SELECT prompt FROM items WHERE id = ?", (item,)).fetchone()["prompt"]
                 listed.append({"item": item, "share": share, "names": names, "prompt": _snippet(json.loads(prompt))})
@@ -91,7 +94,7 @@ class Oversight:
             "adjudication.html",
             person,
             ready=found is not None,
-            left=len(left),
+            left=len(items),
             listed=listed,
             decided=decided,
         )
@@ -113,12 +116,12 @@ class Oversight:
         found = self._watch.latest() or self._watch.latest(_FIRST)
         gone: Refused | None = None
         with self._store.reader() as db:
-            left = _left(found, adjudication.settled(db, person.id)) if found and not person.aside else []
+            left, _ = _left(None if person.aside else found, adjudication.settled(db, person.id))
             pace = adjudication.pace(db, person.id, self._store.now(), len(left))
-            items = [item for item, _ in left]
+            items: Iterator[int] = map(int, left)
             if wanted.isdecimal() and len(wanted) < 18 and not person.aside:
                 gone = adjudication.refusal(db, int(wanted))
-                items = items if gone else [int(wanted), *items]
+                items = items if gone else itertools.chain([int(wanted)], items)
             # What was found may be older than an answer that somebody took back.
             item = next((item for item in items if adjudication.refusal(db, item) is None), None)
             task = None if item is None else adjudication.task(db, person.id, item)
@@ -150,13 +153,12 @@ class Oversight:
         return RedirectResponse("/admin/adjudication", 303)
 
 
-def _left(found: Snapshot, settled: set[int]) -> list[tuple[int, float]]:
+def _left(found: Snapshot | None, settled: set[int]) -> tuple[np.ndarray, np.ndarray]:
     """The items of the queue and their agreement, lowest first, without those that are settled."""
-    return [
-        (item, share)
-        for item, share in zip(found.items.tolist(), found.shares.tolist(), strict=True)
-        if item not in settled
-    ]
+    if found is None:
+        return np.empty(0, np.int32), np.empty(0, np.float32)
+    left = ~np.isin(found.items, np.fromiter(settled, np.int32))
+    return found.items[left], found.shares[left]
 
 
 def cells(measures: Measures) -> list[Cell]:

@@ -131,6 +131,40 @@ def by_width(sizes: np.ndarray, columns: int, batch: int) -> Iterator[tuple[np.n
         yield numbers, int(widths[np.searchsorted(widths, sizes[numbers[0]])])
 
 
+class Sampler:
+    """`collect` for any number of prompts, by programs that are compiled once; see `episodes`."""
+
+    def __init__(self, config: models.Config, layout: parallel.Layout, cfg: sampling.Config, batch: int):
+        self._layout, self._batch = layout, batch
+        self._collect = collector(config, layout, cfg)
+
+    def __call__(
+        self,
+        params: dict[str, Params],
+        prompts: Prompts,
+        key: jax.Array,
+        score: Callable[[Rollout], Rollout] | None = None,
+    ) -> Rollout:
+        """The episodes of these parameters, which are placed; the key is not."""
+        layout, keys = self._layout, self._layout.state(key)
+        count, columns = prompts.tokens.shape
+        real_last = np.argsort(prompts.mask, axis=1, kind="stable")
+        tokens, mask = (np.take_along_axis(np.asarray(x), real_last, axis=1) for x in (prompts.tokens, prompts.mask))
+        parts, order = [], []
+        for numbers, width in progress.of(list(by_width(mask.sum(axis=1), columns, self._batch)), "sampling"):
+            front = columns - width  # columns of padding in every row
+            part = Prompts(tokens=tokens[numbers, front:], mask=mask[numbers, front:], index=prompts.index[numbers])
+            rows = layout.rows(hosts.share(part)), keys, layout.rows(hosts.share(numbers.astype(np.uint32)))
+            sampled = self._collect(params, *rows)
+            sampled = layout.gather(score(sampled) if score else sampled)
+            whole = np.concatenate([tokens[numbers, :front], sampled.tokens], axis=1)
+            on = np.concatenate([mask[numbers, :front], sampled.mask], axis=1)
+            parts.append(sampled.replace(tokens=whole, mask=on))
+            order.append(numbers)
+        place = np.argsort(np.concatenate(order)[:count])
+        return jax.tree.map(lambda *xs: np.concatenate(xs)[place], *parts)
+
+
 def episodes(
     model: models.Model,
     prompts: Prompts,
@@ -146,27 +180,10 @@ def episodes(
 
     Prompts of like length share a batch, see `by_width`. The result has the rows of `prompts`, in their order, and as
     wide. `score` is a source of `scores`, if there is to be one. What row b samples depends on `key`, b and its prompt,
-    not on `batch`.
+    not on `batch`. Who samples more than once with the same settings keeps a `Sampler`.
     """
-    one_batch = collector(model.config, layout, cfg)
     params = {"policy": model.params} | ({} if reference is None else {"reference": reference.params})
-    placed, keys = layout.state(params), layout.state(key)
-    count, columns = prompts.tokens.shape
-    real_last = np.argsort(prompts.mask, axis=1, kind="stable")
-    tokens, mask = (np.take_along_axis(np.asarray(x), real_last, axis=1) for x in (prompts.tokens, prompts.mask))
-    parts, order = [], []
-    for numbers, width in progress.of(list(by_width(mask.sum(axis=1), columns, batch)), "sampling"):
-        front = columns - width  # columns of padding in every row
-        part = Prompts(tokens=tokens[numbers, front:], mask=mask[numbers, front:], index=prompts.index[numbers])
-        rows = layout.rows(hosts.share(part)), keys, layout.rows(hosts.share(numbers.astype(np.uint32)))
-        sampled = one_batch(placed, *rows)
-        sampled = layout.gather(score(sampled) if score else sampled)
-        whole = np.concatenate([tokens[numbers, :front], sampled.tokens], axis=1)
-        on = np.concatenate([mask[numbers, :front], sampled.mask], axis=1)
-        parts.append(sampled.replace(tokens=whole, mask=on))
-        order.append(numbers)
-    place = np.argsort(np.concatenate(order)[:count])
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[place], *parts)
+    return Sampler(model.config, layout, cfg, batch)(layout.state(params), prompts, key, score)
 
 
 def say(

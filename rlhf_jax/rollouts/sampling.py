@@ -3,12 +3,15 @@
 There are two strategies, `_sample_unrolled` for CPUs and GPUs and `_sample_stacked` for TPUs and meshes. On CPU, where
 a step takes as long as it has rows, the first has several loops, each over half the rows of the one before. No step
 copies or converts weights.
+
+The cache has two parts: what the prompts left, which the rows of a group share, and the columns of new tokens, of which
+there are more in each of some successive loops. With `Config.slots`, one loop computes so many rows at a time, and the
+next prompt takes the place of a row that has ended.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,7 +21,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import models
-from rlhf_jax.devices import parallel
+from rlhf_jax.devices import parallel, ragged
+from rlhf_jax.devices import shared as shared_rows
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.transformer import Transformer, bind, layers_of
 from rlhf_jax.settings import Count, NonNegative, Settings, Share, Whole
@@ -44,6 +48,8 @@ class Config(Settings):
     eos_id: Whole | tuple[Whole, ...] | None = None  # tokens that end a response; None: there are none
     stop_at_eos: bool = True  # False: a response goes on after its end, up to max_new_tokens
     group: Count = 1  # responses to one prompt, whose rows follow each other: it is read once for all of them
+    slots: Whole = 0  # rows at a time on each device, the next in the place of one that has ended; 0: all at once
+    parts: Count = 4  # at most, in which the cache of new tokens grows, so that a step reads less
     shared: Whole = 0  # tokens with which all prompts begin, each of which has more: they are read once for all of them
 
     @property
@@ -228,7 +234,7 @@ class _Prompts(struct.PyTreeNode):
     tokens: Leaf  # [A, P], what follows, padded on the left
     mask: Leaf  # [A, P]
     uniform: Leaf  # [B, N], which decides each token
-    cache: Cache  # empty, of S + P + N columns, and of A rows, or of one where something is shared
+    cache: Cache  # empty, of S + P columns, and of A rows, or of one where something is shared
 
     def split(self, count: int) -> "_Prompts":
         """The same prompts, their first `count` tokens apart."""
@@ -238,10 +244,15 @@ class _Prompts(struct.PyTreeNode):
 
 
 class _Rows(struct.PyTreeNode):
-    """The rows that are still computed, each with `n` tokens sampled."""
+    """The rows that are being computed.
 
-    n: Leaf  # [] int32
-    index: Leaf  # [B] int32, of each row within the batch
+    All of them write to the same column of their arrays [B, N] and of the cache, which after the last is the first one
+    again: a row whose first token is in column `start` has its token i in column (start + i) % N.
+    """
+
+    n: Leaf  # [] int32, the number of columns written so far: the next one is n % N
+    index: Leaf  # [B] int32, of each row within the batch; beyond it: none
+    start: Leaf  # [B] int32
     done: Leaf  # [B] bool
     token: Leaf  # [B] int32, the last one sampled
     uniform: Leaf  # [B, N]
@@ -249,25 +260,47 @@ class _Rows(struct.PyTreeNode):
     cache: Cache
 
     def take(self, rows: Array) -> "_Rows":
-        """These rows alone."""
+        """These rows alone, see `parallel.take_rows`."""
+        take = lambda x: parallel.take_rows(x, rows)
         return self.replace(
-            index=self.index[rows],
-            done=self.done[rows],
-            token=self.token[rows],
-            uniform=self.uniform[rows],
-            sample=jax.tree.map(lambda x: x[rows], self.sample),
+            index=take(self.index),
+            start=take(self.start),
+            done=take(self.done),
+            token=take(self.token),
+            uniform=take(self.uniform),
+            sample=jax.tree.map(take, self.sample),
             cache=self.cache.take(rows),
+        )
+
+    def enter(self, places: Bool[Array, "B"], others: "_Rows") -> "_Rows":
+        """The rows with others, of one token each and nothing in the cache, in these places."""
+        start = self.n - 1  # their first token's column
+
+        def put(new: Array, old: Array) -> Array:
+            if old.ndim == 1:
+                return jnp.where(places, new, old)
+            return jnp.where(places[:, None], jnp.roll(new, start % new.shape[1], axis=1), old)
+
+        return self.replace(
+            index=put(others.index, self.index),
+            start=put(start, self.start),
+            done=put(others.done, self.done),
+            token=put(others.token, self.token),
+            uniform=put(others.uniform, self.uniform),
+            sample=jax.tree.map(put, others.sample, self.sample),
+            cache=self.cache.restart(places, others.cache.prefix),
         )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _generate(config: models.Config, params: Params, tokens: Array, mask: Array, keys: Array, cfg: Config) -> Sample:
     """`generate` with a key for each row, by the strategy of the platform that it is compiled for."""
-    group = math.gcd(len(keys), cfg.group)  # a batch, or a device's part of it, may hold parts of groups
+    group = shared_rows.rows(len(keys), cfg.group)  # a batch, or a device's part of it, may hold parts of groups
     tokens, mask = left_pad(tokens[::group], mask[::group])
     network = _converted(config, params)
     shared = 0 if parallel.has_mesh() else cfg.shared
-    cache = Cache.empty(network.config, 1 if shared else tokens.shape[0], tokens.shape[1] + cfg.max_new_tokens)
+    rows, columns = 1 if shared else tokens.shape[0], tokens.shape[1]
+    cache = Cache.empty(network.config, rows, columns, columns + cfg.max_new_tokens)
     uniform = jax.vmap(noise, (None, 0), 1)(keys, jnp.arange(cfg.max_new_tokens))
     prompts = _Prompts(shared=None, tokens=tokens, mask=mask, uniform=uniform, cache=cache)
     if shared:
@@ -275,7 +308,7 @@ def _generate(config: models.Config, params: Params, tokens: Array, mask: Array,
     stacked = functools.partial(_sample_stacked, cfg=cfg)
     # As a branch it is compiled to a program that is a tenth faster on CPU than inline. The other is cheap to trace.
     if parallel.platform() == "cpu":
-        unrolled = functools.partial(_sample_unrolled, cfg=cfg, loops=LOOPS)
+        unrolled = functools.partial(_sample_unrolled, cfg=cfg, loops=1 if parallel.has_mesh() else LOOPS)
         return jax.lax.platform_dependent(network, prompts, cpu=unrolled, default=stacked)
     # On GPUs one loop runs until the last row has ended: further loops would be compiled, layer by layer, for little.
     on_gpu = functools.partial(_sample_unrolled, cfg=cfg, loops=1)
@@ -306,10 +339,10 @@ def _sample_unrolled(network: _Network, prompts: _Prompts, cfg: Config, loops: i
     own, which on CPU takes half the time.
     """
     network, prompts = network.unrolled(), prompts.replace(cache=prompts.cache.unstacked())
-    rows = _prefill(network, prompts, cfg)
-    sample, sizes = rows.sample, _loop_sizes(len(rows.index), cfg, loops)
+    sizes = _loop_sizes(_width(prompts, cfg), cfg, loops)
+    rows, sample = _begin(network, prompts, cfg, sizes[1] if sizes[1:] else 0)
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
-        if size < sizes[0]:
+        if size < len(rows.index):
             rows = rows.take(jnp.argsort(rows.done, stable=True)[:size])
         rows = _extend_until(network, rows, cfg, next_size)
         sample = _scatter(sample, rows)
@@ -318,7 +351,8 @@ def _sample_unrolled(network: _Network, prompts: _Prompts, cfg: Config, loops: i
 
 def _sample_stacked(network: _Network, prompts: _Prompts, cfg: Config) -> Sample:
     """Sample by a scan over the layers: TPUs read a stack where it lies, and a mesh gathers one layer at a time."""
-    return _extend_until(network, _prefill(network, prompts, cfg), cfg, 0).sample
+    rows, sample = _begin(network, prompts, cfg, 0)
+    return _scatter(sample, _extend_until(network, rows, cfg, 0))
 
 
 LOOPS = 4  # at most, over ever fewer rows: each is compiled
@@ -335,7 +369,10 @@ def _loop_sizes(rows: int, cfg: Config, loops: int) -> list[int]:
 
 def _scatter(sample: Sample, rows: _Rows) -> Sample:
     """The sample of the whole batch with the samples of these rows in their places."""
-    return jax.tree.map(lambda whole, x: whole.at[rows.index].set(x), sample, rows.sample)
+    length = rows.uniform.shape[1]
+    columns = (rows.start[:, None] + jnp.arange(length)[None]) % length
+    put = lambda whole, x: parallel.put_rows(whole, rows.index, jnp.take_along_axis(x, columns, axis=1))
+    return jax.tree.map(put, sample, rows.sample)
 
 
 def _prefill(network: _Network, prompts: _Prompts, cfg: Config) -> _Rows:
@@ -346,7 +383,7 @@ def _prefill(network: _Network, prompts: _Prompts, cfg: Config) -> _Rows:
         _, cache = network.prefill(prompts.shared, jnp.ones(prompts.shared.shape, bool), prompts.cache)
         logits, cache = network.extend(prompts.tokens, prompts.mask, cache.repeat(len(prompts.tokens)))
     group = len(prompts.uniform) // len(prompts.tokens)
-    logits, cache = jnp.repeat(logits, group, axis=0), cache.repeat(group)
+    logits, cache = jnp.repeat(logits, group, axis=0), cache.fork(group, 0)
     token, logp = choose(logits, prompts.uniform[:, 0], cfg)
     empty = jnp.zeros(prompts.uniform.shape)
     sample = Sample(
@@ -357,7 +394,8 @@ def _prefill(network: _Network, prompts: _Prompts, cfg: Config) -> _Rows:
     return _Rows(
         n=jnp.int32(1),
         index=jnp.arange(len(token)),
-        done=_is_stop(token, cfg),
+        start=jnp.zeros(len(token), jnp.int32),
+        done=_is_stop(token, cfg) | (cfg.max_new_tokens == 1),
         token=token,
         uniform=prompts.uniform,
         sample=sample,
@@ -365,31 +403,95 @@ def _prefill(network: _Network, prompts: _Prompts, cfg: Config) -> _Rows:
     )
 
 
+PART = 64  # columns at least, by which the cache grows: each width of it is compiled
+TURN = 8  # a row in so many has ended when others take their places: each time, all prompts in the cache are copied
+
+
+def _width(prompts: _Prompts, cfg: Config) -> int:
+    """The number of rows that are computed at a time."""
+    rows = len(prompts.uniform)
+    return min(rows, cfg.slots * parallel.row_devices()) if cfg.slots else rows
+
+
+def _begin(network: _Network, prompts: _Prompts, cfg: Config, unfinished: int) -> tuple[_Rows, Sample]:
+    """The rows that are left to a last loop, whose cache has all columns, and the sample of the whole batch so far.
+
+    Without slots they are all rows, once the cache has its last part, or at most so many of them are unfinished.
+    """
+    rows, width = _prefill(network, prompts, cfg), _width(prompts, cfg)
+    if width < len(rows.index):
+        return _take_turns(network, rows, cfg, width)
+    *widths, whole = ragged.widths(cfg.max_new_tokens, max(1, min(cfg.parts, cfg.max_new_tokens // PART)))
+    for width in widths:
+        more = lambda now, width=width: (now.n <= width) & (jnp.sum(~now.done) > unfinished)
+        rows = _extend_while(network, rows.replace(cache=rows.cache.widen(width)), cfg, more)
+    return rows.replace(cache=rows.cache.widen(whole)), rows.sample
+
+
+def _take_turns(network: _Network, rows: _Rows, cfg: Config, slots: int) -> tuple[_Rows, Sample]:
+    """As many rows as there are slots, when the last of all rows has got one, and the sample so far.
+
+    On a mesh each device has an equal share of the rows and of the slots, and keeps to its own.
+    """
+    devices, total = parallel.row_devices(), len(rows.index)
+    lanes = lambda x: x.reshape(devices, -1)
+    queue = jnp.argsort(lanes(rows.done), axis=1, stable=True) + jnp.arange(devices)[:, None] * (total // devices)
+    waiting = jnp.sum(lanes(~rows.done), axis=1)
+    some = rows.take(queue[:, : slots // devices].reshape(-1))
+    empty = some.replace(
+        index=jnp.full(slots, total),
+        done=jnp.ones(slots, bool),
+        cache=some.cache.widen(cfg.max_new_tokens),
+    )
+
+    def turn(state: tuple[_Rows, Sample, Array]) -> tuple[_Rows, Sample, Array]:
+        slotted, sample, begun = state
+        sample = _scatter(sample, slotted)
+        place = begun[:, None] + jnp.cumsum(lanes(slotted.done), axis=1) - 1
+        enters = slotted.done & (place < waiting[:, None]).reshape(-1)
+        number = jnp.take_along_axis(queue, jnp.minimum(place, queue.shape[1] - 1), axis=1).reshape(-1)
+        slotted = slotted.enter(enters, rows.take(number))
+        begun = begun + jnp.sum(lanes(enters), axis=1)
+
+        def more(now: _Rows) -> Array:
+            free = lanes(now.done) & (begun < waiting)[:, None]
+            return (jnp.sum(free) < -(-slots // TURN)) & jnp.any(~now.done)
+
+        return _extend_while(network, slotted, cfg, more), sample, begun
+
+    state = empty, rows.sample, jnp.zeros(devices, jnp.int32)
+    slotted, sample, _ = jax.lax.while_loop(lambda state: jnp.any(state[2] < waiting), turn, state)
+    return slotted, sample
+
+
 def _extend_until(network: _Network, rows: _Rows, cfg: Config, unfinished: int) -> _Rows:
-    """The rows once at most so many of them are unfinished, or all have `max_new_tokens`."""
+    """The rows once at most so many of them are unfinished."""
+    return _extend_while(network, rows, cfg, lambda now: jnp.sum(~now.done) > unfinished)
 
-    def more(rows: _Rows) -> Array:
-        return (rows.n < cfg.max_new_tokens) & (jnp.sum(~rows.done) > unfinished)
 
+def _extend_while(network: _Network, rows: _Rows, cfg: Config, more: Callable[[_Rows], Array]) -> _Rows:
+    """The rows with one more token each, as long as this says so."""
     return jax.lax.while_loop(more, functools.partial(_extend, network, cfg=cfg), rows)
 
 
 def _extend(network: _Network, rows: _Rows, cfg: Config) -> _Rows:
     """The rows with one more token each, where they are not done."""
+    column = rows.n % cfg.max_new_tokens
     logits, cache = network.decode(rows.token, rows.cache)
-    token, logp = choose(logits, jax.lax.dynamic_index_in_dim(rows.uniform, rows.n, 1, keepdims=False), cfg)
+    token, logp = choose(logits, jax.lax.dynamic_index_in_dim(rows.uniform, column, 1, keepdims=False), cfg)
     live = ~rows.done
 
-    def append(column: Array, values: Array) -> Array:
-        return column.at[:, rows.n].set(jnp.where(live, values, column[:, rows.n]))
+    def append(old: Array, values: Array) -> Array:
+        return old.at[:, column].set(jnp.where(live, values, old[:, column]))
 
     sample = Sample(
         tokens=append(rows.sample.tokens, token),
         mask=append(rows.sample.mask, live),
         logp=append(rows.sample.logp, logp),
     )
-    done = rows.done | _is_stop(token, cfg)
-    return rows.replace(n=rows.n + 1, done=done, token=token, sample=sample, cache=cache)
+    n = rows.n + 1
+    done = rows.done | _is_stop(token, cfg) | (n - rows.start == cfg.max_new_tokens)
+    return rows.replace(n=n, done=done, token=token, sample=sample, cache=cache.replace(column=column))
 
 
 def _is_stop(token: Array, cfg: Config) -> Array:

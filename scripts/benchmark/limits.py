@@ -81,14 +81,17 @@ class Limits:
         """The seconds of one forward and backward pass."""
         return 3 * self.forward(rows, columns, read, logits)
 
-    def decoding(self, rows: int, prompt: int, tokens: float) -> float:
-        """The seconds of a prefill and `tokens` new tokens, sampled for all rows at once."""
-        c = self.config
+    def decoding(self, rows: int, prompt: int, tokens: float, prompts: int | None = None) -> float:
+        """The seconds of a prefill and `tokens` new tokens, sampled for all rows at once.
+
+        The rows have so many different `prompts`: each its own, by default.
+        """
+        c, prompts = self.config, prompts or rows
         matrices = [*(c.n_layers * self.layer), self.unembedding]
         kept = 2 * c.n_layers * c.n_kv_heads * c.head_dim * self.dtype.itemsize  # bytes of a token in the cache
-        cache = rows * kept * (prompt + tokens / rows / 2)  # bytes, on average over the steps
+        cache = kept * (prompts * prompt + tokens / 2)  # bytes, on average over the steps
         weights = self.dtype.itemsize * sum(k * n for k, n in matrices)
         speed = self.bandwidth(round(weights + cache))
         reads = [self.dtype.itemsize * k * n / speed for k, n in matrices]
         step = sum(max(self.product(rows, k, n), read) for (k, n), read in zip(matrices, reads, strict=True))
-        return self.forward(rows, prompt, 1) + (step + cache / speed) * tokens / rows
+        return self.forward(prompts, prompt, 1) + (step + cache / speed) * tokens / rows

@@ -120,11 +120,9 @@ def reward_trainer(config: models.Config, cfg: Config, buckets: int = 1, microba
     return Trainer(step, random_params(heads.ScalarModel(config), 0), tx)
 
 
-def sampler(
-    config: models.Config, new: int, ends: tuple[int, ...], group: int = 1
-) -> Callable[[Prompts, int], sampling.Sample]:
+def sampler(config: models.Config, sampled: sampling.Config) -> Callable[[Prompts, int], sampling.Sample]:
     """A function that samples a response to each prompt of a batch, with the noise of a seed."""
-    module, sampled = models.Transformer(config), sampling.Config(max_new_tokens=new, eos_id=ends, group=group)
+    module = models.Transformer(config)
 
     def step(params: Params, prompts: Prompts, seed: jax.Array, axis: str | None) -> sampling.Sample:
         keys = parallel.row_keys(jax.random.key(seed), prompts.tokens.shape[0], axis)

@@ -25,13 +25,18 @@ from scripts.benchmark.parts import (
     reward_trainer,
     sampler,
 )
-from scripts.benchmark.sizes import Config, Rank
+from scripts.benchmark.sizes import Config, Decode, Rank
 
 
 def beside_plain(
-    w: Rank, unit: str, amount: float, once: Callable[[int], Any], each_time: Callable[[int], Any], least: Callable
+    w: Rank | Decode,
+    unit: str,
+    amount: float,
+    once: Callable[[int], Any],
+    each_time: Callable[[int], Any],
+    least: Callable[[Limits], float],
 ) -> Workload:
-    """A workload that computes prompts once and, in turn with it, our own that computes them with each answer."""
+    """A workload that computes something once and, in turn with it, our own plain way that does so each time."""
     times: list[tuple[float, float]] = []
 
     def repeat(i: int) -> tuple[float, float]:
@@ -61,10 +66,9 @@ def forward(limits: Limits, w: Rank, read: int, logits: bool = True) -> float:
 
 
 def decoding(limits: Limits, w: Rank) -> float:
-    """The least seconds of sampling, with one prefill a prompt."""
+    """The least seconds of sampling, where each prompt is read once for its answers."""
     rows = w.prompts * w.responses
-    prefill = limits.forward(w.prompts, w.prompt, 1)
-    return prefill + limits.decoding(rows, w.prompt, rows * w.new) - limits.forward(rows, w.prompt, 1)
+    return limits.decoding(rows, w.prompt, rows * w.new, w.prompts)
 
 
 def with_shared_prompts(config: models.Config, share: bool) -> models.Config:
@@ -75,7 +79,8 @@ def rank_prefix_workload(config: models.Config, cfg: Config) -> Workload:
     w = cfg.rank_prefix
     rows = w.prompts * w.responses
     prompts = best_of_n.repeat(random_prompts(config, w.prompts, w.prompt), w.responses)
-    once, each_time = sampler(config, w.new, (), w.responses), sampler(config, w.new, ())
+    once = sampler(config, sampling.Config(w.new, group=w.responses))
+    each_time = sampler(config, sampling.Config(w.new))
     return beside_plain(
         w,
         "tokens_per_s",

@@ -80,6 +80,19 @@ class DecodeRagged(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class DecodeSlots(Settings):
+    """The same in one batch, some rows at a time or, in turn, all at once."""
+
+    prompts: Count = 128
+    slots: Count = 32
+    prompt: Count = 32
+    max_new: Count = 64
+    eos_fraction: Fraction = 0.03  # of the vocabulary
+    warmup: Count = 1
+    timed: Count = 3
+
+
+@dataclasses.dataclass(frozen=True)
 class Reward(Settings):
     """One step of the reward model on comparisons of two responses a repetition."""
 
@@ -172,6 +185,8 @@ class Config(Settings):
     sft: Sft = Sft()
     decode: Decode = Decode()
     decode_ragged: DecodeRagged = DecodeRagged()
+    decode_long: Decode = Decode(new=256, warmup=1)
+    decode_slots: DecodeSlots = DecodeSlots()
     reward: Reward = Reward()
     ppo: Ppo = Ppo()
     reward_k9: RewardK = RewardK()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_jax import models
-from rlhf_jax.data import pipeline, shards, sources, tokenizer
+from rlhf_jax.data import pipeline, recipes, shards, sources, tokenizer
 from rlhf_jax.data.tokenizer import Tokenizer
 from scripts.benchmark.parts import Workload
 from scripts.benchmark.sizes import Config
@@ -68,7 +68,7 @@ def to_first_batch(megabytes: float, tok: Tokenizer, length: int, batch: int) ->
         batches = pipeline.text(rows, tok, length=length, batch=batch, seed=0)
         next(iter(batches))
         seconds, processor = time.perf_counter() - start, time.process_time() - processor
-        prepared = shards.prepare(rows, pipeline.text_recipe(tok, length), tok, length)  # finds them
+        prepared = shards.prepare(rows, recipes.text(tok, length), tok, length)  # finds them
         return Taken(prepared.tokens, seconds, processor)
 
 

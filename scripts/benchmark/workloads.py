@@ -34,7 +34,7 @@ from scripts.benchmark.parts import (
     sampler,
     sft_trainer,
 )
-from scripts.benchmark.prefixes import grpo_prefix_workload, rank_prefix_workload, reward_prefix_workload
+from scripts.benchmark.prefixes import beside_plain, grpo_prefix_workload, rank_prefix_workload, reward_prefix_workload
 from scripts.benchmark.sizes import Choice, Config, Ppo
 from scripts.benchmark.text import text_10gb_workload
 
@@ -183,7 +183,7 @@ def reward_ragged_workload(config: models.Config, cfg: Config) -> Workload:
 
 def decode_workload(config: models.Config, cfg: Config) -> Workload:
     w = cfg.decode
-    prompts, sample = random_prompts(config, w.batch, w.prompt), sampler(config, w.new, ())
+    prompts, sample = random_prompts(config, w.batch, w.prompt), sampler(config, sampling.Config(w.new))
     return Workload(
         unit="tokens_per_s",
         warmup=w.warmup,
@@ -193,10 +193,55 @@ def decode_workload(config: models.Config, cfg: Config) -> Workload:
     )
 
 
+def decode_long_workload(config: models.Config, cfg: Config) -> Workload:
+    """A cache that grows and, in turn with it, one that has all its columns from the beginning."""
+    w = cfg.decode_long
+    prompts = random_prompts(config, w.batch, w.prompt)
+    sample, plain = (sampler(config, sampling.Config(w.new, parts=parts)) for parts in (4, 1))
+    return beside_plain(
+        w,
+        "tokens_per_s",
+        w.batch * w.new,
+        lambda i: LAYOUT.gather(sample(prompts, i)),
+        lambda i: LAYOUT.gather(plain(prompts, i)),
+        lambda limits: limits.decoding(w.batch, w.prompt, w.batch * w.new),
+    )
+
+
+def decode_slots_workload(config: models.Config, cfg: Config) -> Workload:
+    """Responses that end early, in slots and, in turn with these, all at once."""
+    w = cfg.decode_slots
+    prompts, ends = random_prompts(config, w.prompts, w.prompt), end_ids(config, w.eos_fraction)
+    slotted, plain = (sampler(config, sampling.Config(w.max_new, eos_id=ends, slots=slots)) for slots in (w.slots, 0))
+    times: list[tuple[float, float]] = []
+
+    def repeat(i: int) -> tuple[float, float]:
+        masks: list[np.ndarray] = []
+        seconds = [
+            clock(1, lambda sample=sample: masks.append(LAYOUT.gather(sample(prompts, i)).mask))[1]
+            for sample in (slotted, plain)
+        ]
+        times.append((seconds[0], seconds[1]))
+        return int(masks[0].sum()), seconds[0]
+
+    def extra() -> dict[str, float]:
+        ours, at_once = (statistics.median(column) for column in zip(*times[w.warmup :], strict=True))
+        return {"times_plain": at_once / ours}
+
+    return Workload(
+        unit="tokens_per_s",
+        warmup=w.warmup,
+        timed=w.timed,
+        repeat=repeat,
+        least_seconds=lambda limits, count: limits.decoding(w.prompts, w.prompt, count),
+        extra=extra,
+    )
+
+
 def decode_ragged_workload(config: models.Config, cfg: Config) -> Workload:
     """Responses that end early, at the better of the batch sizes, which is found in the warm-up."""
     w = cfg.decode_ragged
-    sample = sampler(config, w.max_new, end_ids(config, w.eos_fraction))
+    sample = sampler(config, sampling.Config(w.max_new, eos_id=end_ids(config, w.eos_fraction)))
     prompts = random_prompts(config, w.prompts, w.prompt)
 
     def sample_all(batch: int, i: int) -> tuple[float, float]:
@@ -383,6 +428,8 @@ WORKLOADS: dict[str, Callable[[models.Config, Config], Workload]] = {
     "sft": sft_workload,
     "decode": decode_workload,
     "decode_ragged": decode_ragged_workload,
+    "decode_long": decode_long_workload,
+    "decode_slots": decode_slots_workload,
     "reward": reward_workload,
     "ppo": ppo_workload,
     "reward_k9": reward_k9_workload,

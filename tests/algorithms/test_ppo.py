@@ -285,7 +285,7 @@ def test_the_entropy_is_that_of_the_distribution_sampled_from(temperature):
 @pytest.mark.slow
 def test_clips_and_penalty_reach_the_loss():
     plain = losses()
-    assert losses(clip=0.9)["loss/policy"] < plain["loss/policy"]
+    assert losses(clip=0.9)["loss/policy"] < losses(clip_high=0.9)["loss/policy"] < plain["loss/policy"]
     assert losses(dual_clip=1.01)["loss/policy"] < plain["loss/policy"]
     assert losses(value_clip=0.9)["loss/value"] < plain["loss/value"]
     penalty = losses(penalty=0.5)
@@ -347,7 +347,8 @@ def test_the_average_of_the_weights():
         ({"epochs": 0}, r"epochs=0: expected more than 0"),
         ({"dual_clip": 0.9}, r"dual_clip=0\.9: expected more than 1"),
         ({"penalty": 1.0, "dual_clip": 3.0}, r"penalty replaces the clip, so dual_clip"),
-        ({"penalty": 1.0, "clip": 0.1}, r"penalty replaces the clip, so clip"),
+        ({"penalty": 1.0, "clip": 0.1}, r"penalty replaces the clip, so clip has"),
+        ({"penalty": 1.0, "clip_high": 0.3}, r"penalty replaces the clip, so clip_high has"),
         ({"lam_alpha": 0.05, "lam": 0.9}, r"lam_alpha gives each response its own lambda, so lam has no effect"),
         ({"kl_horizon": 100.0}, r"kl_horizon has no effect without kl_target"),
         ({"unfinished_score": -1.0, "unfinished_penalty": 1.0}, r"unfinished_score replaces the score"),

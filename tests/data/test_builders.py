@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from rlhf_jax.data import builders, sources
+from rlhf_jax.data import builders, json_lines, sources
 from rlhf_jax.types import InputError
 
 USER = [{"role": "user", "content": "ask"}]
@@ -316,7 +316,7 @@ def test_rows_nested_as_deeply_as_can_be_read(tmp_path):
     for depth in range(800, 1000, 2):
         write(path, f'{{"text": {"[" * depth}{"]" * depth}}}')
         with pytest.raises(InputError, match=r"line 1.*: expected (text|a JSON object), got"):
-            [builders.check("text", row, where) for where, row in builders.json_values(path)]
+            [builders.check("text", row, where) for where, row in json_lines.json_values(path)]
 
 
 def test_unreadable_files(tmp_path):

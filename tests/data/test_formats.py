@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from rlhf_jax.data import builders, formats, pipeline, sources
+from rlhf_jax.data import builders, formats, json_lines, pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.types import InputError
 
@@ -567,16 +567,16 @@ def test_broken_text(tmp_path, name):
         counts = Counter()
         try:
             if name in PLAIN:
-                rows = [builders.check(kind, value, where) for where, value in builders.json_values(path)]
+                rows = [builders.check(kind, value, where) for where, value in json_lines.json_values(path)]
             else:
-                rows = [row for _, row in formats.read(kind, read, path, counts, builders.json_values(path))]
+                rows = [row for _, row in formats.read(kind, read, path, counts, json_lines.json_values(path))]
         except InputError as error:
             assert "\n" not in str(error) and str(error).startswith(str(path))
             seen["refused"] += 1
         else:
             assert all(builders.check(kind, row, "row") == row for row in rows)
             refused = sum(n for what, n in counts.items() if what.startswith("rows refused"))
-            assert len(rows) + refused == len(list(builders.json_values(path)))
+            assert len(rows) + refused == len(list(json_lines.json_values(path)))
             seen["read"] += 1
     assert seen["refused"] > 100 and seen["read"] > 0
 
@@ -611,7 +611,8 @@ def test_published_files(tmp_path, shared, tokenizer, spec, length, kept, refuse
 
 BBH = {"canary": "none", "examples": [{"input": "Is it?\nOptions:\n- Yes\n- No", "target": "No"},
                                       {"input": "Which?\nOptions:\n(A) 1\n(B) 2", "target": "(B)"},
-                                      {"input": "How many?", "target": "3"}]}  # fmt: skip
+                                      {"input": "How many?", "target": "3"},
+                                      {"input": "not True is", "target": "False"}]}  # fmt: skip
 BBH_PROMPT = """Not to be learnt from.
 -----
 Answer it.
@@ -690,6 +691,7 @@ def test_big_bench_hard_is_for_evaluation_alone(tmp_path):
         (["No"], ["Yes", "No"]),
         (["(B)"], ["(A)", "(B)"]),
         (["3"], []),
+        (["False"], ["True", "False"]),
     ]
     spec = f"bbh:{tmp_path / 'data.json'}"
     for kind, split in [("examples", "train"), ("demonstrations", "train"), ("prompts", "held_out")]:

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from rlhf_jax.data import gsm8k
+from rlhf_jax.data import gsm8k, json_lines
 from rlhf_jax.types import InputError
 
 
@@ -80,9 +80,8 @@ def test_every_published_answer_is_worth_its_reward(shared):
     path = shared / "data" / "gsm8k_train.jsonl"
     if not path.exists():
         pytest.skip("needs ../shared/data/gsm8k_train.jsonl")
-    from rlhf_jax.data import builders
 
-    rows = [gsm8k.read(row, where, Counter()) for where, row in builders.json_values(path)]
+    rows = [gsm8k.read(row, where, Counter()) for where, row in json_lines.json_values(path)]
     score = gsm8k.score_text(rows)
     assert all(score(row["prompt"], row["completion"]) == 1.0 for row in rows)
     assert not any("<<" in row["completion"] for row in rows)

@@ -34,7 +34,8 @@ def unchecked(*names):
             setattr(data, name.rpartition(".")[2], module)
 
 
-builders, files, gsm8k, hub, formats = unchecked("builders", "files", "gsm8k", "hub", "formats")
+NAMES = "builders", "json_lines", "files", "gsm8k", "hub", "formats"
+builders, json_lines, files, gsm8k, hub, formats = unchecked(*NAMES)
 
 ROWS = 10_000
 PLAIN = {
@@ -166,7 +167,7 @@ def test_json_lines(tmp_path):
     seen, path = Counter(), tmp_path / "data.jsonl"
     for line in lines_of(good):
         try:
-            for where, value in builders.values_of_lines(path, enumerate(line.split("\n"), start=1)):
+            for where, value in json_lines.values_of_lines(path, enumerate(line.split("\n"), start=1)):
                 builders.check("demonstrations", value, where)
         except InputError as error:
             assert str(error).startswith(f"{path}, line ") and "\n" not in str(error)

@@ -362,7 +362,7 @@ def test_rankings_by_a_virtue(tokenizer):
     assert plain.harmful is None and plain.rank.tolist() == [[0, 1, 2]]
     for lacking in ({"ratings": [rate(), rate(harmless=2)]}, {}):
         bad = {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1]} | lacking
-        with pytest.raises(InputError, match=r"^row 1, field ratings: expected a rating of harmless for each response"):
+        with pytest.raises(InputError, match=r"^row 2, field ratings: expected a rating of harmless for each response"):
             pipeline.rankings([rows[0], bad], tokenizer, length=9, batch=1, seed=0, virtue="harmless")
 
 

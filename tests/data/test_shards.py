@@ -1,6 +1,7 @@
 """Tests of rlhf_jax.data.shards: text beyond one part loses nothing, and preparing it can be interrupted anywhere."""
 
 import errno
+import functools
 import itertools
 import json
 import re
@@ -8,10 +9,11 @@ import tracemalloc
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data import builders, pipeline, records, shards, sources
+from rlhf_jax.data import builders, pipeline, recipes, records, shards, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import hosts, progress
 from rlhf_jax.types import InputError
@@ -34,7 +36,7 @@ def rows(tmp_path):
 
 
 def prepare(rows, tokenizer, length=LENGTH):
-    return shards.prepare(rows, pipeline.text_recipe(tokenizer, length), tokenizer, length)
+    return shards.prepare(rows, recipes.text(tokenizer, length), tokenizer, length)
 
 
 def pieces_of(tokenizer):
@@ -43,7 +45,7 @@ def pieces_of(tokenizer):
 
 
 def every(prepared):
-    return [[ids.tolist() for ids, _ in row] for row in prepared.read(np.arange(prepared.rows))]
+    return [[ids.tolist() for ids in row.ids] for row in prepared.read(np.arange(prepared.rows))]
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -81,7 +83,7 @@ def test_text_of_several_parts_loses_no_document_and_no_token(tokenizer, rows, m
     assert sorted(itertools.chain(*found)) == sorted(expected)
     assert prepared.tokens == sum(map(len, expected))
     order = np.random.default_rng(0).permutation(len(found))  # rows of all shards at once
-    assert [[ids.tolist() for ids, _ in row] for row in prepared.read(order)] == [found[n] for n in order]
+    assert [[ids.tolist() for ids in row.ids] for row in prepared.read(order)] == [found[n] for n in order]
     again = prepare(rows, tokenizer)
     assert every(again) == found and again.counts == prepared.counts
 
@@ -149,20 +151,26 @@ def test_other_processes_wait_for_the_first(tokenizer, rows, monkeypatch):
     assert met == [1, 1]
 
 
+LONG = "a cat on a mat, " * 60
+LARGE = {  # a row of a kilobyte
+    "text": {"text": LONG},
+    "rankings": {"prompt": LONG[:320], "responses": [LONG[:320], LONG[:300]], "ranks": [0, 1]},
+}
+
+
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_text(tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", LARGE)
+def test_memory_does_not_grow_with_the_data(tokenizer, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(shards, "PART", 20_000)
     monkeypatch.setattr(shards, "BATCH", 10_000)
     monkeypatch.setattr(builders, "SHARD", 50_000)
     peaks = []
     for megabytes in (0.1, 0.3):
         path = tmp_path / f"{megabytes}.jsonl"
-        with path.open("w") as file:
-            for n in range(int(megabytes * 1000)):
-                file.write(json.dumps({"text": f"{n} " + "a cat on a mat, " * 60}) + "\n")
+        path.write_text((json.dumps(LARGE[kind]) + "\n") * int(megabytes * 1000))
         tracemalloc.start()
-        made = sources.rows(str(path), "text", data_dir=tmp_path / "data")
-        data = pipeline.text(made, tokenizer, length=128, batch=4, seed=0)
+        made = sources.rows(str(path), kind, data_dir=tmp_path / "data")
+        data = getattr(pipeline, kind)(made, tokenizer, length=512, batch=4, seed=0)
         next(iter(data))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -187,11 +195,12 @@ def test_progress_tells_rows_and_tokens_a_second(tokenizer, rows, monkeypatch, c
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_row_comes_back(dtype, masked):
     ids = [np.array([np.iinfo(dtype).max, 0, 7], dtype), np.array([1], dtype), np.arange(9).astype(dtype)]
-    targets = [np.arange(len(one)) % 3 == 1 for one in ids] if masked else [None] * 3
-    found = shards._segments(shards._record(ids, targets), np.dtype(dtype))
-    assert [one.tolist() for one, _ in found] == [one.tolist() for one in ids]
+    targets = [np.arange(len(one)) % 3 == 1 for one in ids] if masked else None
+    found = shards._item(shards._record(shards.Item(ids, targets, (2**31 - 1, -1))), np.dtype(dtype))
+    assert [one.tolist() for one in found.ids] == [one.tolist() for one in ids]
     expected = targets if masked else [np.ones(len(one), bool) for one in ids]
-    assert all(np.array_equal(mask, other) for (_, mask), other in zip(found, expected, strict=True))
+    assert all(np.array_equal(mask, other) for (_, mask), other in zip(found.segments, expected, strict=True))
+    assert found.numbers == [2**31 - 1, -1]
 
 
 def test_the_smallest_type_is_taken(tokenizer, rows):
@@ -245,3 +254,79 @@ def test_the_row_that_is_refused_is_named_in_a_later_batch(tokenizer, tmp_path, 
     rows = sources.rows(str(path), "demonstrations", data_dir=tmp_path / "data")
     with pytest.raises(InputError, match=f"{path}, line 10: field weight"):
         pipeline.demonstrations(rows, tokenizer, length=64, batch=1, seed=0, completion_only=False)
+
+
+SEVERAL = {
+    "rankings": [
+        {
+            "prompt": TEXTS[n][: n % 40],
+            "responses": [TEXTS[n + k][: 9 + n % 7 * k] for k in range(2 + n % 8)],
+            "ranks": [k * n % 3 for k in range(2 + n % 8)],
+            "ratings": [{"harmless": 1 + (n + k) % 7} for k in range(2 + n % 8)],
+        }
+        for n in range(60)
+    ],
+    "thumbs": [{"prompt": TEXTS[n][: n % 40], "completion": TEXTS[-n][:20], "label": n % 3 > 0} for n in range(60)],
+    "steps": [
+        {"prompt": TEXTS[n][: n % 40], "steps": TEXTS[n].split()[: 1 + n % 4], "labels": [n % 3 - 1] * (1 + n % 4)}
+        for n in range(10, 58)
+    ],
+    "prompts": [{"prompt": TEXTS[n][: n % 40]} for n in range(60)],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("rankings", {"shares": lambda *sizes: True}),
+        ("rankings", {"virtue": "harmless"}),
+        ("thumbs", {}),
+        ("steps", {}),
+        ("prompts", {"widths": 4}),
+    ],
+)
+def test_batches_of_several_parts_are_those_of_one(tokenizer, tmp_path, monkeypatch, kind, options):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in SEVERAL[kind]))
+    stored = sources.rows(str(path), kind, data_dir=tmp_path / "data")
+    read = functools.partial(
+        getattr(pipeline, kind), tokenizer=tokenizer, length=64, batch=4, seed=0, epochs=1, **options
+    )
+    whole = read(SEVERAL[kind])
+    assert whole.counts.empty and whole.rows == whole.counts.kept > 30
+    monkeypatch.setattr(shards, "PART", 200)
+    monkeypatch.setattr(shards, "BATCH", 60)
+    data = read(stored)
+    (folder,) = stored.folder.iterdir()
+    assert len(list(folder.glob("*.array_record"))) > 4
+    monkeypatch.setattr(tokenizer_lib, "encode", None)
+    again = iter(read(stored))  # finds them
+    ahead = iter(data)
+    for _ in range(7):
+        next(ahead)
+    again.set_state(json.loads(json.dumps(ahead.get_state())))  # a run that resumes
+    assert data.counts == whole.counts
+    for n, (expected, found, *parts) in enumerate(zip(whole, data, data.part(0, 2), data.part(1, 2), strict=True)):
+        assert same(found, expected) and same(jax.tree.map(lambda *x: np.concatenate(x), *parts), expected)
+        assert n < 7 or same(next(again), expected)
+        if kind == "prompts":
+            texts = [stored[row]["prompt"] for row in found.index.tolist() if row >= 0]
+            assert texts == [tokenizer.decode(x[on]) for x, on, row in zip(*leaves(found), strict=True) if row >= 0]
+
+
+def leaves(batch):
+    return jax.tree.leaves(batch)
+
+
+def same(one, other):
+    return jax.tree.structure(one) == jax.tree.structure(other) and all(map(np.array_equal, leaves(one), leaves(other)))
+
+
+def test_a_row_without_a_rating_is_named_in_a_later_batch(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "BATCH", 20)
+    path = tmp_path / "some.jsonl"
+    good = {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1], "ratings": [{"honest": 1}, {"honest": 2}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [good] * 9 + [good | {"ratings": [{}, {}]}]))
+    rows = sources.rows(str(path), "rankings", data_dir=tmp_path / "data")
+    with pytest.raises(InputError, match=f"{path}, line 10, field ratings: expected a rating of honest"):
+        pipeline.rankings(rows, tokenizer, length=64, batch=1, seed=0, virtue="honest")

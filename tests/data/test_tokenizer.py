@@ -51,6 +51,12 @@ def test_any_text_survives(tokenizer, text):
     assert lib.decode(tokenizer, ids) == text
 
 
+def test_texts_that_are_encoded_some_at_a_time_keep_their_order(tokenizer, monkeypatch):
+    texts = [f"{n} " * n for n in range(60)]
+    monkeypatch.setattr(lib, "AT_ONCE", 20)
+    assert [lib.decode(tokenizer, ids) for ids in lib.encode(tokenizer, texts, special=False)] == texts
+
+
 def test_digits_are_tokens(tokenizer):
     (ids,) = lib.encode(tokenizer, ["117"], special=False)
     assert len(ids) == 3 and ids[0] == ids[1] != ids[2]

@@ -26,12 +26,12 @@ def task(tmp_path, rows, **others):
 ROWS = [{"question": f"{n}+{n}?", "answer": str(2 * n), "rationale": f"Twice {n}."} for n in range(8)]
 
 
-def write(tmp_path, form, rows=ROWS, room=ROOM, asked=2, ranked=False, **others):
+def write(tmp_path, form, rows=ROWS, room=ROOM, asked=2, by="write", **others):
     """The first rows as questions, with the others, and themselves, as a pool of examples."""
     one = task(tmp_path, rows, **others)
     pool = one.rows("train", data_dir=tmp_path / "data")
     questions = list(prompts.held_out(one, pool, asked))
-    return prompts.write(one, questions, TOKENIZER, form, room, pool if form.shots else None, ranked)
+    return prompts.write(one, questions, TOKENIZER, form, room, pool if form.shots else None, by)
 
 
 def text(question):
@@ -99,17 +99,42 @@ def test_questions_that_do_not_fit(tmp_path):
     long = [{"question": "1+1, " * 40 + "?", "answer": "2"}, *ROWS]
     asked, left_out = write(tmp_path, Form(chat=False), long, Room(context=60, answer=4), asked=3)
     assert [question.row for question in asked] == [1, 2]
-    assert left_out == {"questions refused, too long for the model's context": 1}
-    with pytest.raises(InputError, match="task sums: none of 1 questions fits the model's context of 60 tokens with 4"):
+    assert left_out == {"questions refused, of more than 60 tokens with the answer": 1}
+    with pytest.raises(InputError, match="task sums: none of 1 questions fits into 60 tokens with 4 for the answer"):
         write(tmp_path, Form(chat=False), long, Room(context=60, answer=4), asked=1)
+
+
+def test_another_question_takes_the_place_of_one_that_does_not_fit(tmp_path):
+    long = {"question": "1+1, " * 40 + "?", "answer": "2"}
+    one = task(tmp_path, [long, *ROWS[:3], long, *ROWS[3:]])
+    pool = one.rows("train", data_dir=tmp_path / "data")
+    every = list(prompts.held_out(one, pool, None))
+    room = Room(context=60, answer=4)
+    asked, left_out = prompts.write(one, every[:2], TOKENIZER, Form(chat=False), room, None, "write", every[4:])
+    assert [question.row for question in asked] == [1, 5]
+    assert left_out == {"questions refused, of more than 60 tokens with the answer": 2}
+
+
+def test_each_question_takes_the_next_template(tmp_path):
+    """Of those that ask for the answer; examples are in that of the question."""
+    three = tuple(Template(text) for text in ("{question}", "Which is {answer}?", "Add {question}"))
+    templates = (three[0], dataclasses.replace(three[1], target="{question}"), three[2])
+    asked, _ = write(tmp_path, Form(shots=1, chat=False, template=None), asked=4, templates=templates)
+    prompts_of = [text(question).split("\n\n") for question in asked]
+    assert [prompt[1] for prompt in prompts_of] == ["0+0?", "Add 1+1?", "2+2?", "Add 3+3?"]
+    assert [prompt[0].startswith("Add ") for prompt in prompts_of] == [False, True, False, True]
 
 
 def test_options_follow_the_prompt(tmp_path):
     rows = [{"question": "Is it?", "options": ["yes", "no"], "answer": "no"}]
-    asked, _ = write(tmp_path, Form(chat=False), rows, asked=1, ranked=True)
+    asked, _ = write(tmp_path, Form(chat=False), rows, asked=1, by="rank")
     assert [TOKENIZER.decode(ids) for ids in asked[0].options] == [" yes", " no"]
-    asked, _ = write(tmp_path, Form(), rows, asked=1, ranked=True)
+    asked, _ = write(tmp_path, Form(), rows, asked=1, by="rank")
     assert [TOKENIZER.decode(ids) for ids in asked[0].options] == [" yes", " no"]  # as the template has it
+    asked, _ = write(tmp_path, Form(), rows, asked=1, by="read")
+    assert [TOKENIZER.decode(ids) for ids in asked[0].options] == [" yes<|endoftext|>", " no<|endoftext|>"]
+    asked, _ = write(tmp_path, Form(), asked=1, by="read")
+    assert [TOKENIZER.decode(ids) for ids in asked[0].options] == [" 0<|endoftext|>"]  # the right answer
 
 
 def test_the_empty_prompt():
@@ -122,7 +147,7 @@ def test_options_that_are_the_same_tokens(tmp_path):
     rows = [{"question": "Is it?", "options": ["yes", "yes ", "no"], "answer": "no"}]
     one = task(tmp_path, rows)
     pool = one.rows("train", data_dir=tmp_path / "data")
-    asked, _ = write(tmp_path, Form(), rows, asked=1, ranked=True)
+    asked, _ = write(tmp_path, Form(), rows, asked=1, by="rank")
     prompts.check_options(one, pool, asked)
     first, _, last = asked[0].options
     alike = [dataclasses.replace(asked[0], options=(first, first, last))]
@@ -138,5 +163,7 @@ def test_bad_tasks(tmp_path):
     turned = Template("Which sum is {answer}?", target="{question}")
     with pytest.raises(InputError, match="task sums: template 0 asks for something other than the answer"):
         write(tmp_path, Form(), templates=(turned,))
+    with pytest.raises(InputError, match="task sums: no template asks for the answer"):
+        write(tmp_path, Form(template=None), templates=(turned,))
     with pytest.raises(InputError, match=r"task sums: .*line 1: an answer or option is empty"):
         write(tmp_path, Form(), reader=lambda row: Example({"question": row["question"]}, ("",)))

@@ -11,9 +11,11 @@ import pytest
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.tasks import Example, Task, Template
 from rlhf_jax.devices import parallel
-from rlhf_jax.evaluation import tasks, writing
+from rlhf_jax.evaluation import likelihood, tasks, writing
+from rlhf_jax.evaluation.likelihood import Likelihood
 from rlhf_jax.evaluation.tasks import Config
 from rlhf_jax.types import InputError
+from tests import tiny
 from tests.evaluation.models import model
 
 ROWS = [
@@ -34,11 +36,11 @@ def evaluate(tmp_path, some, layout=parallel.PMAP, **settings):
     return tasks.evaluate(model(), some, Config(**settings), layout=layout, data_dir=tmp_path / "data")
 
 
-def logp(prompt, text):
-    """The log-probability of a text behind a prompt, by the network itself."""
+def logp(prompt, text, ended=False):
+    """The log-probability of a text behind a prompt, and of an EOS behind it, by the network itself."""
     one, tokenizer = model(), model().tokenizer
     before, after = (tokenizers.encode(tokenizer, [part], special=False)[0] for part in (prompt, text))
-    whole = np.concatenate([before, after])
+    whole = np.concatenate([before, after, [tokenizer.eos_token_id] * ended]).astype(np.int32)
     padded = np.zeros((1, 128), np.int32)
     padded[0, : len(whole)] = whole
     logits = _apply()(one.params, padded, np.arange(128)[None] < len(whole))
@@ -88,16 +90,77 @@ def test_layouts_agree(tmp_path):
     assert [(result.task, result.ranked) for result in one] == [("sums", False), ("even", True)]
 
 
+@pytest.mark.slow
+def test_the_same_questions_are_asked_again_of_other_parameters(tmp_path, monkeypatch):
+    """Read, ranked and written: nothing is compiled twice, and the answers are those of a model with them."""
+    some = [task(tmp_path, OPEN, "sums", metric="exact"), task(tmp_path, ROWS)]
+    one, layout, compiled = model(), parallel.layout(), []
+    other = dataclasses.replace(one, params=tiny.policy(one.config, 1))
+    monkeypatch.setattr(parallel.Pmap, "step", recorded(parallel.Pmap.step, compiled))
+    for by in ("read", "auto"):
+        cfg = Config(by=by, batch=8, max_new_tokens=2)
+        asked = tasks.Evaluation(dataclasses.replace(one, params=None), some, cfg, data_dir=tmp_path / "data")
+        programs = len(compiled)
+        found = [asked(layout.state(of.params)) for of in (one, other, one)]
+        assert len(compiled) == programs
+        apart = [tasks.evaluate(of, some, cfg, data_dir=tmp_path / "data") for of in (one, other)]
+        assert found == [*apart, apart[0]]
+    assert found[0] != found[1]  # where random parameters write, they write something else
+
+
+def recorded(function, calls):
+    def call(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.slow
+def test_answers_are_read_with_what_ends_them(tmp_path):
+    """Options are ranked with their EOS; without options each token of the answer has to be the likeliest."""
+    (found,) = evaluate(tmp_path, [task(tmp_path, ROWS)], by="read", batch=8)
+    right = []
+    for n in range(4):
+        total = [logp(f"Question: Is {n} even?\nAnswer:", f" {text}", True) for text in ROWS[0]["options"]]
+        right.append(np.argmax(total) == n % 2)
+    assert [answer.score for answer in found.answers] == right and found.figures["chance"] == 0.5
+
+
+def test_an_answer_without_options_is_read_token_by_token(tmp_path, monkeypatch):
+    likeliest = itertools.cycle([True, False, False, True])
+    seen = read_as(monkeypatch, lambda: Likelihood(-1.0, next(likeliest)))
+    (found,) = evaluate(tmp_path, [task(tmp_path, OPEN)], by="read")
+    assert [answer.score for answer in found.answers] == [1, 0, 0, 1]
+    assert [answer.said for answer in found.answers] == [("0",), (), (), ("6",)]
+    assert (found.metric, found.figures["chance"]) == ("acc", 0)
+    assert [one.continuation[-1] for one in seen] == [model().tokenizer.eos_token_id] * 4
+    with pytest.raises(InputError, match="task even: none of 4 questions fits into 9 tokens"):
+        evaluate(tmp_path, [task(tmp_path, OPEN)], by="read", length=9)
+
+
+def read_as(monkeypatch, likelihood_of):
+    """Have requests answered by a function; returns those that came."""
+    seen = []
+
+    def read(self, requests, params):
+        seen.extend(requests)
+        return [likelihood_of() for _ in requests]
+
+    monkeypatch.setattr(likelihood.Reader, "__call__", read)
+    return seen
+
+
 def said(monkeypatch, *texts):
     """Have the model write these texts, again and again; returns the prompts that it was asked."""
     asked = []
 
-    def answers(model, prompts, cfg, *, layout):
+    def writer(model, prompts, cfg, layout):
         asked.extend(prompts)
         count = itertools.count()
-        return [[texts[next(count) % len(texts)] for _ in range(cfg.samples)] for _ in prompts]
+        return lambda params: [[texts[next(count) % len(texts)] for _ in range(cfg.samples)] for _ in prompts]
 
-    monkeypatch.setattr(writing, "answers", answers)
+    monkeypatch.setattr(writing, "Writer", writer)
     return asked
 
 
@@ -139,12 +202,7 @@ def test_several_samples_vote(tmp_path, monkeypatch):
 
 
 def test_rows_without_options_are_left_out_and_counted(tmp_path, monkeypatch):
-    def rank(model, tokenizer, put, cfg, layout):
-        (one,) = put
-        prior = {ids.tobytes(): 0.0 for question in one.questions for ids in question.options}
-        return [tasks._ranked(one, [np.zeros(2) for _ in one.questions], prior)]
-
-    monkeypatch.setattr(tasks, "_rank", rank)
+    read_as(monkeypatch, lambda: Likelihood(0.0, True))
     (result,) = evaluate(tmp_path, [task(tmp_path, [ROWS[0], *OPEN])])
     assert result.left_out == {"questions left out, without options to rank": 3} and len(result.answers) == 1
 
@@ -169,7 +227,8 @@ def test_bad_tasks(tmp_path, rows, others, settings, message):
 def test_settings_that_contradict():
     with pytest.raises(InputError, match="samples=4 are all the same at temperature 0"):
         Config(samples=4)
-    with pytest.raises(InputError, match="reasoning is written"):
-        Config(reasoning=True, by="rank")
+    for by in ("rank", "read"):
+        with pytest.raises(InputError, match=f"reasoning is written, and has no effect with --by {by}"):
+            Config(reasoning=True, by=by)
     assert tasks.new_tokens(Config(), 1024) == 32 and tasks.new_tokens(Config(reasoning=True), 1024) == 256
     assert tasks.new_tokens(Config(reasoning=True), 100) == 50 and tasks.new_tokens(Config(max_new_tokens=9), 100) == 9

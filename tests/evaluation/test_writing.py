@@ -46,8 +46,8 @@ def test_where_answers_end(monkeypatch):
     """At a token that spells the stop, on the devices, and otherwise where the text has it."""
     tokenizer, seen = model().tokenizer, []
 
-    def episodes(model, prompts, key, cfg, *, batch, layout):
-        seen.append((cfg, batch, key))
+    def sample(sampler, params, prompts, key):
+        seen.append(key)
         texts = ["\nyes\n\nQ: no", "no"]
         ids = [tokenizers.encode(tokenizer, [text], special=False)[0] for text in texts]
         width = max(map(len, ids))
@@ -55,10 +55,15 @@ def test_where_answers_end(monkeypatch):
         mask = np.stack([np.arange(width) < len(one) for one in ids])
         return type("Rollout", (), {"response_tokens": tokens, "response_mask": mask})
 
-    monkeypatch.setattr(writing.rollout, "episodes", episodes)
+    def collector(config, layout, cfg):
+        settings.append(cfg)
+
+    settings = []
+    monkeypatch.setattr(writing.rollout, "collector", collector)
+    monkeypatch.setattr(writing.rollout.Sampler, "__call__", sample)
     prompts = [np.array([5], np.int32), np.array([5, 6], np.int32)]
     assert writing.answers(model(), prompts, writing.Config(stop="\n\n", seed=3)) == [["yes"], ["no"]]
     assert writing.answers(model(), prompts, writing.Config(stop="\n"))[0] == [""]
     (newline,) = tokenizers.encode(tokenizer, ["\n"], special=False)[0].tolist()
-    assert newline in seen[1][0].ends and newline not in seen[0][0].ends
-    assert jax.random.key_data(seen[0][2]).tolist() == jax.random.key_data(named_key(3, "evaluation/writing")).tolist()
+    assert newline in settings[1].ends and newline not in settings[0].ends
+    assert jax.random.key_data(seen[0]).tolist() == jax.random.key_data(named_key(3, "evaluation/writing")).tolist()

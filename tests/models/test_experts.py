@@ -183,7 +183,7 @@ def test_a_token_has_no_more_experts_than_there_are():
         dataclasses.replace(tiny.GPT, experts=models.Experts(count=3, active=1))
 
 
-# Model directories; tests/models/test_models.py has those that are published ------------------------------------------
+# Model directories; tests/models/test_published.py has those that are published ---------------------------------------
 
 
 @pytest.mark.parametrize(

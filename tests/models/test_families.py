@@ -13,29 +13,14 @@ import safetensors.numpy
 
 from rlhf_jax import models
 from rlhf_jax.devices import parallel
-from rlhf_jax.models import families, heads, lora, rope
+from rlhf_jax.models import families, heads, lora, rope, rope_fields
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.rollouts import sampling
 from rlhf_jax.types import InputError
 from tests import tiny
+from tests.models.directories import model, refused, saved
 
 EVERY = pytest.mark.parametrize(("name", "config"), tiny.MORE.items(), ids=tiny.MORE)
-
-
-def model(config):
-    return models.Model(config, tiny.policy(config), None, models.bind(models.Transformer(config)))
-
-
-def saved(path, config):
-    """A model directory, and the config and tensors in it, to break."""
-    models.save(model(config), tiny.policy(config), path)
-    return json.loads((path / "config.json").read_text()), safetensors.numpy.load_file(path / "model.safetensors")
-
-
-def refused(path, message):
-    with pytest.raises(InputError, match=message) as error:
-        models.load(path)
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 @EVERY
@@ -203,7 +188,7 @@ def test_a_model_is_written_as_the_family_that_it_came_from(tmp_path):
 def test_a_part_of_a_head_is_written_as_a_share():
     for whole in range(2, 300):
         for part in range(2, whole + 1, 2):
-            assert int(whole * families._share(part, whole)) == part
+            assert int(whole * rope_fields.share(part, whole)) == part
 
 
 FIELDS = {

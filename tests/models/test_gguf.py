@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import struct
 import sys
 
@@ -19,75 +20,97 @@ gguf = pytest.importorskip("gguf", reason="the library gguf is not installed")
 # Sizes of whole blocks of Q8_0, in every family; Llama 3's scaling has the context and bounds of its models.
 WIDE = dataclasses.replace(tiny.LLAMA, d_model=64, head_dim=16, d_ff=96, vocab_size=340)
 SCALING = models.Llama3Scaling(factor=8.0, low=1.0, high=4.0, original_length=8192)
+GEMMA = dataclasses.replace(
+    WIDE,
+    mlp="geglu",
+    unit_offset=True,
+    post_norm=True,
+    scale_embedding=True,
+    tie_embeddings=True,
+    window=3,
+    query_size=16,
+)
+OLMO = dataclasses.replace(WIDE, pre_norm=False, post_norm=True, qk_norm="whole")
+YARN = models.YarnScaling(factor=4.0, original_length=12, beta_fast=2.0, beta_slow=0.5, attention_factor=1.25)
+LONG = models.LongScaling((1.0,) * 6, (2.0, 2.5, 3.0, 3.5, 4.0, 4.5), original_length=12, attention_factor=1.25)
 CONFIGS = {
     "llama": WIDE,
     "llama3": dataclasses.replace(WIDE, rope_scaling=SCALING, rope_theta=5e5, tie_embeddings=True),
-    "qwen2": dataclasses.replace(WIDE, bias="qkv"),
+    "llama-linear": dataclasses.replace(WIDE, bias="all", rope_scaling=models.LinearScaling(4.0)),
+    "mistral": dataclasses.replace(WIDE, window=3),
+    "mixtral": dataclasses.replace(WIDE, experts=models.Experts(count=4, active=2)),
+    "qwen2": dataclasses.replace(WIDE, bias="qkv", rope_scaling=YARN),
     "qwen3": dataclasses.replace(WIDE, qk_norm="head", head_dim=32, tie_embeddings=True),
-    "gemma2": dataclasses.replace(
-        WIDE,
-        mlp="geglu",
-        unit_offset=True,
-        post_norm=True,
-        scale_embedding=True,
-        tie_embeddings=True,
-        window=3,
-        full_layers=(1,),
-        query_size=16,
-        attention_cap=2.0,
-        logit_cap=3.0,
+    "qwen3_moe": dataclasses.replace(WIDE, qk_norm="head", head_dim=32, experts=models.Experts(count=4, active=3)),
+    "gemma2": dataclasses.replace(GEMMA, full_layers=(1,), attention_cap=2.0, logit_cap=3.0),
+    "gemma3": dataclasses.replace(
+        GEMMA,
+        n_layers=7,
+        full_layers=(5,),
+        qk_norm="head",
+        rope_theta=1e6,
+        window_theta=1e4,
+        rope_scaling=models.LinearScaling(8.0),
     ),
+    "olmo2": OLMO,
+    "olmo3": dataclasses.replace(OLMO, window=3, full_layers=(0,), rope_scaling=YARN, window_theta=1e4),
+    "smollm3": dataclasses.replace(WIDE, n_layers=4, unrotated_layers=(3,)),
+    "phi3": dataclasses.replace(WIDE, rotary_size=12, rope_scaling=LONG),
+    "phi3-window": dataclasses.replace(WIDE, window=3, rotary_size=12),
 }
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-GEMMA = NAMES | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
+ARCHITECTURES = {  # in the file
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
 }
 
 
-def llama_cpp_name(name: str, kind: str) -> str:
-    stem, suffix = name.rsplit(".", 1)
-    layer = ""
-    if stem.startswith("model.layers."):
-        _, _, number, stem = stem.split(".", 3)
-        layer = f"blk.{number}."
-    return f"{layer}{(GEMMA if kind == 'gemma2' else NAMES)[stem]}.{suffix}"
+def stacked(tensors):
+    """The tensors as llama.cpp's converter has them: those of all experts of a layer in one."""
+    experts = {}
+    for name, tensor in tensors:
+        if parts := re.fullmatch(r"model\.(layers\.\d+\.)(.*\.experts)\.\d+\.(.*)", name):
+            layer, module, rest = parts.groups()
+            whole = f"{layer}feed_forward.experts.{rest}" if "sparse" in module else f"model.{layer}{module}.{rest}"
+            experts.setdefault(whole, []).append(tensor)
+        else:
+            yield name, tensor
+    yield from ((name, np.stack(each)) for name, each in experts.items())
 
 
-def write(path, config, change=lambda writer: None, quantised=False, **tokens):
-    """A file as llama.cpp's converter writes it: rows of query and key permuted, Gemma's norms with their 1."""
-    kind = families.family(config)
-    writer = gguf.GGUFWriter(path, kind)
+def add_settings(writer, kind, config):
     writer.add_block_count(config.n_layers)
     writer.add_embedding_length(config.d_model)
     writer.add_feed_forward_length(config.d_ff)
     writer.add_context_length(config.max_length)
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    if kind == "gemma2":
+    if kind == "phi3":
+        writer.add_rope_dimension_count(config.rotary_size or config.head_dim)
+        writer.add_sliding_window(config.window or 0)
+        writer.add_rope_scaling_orig_ctx_len(12)
+    else:
+        writer.add_key_length(config.head_dim)
+    if kind in ("mistral", "gemma2", "gemma3_text", "olmo3"):
         writer.add_sliding_window(config.window)
+    if kind == "olmo3":  # Gemma's pattern is in llama.cpp's code
+        writer.add_sliding_window_pattern([n not in config.full_layers for n in range(config.n_layers)])
+    if config.attention_cap:
         writer.add_attn_logit_softcapping(config.attention_cap)
         writer.add_final_logit_softcapping(config.logit_cap)
-    if scaling := config.rope_scaling:
+    if config.experts:
+        writer.add_expert_count(config.experts.count)
+        writer.add_expert_used_count(config.experts.active)
+        writer.add_expert_feed_forward_length(config.d_ff)
+
+
+def add_scaling(writer, config):
+    scaling = config.rope_scaling
+    if isinstance(scaling, models.Llama3Scaling):
         lengths = 2 * np.pi * config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
         factors = []
         for length in lengths:  # by cases, as the converter of Llama 3.1 has it
@@ -100,19 +123,46 @@ def write(path, config, change=lambda writer: None, quantised=False, **tokens):
                 factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
         assert len({*factors}) > 2
         writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
-    for entry, layer, _ in directory._layout(config, scalar=False):
-        for name, tensor in directory._tensors(entry, layer, tiny.policy(config)):
-            if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-                heads = config.n_heads if "q_proj" in name else config.n_kv_heads
-                tensor = tensor.reshape(heads, 2, -1, tensor.shape[-1]).swapaxes(1, 2).reshape(tensor.shape)
-            if kind == "gemma2" and name.endswith("norm.weight"):
-                tensor = tensor + 1
-            tensor, theirs = np.ascontiguousarray(tensor), llama_cpp_name(name, kind)
-            if quantised and tensor.ndim == 2:
-                q8 = gguf.GGMLQuantizationType.Q8_0
-                writer.add_tensor(theirs, gguf.quants.quantize(tensor, q8), raw_dtype=q8)
-            else:
-                writer.add_tensor(theirs, tensor)
+    elif isinstance(scaling, models.LinearScaling):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling.factor)
+    elif isinstance(scaling, models.YarnScaling):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling.factor)
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_length)
+        writer.add_rope_scaling_yarn_attn_factor(scaling.attention_factor)
+        writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
+    elif isinstance(scaling, models.LongScaling):
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor)
+        writer.add_tensor("rope_factors_long.weight", np.array(scaling.long, np.float32))
+        writer.add_tensor("rope_factors_short.weight", np.array(scaling.short, np.float32))
+
+
+def write(path, config, change=lambda writer: None, quantised=False, **tokens):
+    """A file as llama.cpp's converter writes it: rows of query and key permuted, Gemma's norms with their 1."""
+    kind = families.family(config)
+    name = ARCHITECTURES.get(kind, kind)
+    writer = gguf.GGUFWriter(path, name)
+    add_settings(writer, kind, config)
+    add_scaling(writer, config)
+    architecture = next(each for each, theirs in gguf.MODEL_ARCH_NAMES.items() if theirs == name)
+    names = gguf.get_tensor_name_map(architecture, config.n_layers)
+    layout = directory._layout(config, scalar=False)
+    tensors = (pair for entry, layer, _ in layout for pair in directory._tensors(entry, layer, tiny.policy(config)))
+    for name, tensor in stacked(tensors):
+        stem, suffix = name.rsplit(".", 1)
+        if kind in ("llama", "mistral", "mixtral", "smollm3") and stem.endswith(("q_proj", "k_proj")):
+            heads = config.n_heads if "q_proj" in name else config.n_kv_heads
+            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+        if kind in ("gemma2", "gemma3_text") and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        tensor, theirs = np.ascontiguousarray(tensor), f"{names.get_name(stem)}.{suffix}"
+        if quantised and tensor.ndim > 1:
+            q8 = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(theirs, gguf.quants.quantize(tensor, q8), raw_dtype=q8)
+        else:
+            writer.add_tensor(theirs, tensor)
     change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -128,6 +178,29 @@ def test_what_llama_cpp_writes_is_read_back(config, tmp_path):
     tiny.assert_close(model.params, tiny.policy(config), atol=2e-7)  # Gemma's 1 + w rounds
 
 
+AS_DEFAULT = {  # what the reader of `transformers` does not take from the file
+    "llama": {},
+    "qwen3": {"head_dim": 128},
+    "gemma2": {"head_dim": 256, "query_size": 256, "attention_cap": 50.0, "logit_cap": 30.0},
+    "gemma3": {"head_dim": 256, "query_size": 256, "rope_scaling": None},
+}
+
+
+@pytest.mark.parametrize("name", AS_DEFAULT)
+def test_transformers_reads_the_same_from_it(name, tmp_path):
+    torch, _ = (pytest.importorskip(name, reason="needs the extra 'parity'") for name in ("torch", "accelerate"))
+    import transformers
+
+    config = dataclasses.replace(CONFIGS[name], **AS_DEFAULT[name])
+    path = write(tmp_path / "tiny.gguf", config, lambda writer: writer.add_vocab_size(config.vocab_size))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    model, tokens = models.load(path), tiny.random_tokens(0, 2, 9)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    ours = jax.jit(model.apply)(model.params, jnp.array(tokens), jnp.ones((2, 9), bool))
+    np.testing.assert_allclose(ours, expected, atol=3e-4)
+
+
 def test_quantised_weights_are_those_of_the_scale_and_bytes(tmp_path):
     """Q8_0: each 32 weights have a scale, the largest of them over 127, and a byte each."""
     loaded = models.load(write(tmp_path / "tiny.gguf", WIDE, quantised=True)).params
@@ -138,8 +211,10 @@ def test_quantised_weights_are_those_of_the_scale_and_bytes(tmp_path):
     most = 0.5 * scale + 127 * scale * 2**-11  # the scale is float16
     assert np.all(np.abs(found - expected) <= most)
     np.testing.assert_array_equal(loaded["final_norm"]["scale"], tiny.policy(WIDE)["final_norm"]["scale"])
-    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(tiny.policy(WIDE)), strict=True):
-        np.testing.assert_allclose(a, b, atol=4e-3)
+    for config in (WIDE, CONFIGS["mixtral"]):  # all experts of a layer are in one tensor
+        loaded = models.load(write(tmp_path / "tiny.gguf", config, quantised=True)).params
+        for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(tiny.policy(config)), strict=True):
+            np.testing.assert_allclose(a, b, atol=4e-3)
 
 
 def test_a_saved_one_is_a_model_directory(tmp_path):
@@ -270,11 +345,19 @@ def test_what_is_not_supported_is_named(trained, tmp_path, monkeypatch):
     for finish in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         finish()
     writer.close()
-    expected = ": architecture 'mamba' is not supported: expected one of llama, qwen2, qwen3, gemma2"
-    assert refused(path) == expected
-    write(path, WIDE, lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN) or
+    known = "llama, qwen2, qwen3, qwen3moe, gemma2, gemma3, olmo2, smollm3, phi3"
+    assert refused(path) == f": architecture 'mamba' is not supported: expected one of {known}"
+    write(path, WIDE, lambda writer: writer.add_string("llama.rope.scaling.type", "dynamic"))
+    assert refused(path) == ": rope.scaling.type 'dynamic' is not supported: expected none, linear, yarn, longrope"
+    write(path, WIDE, lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE))
+    assert refused(path) == " has no tensor 'rope_factors_short.weight', which longrope needs"
+    write(path, CONFIGS["llama3"], lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR) or
           writer.add_rope_scaling_factor(4.0))  # fmt: skip
-    assert refused(path) == ": rope.scaling.type 'yarn' is not supported: expected none"
+    assert refused(path).startswith(": rope.scaling.type 'linear' beside rope_freqs.weight is not supported")
+    write(path, CONFIGS["gemma2"], lambda writer: writer.add_rope_freq_base_swa(5e3))
+    assert refused(path) == ": rope.freq_base_swa=5000.0 is not supported: expected 10000.0, as of the other layers"
+    write(path, CONFIGS["gemma2"], lambda writer: writer.add_sliding_window_pattern([True]))
+    assert refused(path).startswith(": attention.sliding_window_pattern=[True]: expected a number of layers, or true")
     write(path, WIDE, lambda writer: writer.add_rope_dimension_count(8))
     assert refused(path) == ": rope.dimension_count=8 is not supported: expected 16, as of a head"
     write(path, WIDE, lambda writer: writer.add_uint16("split.count", 3))
@@ -287,6 +370,12 @@ def test_what_is_not_supported_is_named(trained, tmp_path, monkeypatch):
     assert refused(path) == ": tokenizer.ggml.model 'bert' is not supported: expected gpt2 or llama"
     write(path, WIDE, lambda writer: writer.add_tensor("blk.0.attn_gate.weight", np.ones((2, 2), np.float32)))
     assert refused(path) == " has tensors that its metadata does not ask for (blk.0.attn_gate.weight)"
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    add_settings(writer, "qwen3_moe", WIDE)
+    for finish in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        finish()
+    writer.close()
+    assert refused(path) == " lacks the setting qwen3moe.expert_count: convert the model again"
     write(path, dataclasses.replace(WIDE, rope_scaling=dataclasses.replace(SCALING, high=8.0), rope_theta=5e5))
     assert refused(path).startswith(
         ": rope_freqs.weight scales RoPE in a way that is not supported: expected Llama 3's"

@@ -1,6 +1,8 @@
 """How far the people of a store agree: the same as the measures say of its labels, and at no cost to those who work."""
 
+import json
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,6 +173,46 @@ def test_a_watch_looks_in_the_background(store: Store, monkeypatch: pytest.Monke
     assert time.perf_counter() - start < 0.2  # nobody waits for it
     third = watch.latest(5.0)
     assert third is not second
+
+
+@pytest.mark.slow
+def test_a_look_needs_no_more_memory_for_more_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A look takes some items at a time, and its values are those of the whole table."""
+    monkeypatch.setattr(consensus, "_CHUNK", 300)
+    monkeypatch.setattr(consensus, "_AT_ONCE", 100)
+    sizes, peaks = (10_000, 100_000) if FULL_SIZE else (1000, 6000), []
+    for labels in sizes:
+        fill(tmp_path / f"{labels}.db", labels)
+        with Store(tmp_path / f"{labels}.db") as store, store.reader() as db:
+            book = consensus.Book()
+            book.read(db)
+            tracemalloc.start()
+            found = consensus.look(db, book, 1.0)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    print(f"{sizes} labels: at most {peaks} bytes")
+    assert peaks[1] - peaks[0] < 100 * (sizes[1] - sizes[0])
+    with Store(tmp_path / f"{sizes[1]}.db") as store, store.reader() as db:
+        rows = [(row[0], row[1], json.loads(row[2])) for row in db.execute("SELECT person, item, answer FROM labels")]
+        monkeypatch.setattr(consensus, "_CHUNK", 1000)
+        assert consensus.look(db, consensus.Book(), 1.0).everybody.alpha == found.everybody.alpha  # the intervals too
+    place = tuple(np.array([row[:2] for row in rows]).T - 1)
+    table, rated = np.full((8, sizes[1] // 2, 6), np.nan), np.full((8, sizes[1] // 2, 4), np.nan)
+    table[place] = agreement.compare(np.array([said["ranks"] for *_, said in rows]))
+    rated[place] = [[rating["honest"] for rating in said["ratings"]] for *_, said in rows]
+    table, rated = table.reshape(8, -1), rated.reshape(8, -1)
+    for row, measures in ((None, found.everybody), (0, found.people["person 0"]), (5, found.people["person 5"])):
+        seen = slice(None) if row is None else ~np.isnan(table[row])
+        judged = slice(None) if row is None else ~np.isnan(rated[row])
+        assert measures.agreement == agreement.pairwise_agreement(table, row)
+        counts = agreement.count_labels(table[:, seen])
+        for estimate, value in (
+            (measures.kappa, agreement.fleiss_kappa(counts)),
+            (measures.alpha["pairs"], agreement.krippendorff_alpha(table[:, seen], "nominal")),
+            (measures.alpha["honest"], agreement.krippendorff_alpha(rated[:, judged], "ordinal")),
+        ):
+            assert isinstance(estimate, Estimate) and estimate.value == pytest.approx(value)
+            assert estimate.lower < estimate.value < estimate.upper
 
 
 @pytest.mark.slow

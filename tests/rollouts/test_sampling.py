@@ -169,6 +169,35 @@ def test_matrices_converted_beforehand_sample_the_same(config, monkeypatch):
     tiny.assert_close(before, generate(config, tokens, mask, eos_id=EOS), atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "platform", "given"),
+    [("gpt", "cpu", {"parts": 4, "group": 2}), ("gemma2", "tpu", {"slots": 8, "group": 2})],
+    ids=["parts", "slots"],
+)
+def test_neither_a_growing_cache_nor_slots_leave_a_trace(name, platform, given, monkeypatch):
+    """A cache in two parts, and loops over 24 and 12 rows, or eight slots, where two rows share each prompt."""
+    config = tiny.CONFIGS[name]
+    tokens, mask = (np.repeat(x, 2, axis=0) for x in (tiny.random_tokens(0, 12, 6), tiny.ragged(1, 12, 6)))
+    settings = {"eos_id": (EOS, 5, 7, 11), "n": 11}
+    plain = generate(config, tokens, mask, parts=1, **settings)
+    assert plain.mask.all(1).any() and (plain.mask.sum(1) == 1).any()
+    on(platform, monkeypatch)
+    fresh(monkeypatch)
+    monkeypatch.setattr(sampling, "PART", 5)
+    monkeypatch.setattr(sampling, "MIN_ROWS", 24)
+    sample = generate(config, tokens, mask, **given, **settings)
+    np.testing.assert_array_equal(sample.tokens, plain.tokens)
+    tiny.assert_close(sample, plain, atol=1e-5)
+
+
+def test_slots_hold_the_only_caches_of_new_tokens():
+    tokens, mask = tiny.random_tokens(0, 32, 6), np.ones((32, 6), bool)
+    step = functools.partial(generate, tiny.GPT, n=11, slots=8, eos_id=EOS)
+    program = str(jax.make_jaxpr(step)(tokens, mask, KEY))
+    assert "f32[8,2,11,8]" in program and "f32[32,2,11,8]" not in program
+
+
 def within_loops(jaxpr, inside=False):
     """Every equation in the body of a loop."""
     for eqn in jaxpr.eqns:

@@ -16,6 +16,8 @@ SIZES = {
     "sft": {"batch": 8, "target_tokens": 8, "warmup_steps": 1, "timed_steps": 2},
     "decode": {"batch": 8, "prompt": 4, "new": 4, "warmup": 1, "timed": 2},
     "decode_ragged": {"prompts": 16, "prompt": 4, "max_new": 8, "batches": [8, 16], "timed": 2, "eos_fraction": 0.2},
+    "decode_long": {"batch": 8, "prompt": 4, "new": 8, "timed": 2},
+    "decode_slots": {"prompts": 16, "slots": 1, "prompt": 4, "max_new": 8, "timed": 2, "eos_fraction": 0.2},
     "reward": {"pairs": 8, "length": 6, "warmup_steps": 1, "timed_steps": 2},
     "ppo": {"episodes": 8, "prompt": 4, "new": 4, "epochs": 2, "warmup": 1, "timed": 2},
     "reward_k9": {"prompts": 8, "responses": 4, "length": 6, "warmup_steps": 1, "timed_steps": 2},
@@ -35,6 +37,8 @@ SIZES = {
 
 
 MAIN = "sft", "decode", "reward", "ppo", "grpo_prefix", "choice", "text_10gb"  # one of each kind
+
+PLAIN = "choice", "decode_long", "decode_slots"  # in turn with our own plain way, as whatever ends in _prefix
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def test_a_workload_has_rates_a_limit_and_memory(cfg, name):
     assert result["peak_mib"] > 0 and result["first_s"] > 0
     assert ("times_pairs_one_by_one" in result) == (name == "reward_k9")
     assert ("times_padded" in result) == (name in ("reward_ragged", "ppo_ragged"))
-    assert ("times_plain" in result) == (name == "choice" or name.endswith("_prefix"))
+    assert ("times_plain" in result) == (name in PLAIN or name.endswith("_prefix"))
     assert ("update_s" in result) == name.startswith("ppo")
     assert ("above_small_mib" in result) == (name == "text_10gb")
 

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.analysis import tpu
+from rlhf_jax.models import config_json
 from rlhf_jax.types import InputError
 from scripts import tpu_compile
 from tests import tiny
@@ -215,3 +216,46 @@ def test_steps_compile_for_a_tpu(capsys):
     flags = ["--experiment", "sft", "--topology", "v5e:2x4", "--init", "llama-micro", "--only", "train"]
     assert tpu_compile.main(flags) == 0
     assert "all-reduce" in capsys.readouterr().out
+
+
+def widened(config):
+    """The same block, wide enough for a mesh to divide; rows of 256 columns are worth a kernel."""
+    long = models.LongScaling((1.0,) * 16, (2.0,) * 16, original_length=128, attention_factor=1.25)
+    return dataclasses.replace(
+        config,
+        d_model=256,
+        n_kv_heads=4 if config.n_kv_heads == config.n_heads else 2,
+        n_heads=4,
+        head_dim=64,
+        d_ff=512,
+        vocab_size=512,
+        max_length=512,
+        window=config.window and 64,
+        query_size=config.query_size and 64,
+        rotary_size=config.rotary_size and 32,
+        rope_scaling=long if isinstance(config.rope_scaling, models.LongScaling) else config.rope_scaling,
+    )
+
+
+ALL = tiny.CONFIGS | tiny.MORE
+ROLLS = "--prompt-length", "160", "--max-new-tokens", "96", "--batch", "16", "--algorithm.ptx-coef", "0"
+STAGES = {
+    "ppo": (("collect", "train"), ROLLS),
+    "sft": (("train",), ("--length", "256", "--text", "None")),
+    "reward": (("train",), ("--length", "256", "--batch", "8")),
+}
+
+
+@needs_libtpu
+@pytest.mark.full
+@pytest.mark.parametrize("name", ALL)
+def test_every_family_compiles_for_a_tpu(name, tmp_path):
+    """Sampling, and the steps of SFT, reward model and PPO, over a mesh that splits heads, MLPs and experts."""
+    config_json.hf_config(widened(ALL[name]), False, "float32", None).save_pretrained(tmp_path)
+    mesh = "--devices.fsdp", "2", "--devices.tensor", "2", "--compute.dtype", "bfloat16", "--compute.remat", "full"
+    devices = tpu.devices("v5e:2x2")
+    for experiment, (steps, flags) in STAGES.items():
+        judge = ("--reward", str(tmp_path)) if experiment == "ppo" else ()
+        every = tpu_compile.plan_experiment(experiment, ("--init", str(tmp_path), *judge, *flags, *mesh), devices, 4)
+        reports = [tpu.compile_report(step, "v5e:2x2", 4) for step in every if step.name in steps]
+        assert len(reports) == len(steps) and all(report.traffic.collectives for report in reports)
