@@ -15,7 +15,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import optim, ppo, reward, sft, updates
 from rlhf_jax.models import heads
 from rlhf_jax.rollouts import rollout, sampling
-from rlhf_jax.types import Params, Prompts, Rankings, Rollout, ScoreFn, Tokens, named_key
+from rlhf_jax.types import Params, Prompts, Rankings, Rollout, Tokens, named_key
 
 CONFIG = models.llama(2, 64, 4, 4, 128, vocab_size=len(language.WORDS), max_length=language.LENGTH)
 LOGPROBS = models.logprobs_fn(CONFIG)  # (params, tokens, mask) -> log-probabilities of the tokens after the first
@@ -68,7 +68,7 @@ def judge(
     rankings: Rankings,
     seed: int,
     steps: int,
-    score_fn: ScoreFn = SCORE,
+    score_fn: Callable[..., jax.Array] = SCORE,
     start: Params | None = None,
     lr: float = 1e-3,
 ) -> Params:
@@ -87,7 +87,9 @@ def judge(
 
 
 @functools.cache
-def _teaching(score_fn: ScoreFn, lr: float, steps: int) -> tuple[optax.GradientTransformation, Callable]:
+def _teaching(
+    score_fn: Callable[..., jax.Array], lr: float, steps: int
+) -> tuple[optax.GradientTransformation, Callable]:
     """The optimiser of a reward model and its train step, compiled once for all that begin alike."""
     tx = optim.adamw(optim.cosine(lr, steps))
     return tx, jax.jit(functools.partial(reward.train_step, score_fn=score_fn, tx=tx))
