@@ -43,18 +43,19 @@ def cells(text: str) -> Iterator[tuple[bool, str]]:
 def run(name: str, replaced: Mapping[str, Callable] | None = None) -> Namespace:
     """Run the cells of a lesson in one namespace, and return it.
 
-    `replaced` maps a name to a function of what the page assigns to it, which is applied after the cell that does so.
+    `replaced` maps a name to a function of what the page assigns to it, which is applied right behind that statement.
     """
     text = read(name)
     namespace: Namespace = {"__name__": f"lesson_{name.replace('-', '_')}"}
     for number, (is_code, code) in enumerate(cells(text)):
         if not is_code:
             continue
-        before = dict(namespace)
-        exec(compile(code, f"docs/learn/{name}.md, cell {number}", "exec"), namespace)
-        for key, change in (replaced or {}).items():
-            if key in namespace and namespace[key] is not before.get(key):
-                namespace[key] = change(namespace[key])
+        for statement in ast.parse(code).body:
+            before = dict(namespace)
+            exec(compile(ast.Module([statement], []), f"docs/learn/{name}.md, cell {number}", "exec"), namespace)
+            for key, change in (replaced or {}).items():
+                if key in namespace and namespace[key] is not before.get(key):
+                    namespace[key] = change(namespace[key])
     return namespace
 
 
