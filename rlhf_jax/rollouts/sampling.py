@@ -344,7 +344,7 @@ def _sample_unrolled(network: _Network, prompts: _Prompts, cfg: Config, loops: i
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
         if size < len(rows.index):
             rows = rows.take(jnp.argsort(rows.done, stable=True)[:size])
-        rows = _extend_until(network, rows, cfg, next_size)
+        rows = _extend_until(network, rows, cfg, next_size, most=cfg.max_new_tokens - 1)
         sample = _scatter(sample, rows)
     return sample
 
@@ -352,7 +352,9 @@ def _sample_unrolled(network: _Network, prompts: _Prompts, cfg: Config, loops: i
 def _sample_stacked(network: _Network, prompts: _Prompts, cfg: Config) -> Sample:
     """Sample by a scan over the layers: TPUs read a stack where it lies, and a mesh gathers one layer at a time."""
     rows, sample = _begin(network, prompts, cfg, 0)
-    return _scatter(sample, _extend_until(network, rows, cfg, 0))
+    *filled, whole = [0, *_widths(cfg)]
+    left = whole - 1 - (0 if cfg.slots else filled[-1])  # the first token is of the prefill
+    return _scatter(sample, _extend_until(network, rows, cfg, 0, most=left))
 
 
 LOOPS = 4  # at most, over ever fewer rows: each is compiled
@@ -421,11 +423,19 @@ def _begin(network: _Network, prompts: _Prompts, cfg: Config, unfinished: int) -
     rows, width = _prefill(network, prompts, cfg), _width(prompts, cfg)
     if width < len(rows.index):
         return _take_turns(network, rows, cfg, width)
-    *widths, whole = ragged.widths(cfg.max_new_tokens, max(1, min(cfg.parts, cfg.max_new_tokens // PART)))
+    filled = 0
+    *widths, whole = _widths(cfg)
     for width in widths:
         more = lambda now, width=width: (now.n <= width) & (jnp.sum(~now.done) > unfinished)
-        rows = _extend_while(network, rows.replace(cache=rows.cache.widen(width)), cfg, more)
+        rows = rows.replace(cache=rows.cache.widen(width))
+        rows = _extend_while(network, rows, cfg, more, most=width - filled)
+        filled = width
     return rows.replace(cache=rows.cache.widen(whole)), rows.sample
+
+
+def _widths(cfg: Config) -> tuple[int, ...]:
+    """The columns of new tokens that the cache has in each loop."""
+    return ragged.widths(cfg.max_new_tokens, max(1, min(cfg.parts, cfg.max_new_tokens // PART)))
 
 
 def _take_turns(network: _Network, rows: _Rows, cfg: Config, slots: int) -> tuple[_Rows, Sample]:
@@ -457,21 +467,26 @@ def _take_turns(network: _Network, rows: _Rows, cfg: Config, slots: int) -> tupl
             free = lanes(now.done) & (begun < waiting)[:, None]
             return (jnp.sum(free) < -(-slots // TURN)) & jnp.any(~now.done)
 
-        return _extend_while(network, slotted, cfg, more), sample, begun
+        return _extend_while(network, slotted, cfg, more, most=cfg.max_new_tokens), sample, begun
 
     state = empty, rows.sample, jnp.zeros(devices, jnp.int32)
     slotted, sample, _ = jax.lax.while_loop(lambda state: jnp.any(state[2] < waiting), turn, state)
     return slotted, sample
 
 
-def _extend_until(network: _Network, rows: _Rows, cfg: Config, unfinished: int) -> _Rows:
-    """The rows once at most so many of them are unfinished."""
-    return _extend_while(network, rows, cfg, lambda now: jnp.sum(~now.done) > unfinished)
+def _extend_until(network: _Network, rows: _Rows, cfg: Config, unfinished: int, most: int) -> _Rows:
+    """The rows once at most so many of them are unfinished; see `_extend_while`."""
+    return _extend_while(network, rows, cfg, lambda now: jnp.sum(~now.done) > unfinished, most)
 
 
-def _extend_while(network: _Network, rows: _Rows, cfg: Config, more: Callable[[_Rows], Array]) -> _Rows:
-    """The rows with one more token each, as long as this says so."""
-    return jax.lax.while_loop(more, functools.partial(_extend, network, cfg=cfg), rows)
+def _extend_while(network: _Network, rows: _Rows, cfg: Config, more: Callable[[_Rows], Array], most: int) -> _Rows:
+    """The rows with one more token each, as long as `more` says so.
+
+    That is never more than `most` times, which the condition says too, so that the operations can be counted.
+    """
+    again = lambda state: (state[0] < most) & more(state[1])
+    extend = lambda state: (state[0] + 1, _extend(network, state[1], cfg))
+    return jax.lax.while_loop(again, extend, (0, rows))[1]
 
 
 def _extend(network: _Network, rows: _Rows, cfg: Config) -> _Rows:
