@@ -371,6 +371,7 @@ def test_long_responses_lose_score():
         grpo.experience(EPISODES, grpo.Config(group=4, soft_limit=99))
 
 
+@pytest.mark.slow
 def test_flat_groups_make_room():
     """Groups 0 and 2 are flat; the first of the fresh ones is, too."""
     first = EPISODES.replace(score=jnp.array([1, 1, 1, 2, 0, 0, 3, 4], jnp.float32).repeat(2))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from rlhf_jax.algorithms import online_dpo
 from tests import tiny
@@ -43,6 +44,7 @@ def value_of(**settings):
     return value, metrics | about, grads, ratio.sum(2) / (length if cfg.per_token else 1)
 
 
+@pytest.mark.slow
 def test_the_best_against_the_worst_by_hand():
     value, metrics, _, gain = value_of()
     h = np.array([gain[0, 2] - gain[0, 1], gain[1, 0] - gain[1, 3], gain[2, 1] - gain[2, 0]])
@@ -52,6 +54,7 @@ def test_the_best_against_the_worst_by_hand():
     assert metrics["reward/flat"] == 0.25 and metrics["policy/approx_kl"] > 0
 
 
+@pytest.mark.slow
 def test_all_pairs_by_hand():
     value, _, grads, gain = value_of(pairs="all", loss="ipo", per_token=True)
     pairs = [
@@ -64,6 +67,7 @@ def test_all_pairs_by_hand():
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(grads)) and float(optax.tree.norm(grads)) > 0
 
 
+@pytest.mark.slow
 def test_equal_scores_teach_nothing():
     sampled, cfg = on_policy().replace(score=jnp.full(16, 0.3)), online_dpo.Config(group=4)
     batch, metrics = online_dpo.experience(sampled, cfg)

@@ -254,6 +254,7 @@ LOSS = jax.jit(
 )
 
 
+@pytest.mark.slow
 def test_what_the_loss_is_made_of():
     plain = losses()
     np.testing.assert_allclose(plain["total"], plain["loss/policy"] + plain["loss/value"], rtol=1e-5)
@@ -444,6 +445,7 @@ def test_gradient_equals_the_sum_of_its_parts():
     tiny.assert_close(whole, parallel.unreplicate(shared), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_critic_on_the_policys_trunk():
     # Where a critic of its own has the policy's trunk, the values are the same, and its gradient is the policy's too.
     batch, _ = ppo.experience(episodes(0), jnp.float32(0.1), CFG)

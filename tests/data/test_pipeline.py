@@ -325,6 +325,7 @@ def test_prompts_of_like_length_share_a_width(tokenizer, epochs):
     assert len(set(widths)) > 2 and widths != sorted(widths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [8, 12, 20])
 def test_prompts_of_several_widths_meet_themselves_no_sooner(tokenizer, count):
     """Few prompts do not come together in a batch of theirs, epoch after epoch."""
@@ -429,6 +430,7 @@ def test_same_seed_same_batches(tokenizer, kind):
     assert different
 
 
+@pytest.mark.slow
 @KINDS
 def test_position_is_restored_exactly(tokenizer, kind):
     data = MAKE[kind](tokenizer, epochs=3)

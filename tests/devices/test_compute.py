@@ -35,6 +35,7 @@ def test_a_kernel_by_hand():
     assert float(jnp.abs(back["mlp"]["up"]["kernel"] - kernel).max()) <= 0.5 * 2 / 127
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [tiny.GPT, tiny.CONFIGS["gemma2"]], ids=["gpt", "gemma2"])
 def test_a_network_computes_with_int8_as_with_what_it_stands_for(config):
     params = INT8.freeze(tiny.policy(config))
@@ -46,6 +47,7 @@ def test_a_network_computes_with_int8_as_with_what_it_stands_for(config):
     assert 0 < error < 0.3
 
 
+@pytest.mark.slow
 def test_responses_are_sampled_with_int8_kernels():
     params, policy = INT8.freeze(tiny.policy(tiny.LLAMA)), models.Transformer(tiny.LLAMA)
     cfg, key = sampling.Config(max_new_tokens=4, eos_id=0), jax.random.key(0)
@@ -56,6 +58,7 @@ def test_responses_are_sampled_with_int8_kernels():
     np.testing.assert_allclose(mine.logp, other.logp, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_train_on_an_int8_base(dtype):
     cfg, tx = lora.Config(rank=2), optim.adamw(1e-2)
@@ -76,6 +79,7 @@ def test_adapters_train_on_an_int8_base(dtype):
         np.testing.assert_allclose(attached, other, atol=1e-3)  # embedding and position are added up in bfloat16
 
 
+@pytest.mark.slow
 def test_int8_on_one_device_equals_eight_and_a_mesh():
     params, found = INT8.freeze(tiny.policy(tiny.LLAMA)), []
     score = lambda params, tokens, mask, axis: LOGPROBS(params, tokens, mask)[0]

@@ -56,6 +56,7 @@ def margins(found):
     return np.concatenate([found[subset] for subset in SUBSETS])
 
 
+@pytest.mark.slow
 def test_margins_by_likelihood():
     one = model()
     tokens, mask, starts = rendered()
@@ -69,6 +70,7 @@ def test_margins_by_likelihood():
         np.testing.assert_allclose(margins(found[name]), better - worse, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_margins_by_reward(capsys):
     config = model().config
     score_fn = heads.score_fn(config)

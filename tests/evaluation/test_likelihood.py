@@ -50,6 +50,7 @@ def assert_same(found: list[likelihood.Likelihood], expected: list[likelihood.Li
     assert [one.greedy for one in found] == [one.greedy for one in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt", "gemma2"])
 def test_likelihoods_are_those_of_one_text_at_a_time(name):
     of = model(tiny.CONFIGS[name])

@@ -12,6 +12,7 @@ from tests import tiny
 from tests.evaluation.models import model
 
 
+@pytest.mark.slow
 def test_hhh(tmp_path, capsys):
     one = model()
     models.save(one, one.params, tmp_path / "model")

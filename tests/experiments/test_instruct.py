@@ -46,6 +46,7 @@ def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("instruct"))
 
 
+@pytest.mark.slow
 def test_it_is_tested_as_it_learns_and_goes_on_where_it_was(base, capsys):
     cfg = dataclasses.replace(base, lora=ADAPTERS, saves=checkpoint.Config(every=2))
     rows = instruct.main(cfg)["tasks"]

@@ -69,6 +69,7 @@ def forked(rows, fork, width):
     return jnp.array(real), Tree(reach=jnp.array(np.where(real, reach, 0)), fork=fork)
 
 
+@pytest.mark.slow
 def test_attention_in_a_fork_is_plain_attention():
     """Of all columns, and of the branches alone."""
     config = dataclasses.replace(tiny.LLAMA, query_size=7, attention_cap=2.0)

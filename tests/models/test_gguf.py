@@ -396,6 +396,7 @@ def test_a_quantisation_that_is_not_known(tmp_path):
     assert refused(path).startswith(f": blk.0.ffn_up.weight has the quantisation I32, {known}")
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     path = write(tmp_path / "tiny.gguf", WIDE)
     data = path.read_bytes()

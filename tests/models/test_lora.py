@@ -298,6 +298,7 @@ def test_the_frozen_layers_are_not_held_twice(remat):
     assert held.temp_size_in_bytes < 0.6 * layers  # of one layer, and of its gradients
 
 
+@pytest.mark.slow
 def test_adapted_layers_in_a_loop_compute_what_unrolled_ones_do():
     trained, base = parts(tiny.policy())
     unrolled = dataclasses.replace(tiny.GPT, compute=models.Compute(unroll=True))

@@ -66,6 +66,7 @@ def test_a_tree_has_positions_and_a_mask():
         assert seen == path and near == path[-3:]  # the window is of three tokens
 
 
+@pytest.mark.slow
 @EVERY
 def test_branches_of_a_tree_are_texts_of_their_own(config):
     """Logits at every column, and the gradients of what all texts have at their own columns, each once."""
@@ -375,6 +376,7 @@ def test_llama_3_scales_the_long_wavelengths():
     )
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_rows_key_alone():
     config = dataclasses.replace(tiny.GPT, dropout=0.3)
     keys = jax.random.split(jax.random.key(3), 4)
@@ -421,6 +423,7 @@ def test_impossible_shapes_are_refused():
         logits(tiny.GPT, tiny.random_tokens(0, 1, 25), np.ones((1, 25), bool))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "precise"), [("float32", True), ("bfloat16", False)])
 def test_a_float32_trunk_asks_for_float32_products(dtype, precise):
     config = dataclasses.replace(tiny.GPT, compute=models.Compute(dtype))

@@ -81,6 +81,7 @@ class Worker(threading.Thread):
             self.acknowledged[said["label"]] = ranks
 
 
+@pytest.mark.slow
 def test_the_server_starts_at_once(tmp_path: Path):
     """Without JAX: the first answer costs less than two seconds of computing, with a store of many labels too."""
     fill(tmp_path / "people.db", 100_000 if FULL_SIZE else 2000)

@@ -363,6 +363,7 @@ def test_guidelines_are_markup_of_ours_alone():
     assert markdown.html("```\n<i>*x*\n```\n") == "<pre><code>&lt;i&gt;*x*\n</code></pre>\n"
 
 
+@pytest.mark.slow
 def test_a_large_store_is_as_quick(tmp_path: Path):
     """100,000 labels: open in under 3 s, a task and a submission in under 100 ms each."""
     path = tmp_path / "large.db"

@@ -102,6 +102,7 @@ def test_a_stream_that_is_closed_late_leaves_the_next_turn_alone():
     assert not list(stream)
 
 
+@pytest.mark.slow
 def test_conversations_that_answer_together_do_not_see_each_other():
     config, keys = CONFIGS["mistral"], jax.random.split(KEY, 8)
     talk = talks(config, SAMPLED, rows=3)
@@ -154,6 +155,7 @@ def test_a_cache_ends_with_the_context():
         talk.ask("a", [], KEY)
 
 
+@pytest.mark.slow
 def test_turns_share_programs():
     config = dataclasses.replace(LLAMA, max_length=256)
     programs = lambda: (conversations._read._cache_size(), conversations._next._cache_size())
@@ -183,6 +185,7 @@ def test_an_interrupted_program_costs_only_time(monkeypatch):
     assert list(talk.stream("a", [*prompt, 3, 4], KEY)) == generated(LLAMA, [*prompt, 3, 4], KEY)
 
 
+@pytest.mark.slow
 def test_a_mesh_answers_the_same():
     layout = parallel.layout(parallel.Config(fsdp=2, tensor=2), jax.devices()[:4])
     params = layout.state(tiny.policy(LLAMA))
@@ -230,6 +233,7 @@ def test_answers_that_are_drawn_otherwise_share_their_steps():
     assert steps == max(map(len, answers.values()))
 
 
+@pytest.mark.slow
 def test_tokens_come_with_log_probabilities_before_temperature():
     config = CONFIGS["gemma2"]
     talk, prompt = talks(config, None, rows=2), said(0, 40)
@@ -264,6 +268,7 @@ def test_a_prompt_is_read_in_parts_that_are_scored_as_one(monkeypatch):
     np.testing.assert_allclose([t.logp for t in parts], [t.logp for t in whole], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_another_row_has_read_is_copied():
     talk, prompt = talks(LLAMA, SAMPLED, rows=3), said(0, 40)
     row = lambda n: jax.random.wrap_key_data(jax.random.key_data(jax.random.fold_in(KEY, n))[None])

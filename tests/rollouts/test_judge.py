@@ -286,6 +286,7 @@ def directory(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_model_directory_judges(directory, capsys):
     """One that was never trained gives no verdict, which is said; nor does one whose request is too long."""
     cfg = judge.Config(model=directory, rubric=directory / "rubric.txt", max_new_tokens=4, length=100, missing=0.0)

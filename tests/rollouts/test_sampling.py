@@ -312,6 +312,7 @@ def test_bad_settings_are_refused():
         generate(tiny.GPT, tokens, mask, n=0)
 
 
+@pytest.mark.slow
 def test_each_row_is_drawn_by_settings_of_its_own():
     """Temperature, top_k and top_p of each row, alone and together, as `choose` has them for all rows."""
     cfgs = [

@@ -68,6 +68,7 @@ def test_a_reward_model_reads_in_buckets():
         scores.reward_models([reward(5)], EOS, buckets=3)(sampled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_each_model_and_a_cost_model_score_by_themselves(devices, monkeypatch):
     layout = parallel.layout(devices=jax.devices()[:devices])

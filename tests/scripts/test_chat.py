@@ -54,6 +54,7 @@ def prompts(path, monkeypatch):
     return prompts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_type_of_weights_and_computation_is_a_flag(dtype, talk, monkeypatch):
     used = []
@@ -99,6 +100,7 @@ def test_a_turn_reads_only_what_is_new(talk, monkeypatch):
     assert read_second <= second - first and read_third <= third - second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--device", "cpu"], ["--devices.tensor", 2], ["--devices.fsdp", 2]])
 def test_devices_are_flags(flags, talk, monkeypatch):
     used, start = [], Conversations.__init__
