@@ -82,6 +82,7 @@ def test_masked_mean_ignores_what_padding_holds():
     np.testing.assert_array_equal(gradient, [[0.5, 0.0], [0.0, 0.5]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 1, 3, 7, 10, 99])
 def test_columns_in_chunks(chunk):
     key = jax.random.key(0)

@@ -160,6 +160,7 @@ def test_algorithms_without_a_critic_reach_it_too(tree, algorithm, settings):
     assert after < 0.02
 
 
+@pytest.mark.slow
 def test_the_published_grpo_has_another_optimum():
     # Its k3 in the loss descends the KL of the reference to the policy.
     assert distance(Tree(vocab=4, depth=1), grpo, scale=False)[1] > 0.02

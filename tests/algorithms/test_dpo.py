@@ -117,6 +117,7 @@ def batch(seed: int, rows: int = 8, responses: int = 4) -> Rankings:
     return tiny.arrays(Rankings(tokens=tokens, mask=mask, start=start, rank=rank))
 
 
+@pytest.mark.slow
 def test_a_response_is_scored_without_its_prompt():
     rows = batch(0)
     found = LOGPROBS(tiny.policy(), rows)

@@ -100,6 +100,7 @@ def test_rloo_is_reinforce_with_the_others_as_baseline():
     tiny.assert_close(gradient(rloo, cfg, sampled), reinforce(advantage / 16), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("mean", ["sequence", "token"])
 def test_grpo_weighs_tokens_as_it_says(scale, mean):

@@ -18,6 +18,7 @@ def test_cosine_by_hand():
     np.testing.assert_allclose([schedule(s) for s in (0, 1, 4, 8, 12, 99)], [0.0, 0.5, 2.0, 1.1, 0.2, 0.2], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_adafactor_by_hand():
     """A gradient of rank one is known by its row and its column: the first step is its sign, whatever its scale."""
     rng = np.random.default_rng(0)

@@ -38,6 +38,7 @@ def test_simpo():
     case.check(loss=value, grad_policy_chosen=chosen, grad_policy_rejected=rejected)
 
 
+@pytest.mark.slow
 def test_orpo_by_hand():
     logp = jnp.log(jnp.array([[0.5, 0.2, 0.8]]))
     rows = Rankings(tokens=None, mask=None, start=None, rank=jnp.array([[0, 1, -1]]))
@@ -81,6 +82,7 @@ def test_plackett_luce_oracle(name):
     case.check(loss=loss, grad_scores=grad)
 
 
+@pytest.mark.slow
 def test_plackett_luce_by_hand():
     score = jnp.array([[1.0, 0.0, -1.0, 9.0]])
     ranked = -np.log(np.exp(1) / (np.exp(1) + 1 + np.exp(-1))) - np.log(1 / (1 + np.exp(-1)))

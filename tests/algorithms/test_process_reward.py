@@ -93,6 +93,7 @@ def test_advantages_of_steps_by_hand():
     assert not grpo.step_advantages(jnp.full((2, 4), 0.7), over, mask, 2).any()
 
 
+@pytest.mark.slow
 def test_the_last_token_has_the_score_and_the_kl_is_of_its_step():
     mask = jnp.array([[1, 1, 1], [1, 1, 0]], bool)
     rollout = Rollout(

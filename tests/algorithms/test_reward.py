@@ -143,6 +143,7 @@ def test_ranked_choice_leaves_out_absent_responses_and_undecided_prompts():
     np.testing.assert_allclose(grad, [[share, 0, -share], [0, 0, 0], [0, 0, 0]], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_score_is_read_at_the_last_real_token():
     rows = batch(3)
     score = SCORES(tiny.scalar(), rows)
@@ -234,6 +235,7 @@ def test_prompts_that_responses_share_change_nothing(devices, count, buckets, mi
     tiny.assert_close(found[1], found[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_step_takes_the_loss_it_is_given():
     state = optim.init(tiny.scalar(), TX, jax.random.key(0))
     _, metrics = jax.jit(functools.partial(STEP, cfg=reward.Config(loss="choice")))(state, batch(0))

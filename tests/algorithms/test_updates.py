@@ -14,6 +14,7 @@ from tests import tiny
 CFG = updates.Config(entropy_coef=0.3, ptx_coef=0.7)
 
 
+@pytest.mark.slow
 def test_auxiliary_losses_are_means_over_the_whole_minibatch_to_which_shares_add_up():
     rng = np.random.default_rng(0)
     table = rng.normal(size=9).astype(np.float32)  # a log-probability of each token, wherever it stands

@@ -145,6 +145,7 @@ def mixture(**changes):
     return dataclasses.replace(tiny.CONFIGS["mixtral"], n_layers=3, **changes)
 
 
+@pytest.mark.slow
 def test_of_experts_the_active_ones_count(monkeypatch):
     """Two of four for each token: as an MLP of twice the width, and a router."""
     monkeypatch.setattr(experts, "compute_all", experts.compute_sorted)

@@ -710,6 +710,7 @@ def test_big_bench_hard_is_for_evaluation_alone(tmp_path):
             examples(tmp_path, "bbh", text, ".json", split="held_out")
 
 
+@pytest.mark.slow
 def test_published_examples(tmp_path, shared):
     """How many rows the files hold, and how many of them have options."""
     data = shared / "data"

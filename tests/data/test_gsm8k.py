@@ -76,6 +76,7 @@ def test_prompts_without_answers_cannot_be_checked():
         gsm8k.score_text([{"prompt": "2 and 3?", "answer": "5"}, {"prompt": "3 and 4?"}])
 
 
+@pytest.mark.slow
 def test_every_published_answer_is_worth_its_reward(shared):
     path = shared / "data" / "gsm8k_train.jsonl"
     if not path.exists():

@@ -117,6 +117,7 @@ def test_a_draw_depends_on_its_number_and_the_seed_alone():
     assert [one.draw(k) for k in range(30)] != [other.draw(k) for k in range(30)]
 
 
+@pytest.mark.slow
 def test_forms_and_templates_are_drawn():
     forms = mixture.Forms(zero_shot=2.0, few_shot=1.0, reasoning=1.0, few_shot_reasoning=0.0)
     drawn = [plan([50, 40], forms=forms, shots=3).draw(k) for k in range(4000)]

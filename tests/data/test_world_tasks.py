@@ -43,6 +43,7 @@ def test_eight_clusters_and_more_of_several_tasks():
     assert set(BY_NAME) == set(world_tasks.MAKERS)
 
 
+@pytest.mark.slow
 def test_rows_are_well_formed_and_each_question_comes_once(examples):
     for (name, held_out), rows in examples.items():
         assert len(rows) >= (12 if held_out else 36), (name, held_out)

@@ -194,6 +194,7 @@ FAMILIES = {name: tiny.CONFIGS[name] for name in ("gpt", "qwen2", "gemma2")}
 FAMILIES |= {"even": dataclasses.replace(tiny.LLAMA, vocab_size=32), "odd": ODD}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_says_the_same_on_a_mesh(name):
     config = FAMILIES[name]

@@ -237,6 +237,7 @@ def test_every_exercise_has_an_answer_here():
     assert ANSWERS.keys() == exercises.EXERCISES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_right_answer_is_right(name: str, capsys: pytest.CaptureFixture):
     assert exercises.check(name, ANSWERS[name])

@@ -113,6 +113,7 @@ def test_a_shared_prompt_has_the_kernel():
 ON_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN computes on GPUs alone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
 @pytest.mark.parametrize(
     ("implementation", "dtype", "atol"),
@@ -252,6 +253,7 @@ def test_over_a_mesh_each_device_has_its_rows_and_heads(name):
     assert "tensor" in str(compiled.output_shardings.spec)
 
 
+@pytest.mark.slow
 def test_trees_without_a_fork_have_no_splash_kernel(monkeypatch):
     """A TPU computes them plainly, even where the kernel is asked for; cuDNN takes their mask."""
     flash = dataclasses.replace(tiny.LLAMA, compute=models.Compute(attention="flash", dtype="bfloat16"), head_dim=8)

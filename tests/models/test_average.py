@@ -23,6 +23,7 @@ def fine_tuned(path, config, seed, scalar=True, tok=None):
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scalar", [True, False], ids=["reward", "language"])
 def test_the_average_of_models_is_their_average(scalar, tmp_path):
     paths = [tmp_path / name for name in "abc"]
@@ -38,6 +39,7 @@ def test_the_average_of_models_is_their_average(scalar, tmp_path):
     assert all(np.abs(outputs[0] - other).max() > 0.01 for other in outputs[2:])
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_averaged_are_named(tmp_path):
     tok = tokenizer.train(["a few words"], 300, tmp_path)
     config = dataclasses.replace(tiny.GPT, vocab_size=300)

@@ -21,6 +21,7 @@ def test_scalar_is_linear_in_the_hidden_state():
     np.testing.assert_allclose(values, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_critic_and_its_trunk():
     tokens, mask = jnp.array(tiny.random_tokens(0, 3, 6)), jnp.array(tiny.ragged(1, 3, 6))
     policy, other = tiny.policy(tiny.LLAMA), tiny.policy(tiny.LLAMA, seed=1)  # the policy has an unembedding

@@ -64,6 +64,7 @@ def test_a_linear_map_by_hand():
     assert set(merged) == {"kernel"}
 
 
+@pytest.mark.slow
 def test_at_first_adapters_change_nothing():
     params = tiny.scalar()
     trained, base = lora.split(params, CFG, jax.random.key(1))
@@ -178,6 +179,7 @@ def test_one_device_equals_eight_and_the_base_stays():
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(trained))  # Adam's two, no more
 
 
+@pytest.mark.slow
 def test_weight_decay_falls_on_adapters():
     trained, _ = parts(tiny.policy())
     tx = optim.adamw(0.01, weight_decay=0.5)
@@ -185,6 +187,7 @@ def test_weight_decay_falls_on_adapters():
     tiny.assert_close(change, jax.tree.map(lambda x: -0.01 * 0.5 * x, trained), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns():
     trained, base = lora.split(tiny.scalar(), CFG, jax.random.key(1))
     before, tx = copied(base), optim.adamw(1e-2)
@@ -284,6 +287,7 @@ def test_a_step_needs_less_memory():
         assert temporaries < 0.4 * weights  # no gradient of the base, and no copy of it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_frozen_layers_are_not_held_twice(remat):
     config = models.llama(4, 64, 4, 4, 256, vocab_size=31)

@@ -120,6 +120,7 @@ def test_transformers_loads_what_we_save(config, kind, tmp_path):
         np.testing.assert_allclose(ours, expected[:, 0] if kind == "reward" else expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", *ORACLES, *NEWER, *REWARD_MODELS])
 def test_transformers_finds_published_models_as_they_were(name, shared, tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra 'parity'")

@@ -95,6 +95,7 @@ def test_branches_of_a_tree_are_texts_of_their_own(config):
     tiny.assert_close(grads, expected, atol=2e-4)
 
 
+@pytest.mark.slow
 @BOTH
 def test_log_probabilities_are_read_at_any_column(config):
     tokens, tree = jnp.array(tiny.random_tokens(0, 2, len(REACH))), Tree(reach=jnp.array([REACH, REACH]))
@@ -185,6 +186,7 @@ def test_rematerialisation_changes_memory_and_no_gradient(config):
     tiny.assert_close(gradients["none"], gradients["full"], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_backward_pass_keeps_what_products_take_and_yield():
     """Of norms and activations it keeps no intermediates."""
 

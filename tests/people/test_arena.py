@@ -199,6 +199,7 @@ def test_which_votes_count(store: Store):
         assert [one.verdict for one in arena.read(db).votes].count("second") == 1
 
 
+@pytest.mark.slow
 def test_simulated_labelers_recover_the_order_of_models(store: Store):
     """Five of the world's labelers vote over three models whose answers are good with known chances."""
     world, rng = World.generate(0), random.Random(0)

@@ -76,6 +76,7 @@ def test_a_prompt_that_departs_from_what_was_read():
             assert talk.prefilled - before == max(other, 1)
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_given_up_is_read_as_far_as_it_was_said():
     talk, prompt = talks(LLAMA, dataclasses.replace(GREEDY, eos_id=None)), said(0, 9)
     stream = talk.stream("a", prompt, KEY)
@@ -88,6 +89,7 @@ def test_an_answer_that_is_given_up_is_read_as_far_as_it_was_said():
     assert talk.prefilled == 9 + 2
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_closed_late_leaves_the_next_turn_alone():
     talk, prompt = talks(LLAMA), said(0, 9)
     late = talk.stream("a", prompt, KEY)
@@ -143,6 +145,7 @@ def test_the_row_of_the_one_asked_longest_ago_is_taken():
     assert talk.prefilled == 42
 
 
+@pytest.mark.slow
 def test_a_cache_ends_with_the_context():
     talk = talks(GPT)
     for length in (69, 72, 74):  # the last ones read in parts, since 16 columns behind 69 are more than there are
@@ -259,6 +262,7 @@ def test_tokens_come_with_log_probabilities_before_temperature():
             assert token.logp == dict(token.likeliest).get(token.id, token.logp)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_read_in_parts_that_are_scored_as_one(monkeypatch):
     prompt = said(0, 40)
     whole = talks(LLAMA, None).ask("a", prompt, KEY, GREEDY, scored="prompt")

@@ -247,6 +247,7 @@ def test_mask_ends_with_the_first_eos():
     assert (sample.tokens[~sample.mask] == EOS).all() and (sample.logp[~sample.mask] == 0).all()
 
 
+@pytest.mark.slow
 def test_any_of_several_ends():
     tokens, mask = tiny.random_tokens(0, 8, 4), np.ones((8, 4), bool)
     everything = generate(tiny.GPT, tokens, mask, eos_id=tuple(range(31)))
@@ -265,6 +266,7 @@ def test_samples_follow_the_distribution():
     assert chi2 < 62  # 99.95 % of a chi-squared with 30 degrees of freedom
 
 
+@pytest.mark.slow
 def test_different_keys_and_steps_draw_differently():
     tokens, mask = np.broadcast_to(tiny.random_tokens(0, 1, 4), (8, 4)), np.ones((8, 4), bool)
     one = generate(tiny.GPT, tokens, mask, jax.random.key(0), temperature=5.0)

@@ -209,6 +209,7 @@ def test_models_are_listed(client: TestClient):
         assert wrong.status_code in (404, 405) and wrong.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.slow
 def test_a_chat(client: TestClient):
     answer = chat(client, n=2, user="me", store=False)
     assert answer["object"] == "chat.completion" and answer["model"] == NAME and answer["id"].startswith("chatcmpl-")
