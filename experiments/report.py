@@ -1,4 +1,4 @@
-"""What every token of a run's answers was worth: one HTML page of a run, or of two side by side.
+"""The worth of every token of a run's answers: one HTML page of a run, or of two side by side.
 
 The page needs no network and opens from disk. It has the curves, and the recorded answers token by token: log-ratio to
 the reference, reward, value, advantage, ratio, entropy, probability, and what else the model might have said. Of a

@@ -9,8 +9,8 @@ Checked = TypeVar("Checked", bound=Callable | type)
 
 
 def check(what: Checked) -> Checked:
-    """What checks its arguments and results at each call, but for what is defined inside a function.
+    """The function or class, which then checks each call; one that is defined inside a function stays as it is.
 
-    That would be decorated anew whenever the outer function runs, which takes a fifth of the suite's time.
+    It would be decorated anew whenever the outer function runs, which is slow.
     """
     return what if "<locals>" in what.__qualname__ else beartype(what)

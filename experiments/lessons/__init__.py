@@ -1,4 +1,4 @@
-"""What the lessons of docs/learn/ stand on: a tiny language, tiny models of it, and pictures of curves.
+"""The ground of the lessons of docs/learn/: a tiny language, tiny models of it, and pictures of curves.
 
 language    guests' reviews of a café: 24 words, a grammar, and a rule that says how kind a review is
 models      a network of 70,000 weights, its first training, and samples of it

@@ -1,4 +1,4 @@
-"""What a lesson shows: the source of a function, and the reader's curves over those that are expected."""
+"""The parts of a lesson: the source of a function, and the reader's curves over those that are expected."""
 
 import dataclasses
 import inspect

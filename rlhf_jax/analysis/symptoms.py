@@ -1,4 +1,6 @@
-"""What goes wrong in training, as a run's own metrics tell it; docs/troubleshooting.md has the causes of each symptom.
+"""The symptoms of training that goes wrong, as a run's own metrics tell them.
+
+docs/troubleshooting.md has the causes of each.
 
 A check compares the means of a metric at the beginning of the run and at its end. Its bounds are far from what healthy
 runs of the assistant world do. The checks are in the order in which one fault causes another: the first symptom that is

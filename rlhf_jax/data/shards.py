@@ -99,7 +99,7 @@ def _largest(sizes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 class Made(NamedTuple):
-    """What some rows of a source become."""
+    """The items that some rows of a source become, and counts of these rows."""
 
     items: list[Item]
     counts: Counts

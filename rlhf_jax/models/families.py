@@ -55,7 +55,7 @@ class Family:
         return dataclasses.replace(self.like, **found)
 
     def write(self, config: Config) -> Fields:
-        """What this family has words for in a Config, as settings of `transformers`."""
+        """The settings of `transformers` by which this family says what a Config holds."""
         written: dict[str, Any] = {}
         for setting in self.settings:
             written |= setting.write(config)

@@ -1,4 +1,4 @@
-"""What a config.json has in place of the fields of a `Config`: the settings of which the rows of `families` are made.
+"""The settings of a config.json in place of the fields of a `Config`; the rows of `families` are made of them.
 
 Those of RoPE are in `rope_fields`.
 """

@@ -53,7 +53,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """What people say of the units of some items: judge[n] says value[n] of unit[n]. Each item has as many units."""
+    """The judgements of the units of some items: judge[n] says value[n] of unit[n]. Each item has as many units."""
 
     items: np.ndarray  # [I]
     judge: np.ndarray  # [N], from 1
@@ -126,7 +126,7 @@ class Book:
         self._size[count] = end
 
     def counting(self, withdrawn: np.ndarray, people: np.ndarray) -> tuple[list[Block], set[int]]:
-        """What is measured of the answers of `people` that were not withdrawn, and the people who gave any."""
+        """The answers of `people` that were not withdrawn, and the people who gave any."""
         blocks, answered = [], set[int]()
         for count, size in self._size.items():
             rows = self._rows[count][:size]
@@ -143,7 +143,7 @@ class Book:
 
 
 def _record(count: int) -> np.dtype:
-    """What is kept of an answer that orders `count` responses."""
+    """The record that is kept of an answer that orders `count` responses."""
     ratings = ("ratings", np.int8, (count, len(forms.SCALES)))  # 0 where none was given
     return np.dtype(
         [(name, np.int32) for name in ("label", "person", "item")] + [("ranks", np.int8, (count,)), ratings]
@@ -231,7 +231,7 @@ def _compared(rows: np.ndarray) -> np.ndarray:
 def _said(
     blocks: list[Block], judges: np.ndarray, labels: Callable[[np.ndarray], np.ndarray], values: int
 ) -> Iterator[Said]:
-    """What `judges`, people in order of number, say of the M units of each item, some items at a time.
+    """The judgements by `judges`, people in order of number, of the M units of each item, some items at a time.
 
     `labels` are those of N answers, [N, M], from 0; below 0 there is none.
     """

@@ -1,4 +1,4 @@
-"""What people are asked: the tasks, what an answer to each must hold, and the row that training reads from it.
+"""The questions to people: the tasks, what an answer to each must hold, and the row that training reads from it.
 
     task          asked of the prompt and its K responses                       an answer holds
     rank          rate each response, then order all, ties allowed              "ranks": [K], "ratings": [K]

@@ -1,4 +1,4 @@
-"""What models are asked to answer for people to judge, on record in the store, so that a restart finishes it."""
+"""The samplings of answers for people to judge, on record in the store, so that a restart finishes them."""
 
 import dataclasses
 import json

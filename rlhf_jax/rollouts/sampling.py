@@ -439,7 +439,7 @@ def _widths(cfg: Config) -> tuple[int, ...]:
 
 
 def _take_turns(network: _Network, rows: _Rows, cfg: Config, slots: int) -> tuple[_Rows, Sample]:
-    """As many rows as there are slots, when the last of all rows has got one, and the sample so far.
+    """The rows in the slots, when the last of all rows has got one, and the sample so far.
 
     On a mesh each device has an equal share of the rows and of the slots, and keeps to its own.
     """

@@ -1,4 +1,4 @@
-"""What every token of some episodes was worth: the rows of a run's `tokens/`, which `experiments.report` shows.
+"""The worth of every token of some episodes: the rows of a run's `tokens/`, which `experiments.report` shows.
 
 They are the first rows of a rollout, and of answers to a fixed batch of prompts. What a network says of them comes from
 one small program, which reads these rows alone: by the policy that sampled them, by the reference and by the policy

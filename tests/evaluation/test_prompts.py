@@ -116,7 +116,7 @@ def test_another_question_takes_the_place_of_one_that_does_not_fit(tmp_path):
 
 
 def test_each_question_takes_the_next_template(tmp_path):
-    """Of those that ask for the answer; examples are in that of the question."""
+    """A question takes the next template that asks for the answer; its examples are in the same one."""
     three = tuple(Template(text) for text in ("{question}", "Which is {answer}?", "Add {question}"))
     templates = (three[0], dataclasses.replace(three[1], target="{question}"), three[2])
     asked, _ = write(tmp_path, Form(shots=1, chat=False, template=None), asked=4, templates=templates)
