@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments import rank
 from rlhf_jax import models
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.devices import parallel
@@ -49,7 +50,9 @@ class Config(Settings):
     round: Whole = 0  # number by which the labels can be told from those of other rounds
     overlap: Count = 1  # people who answer the same item
     overlap_share: Share = 1.0  # of the items, that so many answer; the others have one
-    max_new_tokens: Count | None = None  # most tokens of an answer; without it 256, or half of a smaller context
+    # Most tokens of an answer; None: 16 to prompts of the world, as in `rank`, which `reward` keeps with its prompt; to
+    # others 256, or half of a smaller context.
+    max_new_tokens: Count | None = None
     temperature: Positive = 1.0  # sampling temperature
     batch: Count = 64  # answers to sample at a time, over all devices
     seed: Seed = 0  # of sampling
@@ -77,7 +80,8 @@ def main(cfg: Config) -> dict[str, int]:
     layout = parallel.layout(cfg.devices)
     loaded = [models.load(path, compute=cfg.compute, place=layout.sharding) for path in cfg.model]
     context = min(model.config.max_length for model in loaded)
-    answer = min(cfg.max_new_tokens or 256, context // 2)
+    default = rank.Config.max_new_tokens if sources.is_world(cfg.data) else 256
+    answer = min(cfg.max_new_tokens or default, context // 2)
     rows = sources.rows(cfg.data, "prompts", data_dir=cfg.data_dir)
     some = list(itertools.islice(rows, cfg.prompts))
     prepared = []

@@ -55,12 +55,14 @@ def demonstrations(
             lambda n: _where(source, first + usable[n]),
         )
         kept = [n for n, one in enumerate(rendered) if one.learn[:length].any()]
+        too_long = [usable[n] for n, one in enumerate(rendered) if not one.learn[:length].any()]
         counts = Counts(
             len(kept),
             truncated=sum(n in shortened or len(rendered[n].ids) > length for n in kept),
             empty=len(rows) - len(usable),
-            too_long=len(usable) - len(kept),
+            too_long=len(too_long),
             control_tokens=_spelling([rows[usable[n]] for n in kept], tokenizer),
+            limit=_limit(source, first, too_long, f"--length {length}"),
         )
         return Made([Item([rendered[n].ids[:length]], [rendered[n].target[:length]]) for n in kept], counts)
 
@@ -142,7 +144,7 @@ def prompts(source: Iterable[Row], tokenizer: Tokenizer, length: int) -> Recipe:
 
     def make(rows: list[Row], first: int) -> Made:
         asked = [{"prompt": row["prompt"]} for row in rows]
-        kept, counts = _answered(source, asked, first, tokenizer, length)
+        kept, counts = _answered(source, asked, first, tokenizer, length, f"{length} tokens")
         spelling = _spelling([asked[one.row] for one in kept], tokenizer)
         items = [Item([one.start], numbers=(first + one.row,)) for one in kept]
         return Made(items, dataclasses.replace(counts, control_tokens=spelling))
@@ -170,6 +172,11 @@ def _where(source: Iterable[Row], n: int) -> str:
     """The place of a source's row, as an error names it."""
     where = getattr(source, "where", None)
     return where(n) if where else f"row {n + 1}"
+
+
+def _limit(source: Iterable[Row], first: int, too_long: Sequence[int], limit: str) -> str:
+    """The limit with the place of the first row beyond it, by its number behind row `first`; "" if there is none."""
+    return f"{limit} (first: {_where(source, first + too_long[0])})" if too_long else ""
 
 
 def _lacks_text(row: Row) -> bool:
@@ -219,9 +226,12 @@ class _Answered(NamedTuple):
 
 
 def _answered(
-    source: Iterable[Row], rows: Sequence[Row], first: int, tokenizer: Tokenizer, length: int
+    source: Iterable[Row], rows: Sequence[Row], first: int, tokenizer: Tokenizer, length: int, limit: str = ""
 ) -> tuple[list[_Answered], Counts]:
-    """Those of some rows, from number `first` of the source on, that are not empty and fit into `length`."""
+    """Those of some rows, from number `first` of the source on, that are not empty and fit into `length`.
+
+    `limit` says what `length` is called, where that is not the flag `--length`.
+    """
 
     def render(some: Sequence[Row]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         prompts, responses = [row["prompt"] for row in some], [row.get("responses", []) for row in some]
@@ -239,8 +249,15 @@ def _answered(
     kept = [
         _Answered(usable[n], *one, shortened=n in shortened) for n, one in enumerate(rendered) if size(one) <= length
     ]
-    truncated = sum(one.shortened for one in kept)
-    return kept, Counts(len(kept), truncated, len(rows) - len(usable), len(usable) - len(kept))
+    too_long = [usable[n] for n, one in enumerate(rendered) if size(one) > length]
+    counts = Counts(
+        len(kept),
+        truncated=sum(one.shortened for one in kept),
+        empty=len(rows) - len(usable),
+        too_long=len(too_long),
+        limit=_limit(source, first, too_long, limit or f"--length {length}"),
+    )
+    return kept, counts
 
 
 def _shortened(

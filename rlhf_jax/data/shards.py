@@ -66,6 +66,8 @@ class Counts:
     unended: int = 0  # responses in kept rankings that were cut before their end
     unlike: int = 0  # solutions whose steps their tokens do not keep apart
     control_tokens: int = 0  # kept rows that spell control tokens, which are read as such
+    # The limit of what is too long, and the place of the first such row: it is for people, so counts equal without it.
+    limit: str = dataclasses.field(default="", compare=False)
 
     @property
     def refused(self) -> int:
@@ -73,9 +75,9 @@ class Counts:
         return self.empty + self.too_long + self.identical + self.tied + self.unlike
 
     def __str__(self) -> str:
-        why = f"{self.empty} empty, {self.too_long} too long"
+        why = f"{self.empty} empty, {self.too_long} too long" + f" for {self.limit}" * (self.too_long > 0)
         why += f", {self.identical} of identical responses" * (self.identical > 0)
-        why += f", {self.tied} of one rank" * (self.tied > 0)
+        why += f", {self.tied} all tied" * (self.tied > 0)
         why += f", {self.unlike} with steps that tokens do not keep apart" * (self.unlike > 0)
         warnings = {
             "rows rank identical responses differently too": self.repeated,
@@ -89,8 +91,8 @@ class Counts:
 
 def _sum(counts: Iterable[Counts]) -> Counts:
     """The counts of several sources, or parts of one, together."""
-    columns = list(zip(*map(dataclasses.astuple, counts), strict=True))
-    return Counts(*map(sum, columns))
+    *numbers, limits = zip(*map(dataclasses.astuple, [Counts(), *counts]), strict=True)
+    return Counts(*map(sum, numbers), limit=next(filter(None, limits), ""))
 
 
 def _largest(sizes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
@@ -379,12 +381,12 @@ def _first_parts(folder: Path) -> list[Part]:
     return parts
 
 
-def _numbers(part: Part) -> list[int]:
+def _numbers(part: Part) -> list[Any]:
     """A part as JSON holds it."""
     return [part.source, part.tokens, part.rows, *part.most, *dataclasses.astuple(part.counts)]
 
 
-def _part(numbers: list[int]) -> Part:
+def _part(numbers: list[Any]) -> Part:
     """The inverse of `_numbers`."""
     source, tokens, rows, *others = numbers
     cut = len(others) - len(dataclasses.fields(Counts))

@@ -63,7 +63,7 @@ def rows(spec: str, kind: Kind, *, data_dir: str | Path, split: str = "train") -
             raise InputError(f"data {spec + part!r}: rows of {split!r} are a slice already, and have no further one")
         split += part
     name, _, rest = spec.partition(":")
-    if _is_world(spec):
+    if is_world(spec):
         return _world(spec, kind, Path(data_dir), split)
     if name == "people":
         return _people(rest, kind, Path(data_dir), split)
@@ -80,7 +80,7 @@ def held_out(spec: str | None, data: str, kind: Kind, *, data_dir: str | Path) -
     Where `spec` is None they are HELD_OUT rows of the world if `data` is the world, too. Else there are none: None.
     """
     if spec is None:
-        if mixtures.is_several(data) or not _is_world(data):
+        if mixtures.is_several(data) or not is_world(data):
             return None
         of = _world_options(data.partition("[")[0])
         spec = f"world:seed={of.seed},rows={HELD_OUT}" + (f",task={of.task}" if of.task else "")
@@ -90,7 +90,7 @@ def held_out(spec: str | None, data: str, kind: Kind, *, data_dir: str | Path) -
 
 def _split(spec: str, split: str) -> str:
     """The split of one source that is meant by `split`: only worlds have a held-out one."""
-    return split if _is_world(spec) else "train"
+    return split if is_world(spec) else "train"
 
 
 @dataclasses.dataclass(eq=False)
@@ -201,7 +201,8 @@ def _thumb(number: int, ranking: Row) -> Row:
     return {"prompt": ranking["prompt"], "completion": ranking["responses"][pick], "label": label}
 
 
-def _is_world(spec: str) -> bool:
+def is_world(spec: str) -> bool:
+    """Whether a spec of one source names the embedded world."""
     return re.split(r"[:\[]", spec)[0] == "world"
 
 

@@ -165,7 +165,8 @@ def test_demonstrations_truncate_and_refuse(tokenizer):
     assert data.counts == pipeline.Counts(kept=2, truncated=1, empty=4, too_long=1)
     cut = (ids("a b") + ids(rows[1]["completion"]))[:length]
     assert sorted(x for x, _ in segments(data)) == sorted([ids("a b") + ids("c") + [tokenizer.eos_token_id], cut])
-    assert str(data.counts) == "2 rows kept (1 of them truncated), 5 refused (4 empty, 1 too long)"
+    refused = f"5 refused (4 empty, 1 too long for --length {length} (first: row 3))"
+    assert str(data.counts) == f"2 rows kept (1 of them truncated), {refused}"
 
 
 def test_rankings(tokenizer):
@@ -298,8 +299,10 @@ def test_dialogues_are_shortened_by_no_more_than_needed(tokenizer):
         batch, counts = pipeline.every_prompt([{"prompt": whole}], tokenizer, length=prompt_length(tokenizer, kept))
         assert batch.mask.all() and batch.tokens[0].tolist() == tokenizer_lib.render_prompt(tokenizer, kept)
         assert counts.truncated == (n > 1)
-    with pytest.raises(InputError, match=r"0 rows kept \(0 of them truncated\), 1 refused \(0 empty, 1 too long\)"):
-        pipeline.every_prompt([{"prompt": whole}], tokenizer, length=prompt_length(tokenizer, kept) - 1)
+    length = prompt_length(tokenizer, kept) - 1
+    refused = rf"1 refused \(0 empty, 1 too long for {length} tokens \(first: row 1\)\)"
+    with pytest.raises(InputError, match=rf"0 rows kept \(0 of them truncated\), {refused}"):
+        pipeline.every_prompt([{"prompt": whole}], tokenizer, length=length)
 
 
 @pytest.mark.parametrize("epochs", [1, 3, None])
@@ -512,7 +515,7 @@ def test_rankings_that_order_nothing_are_refused(tokenizer):
     data = pipeline.rankings(rows, tokenizer, length=9, batch=1, seed=0, epochs=1)
     assert data.counts == pipeline.Counts(kept=2, identical=3, tied=1, repeated=1)
     assert str(data.counts) == (
-        "2 rows kept (0 of them truncated), 4 refused (0 empty, 0 too long, 3 of identical responses, 1 of one rank);"
+        "2 rows kept (0 of them truncated), 4 refused (0 empty, 0 too long, 3 of identical responses, 1 all tied);"
         " 1 rows rank identical responses differently too"
     )
     assert sorted(batch.rank[0].tolist() for batch in data) == [[0, 0, 1], [0, 1, 1]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import answers
+from experiments import answers, rank, reward
 from rlhf_jax.people import __main__ as command
 from rlhf_jax.people import record
 from rlhf_jax.people.store import Store
@@ -59,7 +59,7 @@ def test_two_models_share_the_answers(done, tmp_path, capsys, monkeypatch):
         assert len({item["models"] for item in found}) > 1  # in no fixed order
 
 
-def test_models_of_an_arena_meet_in_pairs(done, tmp_path, capsys):
+def test_models_of_an_arena_meet_in_pairs(done, tmp_path, capsys, monkeypatch):
     cfg, _ = done
     models = tuple(cfg.out / stage / "model" for stage in ("sft", "ppo", "pretrain"))
     given = answers.Config(
@@ -71,9 +71,16 @@ def test_models_of_an_arena_meet_in_pairs(done, tmp_path, capsys):
         task="arena",
         pairs=2,
         batch=16,
-        max_new_tokens=8,
     )
+    settings, episodes = [], rollout.episodes
+
+    def noted(*args, **more):
+        settings.append(args[3].max_new_tokens)
+        return episodes(*args, **more)
+
+    monkeypatch.setattr(rollout, "episodes", noted)
     assert answers.main(given) == {"added": 18, "present": 0}
+    assert set(settings) == {16} == {reward.Config.length - rank.Config.prompt_length}  # `reward` keeps them all
     assert " of 18 battles have the same answer" in capsys.readouterr().out
     with Store(given.db) as store, store.reader() as db:
         found = db.execute("SELECT * FROM items").fetchall()

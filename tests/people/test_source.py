@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.data import sources
+from rlhf_jax.data import pipeline, sources
+from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import exchange
 from rlhf_jax.people.items import Item
@@ -128,3 +129,11 @@ def test_verdicts_of_an_arena_are_comparisons(tmp_path: Path):
     assert [row["verdict"] for row in exported] == [*verdicts] and exported[0]["models"] == ["x", "y"]
     assert {"person", "started", "submitted", "seconds", "shown"} <= exported[0].keys()
     assert read(str(out), "rankings", tmp_path) == rows
+
+
+def test_the_first_row_that_is_too_long_is_named(db: Path, tmp_path: Path):
+    rows = sources.rows(f"people:{db}", "rankings", data_dir=tmp_path / "data")
+    tokenizer = tokenizer_lib.train(["one two three four"], 300, tmp_path / "tokenizer")
+    with pytest.raises(InputError) as raised:
+        pipeline.rankings(rows, tokenizer, length=1, batch=1, seed=0)
+    assert f"4 too long for --length 1 (first: people:{db}, label 1)" in str(raised.value)
