@@ -52,7 +52,11 @@ set_up() {
         if works "$kind"; then return; fi
         rm -rf "$venv"
     fi
-    echo "Setting up ${venv#"$root"/}, once; this takes a few minutes" >&2
+    if [[ $kind != run ]] && grep -qsxF -- "$stamp" "$venv"/.made-*; then
+        echo "Adding what ${0##*/} needs (extra $kind) to ${venv#"$root"/}, once; this takes about a minute" >&2
+    else
+        echo "Setting up ${venv#"$root"/}, once; this takes a few minutes" >&2
+    fi
     rm -f "$venv"/.made-*
     if [[ $("$venv/bin/python" -VV 2>&1) != $("$python" -VV) ]] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         "$python" -m venv --clear "$venv"

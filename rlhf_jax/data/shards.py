@@ -92,7 +92,8 @@ class Counts:
 def _sum(counts: Iterable[Counts]) -> Counts:
     """The counts of several sources, or parts of one, together."""
     *numbers, limits = zip(*map(dataclasses.astuple, [Counts(), *counts]), strict=True)
-    return Counts(*map(sum, numbers), limit=next(filter(None, limits), ""))
+    values: list[Any] = [*map(sum, numbers), next(filter(None, limits), "")]
+    return Counts(*values)
 
 
 def _largest(sizes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

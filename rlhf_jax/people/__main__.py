@@ -89,8 +89,11 @@ class Serve(Tasks):
     k: Count | None = None
     pairs: Count = 1  # of models that meet over a prompt of an arena; all pairs meet equally often
     seed: Seed = 0  # of sampling
-    guidelines: Path | None = None  # Markdown file that people acknowledge before they begin
-    ratings: forms.Ratings | None = None  # that each answer needs before the ranking; without it, as before, or all
+    # Markdown file that people acknowledge before they begin; None: as before, or what a good answer to the world's is.
+    guidelines: Path | None = None
+    # Ratings that each answer needs before the ranking; None: as before; at first all, or overall where no model, data
+    # or responses are named.
+    ratings: forms.Ratings | None = None
     administrator: str = "administrator"  # name of the one whose link is printed
     host: str = "127.0.0.1"  # address to listen at
     port: network.Port = 8000  # port to listen at; 0: any that is free
@@ -156,17 +159,22 @@ def serve(cfg: Serve) -> None:
     except OSError as error:
         raise InputError(f"--db {cfg.db}: its folder cannot be made ({error.strerror})") from error
     with Store(cfg.db) as store, listening(cfg.host, cfg.port) as listener:
+        is_new = not store.has_items()
         added, present = store.add(items)
-        if cfg.guidelines:
-            guidelines.add(store, _text(cfg.guidelines))
-        if cfg.ratings:
-            store.set_rules(dataclasses.replace(store.rules(), ratings=cfg.ratings))
         if items:
             print(f"{cfg.responses or cfg.data}: {_told(items, added, present)}")
         wanted = _sampling(cfg, store)
+        if cfg.guidelines:
+            guidelines.add(store, _text(cfg.guidelines))
+        elif wanted:
+            guidelines.begin(store, wanted.data)
+        first_look = is_new and wanted is not None and not (cfg.model or cfg.data or cfg.responses)
+        if ratings := cfg.ratings or ("overall" if first_look else None):
+            store.set_rules(dataclasses.replace(store.rules(), ratings=ratings))
         url = network.url("https" if cfg.certificate else "http", cfg.host, listener)
         token = access.invite(store, cfg.administrator, "administrator", replaces=False)
-        print(f"administrator: {url}/enter#{token}", flush=True)
+        print(f"administrator: {url}/enter#{token}")
+        print(_next_step(cfg, store, wanted), flush=True)
         address, talking = _talking(cfg)
         with beside.running(programs := [*_answering(cfg, store, wanted), *talking]):
             key = os.environ.get("PEOPLE_CHAT_KEY", "")
@@ -175,13 +183,29 @@ def serve(cfg: Serve) -> None:
             _run(cfg, store, listener, [functools.partial(_noted, programs), *parts])
 
 
+def _next_step(cfg: Serve, store: Store, wanted: Sampling | None) -> str:
+    """The line that stands below the link."""
+    said = "open it and press Label"
+    if wanted and wanted.model:
+        said += "; the models answer the prompts meanwhile, and the first tasks come in about a minute"
+    asked = {"all": "four ratings of each answer", "overall": "a rating of each answer"}.get(store.rules().ratings)
+    if asked and cfg.task in (None, "rank"):
+        said += f". A ranking needs {asked} first; with --ratings none it needs none"
+    return said
+
+
 def _noted(programs: Sequence[Program], shared: frame.Frame) -> Sequence[frame.BaseRoute]:
-    """Let the administrator's page tell which programs failed, and why."""
+    """Let the pages tell how far the answers are, and the administrator's which programs failed, and why."""
 
     def failed() -> list[frame.Note]:
         return [(f"failed_{program.name}", program.failed) for program in programs if program.failed]
 
+    def sampling() -> dict[str, int] | None:
+        answering = any(program.name == "answers" and not program.failed for program in programs)
+        return record.progress(shared.store) if answering else None
+
     shared.notes.append(failed)
+    shared.sampling = sampling
     return ()
 
 

@@ -55,6 +55,8 @@ class Administration:
             person,
             overview=overview,
             notes=notes,
+            sampling=self._frame.sampling(),
+            alone=all(one.role == "administrator" for one in overview.people),
             history=history,
             at=lambda moment: time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)),
             rules=self._store.rules(),

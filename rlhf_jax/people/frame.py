@@ -54,6 +54,8 @@ class Frame:
         self.store, self.options = store, options
         self.links: dict[str, str] = {}  # further entries of the menu, and the names of their words
         self.notes: list[Callable[[], list[Note]]] = []  # what the administrator has to know, as long as it is so
+        # How many prompts models have answered, and of how many, while they do.
+        self.sampling: Callable[[], dict[str, int] | None] = lambda: None
         self.talks: Callable[[], bool] = lambda: False  # whether there is a model that people can talk to
         self.senders: dict[str, int] = {}  # by the token of a session that was valid: the person
         self.at_end: list[Callable[[], Awaitable[None]]] = []  # called when the server stops
@@ -91,6 +93,10 @@ class Frame:
         if not guidelines.has_acknowledged(self.store, person.id):
             raise Denied(403, "guidelines")
 
+    def about(self, prompt: Any) -> list[str]:
+        """The lines of the guidelines about words of a prompt."""
+        return guidelines.about(guidelines.newest(self.store)[1], prompt)
+
     def page(self, request: Request, name: str, person: Person | None, **values: Any) -> Response:
         """A page, by the name of its template, for a person or, as None, for anybody."""
         chosen = language(request)
@@ -125,7 +131,7 @@ class Frame:
         print(f"error: {self.store.path}: {error}; make room, and answers will be stored again", flush=True)
 
 
-# The routes of further pages, which may set `talks`, and add to `links`, `notes` and `at_end`.
+# The routes of further pages, which may set `talks` and `sampling`, and add to `links`, `notes` and `at_end`.
 Part = Callable[[Frame], Sequence[BaseRoute]]
 
 

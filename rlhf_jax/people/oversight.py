@@ -125,8 +125,15 @@ class Oversight:
             # What was found may be older than an answer that somebody took back.
             item = next((item for item in items if adjudication.refusal(db, item) is None), None)
             task = None if item is None else adjudication.task(db, person.id, item)
-        said = {"task": task, "gone": gone and gone.code, "aside": person.aside, "pace": dataclasses.asdict(pace)}
-        return frame.ascii_json(said)
+        return frame.ascii_json(
+            {
+                "task": task,
+                "about": self._frame.about(task["prompt"]) if task else [],
+                "gone": gone and gone.code,
+                "aside": person.aside,
+                "pace": dataclasses.asdict(pace),
+            }
+        )
 
     def draft(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Keep a draft."""

@@ -39,6 +39,15 @@ def unfinished(store: Store) -> Sampling | None:
     return Sampling(**body | {"model": tuple(body["model"])})
 
 
+def progress(store: Store) -> dict[str, int] | None:
+    """How many prompts models have answered, and of how many, while they do; None if they do not."""
+    wanted = unfinished(store)
+    if wanted is None or not wanted.model:
+        return None
+    row = store.one("SELECT done FROM samplings ORDER BY id DESC LIMIT 1")
+    return {"done": row["done"] if row else 0, "prompts": wanted.prompts}
+
+
 def begin(store: Store, wanted: Sampling) -> int:
     """The number under which it is on record; what goes on with what was begun last has its number."""
     with store.writer() as db:

@@ -290,15 +290,14 @@ class Pages:
         person = self._frame.person(request)
         version, text = guidelines.newest(self._store)
         known = guidelines.has_acknowledged(self._store, person.id)
-        return self._frame.page(
-            request, "guidelines.html", person, version=version, html=markdown.html(text), acknowledged=known
-        )
+        html = markdown.html(guidelines.translated(text, frame.language(request)))
+        return self._frame.page(request, "guidelines.html", person, version=version, html=html, acknowledged=known)
 
     def acknowledge(self, request: Request, form: dict[str, str]) -> Response:
         """Record that the guidelines were read."""
         person = self._frame.person(request, form)
         guidelines.acknowledge(self._store, person.id, frame.number(form.get("version", ""), "version"))
-        return RedirectResponse("/", 303)
+        return RedirectResponse("/?work" if person.role == "administrator" else "/", 303)
 
     def task(self, request: Request) -> Response:
         """The person's task, as JSON."""
@@ -306,7 +305,13 @@ class Pages:
         self._frame.check_read(person)
         found, pace = self._store.task(person.id, talks), self._store.pace(person.id, talks)
         return frame.ascii_json(
-            {"task": found and dataclasses.asdict(found), "aside": person.aside, "pace": dataclasses.asdict(pace)}
+            {
+                "task": found and dataclasses.asdict(found),
+                "about": self._frame.about(found.prompt) if found else [],
+                "sampling": None if found else self._frame.sampling(),
+                "aside": person.aside,
+                "pace": dataclasses.asdict(pace),
+            }
         )
 
     def draft(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:

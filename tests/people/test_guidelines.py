@@ -1,6 +1,11 @@
-"""Versions of the guidelines."""
+"""Versions of the guidelines, and those of the world."""
 
-from rlhf_jax.people import guidelines
+import re
+
+import pytest
+
+from rlhf_jax.data.world import KINDS, World
+from rlhf_jax.people import guidelines, words
 from rlhf_jax.people.store import Store
 from tests.people.labelling import person
 
@@ -14,3 +19,32 @@ def test_guidelines_have_versions_that_people_acknowledge(store: Store):
     assert guidelines.has_acknowledged(store, ann)
     assert guidelines.add(store, "Be kind and fair.") == 2
     assert not guidelines.has_acknowledged(store, ann)
+
+
+@pytest.mark.parametrize("language", words.LANGUAGES)
+def test_those_of_the_world_say_what_it_states_and_what_nobody_knows(language: str):
+    text, world = guidelines.of_world(language), World.generate(0)
+    says = {kind.name: [one[4:-1] for one in kind.claims if one.startswith("{x} ")] for kind in KINDS}
+    for x, facts in world.facts.items():
+        listed = "; ".join(says[name][0].format(answer=value) for name, value in facts.items())
+        assert guidelines.about(text, f"Is it {x}?") == [f"{x}: {listed}."]
+    asked = {world.parse(question).kind for question in re.findall(r"[A-Z][^.:?]*\?", text)}
+    assert asked == {kind.name for kind in KINDS if kind.category == "unanswerable"}
+
+
+def test_those_of_the_world_are_for_its_prompts_alone(store: Store):
+    for other in ("prompts.jsonl", "world:seed=3", "world:rows=5,hh:x.jsonl=0.5"):
+        guidelines.begin(store, other)
+        assert guidelines.newest(store) == (0, "")
+    guidelines.begin(store, "world:rows=300")
+    assert guidelines.newest(store) == (1, guidelines.of_world())
+    assert guidelines.translated(guidelines.of_world(), "zh").startswith("# 什么是好回答")
+    guidelines.add(store, "Be kind.")
+    guidelines.begin(store, "world")  # what somebody wrote stays
+    assert guidelines.newest(store) == (2, guidelines.translated("Be kind.", "zh"))
+
+
+def test_lines_about_words_of_a_prompt():
+    text = "- **Ann**: a baker\n- **Anna**: a diver\n- **河**: 在北边\n1. **Be**: kind"
+    assert guidelines.about(text, [{"role": "user", "content": "Is Anna (or ann) here? Be kind."}]) == ["Anna: a diver"]
+    assert guidelines.about(text, "那条河在哪里") == ["河: 在北边"]

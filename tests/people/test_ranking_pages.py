@@ -24,7 +24,7 @@ def test_a_ranking_by_mouse(site: Site):
     page = site.page(viewport={"width": 1440, "height": 900})
     page.goto(f"{site.server.url}/enter#wrong")
     until(page, "document.getElementById('enter-error').textContent.startsWith('This link is not valid')")
-    admin.fill("#text", "# Be kind\n\n- to *everybody*")
+    admin.fill("#text", "# Be kind\n\n- to *everybody*\n- **plants**: living things")
     admin.click("text=Save as a new version")
     page.fill("#token", link)  # or open it
     page.click("text=Enter")
@@ -36,9 +36,21 @@ def test_a_ranking_by_mouse(site: Site):
     page.keyboard.press("?")
     page.wait_for_selector("dialog[open]")
     check_access(page)
+    digits = page.locator(":is(dt:has-text('7'), dt:has-text('9')) + dd").all_inner_texts()
+    assert [text.split(":")[0] for text in digits] == [
+        "on a rating",
+        "on an answer of the order",
+        "on an answer of the order",
+        "where there is one choice to make",
+    ]
     page.keyboard.press("Escape")
     places = order(page, ANSWERS)
     assert page.locator(".panel.locked").count() == 1 and page.locator("#chip-0").is_disabled()
+    assert page.inner_text(".step") == "1 · Rate\n\nEach answer by itself: 1 = very bad, 7 = very good."
+    assert page.inner_text(".panel h2") == "2 · Rank"
+    assert page.inner_text("#about summary") == "What the guidelines say" and not page.is_visible("#about li")
+    page.click("#about summary")
+    assert page.inner_text("#about li") == "plants: living things"
     page.click("#submit")
     assert "Rate every answer first" in page.inner_text("#banner")
     for n, k in enumerate(places):
@@ -56,7 +68,7 @@ def test_a_ranking_by_mouse(site: Site):
     assert page.inner_text(f"#badge-{at[2]}") == "#1" and page.locator("#banner").is_hidden()
     page.select_option("#confidence", "7")
     page.fill("#note", "a note")
-    page.locator(".about summary").click()
+    page.click("text=About this prompt")
     page.locator("text=Ambiguous").click()
     until(page, "document.getElementById('draft').textContent === 'Draft saved'")
     picture(page, "people-rank")
@@ -73,8 +85,26 @@ def test_a_ranking_by_mouse(site: Site):
     assert row["ratings"][places[0]]["flags"] == ["hallucination"]
     assert (row["confidence"], row["note"], row["prompt_flags"]) == (7, "a note", ["ambiguous"])
     admin.goto(f"{site.server.url}/admin")
+    assert admin.locator(".start").count() == 0  # somebody else labels
     assert "1 of 1 answers" in admin.inner_text("main")
     picture(admin, "people-admin")
+
+
+def test_a_page_without_tasks_tells_how_far_the_model_is(site: Site):
+    page, said = site.page(), []
+    pace = {"today": 0, "done": 0, "left": 0, "seconds": 0}
+    waiting = lambda done: {"task": None, "aside": None, "pace": pace, "sampling": {"done": done, "prompts": 200}}
+    page.route("**/api/task", lambda route: route.fulfill(json=waiting(said[0])))
+    page.goto(f"{site.server.url}/enter#{site.server.token}")
+    page.wait_for_url("**/admin")
+    check_access(page)
+    for done, text in ((0, "the first tasks come in about a minute"), (16, "16 of 200 are ready")):
+        said[:] = [done]
+        page.click(".start") if done == 0 else page.reload()
+        until(page, f"document.getElementById('ask').textContent.includes('{text}')")
+        assert "New tasks appear here by themselves" in page.inner_text("#resting")
+    page.unroute("**/api/task")
+    until(page, "document.querySelector('.card')")  # by itself
 
 
 def test_a_ranking_by_keyboard_alone(site: Site):

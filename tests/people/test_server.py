@@ -1,6 +1,7 @@
 """The server without a browser: who may do what, what is refused and how, and what the answers' headers forbid."""
 
 import asyncio
+import functools
 import json
 import re
 import sqlite3
@@ -19,7 +20,20 @@ from starlette.testclient import TestClient
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import __main__ as command
-from rlhf_jax.people import access, acts, arena, forms, frame, markdown, network, record, server, words
+from rlhf_jax.people import (
+    access,
+    acts,
+    arena,
+    beside,
+    forms,
+    frame,
+    guidelines,
+    markdown,
+    network,
+    record,
+    server,
+    words,
+)
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
@@ -443,6 +457,33 @@ def test_pages_without_tasks_of_their_own(tmp_path: Path):
         assert command._sampling(command.Serve(db=store.path, prompts=0), store) is None
 
 
+def test_the_first_start_says_what_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(command, "QUICKSTART", tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "p"}\n')
+    for name in ("_run", "_answering"):
+        monkeypatch.setattr(command, name, lambda *_: [])
+    for flags, ratings, version, said in (
+        ({}, "overall", 1, "press Label; the models answer the prompts meanwhile, and the first tasks come in about a"),
+        ({"ratings": "none"}, "none", 1, "come in about a minute\n"),
+        (
+            {"model": (tmp_path / "model",)},
+            "all",
+            1,
+            "A ranking needs four ratings of each answer first; with",
+        ),
+        ({"data": str(tmp_path / "prompts.jsonl")}, "all", 0, "with --ratings none it needs none"),
+    ):
+        db = tmp_path / f"{len(flags)}{version}{ratings}.db"
+        command.serve(command.Serve(db=db, port=0, talk=False, **flags))
+        with Store(db) as store:
+            assert (store.rules().ratings, guidelines.newest(store)[0]) == (ratings, version)
+        assert said in capsys.readouterr().out
+
+
 def test_a_restart_finishes_what_was_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
@@ -477,6 +518,36 @@ def test_a_restart_finishes_what_was_begun(
             assert said.startswith(f"{named}: ignored, since") and "name --model" in said and said.count("\n") == 1
         (other,) = start(model=(tmp_path / "model",))
         assert other.command != first.command and not capsys.readouterr().out
+
+
+def test_pages_tell_how_far_the_models_are(store: Store):
+    store.set_overlap({1: 0, 2: 0, 3: 0})
+    number = record.begin(store, command._asked(command.Serve(), (Path("a"),)))
+    programs = [beside.Program([], "answers")]
+    note = functools.partial(command._noted, programs)
+    admin, ann = Browser(store, "boss", "administrator", note), Browser(store, "ann", "labeler", note)
+    assert ann.client.get("/api/task").json()["sampling"] == {"done": 0, "prompts": 200}
+    assert "the first tasks come in about a minute" in admin.client.get("/admin").text
+    record.note(store, number, 16)
+    assert "16 of 200 are ready" in admin.client.get("/admin").text
+    programs[0].failed = "no such model"
+    assert ann.client.get("/api/task").json()["sampling"] is None
+    programs[0].failed = ""
+    record.finish(store, number)
+    assert ann.client.get("/api/task").json()["sampling"] is None
+    assert "are ready" not in admin.client.get("/admin").text
+
+
+def test_an_administrator_who_is_alone_is_led_to_the_first_task(store: Store):
+    guidelines.add(store, "Be kind.\n\n- **prompt**: what is asked\n- **answer**: what is said")
+    admin = Browser(store, "boss", "administrator")
+    assert "You can label yourself: press Label" in admin.client.get("/admin").text
+    assert admin.client.get("/?work").headers["location"] == "/guidelines"
+    read = admin.client.post("/guidelines", data={"csrf": admin.csrf, "version": "1"})
+    assert read.headers["location"] == "/?work"
+    assert admin.client.get("/api/task").json()["about"] == ["prompt: what is asked"]
+    admin.act("invite", name="ann")
+    assert "You can label yourself" not in admin.client.get("/admin").text
 
 
 def test_people_write_answers_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

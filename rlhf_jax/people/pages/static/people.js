@@ -272,7 +272,8 @@ async function load(focus = !document.querySelector("dialog[open]")) {
   if (!task) {
     waiting = true;
     $("bench").replaceChildren();
-    $("ask").textContent = t(body.aside ? "aside" : (boot.nothing ?? "nothing_left"));
+    const going = body.sampling && (body.sampling.done ? "sampling" : "sampling_first");
+    $("ask").textContent = t(body.aside ? "aside" : (boot.nothing ?? going ?? "nothing_left"), body.sampling ?? {});
     return later(load, 5000);
   }
   clearTimeout(timer);
@@ -285,6 +286,8 @@ async function load(focus = !document.querySelector("dialog[open]")) {
   const own = kept("draft");
   const drafts = [own?.assignment === task.id ? own.answer : null, task.draft].filter(Boolean);
   draw(drafts.sort((a, b) => (b.at ?? 0) - (a.at ?? 0))[0] ?? {});
+  $("about").hidden = !body.about.length;
+  $("about").querySelector("ul").replaceChildren(...body.about.map((line) => el("li", {}, line)));
   scrollTo(0, 0);
   if (task.task === "chat") loadTalk();
   else if (focus) ($("text") ?? firstOpen()).focus({ preventScroll: true });
@@ -303,7 +306,8 @@ function draw(answer) {
   form.classList.remove("expanded");
   form.dataset.task = kind;
   const share = Math.round(100 * task.share);
-  $("ask").textContent = orders ? t("decide_ask", { n: orders.length, share }) : t(`task_${kind}`);
+  const ask = t(kind === "rank" && boot.ratings === "none" ? "task_order" : `task_${kind}`);
+  $("ask").textContent = orders ? t("decide_ask", { n: orders.length, share }) : ask;
   $("prompt").hidden = kind === "chat";
   $("submit").textContent = t(kind === "chat" ? "chat_finish" : "submit");
   $("submit").className = kind === "chat" ? "quiet" : "primary";
@@ -324,6 +328,7 @@ function draw(answer) {
   });
   const list = copy("cards").firstElementChild;
   list.dataset.count = cards.length;
+  if (kind === "rank") list.append(copy("step"));
   list.append(...cards);
   $("bench").replaceChildren(...(cards.length ? [list] : []), copy(`kind-${kind}`));
   if (kind === "rank") drawPanel();
