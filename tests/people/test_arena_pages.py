@@ -84,7 +84,7 @@ def test_from_the_invitation_to_the_table(site: Site):
     ann.click("#theme")
     check_access(ann)
     ann.click("#theme")
-    ann.locator(".about summary").click()
+    ann.click("text=About this prompt")
     ann.locator("text=Ambiguous").click()
     ann.fill("#note", "a note")
     ann.click("#submit")
