@@ -24,13 +24,14 @@ def test_a_ranking_by_mouse(site: Site):
     page = site.page(viewport={"width": 1440, "height": 900})
     page.goto(f"{site.server.url}/enter#wrong")
     until(page, "document.getElementById('enter-error').textContent.startsWith('This link is not valid')")
-    admin.fill("#text", "# Be kind\n\n- to *everybody*\n- **plants**: living things")
+    admin.fill("#text", "# Be kind\n\n- to *everybody*\n- **plants**: living things" + "\n\nand more" * 60)
     admin.click("text=Save as a new version")
     page.fill("#token", link)  # or open it
     page.click("text=Enter")
     page.wait_for_url("**/guidelines")
     check_access(page)
     until(page, "document.activeElement.matches('button')")
+    assert page.evaluate("scrollY") == 0  # they are read from their beginning
     page.keyboard.press("Enter")
     page.wait_for_url(site.server.url + "/")
     page.keyboard.press("?")

@@ -1148,6 +1148,7 @@ function chatting() {
 const live = [...document.querySelectorAll("[data-live]")];
 if (live.length) setInterval(refresh, 5000, live);
 document.querySelector("input.link")?.select();
+document.querySelector("[data-focus]")?.focus({ preventScroll: true }); // what is to be read first stays in view
 if ($("enter")) entrance($("enter"));
 if (form) work();
 if ($("talk")) chatting();
