@@ -228,8 +228,9 @@ def test_the_frontier_compares_at_equal_terms(base, asked):
     frontier.main(cfg)
     policies = [run for run in asked if hasattr(run, "reward") and hasattr(run, "text")]
     assert {type(run) for run in policies} == {ppo.Config, grpo.Config, rloo.Config, online_dpo.Config}
-    assert len(policies) == 2 * 12
-    assert len({(run.steps, run.batch, run.data, run.text, run.lr, run.init) for run in policies}) == 1
+    assert len(policies) == 2 * 15
+    assert len({(run.steps, run.data, run.text, run.init) for run in policies}) == 1
+    assert sorted(run.batch for run in policies if run.seed == 0) == [cfg.ppo.batch] * 14 + [4 * cfg.ppo.batch]
     weights = {run.algorithm.kl_coef for run in policies if not isinstance(run, online_dpo.Config)}
     assert weights == {0.0}
     (rejected,) = [run for run in asked if isinstance(run, rejection.Config) and run.seed == 0]
@@ -296,7 +297,8 @@ def test_virtues_are_weighed_and_bounded_at_equal_terms(base, asked, monkeypatch
         ("harmless", "cost", home / "harmless-cost"),
     ]
     policies = [run for run in asked if isinstance(run, ppo.Config)]
-    assert len({(run.steps, run.batch, run.data, run.text, run.lr, run.init) for run in policies}) == 1
+    assert len({(run.steps, run.data, run.text, run.init) for run in policies}) == 1
+    assert sorted(run.batch for run in policies if run.seed == 0) == [cfg.ppo.batch] * 14 + [4 * cfg.ppo.batch]
     helpful, harmless, cost = (run.out / "model" for run in learnt[:3])
     assert [(run.reward, run.cost) for run in policies[:3]] == [
         ((helpful, harmless), None),
