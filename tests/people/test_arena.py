@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,18 @@ def test_who_has_no_finite_strength_is_told_why(text: str, order: str, why: dict
         inside = {one.name for one in rest}
         alone = arena.table(votes(" ".join(part for part in text.split() if {part[0], part[2]} <= inside)))
         assert [(one.name, one.strength) for one in rest] == [(one.name, one.strength) for one in alone.standings]
+
+
+def test_a_table_needs_no_more_memory_for_more_votes():
+    peaks = []
+    for count in (4000, 20_000):
+        said = (Vote("a", "b", ("first", "second", "bad")[n % 3], f"person {n % 8}", n // 2) for n in range(count))
+        tracemalloc.start()
+        found = arena.table(Votes(frozenset("ab"), said))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (found.votes, found.people, found.battles) == (count, 8, count // 2)
+    assert peaks[1] < peaks[0] + 20_000
 
 
 def test_nothing_yet():
