@@ -87,12 +87,15 @@ class Book:
             f"PRAGMA cache_size = {_CACHE};"
             "CREATE TABLE orders (count INTEGER, item INTEGER, label INTEGER, person INTEGER, record BLOB,"
             " PRIMARY KEY (count, item, label)) WITHOUT ROWID;"
+            "CREATE TABLE chunks (id INTEGER PRIMARY KEY, count INTEGER, records BLOB);"
             "CREATE TABLE people (id INTEGER PRIMARY KEY);"
             "CREATE TABLE withdrawn (label INTEGER PRIMARY KEY);"
             "CREATE VIEW counting AS SELECT * FROM orders WHERE person IN people AND label NOT IN withdrawn"
         )
         self._counts: list[int] = []  # numbers of responses, in the order in which they were first met
         self._last = 0  # label that was read last
+        self.answered = set[int]()  # people who gave an answer that counts
+        self.shared = 0  # items that two people ordered
 
     def read(self, db: sqlite3.Connection, people: Iterable[int]) -> None:
         """Read the labels that are new, and let those count from now on that are of `people` and not withdrawn."""
@@ -116,36 +119,39 @@ class Book:
             self._db.executemany("INSERT INTO people VALUES (?)", ((person,) for person in people))
             withdrawn = db.execute("SELECT label FROM withdrawals")
             self._db.executemany("INSERT OR IGNORE INTO withdrawn VALUES (?)", withdrawn)
+        self._write_chunks()
 
-    def answered(self) -> set[int]:
-        """The people who gave an answer that counts."""
-        return {person for (person,) in self._db.execute("SELECT DISTINCT person FROM counting")}
+    def _write_chunks(self) -> None:
+        """Write the answers to items that two people ordered, in order of item, some items at a time."""
+        self.answered, self.shared = set(), 0
+        with self._db:
+            self._db.execute("DELETE FROM chunks")
+            for count in self._counts:
+                for rows in self._some(count):
+                    self.answered.update(rows["person"].tolist())
+                    _, place, times = np.unique(rows["item"], return_inverse=True, return_counts=True)
+                    several = times > 1
+                    self.shared += int(several.sum())
+                    if several.any():
+                        values = (count, rows[several[place]].tobytes())
+                        self._db.execute("INSERT INTO chunks (count, records) VALUES (?, ?)", values)
 
-    def shared(self) -> int:
-        """The number of items that two people ordered."""
-        query = "SELECT 1 FROM counting GROUP BY count, item HAVING COUNT(*) > 1"
-        return self._db.execute(f"SELECT COUNT(*) FROM ({query})").fetchone()[0]
+    def _some(self, count: int) -> Iterator[np.ndarray]:
+        """Yield the answers that order `count` responses and count, those of some items at a time. [N] records."""
+        rows = self._db.execute("SELECT record FROM counting WHERE count = ? ORDER BY item, label", (count,))
+        rest = np.empty(0, _record(count))
+        while some := rows.fetchmany(_CHUNK):
+            records = b"".join(itertools.chain.from_iterable(some))
+            read = np.concatenate([rest, np.frombuffer(records, rest.dtype)])
+            whole = np.searchsorted(read["item"], read["item"][-1])  # the last item may go on
+            yield read[:whole]
+            rest = read[whole:]
+        yield rest
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """The answers to items that two people ordered, in order of item, some items at a time. [N] records."""
-        for count in self._counts:
-            rows = self._db.execute("SELECT record FROM counting WHERE count = ? ORDER BY item, label", (count,))
-            rest = np.empty(0, _record(count))
-            while some := rows.fetchmany(_CHUNK):
-                records = b"".join(itertools.chain.from_iterable(some))
-                read = np.concatenate([rest, np.frombuffer(records, rest.dtype)])
-                whole = np.searchsorted(read["item"], read["item"][-1])  # the last item may go on
-                yield from _shared(read[:whole])
-                rest = read[whole:]
-            yield from _shared(rest)
-
-
-def _shared(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows of items that have several, if there are any."""
-    _, place, times = np.unique(rows["item"], return_inverse=True, return_counts=True)
-    several = (times > 1)[place]
-    if several.any():
-        yield rows[several]
+        """Yield the answers to items that two people ordered, in order of item, some items at a time. [N] records."""
+        for count, records in self._db.execute("SELECT count, records FROM chunks ORDER BY id"):
+            yield np.frombuffer(records, _record(count))
 
 
 def _record(count: int) -> np.dtype:
@@ -171,8 +177,8 @@ def look(db: sqlite3.Connection, book: Book, now: float) -> Snapshot:
     start = time.perf_counter()
     names = {row["id"]: row["name"] for row in db.execute("SELECT id, name FROM people WHERE aside IS NULL")}
     book.read(db, names)
-    answered, checks, deal = book.answered(), _checks(db, names), agreement.deal(book.shared())
-    judges = np.array(sorted(person for person in names if person in answered or any(checks[person])), np.int32)
+    checks, deal = _checks(db, names), agreement.deal(book.shared)
+    judges = np.array(sorted(person for person in names if person in book.answered or any(checks[person])), np.int32)
     number = len(judges) + 1
     pairs = Tally(number, deal, 3, agreement.alpha_sums, agreement.kappa_sums)
     cases, items, shares = np.zeros((number, 4), int), [np.empty(0, np.int32)], [np.empty(0, np.float32)]
