@@ -27,7 +27,7 @@ from experiments import (
 from experiments.studies import courses, frontier, overoptimization, ptx, study, tables, virtues
 from rlhf_jax import runs
 from rlhf_jax.analysis import overoptimization as curves
-from rlhf_jax.data import builders
+from rlhf_jax.data.rows import check
 from rlhf_jax.models import Compute
 from rlhf_jax.runs import log
 from rlhf_jax.types import InputError
@@ -265,7 +265,7 @@ def test_thumbs_are_up_above_the_middle_of_a_ranking(base):
     write_labels(cfg, [0, 2, 1, 1], [3, 0])
     rows = [json.loads(line) for line in frontier.write_thumbs(cfg, 0).read_text().splitlines()]
     assert [(row["completion"], row["label"]) for row in rows] == [("a", True), ("b", False), ("a", False), ("b", True)]
-    assert all(builders.check("thumbs", row, "here")["ended"] for row in rows)
+    assert all(check("thumbs", row, "here")["ended"] for row in rows)
 
 
 def test_the_mix_is_compared_at_equal_episodes(base, asked):
