@@ -295,7 +295,7 @@ def _read_bytes(computation: Computation, name: str, computations: dict[str, Com
     for user in computation.users.get(name, []):
         if user.opcode in _SLICES and user.operands[0] == name:
             total += size(user.shape)
-        elif user.opcode == "bitcast":
+        elif user.opcode == "bitcast" or (user is not computation.root and _is_copy(user, computations)):
             total += _read_bytes(computation, user.name, computations)
         elif (user.opcode == "dynamic-update-slice" and user.operands[0] == name) or user.opcode == "tuple":
             continue  # written in place, or passed on
@@ -311,6 +311,13 @@ def _read_bytes(computation: Computation, name: str, computations: dict[str, Com
         else:
             return whole
     return min(total, whole)
+
+
+def _is_copy(instruction: Instruction, computations: dict[str, Computation]) -> bool:
+    """Whether this copies an array to another layout: within a fusion only what is read of the copy is read."""
+    if instruction.opcode != "fusion":
+        return instruction.opcode == "copy"
+    return computations[instruction.called("calls") or ""].root.opcode == "copy" and len(instruction.operands) == 1
 
 
 def _written_bytes(computation: Computation, shape: str, space: str) -> float:
