@@ -281,8 +281,11 @@ def _moved_bytes(
         ]
         return sum(reads) + _written_bytes(inner, instruction.shape, space)
     result, operands = size(instruction.shape, space), sum((size(shape, space) for shape in shapes), 0.0)
-    if opcode in _SLICES:
-        return result + (size(instruction.shape) if size(shapes[0], space) else 0.0)
+    if opcode.removesuffix("-start") in _SLICES:
+        taken = instruction.shape
+        if opcode.endswith("-start"):  # its result holds the operand before the slice
+            taken = [part[0] for part in _ARRAY.finditer(instruction.shape)][1]
+        return size(taken, space) + (size(taken) if size(shapes[0], space) else 0.0)
     if opcode == "dynamic-update-slice":
         return 2 * size(shapes[1]) if result else 0.0
     return max(result, operands) if opcode.endswith("-start") else result + operands  # its result holds the operands

@@ -211,14 +211,16 @@ ENTRY %main (all: s8[3,8,16], turn: s32[]) -> s8[3,8,16] {
   %all = s8[3,8,16]{2,1,0:T(32,128)} parameter(0)
   %turn = s32[]{:T(128)} parameter(1)
   %one = s8[1,8,16]{2,1,0:T(8,128)S(1)} fusion(%all, %turn), kind=kLoop, calls=%sliced
+  %begun = ((s8[3,8,16]{2,1,0}), s8[2,8,16]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%all), slice={[0:2], [0:8], [0:16]}
+  %fetched = s8[2,8,16]{2,1,0:S(1)} slice-done(%begun)
   ROOT %whole = s8[3,8,16]{2,1,0:T(8,128)} fusion(%all), kind=kLoop, calls=%copied
 }
 """
 
 
-def test_of_a_copy_within_a_fusion_counts_what_is_read():
+def test_of_a_copy_within_a_fusion_and_of_a_slice_beforehand_counts_what_is_read():
     layer, counter = 8 * 16, 4
-    assert hlo.traffic(RELAID).memory == layer + counter + 2 * 3 * layer  # a slice of one copy, and another as a whole
+    assert hlo.traffic(RELAID).memory == layer + counter + 2 * layer + 2 * 3 * layer  # and then a copy of all
 
 
 @pytest.mark.parametrize(
