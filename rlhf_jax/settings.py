@@ -133,7 +133,7 @@ def described(code: str) -> Iterator[tuple[str, str, str]]:
 def with_lines(text: str) -> str:
     """The text for --help, which joins the lines of a paragraph unless they are indented: those with columns here.
 
-    A paragraph has columns if it has several lines, and two spaces in a row, as `Run:     ` in an experiment.
+    A paragraph has columns if it has several lines, and two spaces in a row, as after `Run:` in an experiment.
     """
     paragraphs = text.strip().split("\n\n")
     return "\n\n".join(textwrap.indent(each, "  ") if "\n" in each and "  " in each else each for each in paragraphs)
