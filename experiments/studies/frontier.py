@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import distill, dpo, grpo, kto, online_dpo, orpo, ppo, rejection, reward, rloo, sft, simpo, slic
@@ -59,7 +60,11 @@ def main(cfg: "Config") -> dict[str, list[Course]]:
 def run_seed(cfg: "Config", seed: int) -> dict[str, Course]:
     """Run each algorithm on the labels of a seed; returns their courses."""
     judge = study.learn_reward(cfg, seed, study.all_labels(cfg)).model
-    return {name: ALGORITHMS[name](cfg, seed, judge, name) for name in cfg.algorithms}
+    found = {}
+    for name in cfg.algorithms:
+        found[name] = ALGORITHMS[name](cfg, seed, judge, name)
+        jax.clear_caches()  # the programs of all would be too many for the address space
+    return found
 
 
 def place(cfg: "Config", seed: int, name: str) -> Path:
@@ -84,9 +89,15 @@ def pick_best(cfg: "Config", seed: int, judge: Path, _: str) -> Course:
 
 
 def follow(
-    cfg: "Config", seed: int, judge: Path, name: str, experiment: Callable[[Any], Any] = ppo.main, config: Any = None
+    cfg: "Config",
+    seed: int,
+    judge: Path,
+    name: str,
+    experiment: Callable[[Any], Any] = ppo.main,
+    config: Any = None,
+    times: int = 1,
 ) -> Course:
-    """The course of an algorithm that follows a reward model, for as many episodes as PPO, which `cfg.ppo` sets up."""
+    """The course of an algorithm that follows a reward model, for `times` as many episodes as PPO (`cfg.ppo`)."""
     run = cli.hand_down(
         name,
         config or cfg.ppo,
@@ -98,7 +109,7 @@ def follow(
         text=cfg.ppo.text,
         prompt_length=cfg.ppo.prompt_length,
         max_new_tokens=cfg.ppo.max_new_tokens,
-        batch=cfg.ppo.batch,
+        batch=times * cfg.ppo.batch,
         steps=cfg.ppo.steps,
         samples_every=cfg.ppo.samples_every,
         samples=cfg.ppo.samples,
@@ -225,8 +236,14 @@ _VAPO = dataclasses.replace(_PPO, clip_high=0.28, lam_alpha=0.05, critic_lam=1.0
 Row = functools.partial[Course]
 
 
-def _ppo(algorithm: ppo_lib.Config) -> Row:
-    return functools.partial(follow, experiment=ppo.main, config=ppo.Config(algorithm=algorithm))
+def _ppo(algorithm: ppo_lib.Config = _PPO, lr: float = ppo.Config.lr, times: int = 1) -> Row:
+    return functools.partial(follow, config=ppo.Config(lr=lr, algorithm=algorithm), times=times)
+
+
+def follow_chance(cfg: ppo.Config) -> object:
+    """PPO on scores that are drawn anew for each answer, so that nothing can be learnt."""
+    draws = np.random.default_rng(cfg.seed)
+    return ppo.main(cfg, lambda prompt, response: float(draws.normal()))
 
 
 def _grpo(algorithm: grpo_lib.Config = _GRPO, resample: int = 0) -> Row:
@@ -249,6 +266,9 @@ PANELS: dict[str, dict[str, Row]] = {
         "best-of-n": functools.partial(pick_best),
         "PPO": functools.partial(follow),
         "PPO, Plackett-Luce": functools.partial(follow_whole_rankings),
+        "PPO, a third of the rate": _ppo(lr=1e-4),
+        "PPO, that and 4 x episodes": _ppo(lr=1e-4, times=4),
+        "PPO, random scores": functools.partial(follow, experiment=follow_chance),
         "VAPO": _ppo(_VAPO),
         "RLOO": functools.partial(follow, experiment=rloo.main, config=rloo.Config(algorithm=_RLOO)),
         "online DPO": functools.partial(follow, experiment=online_dpo.main, config=_ONLINE),

@@ -27,7 +27,7 @@ from experiments import (
 from experiments.studies import courses, frontier, overoptimization, ptx, study, tables, virtues
 from rlhf_jax import runs
 from rlhf_jax.analysis import overoptimization as curves
-from rlhf_jax.data import builders
+from rlhf_jax.data.rows import check
 from rlhf_jax.models import Compute
 from rlhf_jax.runs import log
 from rlhf_jax.types import InputError
@@ -228,8 +228,9 @@ def test_the_frontier_compares_at_equal_terms(base, asked):
     frontier.main(cfg)
     policies = [run for run in asked if hasattr(run, "reward") and hasattr(run, "text")]
     assert {type(run) for run in policies} == {ppo.Config, grpo.Config, rloo.Config, online_dpo.Config}
-    assert len(policies) == 2 * 12
-    assert len({(run.steps, run.batch, run.data, run.text, run.lr, run.init) for run in policies}) == 1
+    assert len(policies) == 2 * 15
+    assert len({(run.steps, run.data, run.text, run.init) for run in policies}) == 1
+    assert sorted(run.batch for run in policies if run.seed == 0) == [cfg.ppo.batch] * 14 + [4 * cfg.ppo.batch]
     weights = {run.algorithm.kl_coef for run in policies if not isinstance(run, online_dpo.Config)}
     assert weights == {0.0}
     (rejected,) = [run for run in asked if isinstance(run, rejection.Config) and run.seed == 0]
@@ -264,7 +265,7 @@ def test_thumbs_are_up_above_the_middle_of_a_ranking(base):
     write_labels(cfg, [0, 2, 1, 1], [3, 0])
     rows = [json.loads(line) for line in frontier.write_thumbs(cfg, 0).read_text().splitlines()]
     assert [(row["completion"], row["label"]) for row in rows] == [("a", True), ("b", False), ("a", False), ("b", True)]
-    assert all(builders.check("thumbs", row, "here")["ended"] for row in rows)
+    assert all(check("thumbs", row, "here")["ended"] for row in rows)
 
 
 def test_the_mix_is_compared_at_equal_episodes(base, asked):
@@ -296,7 +297,8 @@ def test_virtues_are_weighed_and_bounded_at_equal_terms(base, asked, monkeypatch
         ("harmless", "cost", home / "harmless-cost"),
     ]
     policies = [run for run in asked if isinstance(run, ppo.Config)]
-    assert len({(run.steps, run.batch, run.data, run.text, run.lr, run.init) for run in policies}) == 1
+    assert len({(run.steps, run.data, run.text, run.init) for run in policies}) == 1
+    assert sorted(run.batch for run in policies if run.seed == 0) == [cfg.ppo.batch] * 14 + [4 * cfg.ppo.batch]
     helpful, harmless, cost = (run.out / "model" for run in learnt[:3])
     assert [(run.reward, run.cost) for run in policies[:3]] == [
         ((helpful, harmless), None),
