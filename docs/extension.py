@@ -26,6 +26,7 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 
 from experiments.lessons import pages
+from rlhf_jax import settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -207,13 +208,10 @@ def fields(name: str) -> list[str]:
         _, code = pages.locate(name)
     except LookupError:
         return []
-    lines, above = [], ""
-    for line in code.splitlines()[1:]:
-        found = re.match(r"    (\w+): ([^#]*?)\s*(?:#\s*(.*))?$", line)
-        if found and not found[1].startswith("_"):
-            told = formulas.escaped(found[3] or above)
-            lines += [f"``{found[1]}: {found[2]}``", f"   {told}" if told else "   \\ ", ""]
-        above = f"{above} {line.strip(' #')}".strip() if line.startswith("    #") else ""
+    lines = []
+    for field, declaration, comment in settings.described(code):
+        if not field.startswith("_"):
+            lines += [f"``{field}: {declaration}``", f"   {formulas.escaped(comment)}" if comment else "   \\ ", ""]
     return lines
 
 

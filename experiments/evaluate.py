@@ -146,6 +146,7 @@ def main(cfg: Config) -> dict:
     if sampled.unjudged is not None:
         result["unjudged"] = float(sampled.unjudged.mean())
     print("  ".join(f"{name} {value:.3f}" for name, value in result.items() if isinstance(value, float)))
+    print("gold by category: " + "  ".join(f"{name} {value:.3f}" for name, value in result["gold_by_category"].items()))
     if cfg.out:
         runs.write(cfg.out, json.dumps(result, indent=2) + "\n")
     return result

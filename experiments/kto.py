@@ -29,7 +29,7 @@ class Config(dpo.Offline):
     out: Path = Path("runs/kto")  # run directory; the model goes to its folder "model"
     data: str = "world:rows=4000"  # thumbs to learn from: the world, a file, or people:PATH
     batch: Count = 32  # responses a step, over all devices
-    algorithm: kto_lib.Config = kto_lib.Config(beta=0.2)  # type: ignore[assignment]  # other settings, the same loop
+    algorithm: kto_lib.Config = kto_lib.Config(beta=0.2)  # type: ignore[assignment]  # KTO's settings in place of DPO's
 
 
 def read(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> tuple[Rows, pipeline.Batches]:

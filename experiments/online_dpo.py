@@ -23,7 +23,7 @@ class Config(grpo.Config):
     """Defaults are for the assistant world on two CPU cores."""
 
     out: Path = Path("runs/online_dpo")  # run directory; the model goes to its folder "model"
-    algorithm: online_dpo_lib.Config = online_dpo_lib.Config(  # type: ignore[assignment]  # as in `rloo`
+    algorithm: online_dpo_lib.Config = online_dpo_lib.Config(  # type: ignore[assignment]  # online DPO's settings in place of GRPO's
         minibatches=2, group=4, beta=0.2, ptx_coef=3.0, unfinished_score=-1.0
     )
 

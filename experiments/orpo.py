@@ -21,7 +21,7 @@ class Config(dpo.Config):
     """Defaults are for the assistant world on two CPU cores."""
 
     out: Path = Path("runs/orpo")  # run directory; the model goes to its folder "model"
-    algorithm: orpo_lib.Config = orpo_lib.Config()  # type: ignore[assignment]  # other settings, the same experiment
+    algorithm: orpo_lib.Config = orpo_lib.Config()  # type: ignore[assignment]  # ORPO's settings in place of DPO's
 
 
 def main(cfg: Config) -> TrainState:

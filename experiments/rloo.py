@@ -19,7 +19,7 @@ class Config(grpo.Config):
     """Defaults are for the assistant world on two CPU cores."""
 
     out: Path = Path("runs/rloo")  # run directory; the model goes to its folder "model"
-    algorithm: rloo_lib.Config = rloo_lib.Config(  # type: ignore[assignment]  # other settings, the same experiment
+    algorithm: rloo_lib.Config = rloo_lib.Config(  # type: ignore[assignment]  # RLOO's settings in place of GRPO's
         minibatches=4, group=4, kl_coef=0.2, ptx_coef=3.0, unfinished_score=-1.0
     )
 

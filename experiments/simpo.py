@@ -21,7 +21,7 @@ class Config(dpo.Config):
     """Defaults are for the assistant world on two CPU cores."""
 
     out: Path = Path("runs/simpo")  # run directory; the model goes to its folder "model"
-    algorithm: simpo_lib.Config = simpo_lib.Config()  # type: ignore[assignment]  # other settings, the same experiment
+    algorithm: simpo_lib.Config = simpo_lib.Config()  # type: ignore[assignment]  # SimPO's settings in place of DPO's
 
 
 def main(cfg: Config) -> TrainState:

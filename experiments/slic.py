@@ -21,7 +21,7 @@ class Config(dpo.Config):
     """Defaults are for the assistant world on two CPU cores."""
 
     out: Path = Path("runs/slic")  # run directory; the model goes to its folder "model"
-    algorithm: slic_lib.Config = slic_lib.Config()  # type: ignore[assignment]  # other settings, the same experiment
+    algorithm: slic_lib.Config = slic_lib.Config()  # type: ignore[assignment]  # SLiC's settings in place of DPO's
 
 
 def main(cfg: Config) -> TrainState:

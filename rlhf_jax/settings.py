@@ -14,7 +14,9 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
 import struct
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -105,6 +107,36 @@ def ranges(config: type) -> dict[str, Any]:
         if declared:
             result[field.name] = hints[field.name]
     return result
+
+
+_FIELD = re.compile(r"    (\w+): ([^#]*?)\s*(?:#\s*(.*))?$")
+_DIRECTIVES = re.compile(r"^(?:(?:type: ignore|noqa|pragma:|fmt:)[^#]*(?:#\s*|$))+")  # what a comment tells tools
+
+
+def described(code: str) -> Iterator[tuple[str, str, str]]:
+    """The name, the declaration and the comment of each field in the source of a dataclass.
+
+    The comment is that beside the field, or else that above it and its neighbours, without what it tells tools, such as
+    `type: ignore`.
+    """
+    above, ends = "", True  # the comment above, and whether the next one begins another
+    for line in textwrap.dedent(code).splitlines():
+        if found := _FIELD.match(line):
+            yield found[1], found[2], _DIRECTIVES.sub("", found[3] or "") or above
+            above, ends = "" if found[3] else above, True
+        elif line.startswith("    #"):
+            above, ends = line.strip(" #") if ends else f"{above} {line.strip(' #')}", False
+        else:
+            above, ends = "", True
+
+
+def with_lines(text: str) -> str:
+    """The text for --help, which joins the lines of a paragraph unless they are indented: those with columns here.
+
+    A paragraph has columns if it has several lines, and two spaces in a row, as after `Run:` in an experiment.
+    """
+    paragraphs = text.strip().split("\n\n")
+    return "\n\n".join(textwrap.indent(each, "  ") if "\n" in each and "  " in each else each for each in paragraphs)
 
 
 def declarations(hint: Any) -> Iterator[Range | Unbounded | None]:

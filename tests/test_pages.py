@@ -35,6 +35,12 @@ def test_modules_to_run_exist(page: Path):
     assert not missing
 
 
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_assume_an_activated_environment(page: Path):
+    makes_its_own = page.name == "slurm.md"
+    assert makes_its_own or ".venv/bin/" not in page.read_text().replace("source .venv/bin/activate", "")
+
+
 def test_every_experiment_is_in_the_readme():
     text = (ROOT / "README.md").read_text()
     paths = [path.relative_to(ROOT / "experiments") for path in (ROOT / "experiments").rglob("*.py")]

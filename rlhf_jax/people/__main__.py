@@ -53,7 +53,7 @@ from rlhf_jax.people.items import Item
 from rlhf_jax.people.network import listening
 from rlhf_jax.people.record import Sampling
 from rlhf_jax.people.store import Store
-from rlhf_jax.settings import Count, Seed, Settings, Share, Whole
+from rlhf_jax.settings import Count, Seed, Settings, Share, Whole, with_lines
 
 QUICKSTART = Path("runs/quickstart/sft/model")
 
@@ -377,7 +377,7 @@ def _parsed(kind: type[Command], args: Sequence[str]) -> Command:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, args=list(args), prog="scripts/people.sh", description=__doc__)
+            return tyro.cli(kind, args=list(args), prog="scripts/people.sh", description=with_lines(__doc__ or ""))
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import inspect
 import io
 import itertools
 import os
@@ -13,6 +14,7 @@ import select
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -26,6 +28,7 @@ import tyro
 from rlhf_jax.devices import hosts, preemption
 from rlhf_jax.runs import checkpoint, compiled, gcs, log
 from rlhf_jax.runs.run import Stage
+from rlhf_jax.settings import described, with_lines
 from rlhf_jax.types import InputError
 
 Config = TypeVar("Config")
@@ -180,6 +183,8 @@ def parse(default: Config, args: Sequence[str] | None = None) -> Config:
     module = sys.modules["__main__"]
     spec = getattr(module, "__spec__", None)
     printed = io.StringIO()
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        _explain(default)
     try:
         with contextlib.redirect_stderr(printed):
             config, unknown = tyro.cli(
@@ -187,7 +192,7 @@ def parse(default: Config, args: Sequence[str] | None = None) -> Config:
                 default=default,
                 args=arguments,
                 prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
-                description=module.__doc__,
+                description=with_lines(module.__doc__ or ""),
                 return_unknown_args=True,
             )
     except SystemExit as stop:
@@ -204,6 +209,20 @@ def parse(default: Config, args: Sequence[str] | None = None) -> Config:
         raise InputError(f"unknown {kind} {unknown[0]}; {hint}see --help")
     _check_paths(config, arguments)
     return config
+
+
+def _explain(config: Any) -> None:
+    """Give --help the comment of each field as its text: tyro would also show what a comment tells tools."""
+    kinds = [kind for kind in type(config).__mro__ if dataclasses.is_dataclass(kind)]
+    for kind in kinds:
+        with contextlib.suppress(OSError):  # it was not read from a file
+            for name, _, comment in described(inspect.getsource(kind)):
+                field = kind.__dataclass_fields__.get(name)
+                if field and (comment or not dataclasses.is_dataclass(field.default)):  # a group has its docstring
+                    field.metadata = types.MappingProxyType({"help": comment, **field.metadata})
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(value := getattr(config, field.name)):
+            _explain(value)
 
 
 def _decoded(argument: str) -> str:

@@ -257,7 +257,9 @@ def read(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """
     path = directory / name
     if not path.is_file():
-        raise InputError(f"{path} does not exist; is {directory} the directory of a run?")
+        runs = ", ".join(sorted(str(found.parent) for found in directory.glob(f"*/{name}")))
+        hint = f"name one of the runs in it: {runs}" if runs else f"is {directory} the directory of a run?"
+        raise InputError(f"{path} does not exist; {hint}")
     rows = []
     for number, line in enumerate(_lines(path), 1):
         try:

@@ -1,6 +1,7 @@
 """The page of a run: its data, and the page itself in a real Chromium, by mouse and by keyboard."""
 
 import base64
+import dataclasses
 import gzip
 import json
 import math
@@ -241,28 +242,36 @@ def ranked(seed: int) -> report.Record:
 
 def test_two_runs_side_by_side_and_two_reward_models(browser: Any, tmp_path: Path):
     path = tmp_path / "report.html"
+    path.write_text(report.page([record("a", 100), record("b", 100, 1)], {"reward": "a there, b here"}))
+    page, none = opened(browser, path)
+    page.click("text=Side by side")
+    assert "their scores cannot be compared" in page.inner_text("#view")
     path.write_text(report.page([record("a", 100), record("b", 100, 1)], {"lr": "0.1 there, 0.2 here"}))
     page, wrong = opened(browser, path)
     assert page.locator("#course .dot1").count() == page.locator("#course .dot0").count() > 0
     check(page)
     page.click("text=Side by side")
     assert "lr" in page.inner_text(".settings")
+    assert "cannot be compared" not in page.inner_text("#view")
     assert page.locator(".other").count()  # the tokens that differ
     check(page)
     page.click(".row >> nth=1")
     page.keyboard.press("Enter")
     assert page.get_attribute("[data-view=answers]", "aria-selected") == "true"
 
-    path.write_text(report.page([ranked(0), ranked(1)], {}))
+    learnt = dataclasses.replace(ranked(1), settings={"held_out": "none"})
+    path.write_text(report.page([ranked(0), learnt], {}))
     page, more = opened(browser, path, color_scheme="dark")
     assert page.inner_text("#tokens")
     page.click("text=Pairs")
     assert "of 60 different pairs" in page.inner_text(".facts")
+    assert "reward1 was trained on these pairs" in page.inner_text("#view")
+    assert "reward0 was trained" not in page.inner_text("#view")
     page.select_option("[aria-label=Pairs]", "apart")
     for row in page.locator(".row .right").all_inner_texts():
         assert "right" in row and "wrong" in row
     check(page)
-    assert not wrong + more
+    assert not wrong + more + none
 
 
 def test_pictures_of_the_docs(browser: Any, tmp_path: Path):

@@ -36,6 +36,14 @@ class Config:
             raise InputError("--seed is -1 but must not be negative")
 
 
+@dataclasses.dataclass(frozen=True)
+class Fork(Config):
+    # where results go
+    init: str = "runs"  # type: ignore[assignment]
+    wandb: str = "off"  # type: ignore[assignment]  # the project to log to
+    batch_size: float = 64  # type: ignore[assignment]
+
+
 def same(config):
     return config
 
@@ -61,6 +69,15 @@ def test_help_shows_each_flag_with_its_comment_and_default(capsys):
         ("--ppo.kl-kind {k1,k2}", "estimator of the divergence (default: k1)"),
     ]:
         assert f"{flag} {comment}" in said.replace("│ │ ", "").replace("│ ", "")
+
+
+def test_help_shows_no_comment_for_tools(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(same, Fork(), ["--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--init STR where results go (default: runs)" in said and "--batch-size FLOAT (default: 64" in said
+    assert "--wandb STR the project to log to (default: off)" in said and "of everything random (default: 0)" in said
+    assert "type:" not in said
 
 
 @pytest.mark.parametrize(
@@ -158,7 +175,8 @@ print(events.count("cache_hits"), events.count("cache_misses"))
 
 
 def test_help_opens_with_the_experiment(monkeypatch, capsys):
-    module = types.ModuleType("__main__", "Does it help?")
+    text = "Does it help?\n\nA paragraph\nof two lines.\n\nRun:     python a.py\nParent:  none\n"
+    module = types.ModuleType("__main__", text)
     module.__spec__ = importlib.machinery.ModuleSpec("experiments.fork", None)
     monkeypatch.setitem(sys.modules, "__main__", module)
     with pytest.raises(SystemExit):
@@ -166,6 +184,7 @@ def test_help_opens_with_the_experiment(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.startswith("usage: python -m experiments.fork ")
     assert "Does it help?" in said
+    assert "\nA paragraph of two lines.\n" in said and "\n  Run:     python a.py\n  Parent:  none\n" in said
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro draws its boxes otherwise

@@ -291,6 +291,13 @@ def test_bad_input(tmp_path, monkeypatch):
         log.Records(tmp_path / "file", Config(), total=1)
     with pytest.raises(InputError, match=r"does not exist; is .* the directory of a run"):
         log.read(tmp_path)
+    for name in ("sft", "ppo"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text("")
+    with pytest.raises(
+        InputError, match=r"metrics.jsonl does not exist; name one of the runs in it: \S+/runs/ppo, \S+/runs/sft$"
+    ):
+        log.read(tmp_path / "runs")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n')
     with pytest.raises(InputError, match=r"metrics.jsonl:2 is not JSON"):
         log.read(tmp_path)

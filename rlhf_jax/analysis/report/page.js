@@ -437,9 +437,11 @@ function besideView() {
     el("div", { class: "right number" }, el("b", { text: signed(gain([a, b])) }), el("div", { text: shown(a.score, 2) }), el("div", { text: shown(b.score, 2) })),
   ], ([, b]) => (state.pick = b));
   const differ = Object.entries(data.differences);
+  const rescored = differ.some(([name]) => /^(reward|judge|process|algorithm\.rewards)(\.|$)/.test(name));
   const panel = el("section", { class: "panel full" },
     el("details", { ...(differ.length && differ.length < 8 ? { open: "" } : {}) }, el("summary", { text: differ.length ? `${differ.length} settings differ` : "The settings are the same" }),
       el("table", { class: "settings" }, el("tbody", {}, differ.map(([name, text]) => el("tr", {}, el("th", { scope: "row", text: name }), ...(runs.every((run) => name in run.settings) ? runs.map((run, n) => el("td", {}, el("span", { class: `dot${n}` }), run.settings[name])) : [el("td", { colspan: 2, text })])))))),
+    rescored ? el("div", { class: "count", text: "The two runs have different rewards, so their scores cannot be compared: judge by the answers, or by a score that neither was trained on, such as gold." }) : null,
     el("div", { class: "count", role: "status", text: pairs.length ? `${pairs.length} answers to the same prompts at the same steps; the number is B's score less A's. Enter opens B's answer.` : "The two runs have no prompt and step in common." }),
     list.box);
   current.beside = list;
@@ -484,7 +486,8 @@ function pairsView() {
   };
   const choose = (label, name, options) => el("select", { "aria-label": label, onchange: (event) => { settings[name] = event.target.value; update(); } }, options.map(([value, text]) => option(value, text)));
   const count = el("div", { class: "count", role: "status" });
-  const panel = el("section", { class: "panel full" }, facts, el("div", { class: "filters" },
+  const learnt = runs.filter((run, n) => run.settings.held_out === "none" && pairs.some((pair) => pair.run === n || (n === 1 && pair.second)));
+  const panel = el("section", { class: "panel full" }, facts, learnt.map((run) => el("div", { class: "count", text: `${run.name} was trained on these pairs (--held-out None): how often it is right here does not tell how often it is right on new ones.` })), el("div", { class: "filters" },
     choose("Pairs", "show", [["", "All pairs"], ["wrong", "Wrong"], ["right", "Right"], ...(two ? [["apart", "On which the two models differ"]] : [])]),
     choose("Order", "sort", [["wrong", "Most wrong first"], ["right", "Most right first"], ["close", "Closest first"], ["longer", "Better answer shorter first"], ...(two ? [["apart", "Farthest apart first"]] : [])])), count, list.box);
   current.pairs = list;
