@@ -58,7 +58,8 @@ LEFT_OUT = {
     r".*(\.\.\.|experiments\.NAME|NAME=PYTHON)": "is an outline",
     r".*(pytest|scripts/test\.sh|scripts/mutate\.py|tests\.\w+)\b": "runs tests",
     r"scripts/quickstart\.sh": "ran for the fixture `done`",
-    r".*(scripts/(studies|survive|scaling|bench)\b|studies\.|lessons\.py measure)": "takes minutes or hours",
+    r".*(scripts/(studies|survive|scaling|bench)\b|studies\.)": "takes minutes or hours",
+    r".*lessons\.py (measure|stages)": "makes figures of these pages",
     r".*scripts/tpu_compile\.py": "needs libtpu",
     r".*(hub:|\.gguf\b|(cot|bbh|sst):|papers\.sentiment)": "reads published files",
     r".*experiments\.rounds": "waits for people, as in tests/people/test_loop_pages.py",
@@ -295,11 +296,14 @@ def interrupted(port: int) -> Iterator[None]:
 
     def watch() -> None:
         while not ended.wait(0.05):
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                with contextlib.suppress(urllib.error.HTTPError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
-                os.kill(os.getpid(), signal.SIGINT)
-                return
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60).close()
+            except urllib.error.HTTPError:
+                pass  # an answer, too
+            except OSError:
+                continue
+            os.kill(os.getpid(), signal.SIGINT)
+            return
 
     thread = threading.Thread(target=watch)
     terminated = signal.getsignal(signal.SIGTERM)
