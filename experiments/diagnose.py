@@ -14,6 +14,7 @@ import tyro
 from rlhf_jax import runs
 from rlhf_jax.analysis import symptoms
 from rlhf_jax.data.world import World
+from rlhf_jax.devices.compute import Compute
 from rlhf_jax.runs import cli, log
 from rlhf_jax.settings import Settings
 
@@ -54,8 +55,14 @@ def read(directory: Path) -> symptoms.Course:
         for row in log.read_tokens(directory)
         if row["part"] in ("watched", "ranked")
     ]
-    dtype = settings.get("compute", {}).get("dtype", "float32")
-    return symptoms.Course(metrics=metrics, answers=answers, dtype=dtype)
+    saved, default = settings.get("compute", {}), Compute()  # an older run has fewer settings
+    compute = dataclasses.replace(
+        default,
+        dtype=saved.get("dtype", default.dtype),
+        rollout=saved.get("rollout", default.rollout),
+        cache=saved.get("cache", default.cache),
+    )
+    return symptoms.Course(metrics=metrics, answers=answers, compute=compute)
 
 
 if __name__ == "__main__":

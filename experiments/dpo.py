@@ -23,8 +23,9 @@ import optax
 from rlhf_jax import models, runs
 from rlhf_jax.algorithms import dpo as dpo_lib
 from rlhf_jax.algorithms import optim
-from rlhf_jax.data import builders, pipeline, sources
+from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.rollouts import rollout
@@ -58,7 +59,7 @@ class Config(Offline):
     virtue: Virtue | None = None  # learn from the ratings of this virtue, 1 to 7; None: from the ranks
 
 
-def read(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> tuple[builders.Rows, pipeline.Batches]:
+def read(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> tuple[Rows, pipeline.Batches]:
     """The rankings that `cfg` names, and batches of them."""
     rows = sources.rows(cfg.data, "rankings", data_dir=cfg.data_dir)
     return rows, pipeline.rankings(
@@ -98,7 +99,7 @@ def main(
     train_step: Callable = dpo_lib.train_step,
     loss: str = "loss/dpo",
     with_reference: bool = True,
-    read: Callable[[Any, tokenizer_lib.Tokenizer], tuple[builders.Rows, pipeline.Batches]] = read,
+    read: Callable[[Any, tokenizer_lib.Tokenizer], tuple[Rows, pipeline.Batches]] = read,
     keys: str = "dpo",
 ) -> TrainState:
     """Train, and write the run directory; returns the final state on the host.

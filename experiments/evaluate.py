@@ -21,7 +21,7 @@ import numpy as np
 from rlhf_jax import models, runs
 from rlhf_jax.algorithms import best_of_n, sft
 from rlhf_jax.data import pipeline, sources
-from rlhf_jax.data.builders import Rows
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.world import World
 from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import judge as judge_lib

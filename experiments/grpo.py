@@ -181,7 +181,7 @@ def main(
     )
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
-        at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
+        at_most=updates.ratio_limits(cfg.compute, routed=policy.config.experts is not None),
         derive=rates.Rates(
             policy=policy.config,
             critic=None,

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from experiments import dpo
 from rlhf_jax.algorithms import kto as kto_lib
-from rlhf_jax.data import builders, pipeline, sources
+from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.runs import cli
 from rlhf_jax.settings import Count
 from rlhf_jax.types import TrainState
@@ -31,7 +32,7 @@ class Config(dpo.Offline):
     algorithm: kto_lib.Config = kto_lib.Config(beta=0.2)  # type: ignore[assignment]  # other settings, the same loop
 
 
-def read(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> tuple[builders.Rows, pipeline.Batches]:
+def read(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> tuple[Rows, pipeline.Batches]:
     """The thumbs that `cfg` names, and batches of them."""
     rows = sources.rows(cfg.data, "thumbs", data_dir=cfg.data_dir)
     return rows, pipeline.thumbs(

@@ -180,7 +180,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     recorder.watch(cfg.token_samples, answer, next(iter(prompts)), named_key(cfg.seed, "ppo/watched"))
     limits = runs.Limits(
         show=("reward/score", "kl/reference"),
-        at_most=updates.ratio_limits(cfg.compute.dtype, routed=policy.config.experts is not None),
+        at_most=updates.ratio_limits(cfg.compute, routed=policy.config.experts is not None),
         derive=rates.Rates(
             policy=policy.config,
             critic=critic_config,

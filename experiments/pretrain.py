@@ -18,7 +18,8 @@ import optax
 
 from rlhf_jax import models, runs
 from rlhf_jax.algorithms import optim, sft
-from rlhf_jax.data import builders, pipeline, sources, tokenizer
+from rlhf_jax.data import pipeline, sources, tokenizer
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import checkpoint, cli, plots
@@ -47,7 +48,7 @@ class Config(runs.Config):
     saves: checkpoint.Config = checkpoint.Config(every=500)
 
 
-def new_model(cfg: Config, rows: builders.Rows) -> models.Model:
+def new_model(cfg: Config, rows: Rows) -> models.Model:
     """A model of the preset's architecture with random weights, and a tokenizer trained on the first documents."""
     texts = [row["text"] for row in itertools.islice(rows, 20_000)]
     with tempfile.TemporaryDirectory() as scratch:  # all processes train the same tokenizer, and the first one keeps it

@@ -27,7 +27,7 @@ import numpy as np
 
 from rlhf_jax import models, runs
 from rlhf_jax.data import pipeline, sources
-from rlhf_jax.data.builders import Row, Rows
+from rlhf_jax.data.rows import Row, Rows
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.devices import hosts, parallel, progress
 from rlhf_jax.people.asking import Asked

@@ -27,8 +27,9 @@ from rlhf_jax import models, runs
 from rlhf_jax.algorithms import optim
 from rlhf_jax.algorithms import reward as reward_lib
 from rlhf_jax.analysis import calibration
-from rlhf_jax.data import builders, pipeline, sources
+from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.data.rows import Row
 from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.models import heads
 from rlhf_jax.models import lora as lora_lib
@@ -98,7 +99,7 @@ def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
     return accuracy
 
 
-def table(rows: Iterable[builders.Row], tokenizer: tokenizer_lib.Tokenizer, running_fn: Callable, length: int) -> list:
+def table(rows: Iterable[Row], tokenizer: tokenizer_lib.Tokenizer, running_fn: Callable, length: int) -> list:
     """A table of the responses in `rows` with prompt, rank and score; text beyond `length` tokens is not scored.
 
     `running_fn` gives the score of each row through each of its columns. Of these, `value` has those of the response.

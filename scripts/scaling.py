@@ -37,6 +37,7 @@ TENSOR = {  # chips that share each row, by model and kind of chip; else one
     "llama3-70b": {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4},
     "gpt3-175b": {"v4": 4, "v5e": 16, "v5p": 4, "v6e": 16},
 }
+HOSTS = "v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"  # of four chips each: 1, 4, 16 and 64 hosts
 RECIPES = {  # stages, by the slice on which their train steps are compiled
     "v5e:2x4": (
         *(f"tldr_stiennon2020:{stage}-1.3b" for stage in ("sft", "reward", "ppo")),
@@ -68,6 +69,9 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
             n, tensor = chips(topology), TENSOR.get(model, {}).get(topology.partition(":")[0], 1)
             mesh = f"--batch {n // tensor} --devices.fsdp {n // tensor} --devices.tensor {tensor}"
             yield "sizes", "sft", topology, f"--init {model} {SHORT if model == 'gpt2' else ROWS} {mesh} {BIG}"
+    for topology in HOSTS:
+        mesh = f"--batch {chips(topology)} --devices.fsdp {chips(topology)}"
+        yield "hosts", "sft", topology, f"--only train --init gpt3-1.3b {ROWS} {mesh} {BIG}"
     both = "--init llama3-8b --reward llama3-8b"
     yield "ppo", "ppo", "v5p:2x2x4", f"{both} {ROLLS} --batch 128 --text-batch 16 --devices.fsdp 16 {BIG}"
     for topology, stages in RECIPES.items():

@@ -43,7 +43,8 @@ from experiments.published import gsm8k_evaluate, paths
 from rlhf_jax import hub, models, runs
 from rlhf_jax.algorithms import optim
 from rlhf_jax.analysis import flops, shapes, tpu
-from rlhf_jax.data import builders, pipeline, sources, tokenizer
+from rlhf_jax.data import pipeline, sources, tokenizer
+from rlhf_jax.data.rows import Row, Rows
 from rlhf_jax.data.tasks import mixture
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.devices import parallel
@@ -131,7 +132,7 @@ def any_tokenizer() -> tokenizer.Tokenizer:
         return tokenizer.train(["What is it?"], 257, folder)
 
 
-class ExampleRows(builders.Rows):
+class ExampleRows(Rows):
     """A few rows that have the fields of every kind of data."""
 
     def __init__(self, spec: str, *_: Any, **__: Any):
@@ -143,10 +144,10 @@ class ExampleRows(builders.Rows):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> builders.Row:
+    def __getitem__(self, index: int) -> Row:
         return self._rows[index]
 
-    def __iter__(self) -> Iterator[builders.Row]:
+    def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
 
 

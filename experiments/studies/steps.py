@@ -24,7 +24,7 @@ from rlhf_jax import models, runs
 from rlhf_jax.algorithms import grpo as grpo_lib
 from rlhf_jax.algorithms import ppo as ppo_lib
 from rlhf_jax.data import pipeline
-from rlhf_jax.data.builders import Row
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.world import World
 from rlhf_jax.data.world import steps as sums
 from rlhf_jax.devices import parallel

@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments import ppo, pretrain, rank, reward, sft
 from rlhf_jax import runs
-from rlhf_jax.runs import cli
+from rlhf_jax.runs import cli, timing
 from rlhf_jax.settings import Count, Seed
 from rlhf_jax.types import InputError
 
@@ -163,6 +164,17 @@ def ppo_run(cfg: Config, seed: int, judge: Path, out: Path) -> ppo.Config:
         init=fine_tune(cfg),
         reward=(judge,),
     )
+
+
+def train(experiment: Callable[[Any], Any], run: Any) -> float:
+    """Run an experiment, unless that is done; returns its seconds without compilation, since its last interruption."""
+
+    def timed(run: Any) -> dict[str, float]:
+        start, compiled = time.monotonic(), timing.compile_seconds()
+        experiment(run)
+        return {"seconds": time.monotonic() - start - (timing.compile_seconds() - compiled)}
+
+    return runs.once(timed, run)["seconds"]
 
 
 def read_page(cfg: Config, name: str) -> tuple[Path, str, str] | None:

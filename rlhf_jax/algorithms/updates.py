@@ -19,6 +19,7 @@ from rlhf_jax.algorithms import rewards, sft
 from rlhf_jax.algorithms.advantages import token_rewards
 from rlhf_jax.algorithms.balance import attach, detach
 from rlhf_jax.devices import parallel, ragged, shared
+from rlhf_jax.devices.compute import Compute
 from rlhf_jax.logprobs import masked_mean
 from rlhf_jax.settings import Count, NonNegative, Positive, Rate, Settings, Unbounded, Whole
 from rlhf_jax.types import (
@@ -35,20 +36,18 @@ from rlhf_jax.types import (
 Batch = TypeVar("Batch")  # a pytree whose leaves have episodes on their first axis
 Score = Annotated[float, Unbounded("scores have either sign")]
 Bonus = Annotated[float, Unbounded("a negative weight lowers what a positive one raises")]
-# The largest |ratio - 1| that rounding may cause in the first update on a rollout, by the trunk's dtype.
-RATIO_ERROR = {"float32": 1e-4, "bfloat16": 0.1}
 
 # The setting of `Config` that the state holds once a run has begun, and the path of its leaf, see `runs.Run`.
 IN_STATE = {"algorithm.rewards.multiplier": "opt_state/rewards/multiplier"}
 
 
-def ratio_limits(dtype: str, routed: bool) -> dict[str, float]:
-    """The bound on the metric `ratio/first_error`, for a trunk of this dtype.
+def ratio_limits(compute: Compute, routed: bool) -> dict[str, float]:
+    """The bound on the metric `ratio/first_error` of a policy that is computed so.
 
     There is none where tokens are `routed` to experts: rounding may change which of two that are about as likely a
     token goes to, and so its probability by any amount.
     """
-    return {} if routed else {"ratio/first_error": RATIO_ERROR[dtype]}
+    return {} if routed else {"ratio/first_error": compute.ratio_error}
 
 
 Totals = dict[str, Array]  # counts over the global minibatch, by which shares of a loss are divided

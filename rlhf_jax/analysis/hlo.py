@@ -281,8 +281,11 @@ def _moved_bytes(
         ]
         return sum(reads) + _written_bytes(inner, instruction.shape, space)
     result, operands = size(instruction.shape, space), sum((size(shape, space) for shape in shapes), 0.0)
-    if opcode in _SLICES:
-        return result + (size(instruction.shape) if size(shapes[0], space) else 0.0)
+    if opcode.removesuffix("-start") in _SLICES:
+        taken = instruction.shape
+        if opcode.endswith("-start"):  # its result holds the operand before the slice
+            taken = [part[0] for part in _ARRAY.finditer(instruction.shape)][1]
+        return size(taken, space) + (size(taken) if size(shapes[0], space) else 0.0)
     if opcode == "dynamic-update-slice":
         return 2 * size(shapes[1]) if result else 0.0
     return max(result, operands) if opcode.endswith("-start") else result + operands  # its result holds the operands
@@ -295,7 +298,7 @@ def _read_bytes(computation: Computation, name: str, computations: dict[str, Com
     for user in computation.users.get(name, []):
         if user.opcode in _SLICES and user.operands[0] == name:
             total += size(user.shape)
-        elif user.opcode == "bitcast":
+        elif user.opcode == "bitcast" or (user is not computation.root and _is_copy(user, computations)):
             total += _read_bytes(computation, user.name, computations)
         elif (user.opcode == "dynamic-update-slice" and user.operands[0] == name) or user.opcode == "tuple":
             continue  # written in place, or passed on
@@ -311,6 +314,13 @@ def _read_bytes(computation: Computation, name: str, computations: dict[str, Com
         else:
             return whole
     return min(total, whole)
+
+
+def _is_copy(instruction: Instruction, computations: dict[str, Computation]) -> bool:
+    """Whether this copies an array to another layout: within a fusion only what is read of the copy is read."""
+    if instruction.opcode != "fusion":
+        return instruction.opcode == "copy"
+    return computations[instruction.called("calls") or ""].root.opcode == "copy" and len(instruction.operands) == 1
 
 
 def _written_bytes(computation: Computation, shape: str, space: str) -> float:

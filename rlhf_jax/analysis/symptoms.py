@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.devices.compute import Compute
+
 FEWEST = 10  # steps of a run below which only faults of a single step are told
-RATIO_ERROR = {"float32": 1e-4, "bfloat16": 0.1}  # that rounding causes, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Course:
 
     metrics: Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
     answers: Sequence[Graded] = ()
-    dtype: str = "float32"  # in which the run computed
+    compute: Compute = Compute()  # how the run computed
 
     def values(self, name: str) -> np.ndarray:
         """A metric at the steps that have it."""
@@ -77,7 +78,7 @@ def not_finite(course: Course) -> str | None:
 
 def ratio_not_one(course: Course) -> str | None:
     """The policy that trains is not the one that sampled, before any update."""
-    errors, most = course.values("ratio/first_error"), RATIO_ERROR.get(course.dtype, 0.1)
+    errors, most = course.values("ratio/first_error"), course.compute.ratio_error
     if not len(errors) or errors.max() <= most:
         return None
     return f"ratio/first_error is {errors.max():.2g}, where rounding causes {most:g} at most"

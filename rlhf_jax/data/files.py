@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_jax.data import builders, json_lines
-from rlhf_jax.data.builders import short
+from rlhf_jax.data.rows import short
 from rlhf_jax.data.tokenizer import EOS
 from rlhf_jax.types import InputError
 

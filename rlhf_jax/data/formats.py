@@ -43,8 +43,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data import builders, files, gsm8k, hub, json_lines
-from rlhf_jax.data.builders import Kind, Row, Rows, field, json_object, short, text_field
+from rlhf_jax.data import rows as rows_lib
 from rlhf_jax.data.files import Origin, Values
+from rlhf_jax.data.rows import Kind, Row, Rows, field, json_object, short, text_field
 from rlhf_jax.data.tokenizer import Message
 from rlhf_jax.types import InputError
 
@@ -94,7 +95,7 @@ def _prompt(row: Row, where: str, counts: Counter[str]) -> Row:
 
 
 def _example(row: Row, where: str, counts: Counter[str]) -> Row:
-    return builders.check("examples", row, where)
+    return rows_lib.check("examples", row, where)
 
 
 def _whole(row: Row, where: str, counts: Counter[str]) -> Row:
@@ -203,18 +204,18 @@ def ultrafeedback(row: Any, where: str, counts: Counter[str]) -> Row | None:
     if len(texts) < 2:
         counts["rows refused, fewer than two responses"] += 1
         return None
-    ranks = builders.ranks_of(scores, len(scores), f"{where}, field completions")
+    ranks = rows_lib.ranks_of(scores, len(scores), f"{where}, field completions")
     return {"prompt": _asked(instruction), "responses": texts, "ranks": ranks}
 
 
 def _pair(row: Row, where: str, counts: Counter[str]) -> Row | None:
     """Read two dialogues in messages, which share all but the last one."""
-    chosen, rejected = (builders.parse_messages(field(row, name, where), f"{where}, field {name}")
+    chosen, rejected = (rows_lib.parse_messages(field(row, name, where), f"{where}, field {name}")
                         for name in ("chosen", "rejected"))  # fmt: skip
     if chosen[:-1] != rejected[:-1]:
         counts["rows refused, dialogues differ before the last turn"] += 1
         return None
-    return builders.check("rankings", {"chosen": chosen, "rejected": rejected}, where)
+    return rows_lib.check("rankings", {"chosen": chosen, "rejected": rejected}, where)
 
 
 def helpsteer(rows: Any, where: str, counts: Counter[str]) -> Row | None:
@@ -242,7 +243,7 @@ def helpsteer(rows: Any, where: str, counts: Counter[str]) -> Row | None:
     if messages[-1]["role"] != "user":
         counts["rows refused, the user does not have the last word"] += 1
         return None
-    ranks = builders.ranks_of(scores, len(scores), f"{where}, field helpfulness")
+    ranks = rows_lib.ranks_of(scores, len(scores), f"{where}, field helpfulness")
     return {"prompt": messages, "responses": texts, "ranks": ranks}
 
 
@@ -264,7 +265,7 @@ def helpsteer3(row: Any, where: str, counts: Counter[str]) -> Row | None:
     context = {"prompt": field(row, "context", where), "responses": responses, "ranks": ranks}
     if not isinstance(context["prompt"], list):
         raise InputError(f"{where}, field context: expected a list of messages, got {short(context['prompt'])}")
-    return builders.check("rankings", context, where)
+    return rows_lib.check("rankings", context, where)
 
 
 def rewardbench(row: Any, where: str, counts: Counter[str]) -> Row:
@@ -393,7 +394,7 @@ def sharegpt(row: Any, where: str, counts: Counter[str]) -> Row | None:
     if not said or said[0] != "user" or said[-1] != "assistant" or messages[-1]["role"] == "system":
         counts["rows refused, the user does not begin or the assistant does not end"] += 1
         return None
-    return builders.check("demonstrations", {"messages": messages, "tools": row.get("tools")}, where)
+    return rows_lib.check("demonstrations", {"messages": messages, "tools": row.get("tools")}, where)
 
 
 def p3(row: Any, where: str, counts: Counter[str]) -> Row:
@@ -430,7 +431,7 @@ def _list(value: Any, length: int | None, where: str) -> list:
 
 
 def _number(value: Any, where: str) -> int | float:
-    if not builders.is_number(value):
+    if not rows_lib.is_number(value):
         raise InputError(f"{where}: expected a number, got {short(value)}")
     return value
 
@@ -474,7 +475,7 @@ def prm800k(row: Any, where: str, counts: Counter[str]) -> Row | None:
     if not texts:
         counts["rows refused, no step has a rating"] += 1
         return None
-    return builders.check("steps", {"prompt": _asked(problem), "steps": texts, "labels": labels}, where)
+    return rows_lib.check("steps", {"prompt": _asked(problem), "steps": texts, "labels": labels}, where)
 
 
 def _taken(step: Any, where: str) -> tuple[str, int | None, int]:

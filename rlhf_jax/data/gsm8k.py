@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
 
-from rlhf_jax.data.builders import Row, short, text_field
+from rlhf_jax.data.rows import Row, short, text_field
 from rlhf_jax.data.tokenizer import Prompt, prompt_text
 from rlhf_jax.types import InputError
 

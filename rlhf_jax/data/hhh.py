@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_jax.data import builders, formats, json_lines
-from rlhf_jax.data.builders import Row
+from rlhf_jax.data import formats, json_lines
+from rlhf_jax.data.rows import Row, check, field, json_object, short, text_field
 from rlhf_jax.types import InputError
 
 Subsets = dict[str, list[Row]]  # rows {"prompt", "responses": [chosen, rejected], "ranks": [0, 1]} of each
@@ -43,7 +43,7 @@ def read(path: Path) -> Subsets:
 
 def compared(row: Row, where: str) -> Row:
     """The canonical row of {"prompt", "chosen", "rejected"}; InputError if it is none."""
-    checked = builders.check("rankings", row, where)
+    checked = check("rankings", row, where)
     if len(checked["responses"]) != 2 or checked["ranks"] != [0, 1]:
         raise InputError(f"{where}: expected fields chosen and rejected")
     return checked
@@ -51,8 +51,8 @@ def compared(row: Row, where: str) -> Row:
 
 def _json_lines(file: Path) -> Iterator[tuple[str, str, Row]]:
     for where, value in json_lines.json_values(file):
-        row = builders.json_object(value, where)
-        yield where, builders.text_field(row, "subset", where), row
+        row = json_object(value, where)
+        yield where, text_field(row, "subset", where), row
 
 
 def _big_bench(file: Path) -> Iterator[tuple[str, str, Row]]:
@@ -60,16 +60,16 @@ def _big_bench(file: Path) -> Iterator[tuple[str, str, Row]]:
     try:
         whole = json.loads("".join(line for _, line in json_lines.numbered_lines(file)))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: expected JSON ({builders.short(str(error))})") from error
-    examples = builders.field(whole, "examples", str(file))
+        raise InputError(f"{file}: expected JSON ({short(str(error))})") from error
+    examples = field(whole, "examples", str(file))
     if not isinstance(examples, list):
-        raise InputError(f"{file}, field examples: expected a list, got {builders.short(examples)}")
+        raise InputError(f"{file}, field examples: expected a list, got {short(examples)}")
     for n, example in enumerate(examples, start=1):
         where = f"{file}, example {n}"
-        text = builders.text_field(example, "input", where)
-        scores = builders.json_object(builders.field(example, "target_scores", where), f"{where}, field target_scores")
+        text = text_field(example, "input", where)
+        scores = json_object(field(example, "target_scores", where), f"{where}, field target_scores")
         if sorted(scores.values(), key=str) != [0, 1]:
-            shown = builders.short(list(scores.values()))
+            shown = short(list(scores.values()))
             raise InputError(f"{where}, field target_scores: expected two answers, of 1 and of 0, got {shown}")
         rejected, chosen = sorted(scores, key=lambda answer: scores[answer])
         yield where, subset, {"prompt": _dialogue(text, where), "chosen": chosen, "rejected": rejected}

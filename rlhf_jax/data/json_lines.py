@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.builders import Row, short
+from rlhf_jax.data.rows import Row, short
 from rlhf_jax.types import InputError
 
 

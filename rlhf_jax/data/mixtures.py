@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rlhf_jax.data import builders
-from rlhf_jax.data.builders import Row, Rows
+from rlhf_jax.data.rows import Row, Rows
 from rlhf_jax.types import InputError
 
 # The head of a source that has commas or equality signs of its own: the options of a world, the filter of people.

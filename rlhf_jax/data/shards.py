@@ -29,6 +29,7 @@ import numpy as np
 
 from rlhf_jax.data import ahead, builders, records
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.data.rows import Row, Rows
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.devices import hosts, progress
 
@@ -110,7 +111,7 @@ class Recipe(NamedTuple):
     """How rows of a source become items."""
 
     name: str  # of this recipe alone, with its settings but for the vocabulary and the length
-    make: Callable[[list[builders.Row], int], Made]  # of some rows, and the number of the first
+    make: Callable[[list[Row], int], Made]  # of some rows, and the number of the first
     pack: bool  # whether items share rows of tokens; each then has one sequence, and no numbers
 
 
@@ -139,7 +140,7 @@ class Shards:
         return [_item(record, self._dtype) for record in self._records.__getitems__(numbers)]
 
 
-def prepare(source: Iterable[builders.Row], recipe: Recipe, tokenizer: Tokenizer, length: int) -> Shards:
+def prepare(source: Iterable[Row], recipe: Recipe, tokenizer: Tokenizer, length: int) -> Shards:
     """The rows of a source as rows of at most `length` tokens.
 
     Of several processes the first makes them, and the others find them. Where nothing can be kept beside the source,
@@ -205,7 +206,7 @@ def pack(lengths: Sequence[int], length: int) -> list[list[int]]:
 class _Task(NamedTuple):
     """The source of shards, and how they are made of it."""
 
-    source: Iterable[builders.Row]
+    source: Iterable[Row]
     recipe: Recipe
     length: int
     dtype: np.dtype
@@ -262,16 +263,16 @@ def _made(task: _Task, folder: Path) -> Shards:
     return Shards(folder, parts, task.dtype)
 
 
-def _from(source: Iterable[builders.Row], first: int) -> Iterator[builders.Row]:
+def _from(source: Iterable[Row], first: int) -> Iterator[Row]:
     """Yield the rows of a source from number `first` on."""
-    if isinstance(source, builders.Rows):
+    if isinstance(source, Rows):
         for start in range(first, len(source), 64):  # at a time in memory, however long they are
             yield from source.take(range(start, min(start + 64, len(source))))
     else:
         yield from itertools.islice(source, first, None)
 
 
-def _some(rows: Iterator[builders.Row]) -> Iterator[builders.Row]:
+def _some(rows: Iterator[Row]) -> Iterator[Row]:
     """Yield the rows of a part; the next part begins with the row behind them."""
     size = 0
     for row in itertools.islice(rows, ROWS):
@@ -290,7 +291,7 @@ def _size(value: Any) -> int:
     return sum(map(_size, value)) if isinstance(value, list) else 0
 
 
-def _write(task: _Task, rows: Iterator[builders.Row], first: int, file: Path, tell: Callable[[int, int], None]) -> Part:
+def _write(task: _Task, rows: Iterator[Row], first: int, file: Path, tell: Callable[[int, int], None]) -> Part:
     """Write the shard of some rows, and return how much it holds; `tell` hears of rows and tokens that are done."""
     to_pack, stored = list[Item](), list[bytes]()
     source, tokens, counts, most = 0, 0, Counts(), list[tuple[int, ...]]()
@@ -320,13 +321,13 @@ def _packed(items: Sequence[Item], length: int) -> list[Item]:
     return [Item([items[n].ids[0] for n in row], masks(row) or None) for row in rows]
 
 
-def _items(recipe: Recipe, rows: Iterator[builders.Row], first: int) -> Iterator[tuple[int, Made]]:
+def _items(recipe: Recipe, rows: Iterator[Row], first: int) -> Iterator[tuple[int, Made]]:
     """Yield how many rows of the source were read, and what they become, some at a time.
 
     The tokenizer has threads of its own; it works on the next rows while the caller is at the last ones.
     """
 
-    def numbered() -> Iterator[tuple[list[builders.Row], int]]:
+    def numbered() -> Iterator[tuple[list[Row], int]]:
         number = first
         for some in ahead.batches(rows, _size, BATCH):
             yield some, number

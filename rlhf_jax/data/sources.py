@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from rlhf_jax.data import builders, files, formats, json_lines, mixtures
 from rlhf_jax.data import world as world_lib
-from rlhf_jax.data.builders import Kind, Row, Rows, check
+from rlhf_jax.data.rows import Kind, Row, Rows, check
 from rlhf_jax.data.world import labelers
 from rlhf_jax.data.world import steps as world_steps
 from rlhf_jax.data.world import tasks as world_tasks

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 
 from rlhf_jax.devices import shared
 from rlhf_jax.settings import Settings, Whole
@@ -14,6 +15,9 @@ from rlhf_jax.types import Params
 Kernel = Literal["qkv", "out", "up", "down"]  # the linear layers of a block
 INPUTS: dict[Kernel, int] = {"qkv": 1, "out": 3, "up": 1, "down": 1}  # axes of a kernel that are inputs, after [L]
 STACKED = "experts"  # layers whose kernels are [L, E, ...]
+
+
+RATIO_ERROR = {"float32": 1e-4, "bfloat16": 0.1}  # `ratio_error`, by the dtype of the trunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,10 @@ class Compute(Settings):
     # Dtype of the parameters of models that are not trained. int8: each kernel in int8 with a scale for each of its
     # outputs, and everything else in bfloat16.
     frozen: Literal["float32", "bfloat16", "int8"] = "float32"
+    # Kernels with which answers are sampled. int8: rounded as by `frozen`, anew for each batch of answers.
+    rollout: Literal["float", "int8"] = "float"
+    # Keys and values that sampling keeps. float: in the dtype of the trunk; int8: with a scale for each token and head.
+    cache: Literal["float", "int8"] = "float"
     attention: Literal["auto", "plain", "flash"] = "auto"  # flash: fused TPU or GPU kernel; auto: if it is available
     chunk: Whole = 0  # columns whose logits are computed at a time, to save memory; 0 computes all at once
     # Unroll the loop over layers: faster to run, slower to compile. None: unroll on CPU for up to 12 layers if remat is
@@ -41,33 +49,45 @@ class Compute(Settings):
             return False
         return shared.worthwhile(prompt, answer, group) if self.share_prompts is None else self.share_prompts
 
+    @property
+    def ratio_error(self) -> float:
+        """The largest |ratio - 1| that rounding may cause in the first update on a rollout.
+
+        docs/performance.md has what was measured in int8.
+        """
+        if self.rollout == "int8":
+            return 5.0
+        return 1.0 if self.cache == "int8" else RATIO_ERROR[self.dtype]
+
     def freeze(self, params: Params) -> Params:
         """The parameters of a model that is not trained, cast to the dtype `frozen`."""
         return quantize(params) if self.frozen == "int8" else jax.tree.map(lambda x: x.astype(self.frozen), params)
 
 
-def quantize(params: Params, layer: str | None = None) -> Params:
+def quantize(params: Params, layer: str | None = None, others: DTypeLike | None = jnp.bfloat16) -> Params:
     """Parameters with int8 kernels; `layers.Linear` computes with them as they are.
 
         kernel = round(W / scale), with scale = max |W| / 127 over all inputs of an output
 
-    The scale, float32 [L, *outputs], lies beside the kernel as `kernel_scale`. All else is cast to bfloat16. `layer` is
-    the name under which `params` lie. Kernels of experts are not quantised.
+    The scale, float32 [L, *outputs], lies beside the kernel as `kernel_scale`. All `others` are cast to this dtype, or
+    stay as they are; so do kernels that are in int8 already. `layer` is the name under which `params` lie. Kernels of
+    experts are not quantised.
     """
+    cast = lambda x: x if others is None else x.astype(others)
     quantized: Params = {}
     for name, x in params.items():
         if name == STACKED:
-            quantized[name] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), x)
+            quantized[name] = jax.tree.map(cast, x)
         elif isinstance(x, dict):
-            quantized[name] = quantize(x, name)
-        elif name == "kernel" and layer in INPUTS:
+            quantized[name] = quantize(x, name, others)
+        elif name == "kernel" and layer in INPUTS and x.dtype != jnp.int8:
             axes = tuple(range(1, 1 + INPUTS[layer]))
             x = x.astype(jnp.float32)
             scale = jnp.max(jnp.abs(x), axes, keepdims=True) / 127
             quantized[name] = jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
             quantized["kernel_scale"] = jnp.squeeze(scale, axes)
         else:
-            quantized[name] = x.astype(jnp.bfloat16)
+            quantized[name] = cast(x)
     return quantized
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from rlhf_jax.data import tokenizer as tokenizers
-from rlhf_jax.data.builders import Rows, short
+from rlhf_jax.data.rows import Rows, short
 from rlhf_jax.data.tasks import Example, Task, in_words, shots, with_reasoning
 from rlhf_jax.data.tokenizer import Ids, Tokenizer
 from rlhf_jax.settings import Count, Seed, Settings, Whole

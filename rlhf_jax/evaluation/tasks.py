@@ -21,7 +21,7 @@ import numpy as np
 
 from rlhf_jax import models
 from rlhf_jax.data import tokenizer as tokenizers
-from rlhf_jax.data.builders import Rows
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.tasks import Example, Task
 from rlhf_jax.devices import parallel
 from rlhf_jax.evaluation import likelihood, metrics, prompts, writing

@@ -21,10 +21,11 @@ from flax import linen as nn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.devices import parallel
-from rlhf_jax.models.cache import Cache
+from rlhf_jax.models.cache import Cache, Int8, KeyValue
 from rlhf_jax.models.config import Config
 from rlhf_jax.models.layers import ALL, Columns, Linear, Norm, View, soft_cap, split_branches, take_columns
 from rlhf_jax.models.rope import layer_rotation, listed, rotate
@@ -170,36 +171,52 @@ def _splash(
     return mixed.transpose(0, 3, 1, 2, 4)[:, :columns]
 
 
+def _score(query: Float[Array, "B G Q H"], key: KeyValue) -> Float[Array, "B G Q S"]:
+    """Products of queries and keys in float32, of keys in `Int8` with what they stand for."""
+    score = functools.partial(jnp.einsum, "bgqh,bgsh->bgqs", preferred_element_type=jnp.float32)
+    if isinstance(key, Int8):  # the scale of a key multiplies its scores: no array of all keys in floats is made
+        return score(query, key.values.astype(query.dtype)) * key.scale.swapaxes(2, 3)
+    return score(query, key)
+
+
+def _mix(
+    weights: Float[Array, "B G Q S"], value: KeyValue, dtype: DTypeLike, out: DTypeLike
+) -> Float[Array, "B G Q H"]:
+    """Sums of values with these weights, multiplied in `dtype`."""
+    if isinstance(value, Int8):
+        return _mix(weights * value.scale.swapaxes(2, 3), value.values.astype(dtype), dtype, out)
+    return jnp.matmul(weights.astype(dtype), value, preferred_element_type=out)
+
+
 def attend(
     query: Float[Array, "B T G R H"],
-    key: Float[Array, "B G S H"],
-    value: Float[Array, "B G S H"],
+    key: KeyValue,
+    value: KeyValue,
     mask: Array,
     config: Config,
 ) -> Float[Array, "B T G R H"]:
     """Each query's mean of the values under `softmax(query . key / sqrt(H))`, over the keys that mask [B, T, S] allows.
 
-    `config` may replace H by its `query_size`, and cap the scores. Softmax in float32. Heads are moved in front of the
-    columns, so that both products are plain batched matrix products; rows and groups stay separate axes, since a mesh
-    may shard them differently.
+    Keys and values are [B, G, S, H]. `config` may replace H by its `query_size`, and cap the scores. Softmax in
+    float32. Heads are moved in front of the columns, so that both products are plain batched matrix products; rows and
+    groups stay separate axes, since a mesh may shard them differently.
     """
     rows, columns, groups, shared, size = query.shape
     query = query.transpose(0, 2, 3, 1, 4).reshape(rows, groups, shared * columns, size)
-    scores = jnp.einsum("bgqh,bgsh->bgqs", query, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(rows, groups, shared, columns, -1)
+    scores = _score(query, key).reshape(rows, groups, shared, columns, -1)
     weights = _softmax(scores, mask[:, None, None], size, config)
-    mixed = weights.astype(value.dtype).reshape(rows, groups, shared * columns, -1) @ value
+    mixed = _mix(weights.reshape(rows, groups, shared * columns, -1), value, query.dtype, query.dtype)
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
 
 
 def attend_behind(
     query: Float[Array, "B T G R H"],
-    prefix: tuple[Float[Array, "A G P H"], Float[Array, "A G P H"]],
-    own: tuple[Float[Array, "B G S H"], Float[Array, "B G S H"]],
-    mask: Bool[Array, "B T P+S"],
+    prefix: tuple[KeyValue, KeyValue],
+    own: tuple[KeyValue, KeyValue],
+    mask: Bool[Array, "B T X"],
     config: Config,
 ) -> Float[Array, "B T G R H"]:
-    """`attend` to the keys and values of a prefix and, behind them, of the row's own columns.
+    """`attend` to keys and values of a prefix [A, G, P, H] and, behind them, of the row's own columns [B, G, S, H].
 
     Each of the A prefixes is that of B / A consecutive rows, which read it in one matrix product.
     """
@@ -213,13 +230,12 @@ def attend_behind(
         x = x.reshape(prefixes, groups, rows // prefixes, -1, x.shape[-1])
         return x.swapaxes(1, 2).reshape(rows, groups, -1, x.shape[-1])
 
-    score = functools.partial(jnp.einsum, "bgqh,bgsh->bgqs", preferred_element_type=jnp.float32)
-    mix = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    mix = functools.partial(_mix, dtype=query.dtype, out=jnp.float32)
     query = query.transpose(0, 2, 3, 1, 4).reshape(rows, groups, shared * columns, size)
-    scores = jnp.concatenate([apart(score(together(query), prefix[0])), score(query, own[0])], axis=3)
+    scores = jnp.concatenate([apart(_score(together(query), prefix[0])), _score(query, own[0])], axis=3)
     scores = scores.reshape(rows, groups, shared, columns, -1)
     weights = _softmax(scores, mask[:, None, None], size, config)
-    weights = weights.astype(query.dtype).reshape(rows, groups, shared * columns, -1)
+    weights = weights.reshape(rows, groups, shared * columns, -1)
     before, behind = jnp.split(weights, [columns_before], axis=3)
     mixed = (apart(mix(together(before), prefix[1])) + mix(behind, own[1])).astype(query.dtype)
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)

@@ -13,16 +13,43 @@ from rlhf_jax.models.rope import rotary_table
 from rlhf_jax.types import Leaf
 
 
+class Int8(struct.PyTreeNode):
+    """Keys or values in int8, about a quarter of float32: `values * scale`."""
+
+    values: Leaf  # [.., S, head_dim] int8
+    scale: Leaf  # [.., S, 1] float32, of each token and head: its largest magnitude / 127
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...]) -> "Int8":
+        return cls(values=jnp.zeros(shape, jnp.int8), scale=jnp.zeros((*shape[:-1], 1), jnp.float32))
+
+    @classmethod
+    def of(cls, x: Float[Array, "... H"]) -> "Int8":
+        """These keys or values, each within half a `scale`."""
+        x = x.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+        return cls(values=jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale=scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
+KeyValue = Array | Int8  # keys or values
+
+
 class Cache(struct.PyTreeNode):
     """Keys and values of the columns seen so far.
+
+    They are of the dtype that the network computes in, or `Int8` where `compute.cache` says so.
 
     The layers are stacked on a leading axis [L], for a scan over them, or `unstacked` in a tuple. Rows are filled
     together, each with its padding, or, in a `by_row` cache, every row from its own first column on, without padding.
     A cache may continue another, its `prefix`, whose rows are each continued by as many consecutive ones.
     """
 
-    key: Leaf  # [L, B, G, S, head_dim], or L times [B, G, S, head_dim]
-    value: Leaf  # as key
+    key: Any  # [L, B, G, S, head_dim], or L times [B, G, S, head_dim], arrays or `Int8`
+    value: Any  # as key
     mask: Leaf  # [B, S] bool, columns that hold a real token; None by row, where those are the columns before `column`
     column: Leaf  # [] int32, the next column to fill; by row [B]
     rotary_table: Any  # `rope.Rotations` of all positions; None without RoPE
@@ -31,11 +58,9 @@ class Cache(struct.PyTreeNode):
     @classmethod
     def empty(cls, config: Config, rows: int, columns: int, positions: int | None = None) -> "Cache":
         """An empty cache of rows that may have so many `positions`: by default, as many as there are columns."""
-        shape = (config.n_layers, rows, config.n_kv_heads, columns, config.head_dim)
-        zeros = jnp.zeros(shape, config.compute.dtype)
         return cls(
-            key=zeros,
-            value=zeros,
+            key=_zeros(config, rows, columns),
+            value=_zeros(config, rows, columns),
             mask=jnp.zeros((rows, columns), bool),
             column=jnp.int32(0),
             rotary_table=rotary_table(positions or columns, config),
@@ -44,10 +69,9 @@ class Cache(struct.PyTreeNode):
     @classmethod
     def by_row(cls, config: Config, rows: int, columns: int) -> "Cache":
         """An empty cache in which every row is filled on its own; each leaf has memory of its own, to be donated."""
-        shape = (config.n_layers, rows, config.n_kv_heads, columns, config.head_dim)
         return cls(
-            key=jnp.zeros(shape, config.compute.dtype),
-            value=jnp.zeros(shape, config.compute.dtype),
+            key=_zeros(config, rows, columns),
+            value=_zeros(config, rows, columns),
             mask=None,
             column=jnp.zeros(rows, jnp.int32),
             rotary_table=rotary_table(columns, config),
@@ -58,7 +82,11 @@ class Cache(struct.PyTreeNode):
 
         XLA for CPU copies whatever is sliced out of a stack, and whatever is both updated and reshaped.
         """
-        return self.replace(key=tuple(self.key), value=tuple(self.value))
+
+        def layers(x: KeyValue) -> tuple:
+            return tuple(map(Int8, x.values, x.scale)) if isinstance(x, Int8) else tuple(x)
+
+        return self.replace(key=layers(self.key), value=layers(self.value))
 
     def extend_mask(self, mask: Bool[Array, "B T"]) -> "Cache":
         """The cache whose mask has the next T columns too."""
@@ -70,26 +98,32 @@ class Cache(struct.PyTreeNode):
         By row, what a row has no column for is left out.
         """
 
-        def write(old: Any, new: Array) -> Any:
+        def write(old: Array, new: Array) -> Array:
             if self.column.ndim:
                 rows, columns = jnp.arange(new.shape[0])[:, None], self.column[:, None] + jnp.arange(new.shape[2])[None]
                 return old.at[layer, rows, :, columns].set(new.transpose(0, 2, 1, 3), mode="drop")
-            if isinstance(old, tuple):
-                written = jax.lax.dynamic_update_slice(old[layer], new, (0, 0, self.column, 0))
-                return (*old[:layer], written, *old[layer + 1 :])
+            if old.ndim == 4:
+                return jax.lax.dynamic_update_slice(old, new, (0, 0, self.column, 0))
             return jax.lax.dynamic_update_slice(old, new[None], (layer, 0, 0, self.column, 0))
 
-        return self.replace(key=write(self.key, key), value=write(self.value, value))
+        def extend(old: Any, new: Array) -> Any:
+            stored = Int8.of(new) if self._is_int8 else new
+            if isinstance(old, tuple):
+                return (*old[:layer], jax.tree.map(write, old[layer], stored), *old[layer + 1 :])
+            return jax.tree.map(write, old, stored)
+
+        return self.replace(key=extend(self.key, key), value=extend(self.value, value))
 
     def advance(self, columns: int) -> "Cache":
         """The cache whose next column to fill is `columns` further."""
         return self.replace(column=self.column + columns)
 
-    def layer(self, layer: int | Array) -> tuple[Float[Array, "B G S H"], Float[Array, "B G S H"]]:
-        """Keys and values of one layer, all S columns."""
+    def layer(self, layer: int | Array) -> tuple[Any, Any]:
+        """Keys and values [B, G, S, head_dim] of one layer, all S columns, arrays or `Int8`."""
         if isinstance(self.key, tuple):
             return self.key[layer], self.value[layer]
-        return tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.key, self.value))
+        one = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        return jax.tree.map(one, self.key), jax.tree.map(one, self.value)
 
     def positions(self) -> tuple[Int[Array, "B"], Int[Array, "B S"]]:
         """The position of the token in the column to fill, which the mask has already, and those of all columns.
@@ -161,6 +195,16 @@ class Cache(struct.PyTreeNode):
     @property
     def _rows_axis(self) -> int:
         return 0 if isinstance(self.key, tuple) else 1
+
+    @property
+    def _is_int8(self) -> bool:
+        return isinstance(self.key[0] if isinstance(self.key, tuple) else self.key, Int8)
+
+
+def _zeros(config: Config, rows: int, columns: int) -> KeyValue:
+    """Keys or values of a cache with nothing in it."""
+    shape = (config.n_layers, rows, config.n_kv_heads, columns, config.head_dim)
+    return Int8.zeros(shape) if config.compute.cache == "int8" else jnp.zeros(shape, config.compute.dtype)
 
 
 def _repeat(x: Array, times: int, axis: int) -> Array:

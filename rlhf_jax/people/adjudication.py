@@ -10,6 +10,8 @@ import random
 import sqlite3
 from typing import Any
 
+import numpy as np
+
 from rlhf_jax.errors import InputError
 from rlhf_jax.people import acts, agreement, forms, labels, leases, progress
 from rlhf_jax.people.leases import Refused
@@ -65,11 +67,11 @@ def orders(db: sqlite3.Connection, item: int) -> list[Order]:
     return found
 
 
-def settled(db: sqlite3.Connection, person: int) -> set[int]:
-    """The items that are in no queue of this administrator: decided, or skipped by this one."""
+def settled(db: sqlite3.Connection, person: int) -> np.ndarray:
+    """The items that are in no queue of this administrator: decided, or skipped by this one. [I] int32."""
     skipped = "SELECT item FROM counting WHERE person = ? AND kind = 'adjudicate'"
-    found = {row["item"] for row in db.execute(skipped, (person,))}
-    return found | {row["item"] for row in db.execute(STANDING)}
+    found = db.execute(f"{skipped} UNION SELECT item FROM ({STANDING})", (person,))
+    return np.fromiter((row["item"] for row in found), np.int32)
 
 
 def decisions(db: sqlite3.Connection, most: int) -> list[Decision]:
@@ -199,8 +201,9 @@ def withdraw(store: Store, person: int, label: int | None = None) -> int:
 
 def pace(db: sqlite3.Connection, person: int, now: float, left: int) -> Pace:
     """How far an administrator has come with deciding, where `left` items are in the queue."""
-    query = "SELECT created, seconds FROM counting WHERE person = ? AND kind = 'adjudicate' ORDER BY created DESC"
-    rows = db.execute(query, (person,)).fetchall()
+    query = "FROM counting WHERE person = ? AND kind = 'adjudicate'"
+    done = db.execute(f"SELECT COUNT(*) {query}", (person,)).fetchone()[0]
     midnight = progress.midnight(now)
-    today = sum(row["created"] >= midnight for row in rows)
-    return Pace(len(rows), today, progress.middle(row["seconds"] for row in rows[:20]), left)
+    today = db.execute(f"SELECT COUNT(*) {query} AND created >= ?", (person, midnight)).fetchone()[0]
+    recent = db.execute(f"SELECT seconds {query} ORDER BY created DESC LIMIT 20", (person,))
+    return Pace(done, today, progress.middle(row["seconds"] for row in recent), left)

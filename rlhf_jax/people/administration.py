@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from rlhf_jax.people.frame import Denied, Frame
 from rlhf_jax.people.rules import Rules
 
 _LISTED = 20  # acts
+_AT_ONCE = 100  # labels of an export that are sent
 
 
 def routes(shared: Frame) -> list[Route]:
@@ -98,8 +100,9 @@ class Administration:
 
         def lines() -> Iterator[str]:
             with self._store.reader() as db:
-                for _, row in exchange.labels(db, wanted):
-                    yield json.dumps(row, ensure_ascii=False) + "\n"
+                rows = exchange.labels(db, wanted)
+                while some := list(itertools.islice(rows, _AT_ONCE)):
+                    yield "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in some)
 
         headers = {"Content-Disposition": 'attachment; filename="labels.jsonl"'}
         return StreamingResponse(lines(), headers=headers, media_type="application/x-ndjson")

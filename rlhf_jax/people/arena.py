@@ -20,6 +20,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.people import agreement, exchange, strengths, words
 from rlhf_jax.people.agreement import FIRST, SECOND, TIE, Agreement, Share, Undefined
 
+_AT_ONCE = 1000  # battles that are counted
 Pair = tuple[int, int]
 # Why a model has no finite strength: it won every battle, lost every one, or had none; or its battles do not join it to
 # the models with a strength by points in both directions; or they leave open how far the models are apart.
@@ -95,21 +96,22 @@ class Vote:
 
 @dataclasses.dataclass(frozen=True)
 class Votes:
-    """The votes of an arena, and the models in it, also those without a vote."""
+    """The votes of an arena, which are read once, and the models in it, also those without a vote."""
 
     models: frozenset[str]
-    votes: list[Vote]
+    votes: Iterable[Vote]  # in order of item
 
 
 def read(db: sqlite3.Connection, wanted: exchange.Filter | None = None) -> Votes:
     """The votes that count, of those that a filter selects; InputError for one that selects another task.
 
-    Withdrawn votes, skipped tasks and votes of people who were set aside do not count, as in every export.
+    Withdrawn votes, skipped tasks and votes of people who were set aside do not count, as in every export. They come
+    from the connection one by one, as they are counted.
     """
     wanted = wanted or exchange.Filter()
     if wanted.task not in (None, "arena"):
         raise InputError(f"filter task={wanted.task}: an arena counts the votes of its own task alone")
-    votes = [
+    votes = (
         Vote(
             first=row["models"][0],
             second=row["models"][1],
@@ -118,8 +120,8 @@ def read(db: sqlite3.Connection, wanted: exchange.Filter | None = None) -> Votes
             item=row["item"],
             same=is_same(row["responses"]),
         )
-        for _, row in exchange.labels(db, dataclasses.replace(wanted, task="arena"))
-    ]
+        for _, row in exchange.labels(db, dataclasses.replace(wanted, task="arena"), "item")
+    )
     query = "SELECT DISTINCT models FROM items WHERE task = 'arena' AND (? IS NULL OR round = ?)"
     listed = db.execute(query, (wanted.round, wanted.round))
     return Votes(frozenset(model for row in listed for model in json.loads(row["models"])), votes)
@@ -181,18 +183,20 @@ def table(arena: Votes) -> Table:
     Strengths are fitted to the largest group of models in which everybody took something from the others, directly or
     through others. The other models have none, and their battles say nothing about strengths within the group.
     """
-    models, names = arena.models, short_names(arena.models)
+    models, names, count = arena.models, short_names(arena.models), _Count()
+    for some in _some(arena.votes):
+        count.add(some)
     met = collections.Counter[tuple[str, str, str]]()
-    for vote in arena.votes:
-        for model, other, won in ((vote.first, vote.second, "first"), (vote.second, vote.first, "second")):
-            outcome = vote.verdict if vote.verdict in ("tie", "bad") else "win" if vote.verdict == won else "loss"
-            met[model, other, outcome] += 1
+    for (first, second, verdict), times in count.cast.items():
+        for model, other, won in ((first, second, "first"), (second, first, "second")):
+            outcome = verdict if verdict in ("tie", "bad") else "win" if verdict == won else "loss"
+            met[model, other, outcome] += times
 
     def record(model: str, others: Collection[str]) -> Record:
         counts = [sum(met[model, other, outcome] for other in others) for outcome in ("win", "loss", "tie", "bad")]
         return Record(*counts)
 
-    fitted, group = _fitted(arena.votes)
+    fitted, group = _fitted(count.cast)
     standings = []
     for model in models:
         whole = record(model, models)
@@ -211,43 +215,68 @@ def table(arena: Votes) -> Table:
     return Table(
         standings=tuple(standings),
         between=tuple(tuple(record(one.model, [other.model]) for other in standings) for one in standings),
-        votes=len(arena.votes),
-        people=len({vote.person for vote in arena.votes}),
-        battles=len({vote.item for vote in arena.votes}),
-        bad=sum(vote.verdict == "bad" for vote in arena.votes),
-        same=sum(vote.same for vote in arena.votes),
+        votes=count.cast.total(),
+        people=len(count.people),
+        battles=count.battles,
+        bad=sum(times for (*_, verdict), times in count.cast.items() if verdict == "bad"),
+        same=count.same,
         nu=fitted.nu if fitted else None,
-        agreement=agreed(arena.votes),
+        agreement=count.agreed(),
     )
 
 
 _LABELS = {"first": FIRST, "second": SECOND, "tie": TIE, "bad": TIE}
 
 
-def agreed(votes: Iterable[Vote]) -> Agreement | Undefined:
-    """How often two people say the same of a battle, both bad being a tie; Undefined where no two judged one.
+class _Count:
+    """What a table says of votes, summed up, so that they need not be held in memory."""
 
-    Battles of two answers of the same text are left out: there is nothing to choose between.
-    """
-    said: dict[int, dict[str, int]] = {}  # by item and person
-    for vote in votes:
-        if not vote.same:
-            said.setdefault(vote.item, {})[vote.person] = _LABELS[vote.verdict]
-    counts = [np.bincount(list(each.values()), minlength=3) for each in said.values()]
-    try:
-        return agreement.agreement_of(np.array(counts, int).reshape(-1, 3))
-    except Undefined as undefined:
-        return undefined
+    def __init__(self) -> None:
+        self.cast = collections.Counter[tuple[str, str, str]]()  # votes by first model, second model and verdict
+        self.people = set[str]()
+        self.battles = self.same = 0
+        self._cases = np.zeros(4, int)  # of two people on a battle, see `agreement.cases`
+
+    def add(self, battles: Sequence[Sequence[Vote]]) -> None:
+        """Add the votes on some battles."""
+        for votes in battles:
+            self.cast.update((vote.first, vote.second, vote.verdict) for vote in votes)
+            self.people.update(vote.person for vote in votes)
+            self.same += sum(vote.same for vote in votes)
+        self.battles += len(battles)
+        said = [[_LABELS[vote.verdict] for vote in votes if not vote.same] for votes in battles]
+        counts = [[labels.count(label) for label in (FIRST, SECOND, TIE)] for labels in said]
+        self._cases += agreement.cases(np.array(counts)).sum(axis=0)
+
+    def agreed(self) -> Agreement | Undefined:
+        """How often two people say the same of a battle, both bad being a tie; Undefined where no two judged one.
+
+        Battles of two answers of the same text are left out: there is nothing to choose between.
+        """
+        try:
+            return agreement.agreement_from(self._cases)
+        except Undefined as undefined:
+            return undefined
 
 
-def _fitted(votes: Sequence[Vote]) -> tuple[strengths.Strengths | None, Collection[str]]:
+def _some(votes: Iterable[Vote]) -> Iterator[list[list[Vote]]]:
+    """The votes by battle, some battles at a time."""
+    battles = (list(each) for _, each in itertools.groupby(votes, lambda vote: vote.item))
+    while some := list(itertools.islice(battles, _AT_ONCE)):
+        yield some
+
+
+def _fitted(cast: collections.Counter[tuple[str, str, str]]) -> tuple[strengths.Strengths | None, Collection[str]]:
     """The strengths of the largest group in which they may be finite, None where they are not, and that group."""
-    outcomes = [(vote.first, vote.second, "tie" if vote.verdict == "bad" else vote.verdict) for vote in votes]
-    groups = strengths.groups(strengths.tally(outcomes))
+    games = collections.Counter[tuple[str, str, str]]()
+    for (first, second, verdict), times in cast.items():
+        games[first, second, "tie" if verdict == "bad" else verdict] += times
+    groups = strengths.groups(strengths.tally(games.elements()))
     if not groups or len(groups[0]) < 2:
         return None, ()
     try:
-        return strengths.fit(strengths.tally(one for one in outcomes if {*one[:2]} <= {*groups[0]})), groups[0]
+        inside = (game for game in games.elements() if {*game[:2]} <= {*groups[0]})
+        return strengths.fit(strengths.tally(inside)), groups[0]
     except Undefined:
         return None, groups[0]
 

@@ -1,19 +1,23 @@
 """How far the people of a store agree now, and the items on which they agree least.
 
 Labels are appended, so a look reads those that are new, and keeps the orders and ratings in small integers: to read all
-of them again would take as long as all the rest of a look. Every measure is computed from sums over items, so the
-answers are taken in order of item, some at a time, and memory does not grow with the store otherwise.
+of them again would take as long as all the rest of a look. They are kept in a temporary file, in order of item. Every
+measure is computed from sums over items, so a look takes some items at a time, and what grows in memory with the store
+is a few bytes an item: its place in the queue of those on which people agree least.
 
 Only answers that count are measured: none that was withdrawn, and none of people who were set aside. `Watch` looks in a
 thread of its own, so that the page of the administrator holds up nobody, whatever the size of the store.
 """
 
 import dataclasses
+import itertools
 import json
 import sqlite3
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,28 +31,11 @@ _HIGHEST = 7  # rating
 _FRESH = 1.0  # seconds in which no new look is taken
 _REST = 10.0  # times as long as a look took, before the next
 _AT_ONCE = 1000  # labels that are read before others have a turn
-_CHUNK = 1000  # answers that are counted at once, or those of one item if they are more
+_CHUNK = 1000  # answers that are counted at once, and those of one item beside them
+_CACHE = 64  # pages of the book that are in memory
 _ORDERS = "('rank', 'compare', 'best')"  # tasks whose answers order the responses
 Found = TypeVar("Found")
 Sums = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # of terms by group, see `agreement.alpha_sums`
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """The answers that order K responses, of which those are measured that count, on items that two people ordered."""
-
-    rows: np.ndarray  # [N] records, see `_record`
-    order: np.ndarray  # of the rows that are measured, by item
-    starts: np.ndarray  # [I] the place in this order at which each item starts
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """The rows that are measured, some items at a time."""
-        first = 0
-        while first < len(self.starts):
-            start = self.starts[first]
-            first = max(first + 1, int(np.searchsorted(self.starts, start + _CHUNK)))
-            end = self.starts[first] if first < len(self.starts) else len(self.order)
-            yield self.rows[self.order[start:end]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +78,27 @@ class Snapshot:
 
 
 class Book:
-    """All orders and ratings of a store, as far as they were read."""
+    """All orders and ratings of a store, as far as they were read, in a temporary file."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, np.ndarray] = {}  # records by the number of responses, with room for more
-        self._size: dict[int, int] = {}  # records that are filled
+        self._db = sqlite3.connect("", check_same_thread=False)  # "": a temporary file, which SQLite removes
+        weakref.finalize(self, self._db.close).atexit = False  # then a look may still be under way
+        self._db.executescript(
+            f"PRAGMA cache_size = {_CACHE};"
+            "CREATE TABLE orders (count INTEGER, item INTEGER, label INTEGER, person INTEGER, record BLOB,"
+            " PRIMARY KEY (count, item, label)) WITHOUT ROWID;"
+            "CREATE TABLE chunks (id INTEGER PRIMARY KEY, count INTEGER, records BLOB);"
+            "CREATE TABLE people (id INTEGER PRIMARY KEY);"
+            "CREATE TABLE withdrawn (label INTEGER PRIMARY KEY);"
+            "CREATE VIEW counting AS SELECT * FROM orders WHERE person IN people AND label NOT IN withdrawn"
+        )
+        self._counts: list[int] = []  # numbers of responses, in the order in which they were first met
         self._last = 0  # label that was read last
+        self.answered = set[int]()  # people who gave an answer that counts
+        self.shared = 0  # items that two people ordered
 
-    def read(self, db: sqlite3.Connection) -> None:
-        """Read the labels that are new."""
+    def read(self, db: sqlite3.Connection, people: Iterable[int]) -> None:
+        """Read the labels that are new, and let those count from now on that are of `people` and not withdrawn."""
         newest = db.execute("SELECT COALESCE(MAX(id), 0) FROM labels").fetchone()[0]
         rows = db.execute(
             "SELECT labels.id, labels.person, labels.item, answer, task, shown FROM labels"
@@ -109,78 +108,81 @@ class Book:
             (self._last, newest),
         )
         while some := rows.fetchmany(_AT_ONCE):
-            for count, records in _records(some).items():
-                self._add(count, records)
+            read = list(_records(some))
+            with self._db:  # what was read before an error is read again, and replaced
+                self._db.executemany("REPLACE INTO orders VALUES (?, ?, ?, ?, ?)", read)
+            self._counts = list(dict.fromkeys([*self._counts, *(count for count, *_ in read)]))
             self._last = some[-1]["id"]
         self._last = newest
+        with self._db:
+            self._db.execute("DELETE FROM people")
+            self._db.executemany("INSERT INTO people VALUES (?)", ((person,) for person in people))
+            withdrawn = db.execute("SELECT label FROM withdrawals")
+            self._db.executemany("INSERT OR IGNORE INTO withdrawn VALUES (?)", withdrawn)
+        self._write_chunks()
 
-    def _add(self, count: int, records: np.ndarray) -> None:
-        size = self._size.get(count, 0)
-        end = size + len(records)
-        if end > len(self._rows.get(count, ())):
-            grown = np.empty(max(2 * size, end), records.dtype)
-            if size:
-                grown[:size] = self._rows[count][:size]
-            self._rows[count] = grown
-        self._rows[count][size:end] = records
-        self._size[count] = end
+    def _write_chunks(self) -> None:
+        """Write the answers to items that two people ordered, in order of item, some items at a time."""
+        self.answered, self.shared = set(), 0
+        with self._db:
+            self._db.execute("DELETE FROM chunks")
+            for count in self._counts:
+                for rows in self._some(count):
+                    self.answered.update(rows["person"].tolist())
+                    _, place, times = np.unique(rows["item"], return_inverse=True, return_counts=True)
+                    several = times > 1
+                    self.shared += int(several.sum())
+                    if several.any():
+                        values = (count, rows[several[place]].tobytes())
+                        self._db.execute("INSERT INTO chunks (count, records) VALUES (?, ?)", values)
 
-    def counting(self, withdrawn: np.ndarray, people: np.ndarray) -> tuple[list[Block], set[int]]:
-        """The answers of `people` that were not withdrawn, and the people who gave any."""
-        blocks, answered = [], set[int]()
-        for count, size in self._size.items():
-            rows = self._rows[count][:size]
-            counts = np.isin(rows["person"], people) & ~np.isin(rows["label"], withdrawn)
-            answered.update(np.unique(rows["person"][counts]).tolist())
-            kept = np.flatnonzero(counts).astype(np.int32)
-            item = rows["item"][kept]
-            _, times = np.unique(item, return_counts=True)
-            order = kept[np.argsort(item, kind="stable")[np.repeat(times > 1, times)]]
-            times = times[times > 1]
-            if len(times):
-                blocks.append(Block(rows, order, (np.cumsum(times) - times).astype(np.int32)))
-        return blocks, answered
+    def _some(self, count: int) -> Iterator[np.ndarray]:
+        """Yield the answers that order `count` responses and count, those of some items at a time. [N] records."""
+        rows = self._db.execute("SELECT record FROM counting WHERE count = ? ORDER BY item, label", (count,))
+        rest = np.empty(0, _record(count))
+        while some := rows.fetchmany(_CHUNK):
+            records = b"".join(itertools.chain.from_iterable(some))
+            read = np.concatenate([rest, np.frombuffer(records, rest.dtype)])
+            whole = np.searchsorted(read["item"], read["item"][-1])  # the last item may go on
+            yield read[:whole]
+            rest = read[whole:]
+        yield rest
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield the answers to items that two people ordered, in order of item, some items at a time. [N] records."""
+        for count, records in self._db.execute("SELECT count, records FROM chunks ORDER BY id"):
+            yield np.frombuffer(records, _record(count))
 
 
 def _record(count: int) -> np.dtype:
     """The record that is kept of an answer that orders `count` responses."""
     ratings = ("ratings", np.int8, (count, len(forms.SCALES)))  # 0 where none was given
-    return np.dtype(
-        [(name, np.int32) for name in ("label", "person", "item")] + [("ranks", np.int8, (count,)), ratings]
-    )
+    return np.dtype([("person", np.int32), ("item", np.int32), ("ranks", np.int8, (count,)), ratings])
 
 
-def _records(rows: list[sqlite3.Row]) -> dict[int, np.ndarray]:
-    """The answers that order responses, by the number of responses."""
-    found: dict[int, list[tuple]] = {}
+def _records(rows: list[sqlite3.Row]) -> Iterator[tuple[int, int, int, int, bytes]]:
+    """The rows of the book, of the answers that order responses."""
     for label, person, item, text, task, shown in rows:
         answer, count = json.loads(text), len(json.loads(shown))
         ranks = forms.ranks_of(task, answer, count)
         if ranks is not None:  # no skip
             given = answer.get("ratings") or [{}] * count
-            ratings = [[rating.get(scale, 0) for scale in forms.SCALES] for rating in given]
-            found.setdefault(count, []).append((label, person, item, ranks, ratings))
-    records = {}
-    for count, listed in found.items():
-        records[count] = np.empty(len(listed), _record(count))
-        for name, values in zip(records[count].dtype.names or (), zip(*listed, strict=True), strict=True):
-            records[count][name] = values
-    return records
+            ratings = [rating.get(scale, 0) for rating in given for scale in forms.SCALES]
+            record = struct.pack(f"=ii{count + len(ratings)}b", person, item, *ranks, *ratings)
+            yield count, item, label, person, record
 
 
 def look(db: sqlite3.Connection, book: Book, now: float) -> Snapshot:
     """Measure how far people agree at `now`, from the book, which is brought up to date."""
     start = time.perf_counter()
-    book.read(db)
     names = {row["id"]: row["name"] for row in db.execute("SELECT id, name FROM people WHERE aside IS NULL")}
-    withdrawn = np.fromiter((row["label"] for row in db.execute("SELECT label FROM withdrawals")), np.int32)
-    blocks, answered = book.counting(withdrawn, np.array(list(names), np.int32))
-    checks = _checks(db, names)
-    judges = np.array(sorted(person for person in names if person in answered or any(checks[person])), np.int32)
-    number, shared = len(judges) + 1, sum(len(block.starts) for block in blocks)
-    pairs = Tally(number, shared, 3, agreement.alpha_sums, agreement.kappa_sums)
+    book.read(db, names)
+    checks, deal = _checks(db, names), agreement.deal(book.shared)
+    judges = np.array(sorted(person for person in names if person in book.answered or any(checks[person])), np.int32)
+    number = len(judges) + 1
+    pairs = Tally(number, deal, 3, agreement.alpha_sums, agreement.kappa_sums)
     cases, items, shares = np.zeros((number, 4), int), [np.empty(0, np.int32)], [np.empty(0, np.float32)]
-    for said in _said(blocks, judges, _compared, 3):
+    for said in _said(book, judges, _compared, 3):
         pairs.add(said)
         cases[0] += agreement.cases(said.counts).sum(axis=0)
         own = agreement.cases(said.counts[said.unit], said.value)
@@ -191,7 +193,7 @@ def look(db: sqlite3.Connection, book: Book, now: float) -> Snapshot:
     alpha, kappa = {"pairs": pairs.alphas("pairs", "nominal")}, pairs.kappas()
     del pairs  # which is large
     for scale in forms.SCALES:
-        alpha[scale] = _ratings(blocks, judges, shared, scale)
+        alpha[scale] = _ratings(book, judges, deal, scale)
 
     def measures(judge: int, checked: list[float]) -> Measures:
         same, repeated, right, known = checked
@@ -215,10 +217,10 @@ def look(db: sqlite3.Connection, book: Book, now: float) -> Snapshot:
     return Snapshot(now, took, everybody, dict(sorted(people.items())), found[order], lowest[order])
 
 
-def _ratings(blocks: list[Block], judges: np.ndarray, items: int, scale: str) -> list[Estimate | Undefined]:
+def _ratings(book: Book, judges: np.ndarray, deal: np.ndarray, scale: str) -> list[Estimate | Undefined]:
     """Krippendorff's alpha of the ratings on a scale, by judge."""
-    tally, place = Tally(len(judges) + 1, items, _HIGHEST, agreement.alpha_sums), forms.SCALES.index(scale)
-    for said in _said(blocks, judges, lambda rows: rows["ratings"][:, :, place].astype(int) - 1, _HIGHEST):
+    tally, place = Tally(len(judges) + 1, deal, _HIGHEST, agreement.alpha_sums), forms.SCALES.index(scale)
+    for said in _said(book, judges, lambda rows: rows["ratings"][:, :, place].astype(int) - 1, _HIGHEST):
         tally.add(said)
     return tally.alphas(scale, "ordinal")
 
@@ -228,14 +230,12 @@ def _compared(rows: np.ndarray) -> np.ndarray:
     return agreement.compare(rows["ranks"]).astype(int)
 
 
-def _said(
-    blocks: list[Block], judges: np.ndarray, labels: Callable[[np.ndarray], np.ndarray], values: int
-) -> Iterator[Said]:
+def _said(book: Book, judges: np.ndarray, labels: Callable[[np.ndarray], np.ndarray], values: int) -> Iterator[Said]:
     """The judgements by `judges`, people in order of number, of the M units of each item, some items at a time.
 
     `labels` are those of N answers, [N, M], from 0; below 0 there is none.
     """
-    for rows in (rows for block in blocks for rows in block.chunks()):
+    for rows in book.chunks():
         label = labels(rows)
         items, number = np.unique(rows["item"], return_inverse=True)
         answer, unit = np.nonzero(label >= 0)
@@ -251,11 +251,11 @@ class Tally:
     A person's sums are over the units that this person judged, by all who judged them.
     """
 
-    def __init__(self, judges: int, items: int, values: int, *sums: Sums):
+    def __init__(self, judges: int, deal: np.ndarray, values: int, *sums: Sums):
         none = np.zeros((0, values)), np.zeros(0, int), 0
         self._sums = [(each, np.zeros((judges, GROUPS, each(*none).shape[1]))) for each in sums]
         self._met = np.zeros(judges, int)  # items with a unit that two people judged, one of them the judge
-        self._deal, self._values, self._is_empty = agreement.deal(items), values, True
+        self._deal, self._values, self._is_empty = deal, values, True
 
     def add(self, said: Said) -> None:
         """Add all units of some items."""

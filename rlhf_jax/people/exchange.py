@@ -255,8 +255,10 @@ def check(db: sqlite3.Connection, wanted: Filter) -> None:
         )
 
 
-def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`read`, over an open connection."""
+def labels(
+    db: sqlite3.Connection, wanted: Filter, order: Literal["id", "item"] = "id"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`read`, over an open connection; in order of item if that is wanted."""
     check(db, wanted)
     aside, restored = acts.last(db, "aside"), acts.last(db, "restored")
     chosen = {
@@ -277,7 +279,7 @@ def labels(db: sqlite3.Connection, wanted: Filter) -> Iterator[tuple[str, dict[s
         " AND (? IS NULL OR items.round = ?) AND (? IS NULL OR people.name = ?) AND (? IS NULL OR items.task = ?)"
         " AND (? <= 0 OR labels.kind = 'adjudicate' OR people.id IN"
         " (SELECT person FROM tallies WHERE kind = 'gold' AND pairs > 0 AND agreed >= ? * pairs))"
-        " ORDER BY labels.id"
+        f" ORDER BY labels.{order}, labels.id"
     )
     values = (
         wanted.kind,

@@ -153,11 +153,11 @@ class Oversight:
         return RedirectResponse("/admin/adjudication", 303)
 
 
-def _left(found: Snapshot | None, settled: set[int]) -> tuple[np.ndarray, np.ndarray]:
+def _left(found: Snapshot | None, settled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The items of the queue and their agreement, lowest first, without those that are settled."""
     if found is None:
         return np.empty(0, np.int32), np.empty(0, np.float32)
-    left = ~np.isin(found.items, np.fromiter(settled, np.int32))
+    left = ~np.isin(found.items, settled)
     return found.items[left], found.shares[left]
 
 

@@ -4,6 +4,7 @@ A game compares two players' answers to one prompt; it ends in a win or a tie. S
 (1952), or Davidson (1970) where games may tie.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -54,19 +55,19 @@ def tally(games: Iterable[tuple[str, str, str]]) -> Games:
 
     Raises ValueError for a player against itself and for an unknown outcome.
     """
-    games = list(games)
-    players = sorted({player for first, second, _ in games for player in (first, second)})
+    played = collections.Counter(games)
+    players = sorted({player for first, second, _ in played for player in (first, second)})
     place = {player: i for i, player in enumerate(players)}
     wins, ties = np.zeros((len(players), len(players))), np.zeros((len(players), len(players)))
-    for first, second, outcome in games:
+    for (first, second, outcome), times in played.items():
         i, j = place[first], place[second]
         if i == j:
             raise ValueError(f"{first} played itself: expected two players")
         if outcome == "tie":
-            ties[i, j] += 1
-            ties[j, i] += 1
+            ties[i, j] += times
+            ties[j, i] += times
         elif outcome in ("first", "second"):
-            wins[(i, j) if outcome == "first" else (j, i)] += 1
+            wins[(i, j) if outcome == "first" else (j, i)] += times
         else:
             raise ValueError(f"outcome {outcome!r} of {first} and {second}: expected first, second or tie")
     return Games(tuple(players), wins, ties)

@@ -16,7 +16,7 @@ to draw tokens, or, where each answer has settings of its own, for any.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -429,8 +429,13 @@ class _Part(struct.PyTreeNode):
 
 def _sharded(cache: Cache) -> Cache:
     """The cache, sharded over a mesh by rows and heads."""
-    shard = lambda x: parallel.constrain(x, None, parallel.ROWS, "tensor")
-    return cache.replace(key=shard(cache.key), value=shard(cache.value))
+    return _map(lambda x: parallel.constrain(x, None, parallel.ROWS, "tensor"), cache)
+
+
+def _map(change: Callable[..., Array], cache: Cache, *others: Cache) -> Cache:
+    """The cache with each array of keys and values, [L, B, ..], changed; with those of others as further arguments."""
+    key, value = jax.tree.map(change, *((x.key, x.value) for x in (cache, *others)))
+    return cache.replace(key=key, value=value)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -438,8 +443,7 @@ def _grow(program: _Program, columns: int, cache: Cache) -> Cache:
     """The cache with room for so many columns."""
     with program.traced():
         larger = Cache.by_row(program.config, cache.key.shape[1], columns)
-        copy = lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * 5)
-        return _sharded(larger.replace(key=copy(larger.key, cache.key), value=copy(larger.value, cache.value)))
+        return _sharded(_map(lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * 5), larger, cache))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -447,8 +451,8 @@ def _read(program: _Program, params: Params, state: _State, part: _Part) -> tupl
     """The state with a part of a prompt in its row, and the token sampled after it; and the scores of the part."""
     with program.traced():
         cache, row = state.cache, part.row
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1)
-        alone = cache.replace(key=take(cache.key), value=take(cache.value), column=part.start[None])
+        alone = _map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1), cache)
+        alone = alone.replace(column=part.start[None])
         scores = None
         if part.following is None:
             logits, alone = program.append(params, part.tokens, part.count[None], alone)
@@ -456,9 +460,8 @@ def _read(program: _Program, params: Params, state: _State, part: _Part) -> tupl
             logits, alone, scores = program.append_scored(params, part, alone)
         token, token_scores = _drawn(program, part.draw, logits, part.key[None], 0)
         put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=1)
-        cache = _sharded(cache.replace(key=put(cache.key, alone.key), value=put(cache.value, alone.value)))
         state = _State(
-            cache=cache,
+            cache=_sharded(_map(put, cache, alone)),
             token=state.token.at[row].set(token[0]),
             scores=jax.tree.map(lambda x, new: x.at[row].set(new[0]), state.scores, token_scores),
             keys=state.keys.at[row].set(part.key),
@@ -475,7 +478,7 @@ def _copy(program: _Program, cache: Cache, source: Array, target: Array) -> Cach
             row = jax.lax.dynamic_slice_in_dim(x, source, 1, axis=1)
             return jax.lax.dynamic_update_slice_in_dim(x, row, target, axis=1)
 
-        return _sharded(cache.replace(key=copy(cache.key), value=copy(cache.value)))
+        return _sharded(_map(copy, cache))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -490,24 +493,21 @@ def _next(
             return token, scores, _sharded(cache)
         mine = jax.tree.map(lambda x: x[some], answers)
         columns = cache.column[some]
-        alone = cache.replace(key=_rows_of(cache.key, some), value=_rows_of(cache.value, some), column=columns)
+        alone = _map(lambda x: _rows_of(x, some), cache).replace(column=columns)
         logits, alone = program.append(params, mine.token[:, None], jnp.ones_like(mine.token), alone)
         drawn = _drawn(program, mine.draw, logits, mine.keys, mine.numbers)
         put = lambda old, new: old.at[some].set(new)
         token, scores = jax.tree.map(put, (answers.token, answers.scores), drawn)
-        key, value = (
-            _put_column(*pair, some, columns) for pair in ((cache.key, alone.key), (cache.value, alone.value))
-        )
-        return token, scores, cache.replace(key=key, value=value)
+        return token, scores, _map(lambda x, rows: _put_column(x, rows, some, columns), cache, alone)
 
 
 def _rows_of(x: Array, some: Array) -> Array:
-    """These rows of the keys or values of a cache, each copied as a whole."""
+    """These rows of an array of a cache, each copied as a whole."""
     return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1) for row in some], axis=1)
 
 
 def _put_column(x: Array, rows: Array, some: Array, columns: Array) -> Array:
-    """Keys or values with one column of each of `rows` in the place of that of `some` rows."""
+    """An array of a cache with one column of each of `rows` in the place of that of `some` rows."""
     for n, (row, column) in enumerate(zip(some, columns, strict=True)):
         new = jax.lax.dynamic_slice_in_dim(rows[:, n : n + 1], column, 1, axis=3)
         x = jax.lax.dynamic_update_slice(x, new, (0, row, 0, column, 0))

@@ -21,7 +21,7 @@ import numpy as np
 
 from rlhf_jax import models
 from rlhf_jax.data import pipeline
-from rlhf_jax.data.builders import short
+from rlhf_jax.data.rows import short
 from rlhf_jax.data.tokenizer import Prompt, prompt_text
 from rlhf_jax.devices import parallel
 from rlhf_jax.people.endpoint import Asked, Endpoint, Failure, whole

@@ -10,7 +10,8 @@ import numpy as np
 
 from rlhf_jax import models
 from rlhf_jax.algorithms.advantages import extend_to_first_pad
-from rlhf_jax.data import builders, pipeline
+from rlhf_jax.data import pipeline
+from rlhf_jax.data import rows as rows_lib
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import hosts, parallel, progress, ragged
 from rlhf_jax.rollouts import sampling
@@ -215,7 +216,7 @@ def texts(tokenizer: tokenizer_lib.Tokenizer, tokens: np.ndarray, mask: np.ndarr
     return [text.strip() for text in tokenizer.batch_decode(kept)]
 
 
-def table(rows: builders.Rows, tokenizer: tokenizer_lib.Tokenizer, episodes: Rollout, count: int) -> list[dict]:
+def table(rows: rows_lib.Rows, tokenizer: tokenizer_lib.Tokenizer, episodes: Rollout, count: int) -> list[dict]:
     """Prompt and response of the first `count` episodes, with their score, KL and cost, if there are any.
 
     `rows` are what their index counts.

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import models
 from rlhf_jax.devices import parallel, ragged
 from rlhf_jax.devices import shared as shared_rows
+from rlhf_jax.devices.compute import quantize
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.transformer import Transformer, bind, layers_of
 from rlhf_jax.settings import Count, NonNegative, Settings, Share, Whole
@@ -319,14 +320,17 @@ def _generate(config: models.Config, params: Params, tokens: Array, mask: Array,
 def _converted(config: models.Config, params: Params) -> _Network:
     """The policy with its matrices converted, once and not in each step, to the type that they are multiplied in.
 
-    Those in int8 stay so, to save memory, with their scales.
+    Those in int8 stay so, to save memory, with their scales; `compute.rollout` makes all of them int8.
     """
     dtype = config.compute.dtype
 
     def convert(path: tuple, x: Array) -> Array:
         return x.astype(dtype) if path[-1].key in ("kernel", "kernel_a", "kernel_b") and x.dtype != jnp.int8 else x
 
-    blocks = jax.tree_util.tree_map_with_path(convert, params["blocks"])
+    blocks = params["blocks"]
+    if config.compute.rollout == "int8":
+        blocks = quantize(blocks, others=None)
+    blocks = jax.tree_util.tree_map_with_path(convert, blocks)
     table = params["embedding" if config.tie_embeddings else "unembedding"].astype(dtype)
     untied = dataclasses.replace(config, tie_embeddings=False)  # embeddings are looked up as they were, unconverted
     return _Network(config=untied, params={**params, "blocks": blocks, "unembedding": table})

@@ -19,7 +19,7 @@ import numpy as np
 from rlhf_jax import models
 from rlhf_jax.algorithms import rewards as rewards_lib
 from rlhf_jax.data import steps as steps_lib
-from rlhf_jax.data.builders import Row, Rows, short
+from rlhf_jax.data.rows import Row, Rows, short
 from rlhf_jax.data.tokenizer import Prompt, Tokenizer, prompt_text
 from rlhf_jax.devices import hosts, parallel, ragged
 from rlhf_jax.logprobs import response_mask

@@ -15,8 +15,8 @@ import numpy as np
 from flax import struct
 
 from rlhf_jax import models
-from rlhf_jax.data import builders
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.rollouts import rollout as rollout_lib
 from rlhf_jax.types import Leaf, Params, Prompts, Rollout, TrainState
@@ -72,7 +72,7 @@ class Recorder:
         layout: parallel.Layout,
         assess: Assess,
         temperature: float,
-        rows: builders.Rows,
+        rows: Rows,
         tokenizer: tokenizer_lib.Tokenizer,
     ):
         """`rows` are what the index of episodes counts; `temperature` is that at which they are sampled."""

@@ -184,5 +184,5 @@ def test_ppo_balances_what_the_policy_reads():
 def test_models_without_experts_have_none():
     assert models.balance_weight(0.5, tiny.GPT, None) == 0.0
     assert models.balance_weight(0.5, tiny.GPT, CONFIG) == 0.5
-    assert updates.ratio_limits("float32", routed=False) == {"ratio/first_error": 1e-4}
-    assert updates.ratio_limits("float32", routed=True) == {}
+    assert updates.ratio_limits(models.Compute(), routed=False) == {"ratio/first_error": 1e-4}
+    assert updates.ratio_limits(models.Compute(), routed=True) == {}

@@ -192,6 +192,37 @@ def test_slices_and_updates_of_what_is_stacked_count_for_themselves():
     assert found.host == 160  # what was gathered
 
 
+RELAID = """HloModule relaid
+
+%copied (input: s8[3,8,16]) -> s8[3,8,16] {
+  %input = s8[3,8,16]{2,1,0:T(32,128)} parameter(0)
+  ROOT %copy = s8[3,8,16]{2,1,0:T(8,128)} copy(%input)
+}
+
+%sliced (stacked: s8[3,8,16], n: s32[]) -> s8[1,8,16] {
+  %stacked = s8[3,8,16]{2,1,0:T(32,128)} parameter(0)
+  %relaid = s8[3,8,16]{2,1,0:T(8,128)} fusion(%stacked), kind=kLoop, calls=%copied
+  %n = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  ROOT %layer = s8[1,8,16]{2,1,0:T(8,128)} dynamic-slice(%relaid, %n, %zero, %zero), dynamic_slice_sizes={1,8,16}
+}
+
+ENTRY %main (all: s8[3,8,16], turn: s32[]) -> s8[3,8,16] {
+  %all = s8[3,8,16]{2,1,0:T(32,128)} parameter(0)
+  %turn = s32[]{:T(128)} parameter(1)
+  %one = s8[1,8,16]{2,1,0:T(8,128)S(1)} fusion(%all, %turn), kind=kLoop, calls=%sliced
+  %begun = ((s8[3,8,16]{2,1,0}), s8[2,8,16]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%all), slice={[0:2], [0:8], [0:16]}
+  %fetched = s8[2,8,16]{2,1,0:S(1)} slice-done(%begun)
+  ROOT %whole = s8[3,8,16]{2,1,0:T(8,128)} fusion(%all), kind=kLoop, calls=%copied
+}
+"""
+
+
+def test_of_a_copy_within_a_fusion_and_of_a_slice_beforehand_counts_what_is_read():
+    layer, counter = 8 * 16, 4
+    assert hlo.traffic(RELAID).memory == layer + counter + 2 * layer + 2 * 3 * layer  # and then a copy of all
+
+
 @pytest.mark.parametrize(
     ("shape", "device"),
     [

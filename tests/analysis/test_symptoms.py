@@ -11,6 +11,7 @@ import pytest
 from experiments import diagnose
 from rlhf_jax.analysis import symptoms
 from rlhf_jax.analysis.symptoms import Course, Graded, findings
+from rlhf_jax.devices.compute import Compute
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +72,8 @@ def test_a_symptom_is_found(ends: dict[str, float], symptom: str):
 def test_what_one_step_tells_is_found_in_a_run_of_one_step():
     assert named([run(1)[0] | {"loss/value": None}]) == ["The loss is NaN"]
     assert named([run(1)[0] | {"ratio/first_error": 0.2}]) == ["The ratio is not 1 at the first step"]
-    assert findings(Course([run(1)[0] | {"ratio/first_error": 0.05}], dtype="bfloat16")) == []
+    for compute, error in ((Compute("bfloat16"), 0.05), (Compute(cache="int8"), 0.5), (Compute(rollout="int8"), 2.0)):
+        assert findings(Course([run(1)[0] | {"ratio/first_error": error}], compute=compute)) == []
     assert named(run(steps=5, kl__reference=-0.4)) == []
 
 

@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from rlhf_jax.data import builders, json_lines, sources
+from rlhf_jax.data.rows import check
 from rlhf_jax.types import InputError
 
 USER = [{"role": "user", "content": "ask"}]
@@ -316,7 +317,7 @@ def test_rows_nested_as_deeply_as_can_be_read(tmp_path):
     for depth in range(800, 1000, 2):
         write(path, f'{{"text": {"[" * depth}{"]" * depth}}}')
         with pytest.raises(InputError, match=r"line 1.*: expected (text|a JSON object), got"):
-            [builders.check("text", row, where) for where, row in json_lines.json_values(path)]
+            [check("text", row, where) for where, row in json_lines.json_values(path)]
 
 
 def test_unreadable_files(tmp_path):
@@ -401,7 +402,7 @@ def test_world(tmp_path, kind):
 
     train = rows("world:rows=20,seed=1")
     assert len(train) == 20
-    assert all(builders.check(kind, row, "row") == row for row in train)
+    assert all(check(kind, row, "row") == row for row in train)
     assert rows("world:rows=20,seed=1") == train
     assert rows("world:rows=20,seed=2") != train
     assert len(rows("world:rows=20,seed=1", "held_out[:50%]")) == 10

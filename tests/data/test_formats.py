@@ -8,8 +8,9 @@ from collections import Counter
 
 import pytest
 
-from rlhf_jax.data import builders, formats, json_lines, pipeline, sources
+from rlhf_jax.data import formats, json_lines, pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.data.rows import check
 from rlhf_jax.types import InputError
 
 HH = {
@@ -259,7 +260,7 @@ EXPECTED = [
 def test_a_row_as_it_is_published(tmp_path, name, row, expected):
     rows = load(tmp_path, name, row)
     assert list(rows) == [expected] and rows.counts == {}
-    assert builders.check(kind_of(name), rows[0], "row") == expected
+    assert check(kind_of(name), rows[0], "row") == expected
     answer = {"answer": "5"} if name == "gsm8k" else {}
     prompt = expected["prompt"] if "prompt" in expected else expected["messages"][:-1]
     assert list(load(tmp_path, name, row, kind="prompts")) == [{"prompt": prompt, **answer}]
@@ -544,7 +545,7 @@ def kind_of(name):
 def reader(name):
     """What reads one row of a format or, by `check`, of a kind."""
     if name in PLAIN:
-        return lambda row, where, counts: builders.check(kind_of(name), row, where)
+        return lambda row, where, counts: check(kind_of(name), row, where)
     return formats.READERS[kind_of(name)][name]
 
 
@@ -567,14 +568,14 @@ def test_broken_text(tmp_path, name):
         counts = Counter()
         try:
             if name in PLAIN:
-                rows = [builders.check(kind, value, where) for where, value in json_lines.json_values(path)]
+                rows = [check(kind, value, where) for where, value in json_lines.json_values(path)]
             else:
                 rows = [row for _, row in formats.read(kind, read, path, counts, json_lines.json_values(path))]
         except InputError as error:
             assert "\n" not in str(error) and str(error).startswith(str(path))
             seen["refused"] += 1
         else:
-            assert all(builders.check(kind, row, "row") == row for row in rows)
+            assert all(check(kind, row, "row") == row for row in rows)
             refused = sum(n for what, n in counts.items() if what.startswith("rows refused"))
             assert len(rows) + refused == len(list(json_lines.json_values(path)))
             seen["read"] += 1

@@ -34,8 +34,8 @@ def unchecked(*names):
             setattr(data, name.rpartition(".")[2], module)
 
 
-NAMES = "builders", "json_lines", "files", "gsm8k", "hub", "formats"
-builders, json_lines, files, gsm8k, hub, formats = unchecked(*NAMES)
+NAMES = "rows", "json_lines", "files", "gsm8k", "hub", "formats"
+rows_lib, json_lines, files, gsm8k, hub, formats = unchecked(*NAMES)
 
 ROWS = 10_000
 PLAIN = {
@@ -73,7 +73,7 @@ JUNK = [None, -2, 2**63, 10**400, float("inf"), float("nan"), {}, {"text": 5}, {
 def readers():
     for name, row in PLAIN.items():
         kind = name.partition("/")[0]
-        yield name, lambda row, where, counts, kind=kind: builders.check(kind, row, where), row
+        yield name, lambda row, where, counts, kind=kind: rows_lib.check(kind, row, where), row
     for kind, named in formats.READERS.items():
         for name, reader in named.items():
             if kind == "examples":
@@ -168,7 +168,7 @@ def test_json_lines(tmp_path):
     for line in lines_of(good):
         try:
             for where, value in json_lines.values_of_lines(path, enumerate(line.split("\n"), start=1)):
-                builders.check("demonstrations", value, where)
+                rows_lib.check("demonstrations", value, where)
         except InputError as error:
             assert str(error).startswith(f"{path}, line ") and "\n" not in str(error)
             seen["errors"] += 1
@@ -181,7 +181,7 @@ def test_tables_of_text(separator):
     for line in lines_of(separator.join(('"a, ""b"""', "c\td" if separator == "," else '"c\td"', "true")) + "\n"):
         try:
             for where, row in files.cells(itertools.chain([header], io.StringIO(line, newline="")), separator, "table"):
-                builders.check("thumbs", row, where)
+                rows_lib.check("thumbs", row, where)
         except InputError as error:
             assert str(error).startswith("table, line ") and "\n" not in str(error)
             seen["errors"] += 1
@@ -214,7 +214,7 @@ def test_tables_of_arrow():
                 for where, row in files.batches_values(
                     lambda n=n, table=table: iter(table.slice(n, 1).to_batches()), "t"
                 ):
-                    builders.check("demonstrations", row, where)
+                    rows_lib.check("demonstrations", row, where)
             except InputError as error:
                 assert str(error).startswith("t, row 1") and "\n" not in str(error)
                 seen["errors"] += 1

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data import builders, tokenizer
+from rlhf_jax.data import tokenizer
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.tasks import Example, Task, Template, catalog, mixture, world
 from rlhf_jax.types import InputError
 
@@ -230,7 +231,7 @@ def test_only_what_is_drawn_is_read(opened, tok):
     """No task is read as a whole: the rows of a batch, those that are tokenised with them."""
     read = []
 
-    class Counted(builders.Rows):
+    class Counted(Rows):
         def __init__(self): ...
 
         def __len__(self):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf_jax.data import builders
+from rlhf_jax.data.rows import check
 from rlhf_jax.data.tasks import Example, Task, Template, in_words, shots, with_reasoning
 from rlhf_jax.types import InputError
 
@@ -54,8 +54,8 @@ def test_rows_of_a_file(tmp_path):
 )
 def test_bad_examples(change, message):
     with pytest.raises(InputError, match=message):
-        builders.check("examples", ROW | change, "line 1")
-    assert builders.check("examples", ROW | {"answer": 1}, "line 1")["answers"] == ["no"]
+        check("examples", ROW | change, "line 1")
+    assert check("examples", ROW | {"answer": 1}, "line 1")["answers"] == ["no"]
 
 
 def test_shots():

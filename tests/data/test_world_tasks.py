@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from rlhf_jax.data import builders, sources
+from rlhf_jax.data import sources
+from rlhf_jax.data.rows import check
 from rlhf_jax.data.tasks import in_words, with_reasoning
 from rlhf_jax.data.tasks.world import TASKS, tasks
 from rlhf_jax.data.world import World
@@ -49,7 +50,7 @@ def test_rows_are_well_formed_and_each_question_comes_once(examples):
         assert len(rows) >= (12 if held_out else 36), (name, held_out)
         assert len({row["question"] for row in rows}) == len(rows)
         for row in rows:
-            assert builders.check("examples", row, name)["answers"] == [row["answer"]]
+            assert check("examples", row, name)["answers"] == [row["answer"]]
             assert row["rationale"].endswith(".")
         if rows[0]["options"]:  # no answer, nor place of it, is much more common than the others
             places = collections.Counter(row["options"].index(row["answer"]) for row in rows)

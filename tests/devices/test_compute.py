@@ -59,6 +59,19 @@ def test_responses_are_sampled_with_int8_kernels():
 
 
 @pytest.mark.slow
+def test_the_policy_that_trains_samples_with_int8_kernels_where_asked():
+    """All else stays in float32, and kernels that are int8 already are not rounded again."""
+    config = dataclasses.replace(tiny.LLAMA, compute=models.Compute(rollout="int8"))
+    params, cfg, key = tiny.policy(tiny.LLAMA), sampling.Config(max_new_tokens=4, eos_id=0), jax.random.key(0)
+    frozen = compute.quantize(params, others=None)
+    tiny.assert_close(frozen, compute.quantize(frozen, others=None), atol=0)
+    mine = sampling.generate(models.Transformer(config), params, TOKENS, MASK, key, cfg)
+    rounded = compute.dequantize(frozen)
+    other = sampling.generate(models.Transformer(tiny.LLAMA), rounded, TOKENS, MASK, key, cfg)
+    tiny.assert_close(mine, other, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_train_on_an_int8_base(dtype):
     cfg, tx = lora.Config(rank=2), optim.adamw(1e-2)

@@ -125,11 +125,13 @@ def test_several_reward_models_and_a_reference_of_its_own(done, tmp_path, capsys
         "reward": (judge, judge),
         "pessimism": 1.0,
         "reference": cfg.out / "pretrain" / "model",
+        "compute": models.Compute(rollout="int8", cache="int8"),
     }
     ppo.main(dataclasses.replace(cfg.ppo, **paths(cfg, tmp_path, "init", "out"), **settings))
     row = metrics_of(tmp_path)[0]
     assert row["reward/disagreement"] == pytest.approx(0, abs=1e-5)  # a model agrees with itself
     assert abs(row["kl/reference"]) > 1e-4  # from the first step on
+    assert 1e-4 < row["ratio/first_error"] < 1  # of answers that are sampled in int8
     assert abs(metrics_of(cfg.out / "ppo")[0]["kl/reference"]) < 1e-5
     capsys.readouterr()  # the progress of the run
     said = refused(capsys, ppo.main, cfg.ppo, "--pessimism", 1)

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import math
 import os
 import time
@@ -10,10 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import dpo, grpo, ppo, pretrain, rank, reward, rloo
+from experiments import (
+    distill,
+    dpo,
+    grpo,
+    kto,
+    online_dpo,
+    ppo,
+    pretrain,
+    rank,
+    rejection,
+    reward,
+    rloo,
+)
 from experiments.studies import courses, frontier, overoptimization, ptx, study, tables, virtues
 from rlhf_jax import runs
 from rlhf_jax.analysis import overoptimization as curves
+from rlhf_jax.data.rows import check
 from rlhf_jax.models import Compute
 from rlhf_jax.runs import log
 from rlhf_jax.types import InputError
@@ -188,7 +202,7 @@ def asked(monkeypatch):
     def once(main, cfg, out=None):
         asked.append(cfg)
         start = isinstance(cfg, courses.Trained) and cfg.model == cfg.run.init
-        return points[0 if start else 1] | {"points": points, "nll": 0.5}
+        return points[0 if start else 1] | {"points": points, "nll": 0.5, "seconds": 3.4}
 
     monkeypatch.setattr(runs, "once", once)
     monkeypatch.setattr(courses, "read_course", lambda _: points)
@@ -209,18 +223,49 @@ def test_reward_models_are_followed_from_where_they_start(base, asked):
 
 
 def test_the_frontier_compares_at_equal_terms(base, asked):
-    cfg = frontier.Config(**base, betas=(0.5, 0.1), budgets=(0.5, 2.0))
+    cfg = frontier.Config(**base, budgets=(0.5, 2.0))
+    write_labels(cfg, [0, 2, 1, 1], [3, 0])
     frontier.main(cfg)
-    policies = [run for run in asked if hasattr(run, "text")]
-    assert {type(run) for run in policies} == {ppo.Config, grpo.Config, rloo.Config}
-    assert len({(run.steps, run.batch, run.data, run.reward, run.text) for run in policies}) == 1
-    assert {run.algorithm.kl_coef for run in policies} == {0.0}
-    preferred = [run for run in asked if isinstance(run, dpo.Config)]
-    assert [(run.seed, run.algorithm.beta) for run in preferred] == [(0, 0.5), (0, 0.1), (1, 0.5), (1, 0.1)]
-    assert all(Path(run.data) == study.labels_path(cfg, run.seed, 16) for run in preferred)
+    policies = [run for run in asked if hasattr(run, "reward") and hasattr(run, "text")]
+    assert {type(run) for run in policies} == {ppo.Config, grpo.Config, rloo.Config, online_dpo.Config}
+    assert len(policies) == 2 * 15
+    assert len({(run.steps, run.data, run.text, run.init) for run in policies}) == 1
+    assert sorted(run.batch for run in policies if run.seed == 0) == [cfg.ppo.batch] * 14 + [4 * cfg.ppo.batch]
+    weights = {run.algorithm.kl_coef for run in policies if not isinstance(run, online_dpo.Config)}
+    assert weights == {0.0}
+    (rejected,) = [run for run in asked if isinstance(run, rejection.Config) and run.seed == 0]
+    assert rejected.prompts * rejected.best_of == cfg.ppo.steps * cfg.ppo.batch
+    preferred = [run for run in asked if isinstance(run, dpo.Offline)]
+    assert len(preferred) == 2 * 18 + 2 * 2  # DPO is asked for twice, the second time by its student
+    labels = study.labels_path(cfg, 1, 16)
+    assert {(type(run) is kto.Config, run.data) for run in preferred if run.seed == 1} == {
+        (False, str(labels)),
+        (True, str(labels.with_name("thumbs16.jsonl"))),
+    }
+    (student,) = [run for run in asked if isinstance(run, distill.Config) and run.seed == 0]
+    assert student.teacher == frontier.place(cfg, 0, "DPO 1") / "model"
     text = renewed(cfg.docs, "frontier")
-    for name in ("best-of-n", "PPO", "RLOO", "GRPO", "DPO"):
-        assert f"| {name} | 0.500 ± 0.000 | - | 0.750 ± 0.000 | 1.000 ± 0.000 |" in text
+    for name in frontier.ALGORITHMS:
+        seconds = "-" if name == "best-of-n" else "3"
+        assert f"| {name} | 0.500 ± 0.000 | - | 0.750 ± 0.000 | 1.000 ± 0.000 | {seconds} |" in text
+    with pytest.raises(InputError, match=r"algorithms: expected some of best-of-n, PPO, .*, got 'SAC'"):
+        frontier.Config(**base, algorithms=("SAC",))
+
+
+def write_labels(cfg, *ranks):
+    for seed in cfg.each_seed:
+        path = study.labels_path(cfg, seed, cfg.prompts)
+        path.parent.mkdir(parents=True)
+        rows = [{"prompt": "Hi", "responses": [*"abcd"[: len(x)]], "ranks": x, "ended": [True] * len(x)} for x in ranks]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_thumbs_are_up_above_the_middle_of_a_ranking(base):
+    cfg = frontier.Config(**base)
+    write_labels(cfg, [0, 2, 1, 1], [3, 0])
+    rows = [json.loads(line) for line in frontier.write_thumbs(cfg, 0).read_text().splitlines()]
+    assert [(row["completion"], row["label"]) for row in rows] == [("a", True), ("b", False), ("a", False), ("b", True)]
+    assert all(check("thumbs", row, "here")["ended"] for row in rows)
 
 
 def test_the_mix_is_compared_at_equal_episodes(base, asked):
@@ -252,7 +297,8 @@ def test_virtues_are_weighed_and_bounded_at_equal_terms(base, asked, monkeypatch
         ("harmless", "cost", home / "harmless-cost"),
     ]
     policies = [run for run in asked if isinstance(run, ppo.Config)]
-    assert len({(run.steps, run.batch, run.data, run.text, run.lr, run.init) for run in policies}) == 1
+    assert len({(run.steps, run.data, run.text, run.init) for run in policies}) == 1
+    assert sorted(run.batch for run in policies if run.seed == 0) == [cfg.ppo.batch] * 14 + [4 * cfg.ppo.batch]
     helpful, harmless, cost = (run.out / "model" for run in learnt[:3])
     assert [(run.reward, run.cost) for run in policies[:3]] == [
         ((helpful, harmless), None),

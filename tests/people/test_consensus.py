@@ -180,18 +180,18 @@ def test_a_look_needs_no_more_memory_for_more_labels(tmp_path: Path, monkeypatch
     """A look takes some items at a time, and its values are those of the whole table."""
     monkeypatch.setattr(consensus, "_CHUNK", 300)
     monkeypatch.setattr(consensus, "_AT_ONCE", 100)
-    sizes, peaks = (10_000, 100_000) if FULL_SIZE else (1000, 6000), []
+    sizes, peaks = (2000, 100_000) if FULL_SIZE else (1000, 6000), []
     for labels in sizes:
         fill(tmp_path / f"{labels}.db", labels)
         with Store(tmp_path / f"{labels}.db") as store, store.reader() as db:
-            book = consensus.Book()
-            book.read(db)
+            consensus.look(db, consensus.Book(), 1.0)  # fills the caches of `agreement`
             tracemalloc.start()
-            found = consensus.look(db, book, 1.0)
+            book = consensus.Book()
+            found = [consensus.look(db, book, 1.0) for _ in range(2)][-1]
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     print(f"{sizes} labels: at most {peaks} bytes")
-    assert peaks[1] - peaks[0] < 100 * (sizes[1] - sizes[0])
+    assert peaks[1] - peaks[0] < 2**21 * (sizes[1] - sizes[0]) / 100_000
     with Store(tmp_path / f"{sizes[1]}.db") as store, store.reader() as db:
         rows = [(row[0], row[1], json.loads(row[2])) for row in db.execute("SELECT person, item, answer FROM labels")]
         monkeypatch.setattr(consensus, "_CHUNK", 1000)

@@ -101,6 +101,32 @@ def test_the_server_starts_at_once(tmp_path: Path):
     assert took < 2 and (not FULL_SIZE or wall < 3)
 
 
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, where Linux says how much is resident")
+def test_the_server_needs_no_more_memory_for_more_labels(tmp_path: Path):
+    """Every page that reads labels is asked for ten times, of 2,000 labels and of 100,000."""
+    resident = []
+    for labels in (2000, 100_000):
+        db = tmp_path / f"{labels}.db"
+        fill(db, labels)
+        with Store(db) as store:
+            session = access.enter(store, access.invite(store, "administrator", "administrator"))
+        with serving(db, "--no-talk") as server:
+            for _ in range(10):
+                for path in ("", "/agreement", "/adjudication", "/arena", "/export?person=person%201"):
+                    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+                    connection.request("GET", f"/admin{path}", headers={"Cookie": f"session-{server.port}={session}"})
+                    response = connection.getresponse()
+                    assert response.status == 200 and response.read()
+                    connection.close()
+                time.sleep(2)  # so that agreement is measured again
+            said = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
+            assert said
+            resident.append(int(said[1]) / 1024)
+    print("resident with 2,000 labels and with 100,000: {:.1f} and {:.1f} MiB".format(*resident))
+    assert resident[1] - resident[0] < 6  # allocators differ by a few from run to run
+
+
 @pytest.mark.slow
 def test_no_acknowledged_label_is_lost_or_doubled_by_a_kill(tmp_path: Path):
     db = tmp_path / "people.db"

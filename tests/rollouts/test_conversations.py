@@ -328,3 +328,25 @@ def test_few_answers_compute_few_rows():
     assert talk.prefilled - before == 8
     for n in range(8):
         assert again[n] == generated(LLAMA, [*said(n, 30), 4], keys[n], cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meshed", [False, True])
+def test_a_cache_in_int8_answers_nearly_the_same(meshed):
+    """What is read, copied to another row, sampled among few rows and scored: as from a cache in floats."""
+    layout = parallel.layout(parallel.Config(fsdp=2, tensor=2), jax.devices()[:4]) if meshed else None
+    params = layout.state(tiny.policy(LLAMA)) if layout else tiny.policy(LLAMA)
+    found = []
+    for kept in ("float", "int8"):
+        config = dataclasses.replace(LLAMA, compute=models.Compute(cache=kept))
+        talk = Conversations(models.Transformer(config), params, None, rows=4, layout=layout)
+        told = talk.ask("a", said(0, 30), KEY, GREEDY, scored="prompt")
+        talk.ask("b", [*said(0, 30), 4], KEY, GREEDY, scored="answer")
+        assert talk.prefilled < 40  # the second copies
+        while talk.answering:
+            told += talk.step().values()
+        found.append(told)
+    assert talk._state.cache.key.values.dtype == np.int8
+    assert [token.id for token in found[0]] == [token.id for token in found[1]]
+    errors = np.abs(np.subtract(*([token.logp for token in told] for told in found)))
+    assert 1e-4 < errors.max() < 0.05

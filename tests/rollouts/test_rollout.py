@@ -55,13 +55,23 @@ def test_responses_that_go_on_after_their_end():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=4, tensor=2)], ids=["pmap", "mesh"])
-def test_one_device_equals_eight(cfg):
+@pytest.mark.parametrize(
+    ("cfg", "compute"),
+    [
+        (parallel.Config(), models.Compute()),
+        (parallel.Config(fsdp=4, tensor=2), models.Compute()),
+        (parallel.Config(fsdp=4, tensor=2), models.Compute(rollout="int8", cache="int8")),
+    ],
+    ids=["pmap", "mesh", "int8"],
+)
+def test_one_device_equals_eight(cfg, compute):
     """Also where each of the eight samples one row at a time."""
-    one = jax.jit(COLLECT)(PARAMS(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(7))
+    policy = models.Transformer(dataclasses.replace(tiny.GPT, compute=compute))
+    collect = functools.partial(COLLECT, policy=policy)
+    one = jax.jit(collect)(PARAMS(), tiny.arrays(prompts()), jax.random.key(0), jnp.uint32(7))
     place = parallel.layout(cfg)
     params, *rest = place.state((PARAMS(), jax.random.key(0), jnp.uint32(7)))
-    collect = functools.partial(COLLECT, cfg=dataclasses.replace(CFG, slots=1))
+    collect = functools.partial(collect, cfg=dataclasses.replace(CFG, slots=1))
     eight = place.gather(place.step(collect)(params, place.rows(prompts()), *rest))
     tiny.assert_close(jax.tree.map(np.asarray, one), eight, atol=1e-5)
     np.testing.assert_array_equal(one.tokens, eight.tokens)

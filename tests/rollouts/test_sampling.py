@@ -191,6 +191,30 @@ def test_neither_a_growing_cache_nor_slots_leave_a_trace(name, platform, given, 
     tiny.assert_close(sample, plain, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "platform", "given"),
+    [("gpt", "cpu", {"parts": 4, "group": 2}), ("gemma2", "tpu", {"slots": 8, "group": 2})],
+    ids=["parts", "slots"],
+)
+def test_an_int8_cache_samples_nearly_the_same(name, platform, given, monkeypatch):
+    """Whatever the cache looks like, and not far from what the whole rows say."""
+    config = tiny.CONFIGS[name]
+    int8 = dataclasses.replace(config, compute=models.Compute(cache="int8"))
+    tokens, mask = (np.repeat(x, 2, axis=0) for x in (tiny.random_tokens(0, 12, 6), tiny.ragged(1, 12, 6)))
+    settings = {"eos_id": (EOS, 5, 7, 11), "n": 11}
+    mine = generate(int8, tokens, mask, parts=1, **settings)
+    error = np.abs(mine.logp - scored(config, tokens, mask, mine)[1])[mine.mask]
+    assert 1e-4 < error.max() < 0.02
+    on(platform, monkeypatch)
+    fresh(monkeypatch)
+    monkeypatch.setattr(sampling, "PART", 5)
+    monkeypatch.setattr(sampling, "MIN_ROWS", 24)
+    again = generate(int8, tokens, mask, **given, **settings)
+    np.testing.assert_array_equal(again.tokens, mine.tokens)
+    tiny.assert_close(again, mine, atol=1e-5)
+
+
 def test_slots_hold_the_only_caches_of_new_tokens():
     tokens, mask = tiny.random_tokens(0, 32, 6), np.ones((32, 6), bool)
     step = functools.partial(generate, tiny.GPT, n=11, slots=8, eos_id=EOS)

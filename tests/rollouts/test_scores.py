@@ -11,7 +11,8 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import ppo, updates
-from rlhf_jax.data import builders, steps, tokenizer
+from rlhf_jax.data import steps, tokenizer
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.steps import Marks
 from rlhf_jax.devices import parallel
 from rlhf_jax.models import heads
@@ -80,7 +81,7 @@ def test_each_model_and_a_cost_model_score_by_themselves(devices, monkeypatch):
     )
     named = tuple((Path(str(n)), model) for n, model in enumerate((reward(5), llama, reward(6))))
     judges = scores.Models(named=named, costs=True, weighted=True, pessimism=0.0)
-    rows = builders.Rows([], lambda row, n: row, {}, Path(), lambda row, n: "")  # which no model reads
+    rows = Rows([], lambda row, n: row, {}, Path(), lambda row, n: "")  # which no model reads
     monkeypatch.setattr(models, "stop_ids", lambda policy: (EOS,))
     found = layout.gather(scores.scorer(judges, None, rows, reward(0), layout)(sampled))
     np.testing.assert_allclose(found.scores, np.stack([five, other], axis=1), atol=1e-5)

@@ -29,7 +29,7 @@ import numpy as np
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
-from rlhf_jax.data.builders import Rows
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.tasks import shots as shots_lib
 from rlhf_jax.data.tasks.task import Example, Task, Template, in_words, with_reasoning
 from rlhf_jax.data.tokenizer import Prompt, Tokenizer

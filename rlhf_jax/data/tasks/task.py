@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_jax.data import sources
-from rlhf_jax.data.builders import Row, Rows
+from rlhf_jax.data.rows import Row, Rows
 from rlhf_jax.types import InputError
 
 # accuracy: the option chosen; exact: the text, normalised; f1: the words in common; number: the last number of the

@@ -5,7 +5,7 @@ Their templates keep to short, plain sentences: a model of the world is tiny, an
 
 from collections.abc import Mapping
 
-from rlhf_jax.data.builders import Row
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tasks.task import Example, Metric, Task, Template
 from rlhf_jax.data.world.tasks import CLUSTERS
 

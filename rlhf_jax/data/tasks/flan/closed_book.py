@@ -1,6 +1,6 @@
 """Closed-book question answering: what does one know without looking it up?"""
 
-from rlhf_jax.data.builders import Row
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tasks.flan.readers import asked, example
 from rlhf_jax.data.tasks.task import Example, Task, Template
 

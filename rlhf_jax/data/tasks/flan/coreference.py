@@ -1,6 +1,6 @@
 """Coreference: whom or what does a word stand for?"""
 
-from rlhf_jax.data.builders import Row
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tasks.flan.readers import asked, chosen, example
 from rlhf_jax.data.tasks.task import Example, Task, Template
 

@@ -1,6 +1,6 @@
 """Paraphrase: do two sentences mean the same?"""
 
-from rlhf_jax.data.builders import Row
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tasks.flan.readers import asked, example, labelled
 from rlhf_jax.data.tasks.task import Example, Task, Template
 

@@ -1,6 +1,6 @@
 """Summarization: say it shorter, down to the subject of a mail or the topic of a report."""
 
-from rlhf_jax.data.builders import Row
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tasks.flan.readers import asked, example, labelled, written
 from rlhf_jax.data.tasks.task import Example, Task, Template
 

@@ -3,7 +3,7 @@
 As many pairs of languages as the paper counts (eight): those of the code that its authors published.
 """
 
-from rlhf_jax.data.builders import Row
+from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tasks.flan.readers import Reader, asked, example
 from rlhf_jax.data.tasks.task import Example, Task, Template
 

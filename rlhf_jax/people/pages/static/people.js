@@ -218,10 +218,16 @@ function entrance(form) {
 
 async function refresh(parts) {
   if (document.hidden || document.activeElement?.closest("[data-live]")) return;
-  const response = await fetch(parts[0].dataset.live || "/admin").catch(() => null); // else the next time
-  if (!response?.ok) return;
+  const response = await fetch(parts[0].dataset.live || "/admin");
+  if (!response.ok) return;
   const fresh = new DOMParser().parseFromString(await response.text(), "text/html").querySelectorAll("[data-live]");
   if (fresh.length === parts.length) parts.forEach((part, n) => part.replaceChildren(...fresh[n].childNodes));
+}
+
+async function stayFresh(parts) {
+  const start = Date.now();
+  await refresh(parts).catch(() => null); // else the next time
+  setTimeout(stayFresh, Math.max(5000, 10 * (Date.now() - start)), parts); // what takes long is asked for less often
 }
 
 // Work: a task --------------------------------------------------------------------------------------------------------
@@ -1141,7 +1147,7 @@ function chatting() {
 }
 
 const live = [...document.querySelectorAll("[data-live]")];
-if (live.length) setInterval(refresh, 5000, live);
+if (live.length) setTimeout(stayFresh, 5000, live);
 document.querySelector("input.link")?.select();
 if ($("enter")) entrance($("enter"));
 if (form) work();
