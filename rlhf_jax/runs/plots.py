@@ -99,16 +99,22 @@ def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, ..
     """
     figure, axes = _grid(len(panels))
     for axis, (label, series) in zip(axes, panels.items(), strict=True):
-        for (name, points), color in zip(series.items(), _cycle(len(series)), strict=True):
+        for n, ((name, points), color) in enumerate(zip(series.items(), _cycle(len(series)), strict=True)):
             across, up, *spread = np.array(sorted(points), float).reshape(len(points), -1).T
-            axis.plot(across, up, color=color, marker="o", markersize=3.5, linewidth=1.4, label=name)
+            again = n // len(COLORS)  # times that the colour was there before
+            style, marker = ("-", "--", ":")[again % 3], ("o", "s", "^")[again % 3]
+            axis.plot(across, up, style, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=name)
             for one in spread:
                 axis.fill_between(across, up - one, up + one, color=color, alpha=0.15, linewidth=0)
         axis.set_title(label, loc="left", fontsize=10, color=INK)
         axis.set_xlabel(x, fontsize=9, color=INK)
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         if len(series) > 1 and (axis is axes[0] or list(series) != list(next(iter(panels.values())))):
-            axis.legend(frameon=False, fontsize=8, labelcolor=INK)
+            if len(series) <= len(COLORS):
+                axis.legend(frameon=False, fontsize=8, labelcolor=INK)
+            else:  # there is no room for them among the lines
+                axis.legend(frameon=False, fontsize=7, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+                figure.set_size_inches(5.2 * _columns(len(panels)), figure.get_figheight())
     return _save(figure, path)
 
 

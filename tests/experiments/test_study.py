@@ -297,8 +297,7 @@ def test_virtues_are_weighed_and_bounded_at_equal_terms(base, asked, monkeypatch
         ("harmless", "cost", home / "harmless-cost"),
     ]
     policies = [run for run in asked if isinstance(run, ppo.Config)]
-    assert len({(run.steps, run.data, run.text, run.init) for run in policies}) == 1
-    assert sorted(run.batch for run in policies if run.seed == 0) == [cfg.ppo.batch] * 14 + [4 * cfg.ppo.batch]
+    assert len({(run.steps, run.batch, run.data, run.text, run.lr, run.init) for run in policies}) == 1
     helpful, harmless, cost = (run.out / "model" for run in learnt[:3])
     assert [(run.reward, run.cost) for run in policies[:3]] == [
         ((helpful, harmless), None),
