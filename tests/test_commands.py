@@ -365,8 +365,15 @@ OTHERS = [["export"], ["import"], ["invite"]]  # what scripts/people.sh does bes
 RAN: set[tuple[str, ...]] = set()  # kinds, of any page
 
 
+TRAINING = {"docs/scores.md"}  # pages that train for half a minute
+RUNNING = [
+    pytest.param(page, marks=[pytest.mark.full] if page in TRAINING else [])
+    for page in dict.fromkeys(command.page for command in COMMANDS if command.reason is None)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", dict.fromkeys(command.page for command in COMMANDS if command.reason is None))
+@pytest.mark.parametrize("page", RUNNING)
 def test_the_commands_of_a_page_run(page: str, judging: str, capfd: pytest.CaptureFixture):
     for command in COMMANDS:
         if command.page != page or command.reason or command.kind in RAN:
