@@ -365,7 +365,7 @@ OTHERS = [["export"], ["import"], ["invite"]]  # what scripts/people.sh does bes
 RAN: set[tuple[str, ...]] = set()  # kinds, of any page
 
 
-TRAINING = {"docs/scores.md"}  # pages that train for half a minute
+TRAINING = {"docs/scores.md", "docs/learn/over-optimisation.md"}  # pages that train several reward models
 RUNNING = [
     pytest.param(page, marks=[pytest.mark.full] if page in TRAINING else [])
     for page in dict.fromkeys(command.page for command in COMMANDS if command.reason is None)

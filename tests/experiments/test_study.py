@@ -85,7 +85,7 @@ def test_seeds_run_in_processes_of_their_own(tmp_path):
     assert study.run_each(dataclasses.replace(cfg, jobs=1), lambda _, item: item, "ab") == ["a", "b"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_where_one_process_fails_the_others_end(tmp_path):
     start = time.monotonic()
     with pytest.raises(InputError, match="a bad item"):

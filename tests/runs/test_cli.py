@@ -247,7 +247,7 @@ def talk(folder: Path, *cases: tuple[bytes, bytes, dict[str, str]]) -> list[tupl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.full)])
 def test_an_output_that_nobody_reads_ends_in_silence(tmp_path, unbuffered):
     expected = {
         b"$TALK | head -n 1 > /dev/null; exit ${PIPESTATUS[0]}": (cli.UNREAD, b"", b""),
