@@ -226,6 +226,12 @@ def write_thumbs(cfg: "Config", seed: int) -> Path:
     return thumbs
 
 
+def follow_chance(cfg: ppo.Config) -> object:
+    """PPO on scores that are drawn anew for each answer, so that nothing can be learnt."""
+    draws = np.random.default_rng(cfg.seed)
+    return ppo.main(cfg, lambda prompt, response: float(draws.normal()))
+
+
 # What the algorithms have in common with PPO's settings here: minibatches, no KL penalty, a score for cut answers.
 _PPO = ppo_lib.Config(minibatches=4, kl_coef=0.0, unfinished_score=-1.0)
 _GRPO = grpo_lib.Config(minibatches=4, group=4, kl_coef=0.0, kl_in="reward", unfinished_score=-1.0)
@@ -238,12 +244,6 @@ Row = functools.partial[Course]
 
 def _ppo(algorithm: ppo_lib.Config = _PPO, lr: float = ppo.Config.lr, times: int = 1) -> Row:
     return functools.partial(follow, config=ppo.Config(lr=lr, algorithm=algorithm), times=times)
-
-
-def follow_chance(cfg: ppo.Config) -> object:
-    """PPO on scores that are drawn anew for each answer, so that nothing can be learnt."""
-    draws = np.random.default_rng(cfg.seed)
-    return ppo.main(cfg, lambda prompt, response: float(draws.normal()))
 
 
 def _grpo(algorithm: grpo_lib.Config = _GRPO, resample: int = 0) -> Row:

@@ -15,8 +15,6 @@ from rlhf_jax.types import Params
 Kernel = Literal["qkv", "out", "up", "down"]  # the linear layers of a block
 INPUTS: dict[Kernel, int] = {"qkv": 1, "out": 3, "up": 1, "down": 1}  # axes of a kernel that are inputs, after [L]
 STACKED = "experts"  # layers whose kernels are [L, E, ...]
-
-
 RATIO_ERROR = {"float32": 1e-4, "bfloat16": 0.1}  # `ratio_error`, by the dtype of the trunk
 
 
