@@ -65,6 +65,7 @@ class Config(runs.Stage):
     data: str | None = None  # required: the folder of the four files above, or a TFDS name such as glue/sst2
     data_dir: Path | None = None  # type: ignore[assignment]  # where prepared data sets are kept; None is the folder "data" in `out`
     init: Path | None = None  # pretrained model directory to begin with; None: pretrain one on the sentences
+    prefix: str = ""  # text in front of each opening that the models read, and labeler and judge do not
     choices: Count = 3000  # openings for the reward model to learn from
     held_out_choices: Count = 256  # openings to measure its accuracy on, and to normalise it on
     best_of: Annotated[int, Range(least=2)] = 4  # continuations of each, of which the labeler picks one
@@ -332,10 +333,16 @@ def sampled_as(cfg: Config, model: models.Model) -> sampling.Config:
     )
 
 
-def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequence[str]) -> Iterator[dict]:
+def asked(cfg: Config, openings: Sequence[str]) -> list[dict]:
+    """The rows of prompts of these openings."""
+    return [{"prompt": cfg.prefix + opening} for opening in openings]
+
+
+def choose(cfg: Config, model: models.Model, labeler: Pipeline, openings: Sequence[str]) -> Iterator[dict]:
     """Rankings: `best_of` continuations of each opening, with rank 0 for the one that the labeler likes best."""
     tokenizer = models.tokenizer_of(model)
-    batch, counts = pipeline.every_prompt([{"prompt": x} for x in prompts], tokenizer, length=cfg.ppo.prompt_length)
+    rows = asked(cfg, openings)
+    batch, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.ppo.prompt_length)
     print(f"openings to choose continuations of: {counts}")
     sampled = rollout.episodes(
         model,
@@ -345,13 +352,12 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequenc
         batch=cfg.sample_batch,
         layout=parallel.layout(cfg.devices),
     )
-    rows = zip(sampled.response_tokens, sampled.response_mask, strict=True)
-    texts = (tokenizer_lib.decode(tokenizer, tokens, mask) for tokens, mask in rows)
+    said = zip(sampled.response_tokens, sampled.response_mask, strict=True)
+    texts = (tokenizer_lib.decode(tokenizer, tokens, mask) for tokens, mask in said)
     for index in batch.index:
-        prompt = prompts[index]
         responses = [next(texts) for _ in range(cfg.best_of)]
-        best = int(np.argmax(labeler.predict_proba([prompt + response for response in responses])[:, 1]))
-        yield {"prompt": prompt, "responses": responses, "ranks": [int(k != best) for k in range(cfg.best_of)]}
+        best = int(np.argmax(labeler.predict_proba([openings[index] + response for response in responses])[:, 1]))
+        yield rows[index] | {"responses": responses, "ranks": [int(k != best) for k in range(cfg.best_of)]}
 
 
 def write_choices(cfg: Config, stage: "reward.Config", labeler: Pipeline, openings: Sequence[str]) -> None:
@@ -449,10 +455,8 @@ def evaluate(cfg: Config, plan: Stages, reviews: Reviews, readers: Readers) -> t
     """The held-out openings that fit, and what base and PPO make of them."""
     base, final, (learnt,) = plan.ppo.init, plan.ppo.out / "model", plan.ppo.reward
     tokenizer = models.tokenizer_of(models.load(base, compute=cfg.compute))
-    asked = reviews.held_out_openings
-    prompts, counts = pipeline.every_prompt(
-        [{"prompt": prompt} for prompt in asked], tokenizer, length=cfg.ppo.prompt_length
-    )
+    openings = reviews.held_out_openings
+    prompts, counts = pipeline.every_prompt(asked(cfg, openings), tokenizer, length=cfg.ppo.prompt_length)
     print(f"held-out openings: {counts}")
     sampled = continuations(cfg, (base, final), learnt, prompts)
     losses = text_nll(cfg, (base, final), [text for text, _ in reviews.held_out])
@@ -460,9 +464,10 @@ def evaluate(cfg: Config, plan: Stages, reviews: Reviews, readers: Readers) -> t
     results = {}
     for stage, episodes, nll in zip(("base", "PPO"), sampled, losses, strict=True):
         rows = zip(episodes.tokens, episodes.mask, strict=True)
-        sentences = [tokenizer_lib.decode(tokenizer, tokens, mask).strip() for tokens, mask in rows]
+        texts = (tokenizer_lib.decode(tokenizer, tokens, mask) for tokens, mask in rows)
+        sentences = [text.removeprefix(cfg.prefix).strip() for text in texts]
         results[stage] = measure(episodes, sentences, readers, perplexity(episodes), nll)
-    return [asked[index] for index in prompts.index], results
+    return [openings[index] for index in prompts.index], results
 
 
 def main(cfg: Config) -> dict:
@@ -483,7 +488,7 @@ def main(cfg: Config) -> dict:
     learnt = runs.once(reward.main, plan.reward)
     print(f"reward model: {100 * learnt['accuracy']:.1f} % of held-out pairs of the best and another")
 
-    write_rows(plan.ppo.data, ({"prompt": prompt} for prompt in reviews.openings))
+    write_rows(plan.ppo.data, asked(cfg, reviews.openings))
     runs.once(ppo.main, plan.ppo)
 
     print(f"\n== evaluate ({time.monotonic() - start:.0f} s)", flush=True)
