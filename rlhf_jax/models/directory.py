@@ -119,24 +119,21 @@ def _normalized(template: Any) -> Any:
     return template.rstrip() if isinstance(template, str) else template
 
 
-def check_length(config: Config, **lengths: int) -> None:
-    """Raises InputError for a length, by name, beyond a table of positions; warns where RoPE was trained for less.
+def check_length(config: Config, length: int, name: str = "length") -> None:
+    """Raises InputError for rows longer than the table of positions; warns where RoPE was trained for less.
 
-    Warns too where RoPE has other factors for rows so long.
+    Warns too where RoPE has other factors for rows so long. `name` is the setting that the message names.
     """
     scaling = config.rope_scaling
-    for name, length in lengths.items():
-        if isinstance(scaling, LongScaling) and length > scaling.original_length and hosts.first():
-            what = (
-                f"{name}={length} is more than {scaling.original_length} tokens, for which longrope has other factors"
-            )
-            print(f"warning: {what}: shorter rows are read as by another model", file=sys.stderr)
-        if length > config.max_length:
-            what = f"{name}={length} is more than the model's context of {config.max_length} tokens"
-            if config.position == "learned":
-                raise InputError(f"{what}, beyond which it has no positions")
-            if hosts.first():
-                print(f"warning: {what}, the most that it was trained for", file=sys.stderr)
+    if isinstance(scaling, LongScaling) and length > scaling.original_length and hosts.first():
+        what = f"{name}={length} is more than {scaling.original_length} tokens, for which longrope has other factors"
+        print(f"warning: {what}: shorter rows are read as by another model", file=sys.stderr)
+    if length > config.max_length:
+        what = f"{name}={length} is more than the model's context of {config.max_length} tokens"
+        if config.position == "learned":
+            raise InputError(f"{what}, beyond which it has no positions")
+        if hosts.first():
+            print(f"warning: {what}, the most that it was trained for", file=sys.stderr)
 
 
 def load(
