@@ -366,7 +366,7 @@ _UNWRITABLE = (
 
 @contextlib.contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Makes an InputError of an error in writing that the path is the cause of; a full disk, for one, is not."""
+    """Raise InputError for an error in writing whose cause is the path; others, such as a full disk, pass through."""
     try:
         yield
     except OSError as error:
