@@ -216,7 +216,7 @@ def main(
                 if refill is None:
                     episodes = fresh
                     break
-                episodes, flat = refill(*((episodes, fresh) if attempt else (fresh, None)))
+                episodes, flat = refill(episodes, fresh) if attempt else refill(fresh, None)
                 if not layout.get(flat):
                     break
             if due := (step - 1) % cfg.samples_every == 0 or step == cfg.steps:

@@ -201,9 +201,9 @@ _RELATED = 0.5  # cosine of two models' weights at least, if one init is to be t
 
 def _means(paths: Sequence[str | Path], values: Sequence[Iterator[_Value]]) -> Iterator[_Value]:
     """The mean of each part over several models; raises InputError at the end for one that is not related."""
-    products = np.zeros(
-        (len(values), 3)
-    )  # of the first model's kernels with this one's, this one's squared, the first's
+    # Of each model: the products of the first model's kernels with its own, of its own with themselves, and of the
+    # first model's with themselves.
+    products = np.zeros((len(values), 3))
     for leaf, layer, first in values[0]:
         total = first.astype(np.float64)
         for n, others in enumerate(values[1:], 1):

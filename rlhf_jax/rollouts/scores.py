@@ -187,7 +187,7 @@ def other(
     seed: int,
     reward: Sequence[Path],
 ) -> Other:
-    """What scores responses in place of the reward models, None if they do.
+    """The source of scores in place of the reward models, None if these are to score.
 
     Raises InputError for more than one, and where there are no reward models either.
     """
