@@ -73,7 +73,8 @@ _KINDS = (
     _Kind(("gpt-2", "olmo", "phi-2"), _gpt2),
     _Kind(("smollm", "starcoder", "refact"), _digits),
     _Kind(("llama-bpe", "llama3", "llama-v3"), _gpt4, whole=True, bos=True),
-    _Kind(("smaug-bpe",), _gpt4, whole=True),  # Llama 3's vocabulary without BOS, as SmolLM 3 has it
+    # Llama 3's vocabulary without BOS, as SmolLM 3 has it; llama.cpp merges its words step by step all the same.
+    _Kind(("smaug-bpe",), _gpt4, whole=True),
     _Kind(("dbrx",), _gpt4),  # OLMo 2 and 3, Phi-4
     _Kind(("qwen2", "deepseek-r1-qwen"), _qwen2, composed=True),
     _Kind(("gpt-4o",), _gpt4o),  # Phi-4-mini
