@@ -75,6 +75,23 @@ def _forgotten() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def _curves_unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curves of runs are set up, but not rendered, which takes half a second: test_plots.py and `done` do that."""
+    plots = sys.modules.get("rlhf_jax.runs.plots")
+    if plots is None or request.module.__name__.endswith("test_plots"):
+        return
+    render = plots._save
+
+    def save(figure: Any, path: Path) -> Path:
+        if path.name != "curves.png":
+            return render(figure, path)
+        path.touch()
+        return path
+
+    monkeypatch.setattr(plots, "_save", save)
+
+
 @pytest.fixture(scope="session")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict]:
     """The configuration of a quickstart of two steps a stage, after it ran, and its summary.
