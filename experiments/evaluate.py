@@ -59,7 +59,7 @@ def nll_step(config: models.Config, layout: parallel.Layout) -> Callable:
 
 def held_out_nll(cfg: Config, model: models.Model, layout: parallel.Layout) -> float:
     """The mean negative log-likelihood of held-out pretraining text, in nats a token."""
-    models.check_length(model.config, text_length=cfg.text_length)
+    models.check_length(model.config, cfg.text_length, "text_length")
     rows = sources.rows(f"world:seed={cfg.world},rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
     tokenizer = models.tokenizer_of(model)
     batches = pipeline.text(rows, tokenizer, length=cfg.text_length, batch=cfg.batch, seed=0, epochs=1)

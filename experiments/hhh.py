@@ -1,8 +1,9 @@
 """Does a model prefer the more helpful, honest and harmless of two answers?
 
-A language model ranks answers by their log-probability, a reward model by its score. The comparisons are the embedded
-world's own, in which the answers of a pair differ in one virtue alone, or out of files: JSON Lines of {"prompt",
-"chosen", "rejected", "subset"}, or BIG-bench's folder hhh_alignment.
+A language model ranks answers by their log-probability, a reward model by its score, a judge by its verdict on both, in
+either order. The comparisons are the embedded world's own, in which the answers of a pair differ in one virtue alone,
+or out of files: JSON Lines of {"prompt", "chosen", "rejected", "subset"}, BIG-bench's folder hhh_alignment, or rankings
+of any kind that a reward model learns from, such as hh:PATH.
 
 Run:     python -m experiments.hhh --model runs/sft/model --reward runs/reward/model
 Parent:  evaluate
@@ -17,10 +18,12 @@ from pathlib import Path
 
 from rlhf_jax import models, runs
 from rlhf_jax.data import hhh as data
+from rlhf_jax.data import sources
 from rlhf_jax.data.world import World
 from rlhf_jax.data.world import hhh as world_hhh
 from rlhf_jax.devices import hosts, parallel
 from rlhf_jax.evaluation import hhh
+from rlhf_jax.rollouts import judge as judge_lib
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, Seed
 from rlhf_jax.types import InputError
@@ -32,18 +35,22 @@ class Config(runs.Stage):
 
     model: Path | None = None  # model directory that ranks by log-probability
     reward: Path | None = None  # model directory of a reward model, which ranks by score
-    data: Path | None = None  # file or folder of comparisons; None: the world's own
+    judge: judge_lib.Config = judge_lib.Config()  # language model that says which of two answers is better
+    data: str | None = None  # file or folder of comparisons, or rankings such as hh:PATH; None: the world's own
     out: Path = Path("runs/hhh")  # run directory, for all results
-    pairs: Count = 300  # comparisons of each subset, of the world's own
+    pairs: Count = 300  # comparisons of each subset of the world's own, or of rankings, at most
     world: Seed = 0  # seed of the world that the model was trained on
     batch: Count = 64  # comparisons to compute at a time, over all devices
 
 
 def main(cfg: Config) -> dict[str, dict[str, hhh.Accuracy]]:
     """Compare, print a table, and write hhh.json and hhh.png; returns accuracies by measure and subset."""
-    if not cfg.model and not cfg.reward:
-        raise InputError("nothing to evaluate: name a language model by --model, or a reward model by --reward")
-    subsets = data.read(cfg.data) if cfg.data else _of_world(cfg)
+    if not cfg.model and not cfg.reward and not cfg.judge.given:
+        raise InputError(
+            "nothing to evaluate: name a model by --model, a reward model by --reward, or a judge by --judge.model or"
+            " --judge.url"
+        )
+    subsets = comparisons(cfg)
     layout = parallel.layout(cfg.devices)
     margins: dict[str, hhh.Margins] = {}
     if cfg.model:
@@ -52,6 +59,8 @@ def main(cfg: Config) -> dict[str, dict[str, hhh.Accuracy]]:
     if cfg.reward:
         reward = models.load_reward(cfg.reward, compute=cfg.compute, place=layout.sharding)
         margins |= hhh.by_reward(reward, subsets, batch=cfg.batch, layout=layout)
+    if judge := judge_lib.load(cfg.judge, layout, cfg.compute, cfg.seed):
+        margins |= hhh.by_judge(judge, subsets, batch=cfg.batch)
     found = {measure: hhh.accuracies(one) for measure, one in margins.items()}
     if hosts.first():
         print(table(found))
@@ -70,12 +79,19 @@ def table(found: Mapping[str, Mapping[str, hhh.Accuracy]]) -> str:
     return "\n".join([*lines, *(f"{measure}: {one.pairs} pairs, {one.ties} ties" for measure, one in ends)])
 
 
-def _of_world(cfg: Config) -> data.Subsets:
-    """Comparisons of the world about entities of which no stage was asked."""
-    subsets: data.Subsets = {}
-    for n, row in enumerate(world_hhh.comparisons(World.generate(cfg.world), cfg.pairs, cfg.seed)):
-        subsets.setdefault(row["subset"], []).append(data.compared(row, f"world, comparison {n}"))
-    return subsets
+def comparisons(cfg: Config) -> data.Subsets:
+    """The comparisons of a file, a folder or rankings; or the world's own, about what no stage was asked."""
+    if cfg.data is None:
+        subsets: data.Subsets = {}
+        for n, row in enumerate(world_hhh.comparisons(World.generate(cfg.world), cfg.pairs, cfg.seed)):
+            subsets.setdefault(row["subset"], []).append(data.compared(row, f"world, comparison {n}"))
+        return subsets
+    if ":" not in cfg.data or Path(cfg.data).exists():
+        return data.read(Path(cfg.data))
+    found = data.of_rankings(sources.rows(cfg.data, "rankings", data_dir=cfg.data_dir), cfg.pairs)
+    if not found:
+        raise InputError(f"{cfg.data}: all responses to a prompt are ranked alike, so there is nothing to compare")
+    return {cfg.data: found}
 
 
 def _write(cfg: Config, found: Mapping[str, Mapping[str, hhh.Accuracy]]) -> None:

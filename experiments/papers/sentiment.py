@@ -29,7 +29,7 @@ import random
 import re
 import resource
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +48,7 @@ from rlhf_jax.algorithms import reward as reward_lib
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import parallel
+from rlhf_jax.evaluation import likelihood
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, Range, Seed
@@ -63,6 +64,8 @@ class Config(runs.Stage):
     out: Path = Path("runs/sentiment")  # run directory; each stage has a folder in it
     data: str | None = None  # required: the folder of the four files above, or a TFDS name such as glue/sst2
     data_dir: Path | None = None  # type: ignore[assignment]  # where prepared data sets are kept; None is the folder "data" in `out`
+    init: Path | None = None  # pretrained model directory to begin with; None: pretrain one on the sentences
+    prefix: str = ""  # text in front of each opening that the models read, and labeler and judge do not
     choices: Count = 3000  # openings for the reward model to learn from
     held_out_choices: Count = 256  # openings to measure its accuracy on, and to normalise it on
     best_of: Annotated[int, Range(least=2)] = 4  # continuations of each, of which the labeler picks one
@@ -107,7 +110,7 @@ class Reviews:
 
 @dataclasses.dataclass(frozen=True)
 class Readers:
-    """Who reads continuations: each a classifier fitted on its own half of the labelled sentences."""
+    """The two who read continuations: classifiers, each fitted on its own half of the labelled sentences."""
 
     labeler: Pipeline  # makes the choices that the reward model learns from
     judge: Pipeline  # measures, and nothing is trained on its word
@@ -283,7 +286,9 @@ def shared_settings(cfg: Config) -> runs.Stage:
 
 def plan_stages(cfg: Config) -> Stages:
     """The configuration of each stage; raises InputError for a flag without effect."""
-    shared, base = shared_settings(cfg), cfg.out / "pretrain" / "model"
+    if cfg.init is not None and cfg.pretrain != Config.pretrain:
+        raise InputError(f"pretrain.* has no effect with init={cfg.init}: leave out one of them")
+    shared, base = shared_settings(cfg), cfg.init or cfg.out / "pretrain" / "model"
     return Stages(
         pretrain=cli.hand_down(
             "pretrain",
@@ -328,10 +333,16 @@ def sampled_as(cfg: Config, model: models.Model) -> sampling.Config:
     )
 
 
-def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequence[str]) -> Iterator[dict]:
+def asked(cfg: Config, openings: Sequence[str]) -> list[dict]:
+    """The rows of prompts of these openings."""
+    return [{"prompt": cfg.prefix + opening} for opening in openings]
+
+
+def choose(cfg: Config, model: models.Model, labeler: Pipeline, openings: Sequence[str]) -> Iterator[dict]:
     """Rankings: `best_of` continuations of each opening, with rank 0 for the one that the labeler likes best."""
     tokenizer = models.tokenizer_of(model)
-    batch, counts = pipeline.every_prompt([{"prompt": x} for x in prompts], tokenizer, length=cfg.ppo.prompt_length)
+    rows = asked(cfg, openings)
+    batch, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.ppo.prompt_length)
     print(f"openings to choose continuations of: {counts}")
     sampled = rollout.episodes(
         model,
@@ -341,17 +352,18 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, prompts: Sequenc
         batch=cfg.sample_batch,
         layout=parallel.layout(cfg.devices),
     )
-    rows = zip(sampled.response_tokens, sampled.response_mask, strict=True)
-    texts = (tokenizer_lib.decode(tokenizer, tokens, mask) for tokens, mask in rows)
+    said = zip(sampled.response_tokens, sampled.response_mask, strict=True)
+    texts = (tokenizer_lib.decode(tokenizer, tokens, mask) for tokens, mask in said)
     for index in batch.index:
-        prompt = prompts[index]
         responses = [next(texts) for _ in range(cfg.best_of)]
-        best = int(np.argmax(labeler.predict_proba([prompt + response for response in responses])[:, 1]))
-        yield {"prompt": prompt, "responses": responses, "ranks": [int(k != best) for k in range(cfg.best_of)]}
+        best = int(np.argmax(labeler.predict_proba([openings[index] + response for response in responses])[:, 1]))
+        yield rows[index] | {"responses": responses, "ranks": [int(k != best) for k in range(cfg.best_of)]}
 
 
 def write_choices(cfg: Config, stage: "reward.Config", labeler: Pipeline, openings: Sequence[str]) -> None:
-    """Write the labeler's choices among continuations by the base: the first ones are held out."""
+    """Write the labeler's choices among continuations by the base, the first ones held out, unless they are there."""
+    if Path(stage.data).exists():  # the last one to be written
+        return
     base, split = models.load(stage.init, compute=cfg.compute), cfg.held_out_choices
     chosen = list(choose(cfg, base, labeler, openings[: split + cfg.choices]))
     write_rows(str(stage.held_out), chosen[:split])
@@ -375,6 +387,24 @@ def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Pro
             score=score,
             layout=layout,
         )
+
+
+def fluency(cfg: Config, base: Path, prompts: Prompts) -> Callable[[Rollout], float]:
+    """A function of continuations: their perplexity, a token, by the model at `base`, without a temperature."""
+    layout = parallel.layout(cfg.devices)
+    model = models.load(base, compute=cfg.compute, place=layout.sharding)
+    reader = likelihood.Reader(model, layout, cfg.sample_batch)
+
+    def perplexity(episodes: Rollout) -> float:
+        requests = [
+            likelihood.Request(start[asked].tolist(), tokens[said].tolist())
+            for start, asked, tokens, said in zip(
+                prompts.tokens, prompts.mask, episodes.response_tokens, episodes.response_mask, strict=True
+            )
+        ]
+        return float(np.exp(-sum(one.total for one in reader(requests)) / episodes.response_mask.sum()))
+
+    return perplexity
 
 
 def text_nll(cfg: Config, paths: Sequence[Path], texts: Sequence[str]) -> Iterator[float]:
@@ -405,8 +435,8 @@ class Continued:
     measures: dict[str, float]
 
 
-def measure(episodes: Rollout, sentences: list[str], readers: Readers, nll: float) -> Continued:
-    """Who finds the sentences positive, how far they are from the base's, and whether they are sentences."""
+def measure(episodes: Rollout, sentences: list[str], readers: Readers, perplexity: float, nll: float) -> Continued:
+    """Measure how positive the sentences are, how far from the base's, and whether they are sentences at all."""
     kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
     measures = {
         **{f"positive_{name}": float(np.mean(reader.predict(sentences))) for name, reader in readers.named().items()},
@@ -415,6 +445,7 @@ def measure(episodes: Rollout, sentences: list[str], readers: Readers, nll: floa
         "ended": float(episodes.ended.mean()),
         "tokens": float(episodes.response_mask.sum(axis=1).mean()),
         "distinct": len(set(sentences)) / len(sentences),
+        "perplexity": perplexity,
         "nll": nll,
     }
     return Continued(sentences, measures)
@@ -424,19 +455,19 @@ def evaluate(cfg: Config, plan: Stages, reviews: Reviews, readers: Readers) -> t
     """The held-out openings that fit, and what base and PPO make of them."""
     base, final, (learnt,) = plan.ppo.init, plan.ppo.out / "model", plan.ppo.reward
     tokenizer = models.tokenizer_of(models.load(base, compute=cfg.compute))
-    asked = reviews.held_out_openings
-    prompts, counts = pipeline.every_prompt(
-        [{"prompt": prompt} for prompt in asked], tokenizer, length=cfg.ppo.prompt_length
-    )
+    openings = reviews.held_out_openings
+    prompts, counts = pipeline.every_prompt(asked(cfg, openings), tokenizer, length=cfg.ppo.prompt_length)
     print(f"held-out openings: {counts}")
     sampled = continuations(cfg, (base, final), learnt, prompts)
     losses = text_nll(cfg, (base, final), [text for text, _ in reviews.held_out])
+    perplexity = fluency(cfg, base, prompts)
     results = {}
     for stage, episodes, nll in zip(("base", "PPO"), sampled, losses, strict=True):
         rows = zip(episodes.tokens, episodes.mask, strict=True)
-        sentences = [tokenizer_lib.decode(tokenizer, tokens, mask).strip() for tokens, mask in rows]
-        results[stage] = measure(episodes, sentences, readers, nll)
-    return [asked[index] for index in prompts.index], results
+        texts = (tokenizer_lib.decode(tokenizer, tokens, mask) for tokens, mask in rows)
+        sentences = [text.removeprefix(cfg.prefix).strip() for text in texts]
+        results[stage] = measure(episodes, sentences, readers, perplexity(episodes), nll)
+    return [openings[index] for index in prompts.index], results
 
 
 def main(cfg: Config) -> dict:
@@ -447,8 +478,9 @@ def main(cfg: Config) -> dict:
     runs.write_config(cfg.out, cfg)
     readers, accuracies = fit_readers(reviews)
 
-    write_rows(plan.pretrain.data, ({"text": text} for text in reviews.sentences))
-    runs.once(pretrain.main, plan.pretrain)
+    if cfg.init is None:
+        write_rows(plan.pretrain.data, ({"text": text} for text in reviews.sentences))
+        runs.once(pretrain.main, plan.pretrain)
 
     print(f"\n== choose ({time.monotonic() - start:.0f} s)", flush=True)
     write_choices(cfg, plan.reward, readers.labeler, reviews.openings)
@@ -456,7 +488,7 @@ def main(cfg: Config) -> dict:
     learnt = runs.once(reward.main, plan.reward)
     print(f"reward model: {100 * learnt['accuracy']:.1f} % of held-out pairs of the best and another")
 
-    write_rows(plan.ppo.data, ({"prompt": prompt} for prompt in reviews.openings))
+    write_rows(plan.ppo.data, asked(cfg, reviews.openings))
     runs.once(ppo.main, plan.ppo)
 
     print(f"\n== evaluate ({time.monotonic() - start:.0f} s)", flush=True)
@@ -487,6 +519,7 @@ def report(out: Path, openings: Sequence[str], results: dict[str, Continued]) ->
         "reward": "reward model's score",
         "ended": "sentences that end (share)",
         "distinct": "distinct sentences (share)",
+        "perplexity": "perplexity by the base",
         "nll": "loss on held-out text (nats a token)",
     }
     panels = {

@@ -10,9 +10,10 @@ Two shapes are read:
 The input of BIG-bench is what a person says, perhaps a dialogue, in which "Human:" and "Assistant:" begin the turns.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rlhf_jax.data import formats, json_lines
@@ -39,6 +40,19 @@ def read(path: Path) -> Subsets:
     if not found:
         raise InputError(f"{path}: expected comparisons, got an empty file")
     return found
+
+
+def of_rankings(rankings: Iterable[Row], most: int) -> list[Row]:
+    """The comparisons of rankings: each pair of responses of which one is better, in order; at most `most`."""
+    pairs = (
+        {"prompt": row["prompt"], "responses": [better, worse], "ranks": [0, 1]}
+        for row in rankings
+        for (better, first), (worse, second) in itertools.permutations(
+            zip(row["responses"], row["ranks"], strict=True), 2
+        )
+        if first < second
+    )
+    return [*itertools.islice(pairs, most)]
 
 
 def compared(row: Row, where: str) -> Row:

@@ -15,9 +15,10 @@ from rlhf_jax.algorithms import reward as reward_lib
 from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.hhh import Subsets
-from rlhf_jax.devices import parallel
+from rlhf_jax.devices import parallel, progress
 from rlhf_jax.evaluation import likelihood, metrics
 from rlhf_jax.models import heads
+from rlhf_jax.rollouts.judge import Judge
 from rlhf_jax.types import InputError, Rankings
 
 Margins = dict[str, np.ndarray]  # of each subset, for each comparison: the better answer's score less the other's
@@ -89,6 +90,25 @@ def by_reward(
         ]
         found[subset] = margin(np.concatenate(scored), subset)
     return {"reward": found}
+
+
+def by_judge(judge: Judge, subsets: Subsets, *, batch: int) -> dict[str, Margins]:
+    """The verdicts of a judge: 1 where it finds the better answer better in both orders, -1 the other one, or 0.
+
+    It is 0 too where a reply holds no verdict. Such comparisons, and those on which the orders contradict, are counted
+    and printed.
+    """
+    found: Margins = {}
+    for subset, rows in subsets.items():
+        rankings = []
+        parts = [rows[first : first + batch] for first in range(0, len(rows), batch)]
+        for part in progress.of(parts, f"judging {subset}"):
+            rankings += judge.rank([row["prompt"] for row in part], [row["responses"] for row in part])
+        ranks = [one.ranks or [0, 0] for one in rankings]
+        found[subset] = np.array([worse - better for better, worse in ranks], float)
+        missing, swayed = (sum(getattr(one, name) for one in rankings) for name in ("missing", "swayed"))
+        print(f"{subset}: of {len(rows)} pairs, {missing} without a verdict, {swayed} with another in the other order")
+    return {"judge": found}
 
 
 def margin(scores: np.ndarray, subset: str) -> np.ndarray:

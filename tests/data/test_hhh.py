@@ -53,6 +53,17 @@ def test_comparisons_of_the_world_differ_in_one_virtue():
     assert len({(row["prompt"][0]["content"], row["chosen"], row["rejected"]) for row in rows}) == len(rows)
 
 
+def test_each_pair_of_a_ranking_is_a_comparison():
+    rows = [
+        {"prompt": "a", "responses": ["x", "y", "z"], "ranks": [1, 0, 1]},
+        {"prompt": "b", "responses": ["v", "w"], "ranks": [0, 0]},
+        {"prompt": "c", "responses": ["t", "u"], "ranks": [0, 1]},
+    ]
+    found = [(row["prompt"], *row["responses"]) for row in hhh.of_rankings(rows, 9)]
+    assert found == [("a", "y", "x"), ("a", "y", "z"), ("c", "t", "u")]
+    assert [row["ranks"] for row in hhh.of_rankings(rows, 2)] == [[0, 1], [0, 1]]
+
+
 def test_json_lines(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | {"subset": "other"}) + "\n")

@@ -12,6 +12,7 @@ from rlhf_jax.data.hhh import compared
 from rlhf_jax.evaluation import hhh
 from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models import heads
+from rlhf_jax.rollouts.judge import Config, Judge
 from rlhf_jax.types import InputError
 from tests import tiny
 from tests.evaluation.models import model
@@ -87,3 +88,18 @@ def test_margins_by_reward(capsys):
 def test_scores_that_are_no_numbers_are_refused():
     with pytest.raises(InputError, match="honest: a score is not finite"):
         hhh.margin(np.array([[1.0, np.nan]]), "honest")
+
+
+def test_verdicts_of_a_judge(capsys):
+    """Long answers are good to it, of equally long ones the first, and on steam it gives no verdict."""
+
+    def reply(request):
+        first, second = (request.partition(f"<answer {name}>\n")[2].partition("\n</answer")[0] for name in "AB")
+        return "I cannot say." if "steam" in request else f"Verdict: {'A' if len(first) >= len(second) else 'B'}"
+
+    answers = [("yes yes", "no"), ("no", "yes"), ("is", "no"), ("steam", "ice"), ("ice", "ice ice")]
+    rows = [compared({"prompt": "Is ice cold?", "chosen": a, "rejected": b}, "row") for a, b in answers]
+    judge = Judge(Config(), "Long answers are good.", lambda texts: [*map(reply, texts)])
+    found = hhh.by_judge(judge, {"all": rows}, batch=2)
+    assert found["judge"]["all"].tolist() == [1, -1, 0, 0, -1]
+    assert "all: of 5 pairs, 1 without a verdict, 1 with another in the other order" in capsys.readouterr().out

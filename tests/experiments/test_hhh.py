@@ -32,5 +32,17 @@ def test_hhh(tmp_path, capsys):
 
 
 def test_nothing_to_evaluate():
-    with pytest.raises(InputError, match="name a language model by --model, or a reward model by --reward"):
+    with pytest.raises(InputError, match="name a model by --model, a reward model by --reward, or a judge by"):
         hhh.main(hhh.Config())
+
+
+def test_pairs_of_rankings_are_comparisons(tmp_path):
+    row = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 3)
+    cfg = hhh.Config(data=f"hh:{path}", data_dir=tmp_path / "data", pairs=2)
+    (subset,) = hhh.comparisons(cfg).items()
+    assert subset[0] == cfg.data and [one["responses"] for one in subset[1]] == [["Hello", "No"]] * 2
+    path.write_text(json.dumps({"prompt": "Hi", "responses": ["Hello", "No"], "ranks": [0, 0]}) + "\n")
+    with pytest.raises(InputError, match="ranked alike, so there is nothing to compare"):
+        hhh.comparisons(hhh.Config(data=f"{path}[:1]", data_dir=tmp_path / "data"))

@@ -76,6 +76,7 @@ def test_two_steps_of_each_stage(tmp_path, data):
         assert all(np.isfinite(value) for value in summary[stage].values())
         assert 0 <= summary[stage]["positive_judge"] <= 1
     assert abs(summary["base"]["kl"]) < 1e-3
+    assert summary["base"]["perplexity"] > 1
     assert summary["gain"] == summary["ppo"]["positive_judge"] - summary["base"]["positive_judge"]
     # The labeler's choice has rank 0, the others 1, and no choice serves both training and accuracy.
     choices, held_out = (log.read(cfg.out, f"choices{part}.jsonl") for part in ("", "_held_out"))
@@ -86,6 +87,14 @@ def test_two_steps_of_each_stage(tmp_path, data):
     assert len(log.read(cfg.out / "ppo")) == 2
     assert (cfg.out / "samples.md").read_text().startswith("| opening | base | PPO |")
     assert (cfg.out / "stages.png").is_file()
+
+
+def test_a_model_of_your_own_takes_the_place_of_pretraining(tmp_path, data):
+    cfg = dataclasses.replace(config(tmp_path, data), init=tmp_path)
+    with pytest.raises(InputError, match=r"pretrain\.\* has no effect with init"):
+        sentiment.plan_stages(cfg)
+    plan = sentiment.plan_stages(dataclasses.replace(cfg, pretrain=sentiment.Config.pretrain))
+    assert plan.reward.init == plan.ppo.init == tmp_path
 
 
 def test_the_labeler_picks_what_it_finds_most_positive():
