@@ -51,6 +51,7 @@ class Config(runs.Stage):
     world: Seed = 0  # seed of the world that the model was trained on
 
 
+@functools.lru_cache(maxsize=4)
 def nll_step(config: models.Config, layout: parallel.Layout) -> Callable:
     """The compiled `sft.evaluate` of this architecture, which takes (params, batch)."""
     return layout.step(functools.partial(sft.evaluate, logprobs_fn=models.logprobs_fn(config)))

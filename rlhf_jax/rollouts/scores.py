@@ -330,6 +330,7 @@ def stacked(params: Sequence[Params], config: models.Config) -> Params:
     return jax.tree.map(lambda *x: jnp.stack(x), *map(config.compute.freeze, params))
 
 
+@functools.lru_cache(maxsize=4)
 def scoring(
     config: models.Config,
     eos_id: Ends,
@@ -338,7 +339,10 @@ def scoring(
     buckets: int = 1,
     group: int = 1,
 ) -> Callable:
-    """`score_responses` by models of this architecture, placed: it takes (params, episodes)."""
+    """`score_responses` by models of this architecture, placed: it takes (params, episodes).
+
+    The last few are kept, so that the next model does not compile its own.
+    """
     return layout.step(
         functools.partial(
             score_responses,

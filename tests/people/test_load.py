@@ -23,6 +23,7 @@ from tests.people.large import FULL_SIZE, fill
 from tests.people.serving import Server, serving
 
 LABELS, KILLS = (10_000, 20) if FULL_SIZE else (1000, 4)
+THOUGHT = (0.2, 0.5) if FULL_SIZE else (0.02, 0.05)  # seconds before an answer
 RULES = Rules(ratings="none", gold_share=0.0, repeat_share=0.0)
 
 
@@ -191,7 +192,7 @@ async def person(client: Client, share: int, taken: list[float], got: list[int],
     rng = random.Random(seed)
     await client.open()
     for _ in range(share):
-        await asyncio.sleep(rng.uniform(0.2, 0.5))
+        await asyncio.sleep(rng.uniform(*THOUGHT))
         task = (await client.ask("GET", "/api/task"))["task"]
         got.append(task["item"])
         body = {
