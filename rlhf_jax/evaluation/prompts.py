@@ -103,7 +103,7 @@ def write(
     left = [begin(*question) for question in questions]
     while left:
         prompts = [_prompt(task, one.pairs[: one.shots], one.words, form) for one in left]
-        answers = [[] if by == "write" else _answers(one.example, form.chat) for one in left]
+        answers = [[] if by == "write" else _answers(one.example, one.words[0], form.chat) for one in left]
         ended = [[by == "read"] * len(some) for some in answers]
         ids, options = tokenizers.render(tokenizer, prompts, answers, ended)
         again = []
@@ -236,9 +236,9 @@ def _prompt(task: Task, pairs: Sequence[shots.Pair], words: tuple[str, str], for
     return [{**first, "content": preface + first["content"]}, *others]
 
 
-def _answers(example: Example, chat: bool) -> list[str]:
-    """The options, or the right answer if there are none, as they follow the prompt: a text ends before the space."""
-    return list(_texts(example)) if chat else [f" {text}" for text in _texts(example)]
+def _answers(example: Example, prompt: str, chat: bool) -> list[str]:
+    """The options, or the right answer if there are none, as they follow the prompt."""
+    return list(_texts(example)) if chat else [shots.answered(prompt, text) for text in _texts(example)]
 
 
 def _texts(example: Example) -> tuple[str, ...]:

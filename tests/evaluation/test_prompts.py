@@ -128,6 +128,9 @@ def test_each_question_takes_the_next_template(tmp_path):
 def test_options_follow_the_prompt(tmp_path):
     rows = [{"question": "Is it?", "options": ["yes", "no"], "answer": "no"}]
     asked, _ = write(tmp_path, Form(chat=False), rows, asked=1, by="rank")
+    assert [TOKENIZER.decode(ids) for ids in asked[0].options] == ["\nyes", "\nno"]  # below the list of them
+    plain = (Template("{question}"),)
+    asked, _ = write(tmp_path, Form(chat=False), rows, asked=1, by="rank", templates=plain)
     assert [TOKENIZER.decode(ids) for ids in asked[0].options] == [" yes", " no"]
     asked, _ = write(tmp_path, Form(), rows, asked=1, by="rank")
     assert [TOKENIZER.decode(ids) for ids in asked[0].options] == [" yes", " no"]  # as the template has it
