@@ -118,9 +118,10 @@ def write(
                 again += [begin(*question) for question in itertools.islice(others, 1)]
         left = again
     if not written:
+        answer = f" with {room.answer} for the answer: lower --max-new-tokens," if room.answer else ":"
         raise InputError(
-            f"task {task.name}: none of {len(tried)} questions fits into {room.context} tokens with {room.answer} for"
-            " the answer: raise --length, lower --max-new-tokens, or take a model with a longer context"
+            f"task {task.name}: none of {len(tried)} questions fits into {room.context} tokens{answer} raise --length,"
+            " or take a model with a longer context"
         )
     if short_of := form.shots - max(len(one.pairs) for one in tried):
         refused[f"examples missing in every prompt: there are no more{' with a rationale' * form.reasoning}"] = short_of

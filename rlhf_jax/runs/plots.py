@@ -60,6 +60,7 @@ def curves(directory: Path, panels: Mapping[str, Sequence[str]] | None = None) -
         axis.set_title(label, loc="left", fontsize=10, color=INK)
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axis.margins(x=0.02)
+        axis.locator_params(axis="x", integer=True)
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=8, labelcolor=INK)
     for axis in axes[-_columns(len(axes)) :]:
