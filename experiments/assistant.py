@@ -13,13 +13,13 @@ import json
 import resource
 import time
 from pathlib import Path
+from typing import Annotated
 
 from experiments import evaluate, ppo, pretrain, rank, reward, sft
 from rlhf_jax import runs
 from rlhf_jax.devices import hosts
 from rlhf_jax.runs import cli, log, plots
-from rlhf_jax.settings import Count
-from rlhf_jax.types import InputError
+from rlhf_jax.settings import Range
 
 
 # The types of the stages are quoted, since inside the class a field's name hides the module of the same name.
@@ -29,18 +29,14 @@ class Config(runs.Stage):
 
     out: Path = Path("runs/quickstart")  # run directory; each stage has a folder in it
     data_dir: Path | None = None  # type: ignore[assignment]  # prepared data sets; None: the folder "data" of `out`
-    best_of: Count = 4  # answers from which best-of-n selects, at least 2
+    # Answers from which best-of-n selects.
+    best_of: Annotated[int, Range(least=2, unit="answers to pick from")] = 4
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config()
     reward: "reward.Config" = reward.Config()
     ppo: "ppo.Config" = ppo.Config()
     evaluate: "evaluate.Config" = evaluate.Config()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.best_of < 2:
-            raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
 
 
 @dataclasses.dataclass(frozen=True)

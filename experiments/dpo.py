@@ -111,7 +111,7 @@ def main(
     models.check_writable(cfg.out / "model")
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
-    models.check_length(model.config, length=cfg.length)
+    models.check_length(model.config, cfg.length)
     rows, batches = read(cfg, models.tokenizer_of(model, cfg.control_tokens))
     print(f"{cfg.data}: {batches.counts}")
     steps = batches.steps

@@ -51,6 +51,7 @@ class Config(runs.Stage):
     world: Seed = 0  # seed of the world that the model was trained on
 
 
+@functools.lru_cache(maxsize=4)
 def nll_step(config: models.Config, layout: parallel.Layout) -> Callable:
     """The compiled `sft.evaluate` of this architecture, which takes (params, batch)."""
     return layout.step(functools.partial(sft.evaluate, logprobs_fn=models.logprobs_fn(config)))
@@ -58,7 +59,7 @@ def nll_step(config: models.Config, layout: parallel.Layout) -> Callable:
 
 def held_out_nll(cfg: Config, model: models.Model, layout: parallel.Layout) -> float:
     """The mean negative log-likelihood of held-out pretraining text, in nats a token."""
-    models.check_length(model.config, text_length=cfg.text_length)
+    models.check_length(model.config, cfg.text_length, "text_length")
     rows = sources.rows(f"world:seed={cfg.world},rows={cfg.texts}", "text", data_dir=cfg.data_dir, split="held_out")
     tokenizer = models.tokenizer_of(model)
     batches = pipeline.text(rows, tokenizer, length=cfg.text_length, batch=cfg.batch, seed=0, epochs=1)

@@ -150,7 +150,7 @@ def main(
     streams: dict[str, pipeline.Batches] = {"prompts": prompts}
     updates_a_step = algorithm.epochs * algorithm.minibatches
     if cfg.text is not None:
-        models.check_length(policy.config, text_length=cfg.text_length)
+        models.check_length(policy.config, cfg.text_length, "text_length")
         text = sources.rows(cfg.text, "text", data_dir=cfg.data_dir)
         streams["text"] = pipeline.text(
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1
@@ -216,7 +216,7 @@ def main(
                 if refill is None:
                     episodes = fresh
                     break
-                episodes, flat = refill(*((episodes, fresh) if attempt else (fresh, None)))
+                episodes, flat = refill(episodes, fresh) if attempt else refill(fresh, None)
                 if not layout.get(flat):
                     break
             if due := (step - 1) % cfg.samples_every == 0 or step == cfg.steps:

@@ -174,7 +174,7 @@ def main(cfg: Config) -> dict[str, list[dict]]:
     split = split_tasks(cfg)
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
-    models.check_length(model.config, length=cfg.length)
+    models.check_length(model.config, cfg.length)
     tokenizer = models.tokenizer_of(model, cfg.control_tokens)
     mixed = mixture_lib.open_mixture(split.train, cfg.mixture, seed=cfg.seed, data_dir=cfg.data_dir)
     print(f"mixture: {mixed}")

@@ -157,7 +157,7 @@ def main(cfg: Config, score_text: scores.ScoreText | None = None) -> TrainState:
     streams: dict[str, pipeline.Batches] = {"prompts": prompts}
     updates_a_step = algorithm.epochs * algorithm.minibatches
     if cfg.text is not None:
-        models.check_length(policy.config, text_length=cfg.text_length)
+        models.check_length(policy.config, cfg.text_length, "text_length")
         text = sources.rows(cfg.text, "text", data_dir=cfg.data_dir)
         streams["text"] = pipeline.text(
             text, tokenizer, length=cfg.text_length, batch=cfg.text_batch, seed=cfg.seed + 1

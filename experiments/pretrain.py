@@ -100,7 +100,7 @@ def main(cfg: Config) -> TrainState:
     layout = parallel.layout(cfg.devices)
     load = functools.partial(models.load, compute=cfg.compute, place=layout.sharding)
     model = load(cfg.init) if cfg.init else new_model(cfg, rows)
-    models.check_length(model.config, length=cfg.length)
+    models.check_length(model.config, cfg.length)
     tok = models.tokenizer_of(model, cfg.control_tokens)
     batches = pipeline.text(rows, tok, length=cfg.length, batch=cfg.batch, seed=cfg.seed)
     print(f"{cfg.data}: {batches.counts}")

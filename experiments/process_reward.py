@@ -75,7 +75,7 @@ def main(cfg: Config) -> dict[str, float]:
     models.check_writable(cfg.out / "model")
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
-    models.check_length(model.config, length=cfg.length)
+    models.check_length(model.config, cfg.length)
     tokenizer = models.tokenizer_of(model, cfg.control_tokens)
     source = functools.partial(sources.rows, kind="steps", data_dir=cfg.data_dir)
     read = functools.partial(

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from rlhf_jax.devices import parallel
 from rlhf_jax.rollouts import judge as judge_lib
 from rlhf_jax.rollouts import rollout, sampling, scores
 from rlhf_jax.runs import cli
-from rlhf_jax.settings import Count, Positive
+from rlhf_jax.settings import Count, Positive, Range
 from rlhf_jax.types import InputError, TrainState, named_key
 
 
@@ -38,17 +39,13 @@ class Config(runs.Stage):
     judge: judge_lib.Config = judge_lib.Config()  # selects answers in place of the reward model, by a rubric
     data: str = "world:rows=8000"  # source of prompts: the world or a .jsonl file
     prompts: Count = 2000  # number of prompts to answer
-    best_of: Count = 4  # answers to each prompt, of which the best becomes a demonstration
+    # Answers to each prompt, of which the best becomes a demonstration.
+    best_of: Annotated[int, Range(least=2, unit="answers to pick from")] = 4
     prompt_length: Count = 20  # most tokens of a prompt; longer ones are refused, or lose their oldest turns
     max_new_tokens: Count = 16  # most tokens of an answer
     temperature: Positive = 1.0  # sampling temperature of the answers
     batch: Count = 256  # answers to sample at a time, over all devices
     sft: "sft.Config" = sft.Config(lr=3e-4, epochs=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.best_of < 2:
-            raise InputError(f"best_of={self.best_of}: expected at least 2 answers to pick from")
 
 
 def sft_config(cfg: Config) -> sft.Config:

@@ -97,7 +97,7 @@ def main(cfg: Config) -> TrainState:
     models.check_writable(cfg.out / "model")
     layout = parallel.layout(cfg.devices)
     model = models.load(cfg.init, compute=cfg.compute, place=layout.sharding)
-    models.check_length(model.config, length=cfg.length)
+    models.check_length(model.config, cfg.length)
     tokenizer = models.tokenizer_of(model, cfg.control_tokens)
     rows = sources.rows(cfg.data, "demonstrations", data_dir=cfg.data_dir)
     # Dropout depends on a row's place in the batch, so each process makes whole batches here, and then takes its share.

@@ -5,6 +5,7 @@ import fcntl
 import gc
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,12 @@ gc.set_threshold(50_000, 10, 10)  # tracing makes millions of objects: by defaul
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What was compiled once is found again, by later tests and later runs."""
+    """What was compiled once is found again, by later tests and later runs, and by the processes that tests start."""
     if getattr(config, "cache", None) is None:  # under -p no:cacheprovider
         return
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # else each process would compile all of JAX's modules anew
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(config.cache.mkdir("bytecode"))
+        sys.dont_write_bytecode = False
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
@@ -69,6 +73,23 @@ def _forgotten() -> Iterator[None]:
     """Compiled programs do not outlive their module: Linux bounds the pieces of memory that a process may map."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _curves_unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curves of runs are set up, but not rendered, which takes half a second: test_plots.py and `done` do that."""
+    plots = sys.modules.get("rlhf_jax.runs.plots")
+    if plots is None or request.module.__name__.endswith("test_plots"):
+        return
+    render = plots._save
+
+    def save(figure: Any, path: Path) -> Path:
+        if path.name != "curves.png":
+            return render(figure, path)
+        path.touch()
+        return path
+
+    monkeypatch.setattr(plots, "_save", save)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PARSE = cli.parse
 NAMES = r"(.*python -m )?\S+"  # in backticks: a program, rather than a command
 OURS = r"(?:\w+=\S* )*(?:(?:\.venv/bin/)?python3? |pytest |scripts/\w+\.(?:sh|py)\b)"
-FLAGGED = r"(\.venv/bin/)?python (-m experiments\.|scripts/bench)"
+FLAGGED = r"(\.venv/bin/)?python (-m experiments\.|scripts/(bench|guesses)\b)"
 
 # Beginnings of commands that do not run here, and why. Flags of experiments among them are read all the same.
 LEFT_OUT = {
@@ -60,7 +60,7 @@ LEFT_OUT = {
     r".*(pytest|scripts/test\.sh|scripts/mutate\.py|tests\.\w+)\b": "runs tests",
     r"scripts/docs\.sh": "runs in tests/test_site.py",
     r"scripts/quickstart\.sh": "ran for the fixture `done`",
-    r".*(scripts/(studies|survive|scaling|bench)\b|studies\.)": "takes minutes or hours",
+    r".*(scripts/(studies|survive|scaling|bench|guesses)\b|studies\.)": "takes minutes or hours",
     r".*lessons\.py (measure|stages)": "makes figures of these pages",
     r".*scripts/tpu_compile\.py": "needs libtpu",
     r".*(hub:|\.gguf\b|(cot|bbh|sst):|papers\.sentiment)": "reads published files",

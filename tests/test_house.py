@@ -76,6 +76,7 @@ PARAMETERS = 8  # at most, of a function, beside `axis`, which a layout binds
 LONGER = {  # functions with more, and the reason
     "rlhf_jax/algorithms/ppo.py:train_step": "it takes two networks, and text",
     "rlhf_jax/algorithms/distillation.py:train_step": "it takes two networks, and the parameters of the other",
+    "scripts/tpu_compile.py:ranking_batches": "it stands for `pipeline.rankings`, and is told the number of responses",
 }
 SPREADING = {  # functions that hand a dict of arguments on, and the reason
     "rlhf_jax/models/transformer.py:bind.apply": "hands a module's arguments on",
@@ -83,9 +84,6 @@ SPREADING = {  # functions that hand a dict of arguments on, and the reason
     "rlhf_jax/models/lora.py:with_base": "hands a network's arguments on",
     "rlhf_jax/runs/cli.py:hand_down": "`decided` is written out where it is called, an argument a line",
     "rlhf_jax/runs/gcs.py:_mirrors": "copies any dataclass",
-    "rlhf_jax/runs/checkpoint.py:_read": "Orbax has the name of an item as a keyword",
-    "rlhf_jax/models/config.py:gpt": "`others` are further fields of the config that it makes",
-    "rlhf_jax/models/config.py:llama": "`others` are further fields of the config that it makes",
     "rlhf_jax/models/families.py:Family.read": "a family is a row of a table: fields of the config by name",
     "rlhf_jax/models/rope_fields.py:_read_scaling": "a scaling is a row of a table: its fields by name",
     "rlhf_jax/models/families.py:_expresses": "a family is a row of a table: settings of `transformers` by name",
@@ -96,13 +94,13 @@ SPREADING = {  # functions that hand a dict of arguments on, and the reason
     "rlhf_jax/data/builders.py:_fetching.send_soon": "hands the arguments of a request on",
     "experiments/studies/symptoms.py:collect_cooler": "hands the arguments of `rollout.collect` on",
     "experiments/studies/symptoms.py:collect_unseen": "hands the arguments of `rollout.collect` on",
+    "scripts/bench.py:with_field": "a file of sizes names the field that it changes",
     "rlhf_jax/data/world/world.py:World._prompt": "the solution of a question takes the numbers in it by name",
 }
 
 
 DICTS = {  # functions with a dict of anything, and the reason
     "rlhf_jax/analysis/report/__init__.py:_episode": "an object of the page's JSON",
-    "rlhf_jax/models/config.py:llama": "the fields of a config that a family fixes",
     "rlhf_jax/models/directory.py:_placed": "a tree of parameters",
     "rlhf_jax/models/rope_fields.py:_read_scaling": "the fields of a scaling, out of a config.json",
     "rlhf_jax/models/families.py:Family.read": "the fields of a config, out of a config.json",
@@ -113,6 +111,7 @@ DICTS = {  # functions with a dict of anything, and the reason
     "experiments/evaluate.py:main": "a result, which becomes JSON",
     "experiments/published/gsm8k_evaluate.py:main": "a result, which becomes JSON",
     "experiments/reward.py:record": "a result, which becomes JSON",
+    "scripts/bench.py:main": "a result, which becomes JSON",
 }
 
 
@@ -161,7 +160,7 @@ class Calls(ast.NodeVisitor):
         self.generic_visit(node)
 
 
-EVERY = [Calls(path) for room in ("rlhf_jax", "experiments") for path in sorted((ROOT / room).rglob("*.py"))]
+EVERY = [Calls(path) for room in ("rlhf_jax", "experiments", "scripts") for path in sorted((ROOT / room).rglob("*.py"))]
 
 
 def test_functions_have_few_parameters():

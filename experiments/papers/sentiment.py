@@ -110,7 +110,7 @@ class Reviews:
 
 @dataclasses.dataclass(frozen=True)
 class Readers:
-    """Who reads continuations: each a classifier fitted on its own half of the labelled sentences."""
+    """The two who read continuations: classifiers, each fitted on its own half of the labelled sentences."""
 
     labeler: Pipeline  # makes the choices that the reward model learns from
     judge: Pipeline  # measures, and nothing is trained on its word
@@ -436,7 +436,7 @@ class Continued:
 
 
 def measure(episodes: Rollout, sentences: list[str], readers: Readers, perplexity: float, nll: float) -> Continued:
-    """Who finds the sentences positive, how far they are from the base's, and whether they are sentences."""
+    """Measure how positive the sentences are, how far from the base's, and whether they are sentences at all."""
     kl = np.sum(np.where(episodes.response_mask, episodes.logp - episodes.logp_ref, 0.0), axis=1)
     measures = {
         **{f"positive_{name}": float(np.mean(reader.predict(sentences))) for name, reader in readers.named().items()},

@@ -80,11 +80,11 @@ def improve(size: str) -> ppo.Config:
     )
 
 
-STAGES: dict[str, tuple] = {
-    **{f"sft-{size}": (sft.main, tune(size)) for size in MODELS},
-    **{f"reward-{size}": (reward.main, judge(size)) for size in MODELS},
-    **{f"ppo-{size}": (ppo.main, improve(size)) for size in MODELS},
-}
+STAGES: dict[str, tuple] = (
+    {f"sft-{size}": (sft.main, tune(size)) for size in MODELS}
+    | {f"reward-{size}": (reward.main, judge(size)) for size in MODELS}
+    | {f"ppo-{size}": (ppo.main, improve(size)) for size in MODELS}
+)
 
 if __name__ == "__main__":
     cli.run_stage(STAGES)

@@ -5,18 +5,20 @@ The `Report` holds what the compiler says, what `hlo` reads in the compiled prog
 traced one. The bound takes matrix units, memory and links to be busy at their peak, and waits for the slowest.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import util
 from typing import Any, TypeVar
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import models
@@ -184,7 +186,8 @@ def compile_report(program: Program, topology: str, chips: int) -> Report:
     )
     start = time.perf_counter()
     try:
-        compiled = program.step.lower(*program.args).compile()
+        with _no_cache():
+            compiled = program.step.lower(*program.args).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)([KMGT])\)", str(error), re.DOTALL)
         if needed is None:
@@ -204,6 +207,22 @@ def compile_report(program: Program, topology: str, chips: int) -> Report:
         traffic=hlo.traffic(compiled.as_text()),
         compile_seconds=seconds,
     )
+
+
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """Turn off JAX's persistent cache, which cannot load a program for devices that are not there.
+
+    JAX decides once whether it uses the cache. So it is reset before and afterwards, to decide again.
+    """
+    used = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", used)
+        compilation_cache.reset_cache()
 
 
 def argument_bytes(args: Any, chips: int) -> float:

@@ -57,9 +57,9 @@ _PAIRS = tuple(itertools.combinations(range(4), 2))  # 12, 13, 14, 23, 24, 34
 
 
 def read(kind: Kind, reader: Reader, title: object, counts: Counter[str], values: Values) -> Iterator[tuple[str, Row]]:
-    """Yield the places and canonical rows of `values`, which come each with where it stands in `title`.
+    """Yield (place, row) of each usable row of `values`, in canonical form; the place names `title` and the row in it.
 
-    InputError on a row of another format, and if no row is usable.
+    Raises InputError for a row of another format, and if no row is usable.
     """
     kept = 0
     for where, value in values:
@@ -219,9 +219,9 @@ def _pair(row: Row, where: str, counts: Counter[str]) -> Row | None:
 
 
 def helpsteer(rows: Any, where: str, counts: Counter[str]) -> Row | None:
-    """Read the responses to one prompt, which stand one a row, one after another, ranked by their helpfulness.
+    """Read the responses to one prompt, ranked by their helpfulness.
 
-    `rows` are they, each with where it stands; `grouped` puts them together.
+    In the file each has a row of its own. `rows` are pairs (place, row), which `grouped` has put together.
     """
     texts, scores, prompt = [], [], ""
     for row_where, row in rows:
@@ -248,7 +248,7 @@ def helpsteer(rows: Any, where: str, counts: Counter[str]) -> Row | None:
 
 
 def grouped(values: Values) -> Values:
-    """Yield the rows of each prompt together, a list of them with where each stands, if they follow one another."""
+    """Yield the pairs (place, row) of consecutive rows of one prompt as a list, behind the first one's place."""
     for _, group in itertools.groupby(values, lambda pair: pair[1].get("prompt") if isinstance(pair[1], dict) else 0):
         rows = list(group)
         yield rows[0][0], rows
@@ -282,9 +282,9 @@ def rewardbench(row: Any, where: str, counts: Counter[str]) -> Row:
 
 
 def nectar(row: Any, where: str, counts: Counter[str]) -> Row | None:
-    """Read a dialogue as in HH that the assistant is to go on with, and seven answers with ranks from 1 up, or others.
+    """Read a dialogue in the format of HH, which ends with the user's turn, and two or more answers to it.
 
-    Nectar has ranks as floats.
+    Their ranks are whole numbers from 1 up, perhaps written as floats. Nectar has seven answers.
     """
     turns = read_dialogue(text_field(row, "prompt", where), f"{where}, field prompt")
     if turns[-1] == {"role": "assistant", "content": ""}:
@@ -709,5 +709,5 @@ def reads(spec: str) -> bool:
 
 
 def find(spec: str) -> Origin:
-    """The file, the files or the data set of the Hub that a name without a format is of."""
+    """The file, the files or the data set of the Hub that a name stands for, once its format is cut off."""
     return hub.find(spec) if spec.startswith(hub.PREFIX) else files.find(spec)

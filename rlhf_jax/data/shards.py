@@ -98,7 +98,7 @@ def _sum(counts: Iterable[Counts]) -> Counts:
 
 
 def _largest(sizes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """The largest of each size; none of nothing."""
+    """The largest of each size; empty if there is nothing."""
     return tuple(map(max, zip(*sizes, strict=True)))
 
 
@@ -367,7 +367,7 @@ def _item(record: bytes, dtype: np.dtype) -> Item:
 
 
 def _complete(folder: Path, dtype: np.dtype) -> Shards | None:
-    """The shards of a folder that has all of them, None for another one."""
+    """The shards of a folder, None unless all of them are there."""
     try:
         parts = json.loads((folder / "complete.json").read_text())
     except OSError:
@@ -376,7 +376,7 @@ def _complete(folder: Path, dtype: np.dtype) -> Shards | None:
 
 
 def _first_parts(folder: Path) -> list[Part]:
-    """The parts that a run which was ended had finished."""
+    """The parts that an interrupted run has finished."""
     parts: list[Part] = []
     while (file := _file(folder, len(parts)).with_suffix(".json")).is_file():
         parts.append(_part(json.loads(file.read_text())))
@@ -396,7 +396,7 @@ def _part(numbers: list[Any]) -> Part:
 
 
 def _keep(file: Path, value: Any) -> None:
-    """Write a JSON file, which is there when it is whole."""
+    """Write a JSON file, which appears whole or not at all."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(value))
     _place(partial, file)

@@ -294,7 +294,7 @@ def front(tokenizer: Tokenizer) -> list[int]:
 
 
 def _behind(front: list[int], ids: Ids) -> Ids:
-    """The ids behind those in front, or behind as many of them as they do not begin with."""
+    """The ids with those of `front` before them, as far as they do not begin with these already."""
     if ids[:1].tolist() == front[:1]:
         return ids
     missing = next(n for n in range(len(front) + 1) if ids[: len(front) - n].tolist() == front[n:])

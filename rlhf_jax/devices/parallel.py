@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -268,6 +268,9 @@ class Config(Settings):
 class Layout(Protocol):
     """The interface through which an experiment uses devices; `Pmap` and `Mesh` implement it."""
 
+    def __hash__(self) -> int:
+        """Equal layouts have the same: what was compiled for one of them serves the other."""
+
     def state(self, tree: T) -> T:
         """A tree without rows (a `TrainState`, parameters, keys) placed on the devices; it may share placed arrays."""
 
@@ -296,13 +299,13 @@ class Layout(Protocol):
         """The sharding with which `models.load` should place a parameter, so that `state` need not move it."""
 
 
-def layout(cfg: Config = Config(), devices: list | None = None) -> Layout:
+def layout(cfg: Config = Config(), devices: Sequence | None = None) -> Layout:
     """The layout that `cfg` describes, over `devices` (default: all).
 
     Raises InputError when the size of the mesh is not the number of devices.
     """
     if not cfg.meshed:
-        return Pmap(devices)
+        return Pmap(None if devices is None else tuple(devices))
     devices = jax.devices() if devices is None else devices
     group = cfg.fsdp * cfg.tensor
     sizes = cfg.data or max(len(devices) // group, 1), cfg.fsdp, cfg.tensor
@@ -321,7 +324,7 @@ def layout(cfg: Config = Config(), devices: list | None = None) -> Layout:
 class Pmap:
     """The layout in which every device has a copy of the state and a share of the rows, on a leading device axis."""
 
-    devices: list | None = None
+    devices: tuple | None = None
 
     def state(self, tree: T) -> T:
         return replicate(tree, self.devices)
@@ -441,18 +444,18 @@ def _on_device(x: jax.Array) -> jax.Array:
     return jax.device_put(x, jax.memory.Space.Device) if jax.typeof(x).memory_space == jax.memory.Space.Host else x
 
 
-def pmap(step: Callable, *, donate: tuple[int, ...] = (), devices: list | None = None) -> Callable:
+def pmap(step: Callable, *, donate: tuple[int, ...] = (), devices: Sequence | None = None) -> Callable:
     """The step mapped over all devices: arguments and results have a leading device axis (see `replicate`, `shard`)."""
     devices = hosts.devices() if devices is None else devices
     return jax.pmap(functools.partial(step, axis=AXIS), axis_name=AXIS, donate_argnums=donate, devices=devices)
 
 
-def _sharding(devices: list | None) -> NamedSharding:
+def _sharding(devices: Sequence | None) -> NamedSharding:
     local = jax.local_devices() if devices is None else devices
     return NamedSharding(jax.sharding.Mesh(np.array(local), (AXIS,)), PartitionSpec(AXIS))
 
 
-def replicate(tree: T, devices: list | None = None) -> T:
+def replicate(tree: T, devices: Sequence | None = None) -> T:
     """A copy of each array on every local device, stacked on a leading device axis."""
     sharding = _sharding(devices)
     count = len(sharding.device_set)
@@ -476,7 +479,7 @@ def _first_row(tree: T) -> T:
     return jax.tree.map(lambda x: x[0], tree)
 
 
-def shard(tree: T, devices: list | None = None, rows_axis: int = 0) -> T:
+def shard(tree: T, devices: Sequence | None = None, rows_axis: int = 0) -> T:
     """Split this process's rows of a host batch evenly over the local devices, on a new leading device axis.
 
     `rows_axis` is the axis of rows, 0 for [B, ...]. Raises InputError when the rows do not divide.

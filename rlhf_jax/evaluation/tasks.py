@@ -377,7 +377,8 @@ def _of_samples(
     golds = [[vote_of(put.task, answer) for answer in question.example.answers] for question in put.questions]
     won = [metrics.majority(some, gold, "random") for some, gold in zip(votes, golds, strict=True)]
     scores = {f"majority@{samples}": metrics.score(won)}
-    for k in sorted({2**power for power in range(1, samples.bit_length())} & set(range(samples)) | {samples}):
+    powers = (2**n for n in range(1, samples.bit_length()))
+    for k in [*(k for k in powers if k < samples), samples]:
         scores[f"pass@{k}"] = metrics.score([metrics.pass_at(k, samples, round(one)) for one in right])
     return scores
 

@@ -1,7 +1,7 @@
 """The architecture of a Transformer, how it is computed, and presets of published sizes."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from rlhf_jax.devices.compute import Compute
 from rlhf_jax.models.scaling import LongScaling, RopeScaling, YarnScaling
@@ -91,53 +91,59 @@ class Config(Settings):
         return self.mlp in ("swiglu", "geglu")
 
 
-def gpt(n_layers: int, d_model: int, n_heads: int, **others: Any) -> Config:
-    """A config of GPT-2's shape: learned positions, LayerNorm, GELU, biases, tied embeddings.
-
-    `others` are further fields of `Config`.
-    """
+def gpt(
+    n_layers: int,
+    d_model: int,
+    n_heads: int,
+    vocab_size: int = Config.vocab_size,
+    max_length: int = Config.max_length,
+) -> Config:
+    """A config of GPT-2's shape: learned positions, LayerNorm, GELU, biases, tied embeddings."""
     return Config(
-        n_layers=n_layers,
+        vocab_size=vocab_size,
+        max_length=max_length,
         d_model=d_model,
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_dim=d_model // n_heads,
         d_ff=4 * d_model,
-        **others,
     )
 
 
-def llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int, **others: Any) -> Config:
-    """A config of Llama's shape: RoPE, RMSNorm, SwiGLU, grouped-query attention, no biases, no tied embeddings.
-
-    `others` are further fields of `Config`, in which they may differ from that.
-    """
-    family: dict[str, Any] = {
-        "head_dim": d_model // n_heads,
-        "position": "rope",
-        "norm": "rmsnorm",
-        "mlp": "swiglu",
-        "bias": "none",
-        "tie_embeddings": False,
-    }
+def llama(
+    n_layers: int,
+    d_model: int,
+    n_heads: int,
+    n_kv_heads: int,
+    d_ff: int,
+    vocab_size: int = Config.vocab_size,
+    max_length: int = Config.max_length,
+    rope_theta: float = Config.rope_theta,
+) -> Config:
+    """A config of Llama's shape: RoPE, RMSNorm, SwiGLU, grouped-query attention, no biases, no tied embeddings."""
     return Config(
-        n_layers=n_layers,
+        vocab_size=vocab_size,
+        max_length=max_length,
         d_model=d_model,
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
+        head_dim=d_model // n_heads,
         d_ff=d_ff,
-        **(family | others),
+        position="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="none",
+        tie_embeddings=False,
+        rope_theta=rope_theta,
     )
 
 
 def neox(n_layers: int, d_model: int, n_heads: int, vocab_size: int) -> Config:
     """A config of Pythia's shape, which is GPT-2's with RoPE on a quarter of each head and a parallel residual."""
-    return gpt(
-        n_layers,
-        d_model,
-        n_heads,
-        vocab_size=vocab_size,
-        max_length=2048,
+    return dataclasses.replace(
+        gpt(n_layers, d_model, n_heads, vocab_size, max_length=2048),
         position="rope",
         rotary_size=d_model // n_heads // 4,
         parallel_residual=True,
@@ -171,22 +177,19 @@ PRESETS: dict[str, Config] = {
     "deepseek-7b": llama(30, 4096, 32, 32, 11008, vocab_size=102400, max_length=4096),
     "llama3-8b": llama(32, 4096, 32, 8, 14336, vocab_size=128256, max_length=8192, rope_theta=5e5),
     "llama3-70b": llama(80, 8192, 64, 8, 28672, vocab_size=128256, max_length=8192, rope_theta=5e5),
-    "mixtral-micro": llama(1, 32, 2, 1, 44, vocab_size=512, max_length=128, experts=Experts(count=4, active=2)),
-    "mixtral-8x7b": llama(
-        *(32, 4096, 32, 8, 14336),
-        vocab_size=32000,
-        max_length=32768,
-        rope_theta=1e6,
+    "mixtral-micro": dataclasses.replace(
+        llama(1, 32, 2, 1, 44, vocab_size=512, max_length=128),
+        experts=Experts(count=4, active=2),
+    ),
+    "mixtral-8x7b": dataclasses.replace(
+        llama(32, 4096, 32, 8, 14336, vocab_size=32000, max_length=32768, rope_theta=1e6),
         experts=Experts(count=8, active=2),
     ),
-    "qwen3-30b-a3b": llama(
-        *(48, 2048, 32, 4, 768),
-        vocab_size=151936,
-        max_length=40960,
+    "qwen3-30b-a3b": dataclasses.replace(
+        llama(48, 2048, 32, 4, 768, vocab_size=151936, max_length=40960, rope_theta=1e6),
         head_dim=128,
         norm_eps=1e-6,
         qk_norm="head",
-        rope_theta=1e6,
         experts=Experts(count=128, active=8),
     ),
 }

@@ -119,24 +119,21 @@ def _normalized(template: Any) -> Any:
     return template.rstrip() if isinstance(template, str) else template
 
 
-def check_length(config: Config, **lengths: int) -> None:
-    """Raises InputError for a length, by name, beyond a table of positions; warns where RoPE was trained for less.
+def check_length(config: Config, length: int, name: str = "length") -> None:
+    """Raises InputError for rows longer than the table of positions; warns where RoPE was trained for less.
 
-    Warns too where RoPE has other factors for rows so long.
+    Warns too where RoPE has other factors for rows so long. `name` is the setting that the message names.
     """
     scaling = config.rope_scaling
-    for name, length in lengths.items():
-        if isinstance(scaling, LongScaling) and length > scaling.original_length and hosts.first():
-            what = (
-                f"{name}={length} is more than {scaling.original_length} tokens, for which longrope has other factors"
-            )
-            print(f"warning: {what}: shorter rows are read as by another model", file=sys.stderr)
-        if length > config.max_length:
-            what = f"{name}={length} is more than the model's context of {config.max_length} tokens"
-            if config.position == "learned":
-                raise InputError(f"{what}, beyond which it has no positions")
-            if hosts.first():
-                print(f"warning: {what}, the most that it was trained for", file=sys.stderr)
+    if isinstance(scaling, LongScaling) and length > scaling.original_length and hosts.first():
+        what = f"{name}={length} is more than {scaling.original_length} tokens, for which longrope has other factors"
+        print(f"warning: {what}: shorter rows are read as by another model", file=sys.stderr)
+    if length > config.max_length:
+        what = f"{name}={length} is more than the model's context of {config.max_length} tokens"
+        if config.position == "learned":
+            raise InputError(f"{what}, beyond which it has no positions")
+        if hosts.first():
+            print(f"warning: {what}, the most that it was trained for", file=sys.stderr)
 
 
 def load(
@@ -204,9 +201,9 @@ _RELATED = 0.5  # cosine of two models' weights at least, if one init is to be t
 
 def _means(paths: Sequence[str | Path], values: Sequence[Iterator[_Value]]) -> Iterator[_Value]:
     """The mean of each part over several models; raises InputError at the end for one that is not related."""
-    products = np.zeros(
-        (len(values), 3)
-    )  # of the first model's kernels with this one's, this one's squared, the first's
+    # Of each model: the products of the first model's kernels with its own, of its own with themselves, and of the
+    # first model's with themselves.
+    products = np.zeros((len(values), 3))
     for leaf, layer, first in values[0]:
         total = first.astype(np.float64)
         for n, others in enumerate(values[1:], 1):
@@ -369,7 +366,7 @@ _UNWRITABLE = (
 
 @contextlib.contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Makes an InputError of an error in writing that the path is the cause of; a full disk, for one, is not."""
+    """Raise InputError for an error in writing whose cause is the path; others, such as a full disk, pass through."""
     try:
         yield
     except OSError as error:

@@ -1,10 +1,11 @@
 """The tokenizer in a GGUF file as one of the library `tokenizers`, with its special tokens and its chat template.
 
 A file has one of two kinds. "gpt2" is a byte-level BPE with its merges; how text is cut up before them is a name,
-`tokenizer.ggml.pre`, whose meaning is in llama.cpp's code and, for those of `_CUTS`, here. "llama" is SentencePiece's
+`tokenizer.ggml.pre`, whose meaning is in llama.cpp's code and, for those of `_KINDS`, here. "llama" is SentencePiece's
 BPE, with a score for each token in place of merges: two neighbours merge in the order of the scores of what they make.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +19,16 @@ from rlhf_jax.types import InputError
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6  # types of tokens; 1 is a normal one
 _SPACE = "▁"  # what SentencePiece writes for a space
 
-# How GPT-4's kin cut up text: contractions, letters, numbers of so many digits, other signs, line ends, space.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # contractions
+_FRONT = r"[^\r\n\p{L}\p{N}]?"  # a sign or a space in front of a word is part of it
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"  # letters without case are both
+_WORDS = _SHORT, rf"{_FRONT}\p{{L}}+"
+_CASED_WORDS = rf"{_FRONT}{_UPPER}*{_LOWER}+", rf"{_FRONT}{_UPPER}+{_LOWER}*"  # "aB" is two
 
 
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+def _split(words: Sequence[str], digits: str, ends: str = r"\r\n") -> pre_tokenizers.PreTokenizer:
+    """The cuts of GPT-4 and later: words, numbers of so many `digits`, other signs and their `ends`, lines, space."""
+    pattern = "|".join([*words, rf"\p{{N}}{digits}", rf" ?[^\s\p{{L}}\p{{N}}]+[{ends}]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"])
     cut = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
     return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
@@ -38,15 +42,45 @@ def _digits() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
-_CUTS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    **dict.fromkeys(("gpt-2", "olmo", "phi-2"), _gpt2),
-    **dict.fromkeys(("smollm", "starcoder", "refact"), _digits),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), lambda: _split(_WORDS % "{1,3}")),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), lambda: _split(_WORDS % "")),
-}
-_COMPOSED = ("qwen2", "deepseek-r1-qwen")  # their text is in Unicode's normal form C
-# A word that is a token is not merged step by step, and BOS is in front of a text, unless the file says otherwise.
-_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
+def _gpt4() -> pre_tokenizers.PreTokenizer:
+    return _split(_WORDS, "{1,3}")
+
+
+def _qwen2() -> pre_tokenizers.PreTokenizer:
+    return _split(_WORDS, "")
+
+
+def _gpt4o() -> pre_tokenizers.PreTokenizer:
+    return _split([f"{word}{_SHORT}?" for word in _CASED_WORDS], "{1,3}", r"\r\n/")
+
+
+def _tekken() -> pre_tokenizers.PreTokenizer:
+    return _split(_CASED_WORDS, "", r"\r\n/")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """How text is prepared for the merges of a byte-level BPE."""
+
+    names: tuple[str, ...]  # in files
+    cut: Callable[[], pre_tokenizers.PreTokenizer]
+    composed: bool = False  # text is in Unicode's normal form C
+    whole: bool = False  # a word that is a token is not merged step by step
+    bos: bool = False  # BOS is in front of a text, unless the file says otherwise
+
+
+_KINDS = (
+    _Kind(("gpt-2", "olmo", "phi-2"), _gpt2),
+    _Kind(("smollm", "starcoder", "refact"), _digits),
+    _Kind(("llama-bpe", "llama3", "llama-v3"), _gpt4, whole=True, bos=True),
+    # Llama 3's vocabulary without BOS, as SmolLM 3 has it; llama.cpp merges its words step by step all the same.
+    _Kind(("smaug-bpe",), _gpt4, whole=True),
+    _Kind(("dbrx",), _gpt4),  # OLMo 2 and 3, Phi-4
+    _Kind(("qwen2", "deepseek-r1-qwen"), _qwen2, composed=True),
+    _Kind(("gpt-4o",), _gpt4o),  # Phi-4-mini
+    _Kind(("tekken",), _tekken, whole=True, bos=True),  # Mistral NeMo and later
+)
+_NAMED = {name: kind for kind in _KINDS for name in kind.names}
 
 
 def build(value: Callable[..., Any]) -> PreTrainedTokenizerFast:
@@ -79,7 +113,7 @@ def build(value: Callable[..., Any]) -> PreTrainedTokenizerFast:
     )
     special = {f"{name}_token": _special(value, f"{theirs}_token_id", tokens) for name, theirs in _SPECIAL.items()}
     bos = special["bos_token"]
-    if bos is not None and value("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _LLAMA_3):
+    if bos is not None and value("tokenizer.ggml.add_bos_token", kind == "llama" or _NAMED[pre].bos):
         backend.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, ids[bos])]
         )
@@ -108,16 +142,17 @@ def _special(value: Callable[..., Any], name: str, tokens: Sequence[str]) -> str
 
 
 def _byte_level(ids: Mapping[str, int], merges: Sequence[str], pre: str) -> tokenizers.Tokenizer:
-    if pre not in _CUTS:
-        raise InputError(f"tokenizer.ggml.pre {shown(pre)} is not supported: expected one of {', '.join(_CUTS)}")
+    if pre not in _NAMED:
+        raise InputError(f"tokenizer.ggml.pre {shown(pre)} is not supported: expected one of {', '.join(_NAMED)}")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     for left, right in pairs:
         if not {left, right, left + right} <= ids.keys():
             raise InputError(f"tokenizer.ggml.merges: {shown(f'{left} {right}')} is no merge of two tokens")
-    backend = tokenizers.Tokenizer(models.BPE(vocab={**ids}, merges=pairs, ignore_merges=pre in _LLAMA_3))
-    if pre in _COMPOSED:
+    kind = _NAMED[pre]
+    backend = tokenizers.Tokenizer(models.BPE(vocab={**ids}, merges=pairs, ignore_merges=kind.whole))
+    if kind.composed:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _CUTS[pre]()
+    backend.pre_tokenizer = kind.cut()
     backend.decoder = decoders.ByteLevel()
     return backend
 

@@ -229,7 +229,7 @@ _LABELS = {"first": FIRST, "second": SECOND, "tie": TIE, "bad": TIE}
 
 
 class _Count:
-    """What a table says of votes, summed up, so that they need not be held in memory."""
+    """The sums of votes that a table is made of, so that the votes need not be held in memory."""
 
     def __init__(self) -> None:
         self.cast = collections.Counter[tuple[str, str, str]]()  # votes by first model, second model and verdict

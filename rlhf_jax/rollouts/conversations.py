@@ -169,7 +169,7 @@ class Conversations:
         return told
 
     def _keep_prefix(self, number: int, prompt: Sequence[int]) -> None:
-        """Keep what this row has read of the prompt, or copy what another one has, where that is a part more."""
+        """Keep what this row has read of the prompt, or copy what another has, if that saves the read of a part."""
         row = self._rows[number]
         common = [_common_prefix(other.read, prompt) for other in self._rows]
         source = int(np.argmax(common))
@@ -507,7 +507,7 @@ def _rows_of(x: Array, some: Array) -> Array:
 
 
 def _put_column(x: Array, rows: Array, some: Array, columns: Array) -> Array:
-    """An array of a cache with one column of each of `rows` in the place of that of `some` rows."""
+    """An array of a cache in which row some[n] has in column columns[n] what row n of `rows` has there."""
     for n, (row, column) in enumerate(zip(some, columns, strict=True)):
         new = jax.lax.dynamic_slice_in_dim(rows[:, n : n + 1], column, 1, axis=3)
         x = jax.lax.dynamic_update_slice(x, new, (0, row, 0, column, 0))

@@ -240,7 +240,7 @@ def _local(cfg: Config, layout: parallel.Layout, compute: models.Compute, seed: 
     assert cfg.model is not None
     model = models.load(cfg.model, compute=compute, place=layout.sharding)
     tokenizer = models.tokenizer_of(model)
-    models.check_length(model.config, request_and_reply=cfg.length + cfg.max_new_tokens)
+    models.check_length(model.config, cfg.length + cfg.max_new_tokens, "request_and_reply")
     sampled = sampling.Config(
         max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,

@@ -166,6 +166,9 @@ class Sampler:
         return jax.tree.map(lambda *xs: np.concatenate(xs)[place], *parts)
 
 
+_sampler = functools.lru_cache(maxsize=4)(Sampler)
+
+
 def episodes(
     model: models.Model,
     prompts: Prompts,
@@ -181,10 +184,10 @@ def episodes(
 
     Prompts of like length share a batch, see `by_width`. The result has the rows of `prompts`, in their order, and as
     wide. `score` is a source of `scores`, if there is to be one. What row b samples depends on `key`, b and its prompt,
-    not on `batch`. Who samples more than once with the same settings keeps a `Sampler`.
+    not on `batch`. The programs of the last few settings are kept, so that the next model does not compile them anew.
     """
     params = {"policy": model.params} | ({} if reference is None else {"reference": reference.params})
-    return Sampler(model.config, layout, cfg, batch)(layout.state(params), prompts, key, score)
+    return _sampler(model.config, layout, cfg, batch)(layout.state(params), prompts, key, score)
 
 
 def say(

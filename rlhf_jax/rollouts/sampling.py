@@ -422,7 +422,7 @@ def _width(prompts: _Prompts, cfg: Config) -> int:
 def _begin(network: _Network, prompts: _Prompts, cfg: Config, unfinished: int) -> tuple[_Rows, Sample]:
     """The rows that are left to a last loop, whose cache has all columns, and the sample of the whole batch so far.
 
-    Without slots they are all rows, once the cache has its last part, or at most so many of them are unfinished.
+    Without slots these are all rows. The loops before the last end as soon as at most `unfinished` rows go on.
     """
     rows, width = _prefill(network, prompts, cfg), _width(prompts, cfg)
     if width < len(rows.index):

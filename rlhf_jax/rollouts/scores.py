@@ -1,4 +1,4 @@
-"""Where the score of a response comes from: reward models, a judge, a function of its text, a model's word on a token.
+"""Where the score of a response comes from: reward models, a judge, a function of its text, rewards of tokens.
 
 A source takes episodes, laid out over devices by its `parallel.Layout`, and returns them with their scores. So
 `source(collect(...))` is a whole rollout, and a new kind of reward is a new function of that shape.
@@ -130,10 +130,10 @@ def score_tokens(
     marks: steps_lib.Marks | None = None,
     axis: str | None = None,
 ) -> Rollout:
-    """The episodes with a scalar model's word on each response token as its reward, and no score of the whole.
+    """The episodes with a scalar model's output at each response token as its reward, and no score of the whole.
 
-    With `marks` the reward is of each step, at the token by which it is over; the model reads it where it has learnt
-    to, at its last one. `value` is as in `Process`.
+    With `marks` each step has one reward: it stands at the token after which the step is over, and is what the model
+    says at the step's last token, as it was trained to. `value` is as in `Process`.
     """
     new_tokens = episodes.response_mask.shape[1]
     read = readable(episodes, eos_id)
@@ -187,7 +187,7 @@ def other(
     seed: int,
     reward: Sequence[Path],
 ) -> Other:
-    """The source of scores in place of the models `reward`, None where there is none.
+    """The source of scores in place of the reward models, None if these are to score.
 
     Raises InputError for more than one, and where there are no reward models either.
     """
@@ -249,9 +249,9 @@ def scorer(
     buckets: int = 1,
     group: int = 1,
 ) -> Source:
-    """The scores of the policy's responses by what is in the place of reward models, if anything is, or by these.
+    """The source of scores for the policy's responses: `other` if there is one, else the reward models.
 
-    Each `group` of consecutive episodes has the same prompt.
+    Costs are added if there is a cost model. Each `group` of consecutive episodes has the same prompt.
     """
     eos_id = models.stop_ids(policy)
     if isinstance(other, judge_lib.Judge):
@@ -330,6 +330,7 @@ def stacked(params: Sequence[Params], config: models.Config) -> Params:
     return jax.tree.map(lambda *x: jnp.stack(x), *map(config.compute.freeze, params))
 
 
+@functools.lru_cache(maxsize=4)
 def scoring(
     config: models.Config,
     eos_id: Ends,
@@ -338,7 +339,10 @@ def scoring(
     buckets: int = 1,
     group: int = 1,
 ) -> Callable:
-    """`score_responses` by models of this architecture, placed: it takes (params, episodes)."""
+    """`score_responses` by models of this architecture, placed: it takes (params, episodes).
+
+    The last few are kept, so that the next model does not compile its own.
+    """
     return layout.step(
         functools.partial(
             score_responses,
@@ -371,7 +375,7 @@ def text_function(
     layout: parallel.Layout = parallel.PMAP,
     eos_id: Ends | None = None,
 ) -> Source:
-    """`function(prompt, response)` on the host, where `rows` are what the episodes' `index` counts.
+    """A source that scores by `function(prompt, response)`, on the host; `rows[index]` has the prompt of an episode.
 
     The response ends before its first EOS, by default the tokenizer's, even where it went on. Raises InputError, which
     names the function and the response, for a score that is no finite number.
@@ -392,7 +396,7 @@ def judged(
     layout: parallel.Layout = parallel.PMAP,
     eos_id: Ends | None = None,
 ) -> Source:
-    """The scores of a judge, with `unjudged` where it gave none; `rows` are what the episodes' `index` counts.
+    """A source that asks a judge, with `unjudged` where it gave no score; `rows[index]` has the prompt of an episode.
 
     The response ends before its first EOS, as for `text_function`.
     """
@@ -444,7 +448,7 @@ def score_text(function: Callable[[Prompt, str], float], prompt: Prompt, respons
 
 
 def _number(value: Any) -> float | None:
-    """A real number, or an array's only element, as a float; None of what else there is, or float32 cannot hold."""
+    """The value as a float, if it is a real number or an array of one, and float32 can hold it; else None."""
     try:
         if isinstance(value, bool | str | bytes):
             return None

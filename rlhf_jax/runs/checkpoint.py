@@ -282,11 +282,12 @@ def restore(directory: Path, like: TrainState, step: int | None = None) -> tuple
         there = f"there are steps {steps(directory)}" if newest else "there is none"
         raise InputError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; {there}")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
-        about = _read(orbax, path, about=ocp.args.JsonRestore())
+        about = _read(orbax, path, ocp.args.Composite(about=ocp.args.JsonRestore()))
         leaves = _named(like)
         _check(path, about["leaves"], {name: _kind(leaf) for name, leaf in leaves.items()})
         template = {name: _template(leaf) for name, leaf in leaves.items()}
-        arrays = hosts.to_local(_read(orbax, path, state=ocp.args.StandardRestore(hosts.to_global(template))))
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(hosts.to_global(template)))
+        arrays = hosts.to_local(_read(orbax, path, wanted))
     for name, total in _sums(arrays).items():
         if total != about["sums"][name]:
             raise DamagedError(f"{path} is damaged ({name} is not what was saved)")
@@ -297,11 +298,11 @@ def restore(directory: Path, like: TrainState, step: int | None = None) -> tuple
     return jax.tree.unflatten(jax.tree.structure(like), restored), about["streams"]
 
 
-def _read(orbax: ocp.Checkpointer, path: Path | epath.Path, **item: Any) -> Any:
+def _read(orbax: ocp.Checkpointer, path: Path | epath.Path, item: ocp.args.Composite) -> Any:
     """One item of the checkpoint at `path`."""
     path = path if isinstance(path, epath.Path) else path.absolute()  # which would take a gs:// path for a relative one
     try:
-        return next(iter(orbax.restore(path, args=ocp.args.Composite(**item)).values()))
+        return next(iter(orbax.restore(path, args=item).values()))
     except Exception as error:  # a damaged file surfaces as almost anything, from the depths of TensorStore
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedError(f"{path} is damaged ({reason[:200]})") from error

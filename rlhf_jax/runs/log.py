@@ -67,6 +67,7 @@ class Records:
     """
 
     PATIENCE = 5.0  # seconds after which pending metrics are copied
+    AHEAD = 2  # most steps that are unfinished: SIGTERM, and what shows progress, wait for no more
     WARMUP = 3  # first steps, which are not traced
 
     def __init__(self, directory: Path, config: Any, *, total: int, step: int = 0, limits: Limits = NO_LIMITS):
@@ -108,13 +109,18 @@ class Records:
             self._bar = progress.bar(total, done=step)
 
     def write(self, step: int | jax.Array, metrics: Mapping[str, Any]) -> None:
-        """Record scalars of a step by name, such as "loss/policy", without waiting for the device."""
+        """Record scalars of a step by name, such as "loss/policy", without waiting for it.
+
+        Waits for the step that is `AHEAD` before it, so that the devices always have another one to go on with.
+        """
         total = timing.compile_seconds()
         compilation = {"seconds/compile": total - self._compiled} if total > self._compiled else {}
         self._compiled = total
         self._pending.append((step, time.time(), {**metrics, **compilation}))
         if self._traced:
             self._trace()
+        if len(self._pending) > self.AHEAD:
+            jax.block_until_ready(self._pending[-1 - self.AHEAD][2])
         if len(self._pending) > self._limits.every or time.monotonic() - self._flushed > self.PATIENCE:
             self._convert(len(self._pending) - 1)  # all but the last, whose step the devices are still working on
 

@@ -25,16 +25,16 @@ from scripts.benchmark import questions
 
 # The defaults of sizes.Config.
 FIRST = 5
-MODEL: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 4096,
-}
+MODEL = transformers.LlamaConfig(
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=688,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    tie_word_embeddings=True,
+    max_position_embeddings=4096,
+)
 SIZES = {
     "choice": questions.Sizes(),
     "choice_prefix": questions.Sizes(questions=24, examples=0, question=512, options=8, option=8),
@@ -45,15 +45,15 @@ BATCHES, TIMED = (4, 16, 32), 3
 def backend() -> HFLM:
     """The backend with a random model of the architecture; no text is read, so the tokenizer has two words."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL)).eval()
+    model = transformers.LlamaForCausalLM(MODEL).eval()
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
-    return HFLM(pretrained=model, tokenizer=tokenizer, max_length=MODEL["max_position_embeddings"])
+    return HFLM(pretrained=model, tokenizer=tokenizer, max_length=MODEL.max_position_embeddings)
 
 
 def measure(lm: HFLM, name: str) -> dict[str, Any]:
     """The requests a second at each batch size."""
-    asked = [(None, *pair) for pair in questions.draw(SIZES[name], FIRST, MODEL["vocab_size"])]
+    asked = [(None, *pair) for pair in questions.draw(SIZES[name], FIRST, MODEL.vocab_size)]
     found = {}
     for batch in BATCHES:
         rates = []

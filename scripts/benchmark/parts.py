@@ -41,18 +41,12 @@ def architecture(cfg: Config) -> models.Config:
     if cfg.preset is not None:
         return dataclasses.replace(models.preset(cfg.preset), compute=compute)
     m = cfg.model
-    return models.llama(
-        m.layers,
-        m.hidden,
-        m.heads,
-        m.kv_heads,
-        m.intermediate,
-        vocab_size=m.vocab,
+    return dataclasses.replace(
+        models.llama(m.layers, m.hidden, m.heads, m.kv_heads, m.intermediate, m.vocab, max_length=4096),
         head_dim=m.head_dim,
         tie_embeddings=m.tied_embeddings,
         rope_theta=m.rope_theta,
         norm_eps=m.norm_eps,
-        max_length=4096,
         compute=compute,
     )
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import optim, sft
@@ -181,6 +182,41 @@ def test_a_report_of_a_step_for_a_tpu():
     assert report.traffic is not None and report.share < 0.01
     assert report.arguments > 3 * weights
     assert report.traffic.collectives["all-reduce"] == pytest.approx(weights, rel=0.01)
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """The files of one program in JAX's persistent cache, which is empty at first; that of the tests comes back."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [jax.config.values[name] for name in names]
+
+    def use(*values):
+        for name, value in zip(names, values, strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    use(str(tmp_path), 0.0)
+    yield lambda: list(tmp_path.glob("jit_add_one-*-cache"))
+    use(*before)
+
+
+@pytest.mark.parametrize(
+    "find",
+    [jax.devices, pytest.param(lambda: tpu.devices("v5e:2x2"), marks=needs_libtpu)],
+    ids=["cpu", "tpu"],
+)
+def test_a_report_leaves_the_cache_alone(find, cached):
+    """It compiles anew, for devices that may not be there; what runs before and afterwards is in the cache."""
+    x = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(find()[0]))
+
+    def add_one(x):
+        return x + 1
+
+    for n in (1, 2):
+        tpu.compile_report(tpu.Program("x", jax.jit(add_one), (x,), 1), "v5e:2x2", 1)
+        assert len(cached()) == n - 1
+        jax.jit(add_one)(np.zeros(n))
+        assert len(cached()) == n
 
 
 @needs_libtpu

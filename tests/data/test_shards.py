@@ -17,15 +17,10 @@ from rlhf_jax.data import builders, pipeline, recipes, records, shards, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import hosts, progress
 from rlhf_jax.types import InputError
+from tests.data.examples import WORDS
 
 LENGTH = 24
-WORDS = "the cat sat on a mat and ate two fish while nobody was looking at it".split()  # noqa: SIM905
 TEXTS = [f"{n}: " + " ".join(WORDS[(n + k) % len(WORDS)] for k in range(1 + n * n % 29)) for n in range(200)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return tokenizer_lib.train([" ".join(WORDS)] * 3, 300, tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -330,3 +325,13 @@ def test_a_row_without_a_rating_is_named_in_a_later_batch(tokenizer, tmp_path, m
     rows = sources.rows(str(path), "rankings", data_dir=tmp_path / "data")
     with pytest.raises(InputError, match=f"{path}, line 10, field ratings: expected a rating of honest"):
         pipeline.rankings(rows, tokenizer, length=64, batch=1, seed=0, virtue="honest")
+
+
+def test_packing_fits_and_leaves_out_nothing():
+    lengths = np.random.default_rng(0).integers(1, 17, 500).tolist()
+    rows = shards.pack(lengths, 32)
+    assert sorted(itertools.chain(*rows)) == list(range(500))
+    used = [sum(lengths[n] for n in row) for row in rows]
+    assert max(used) <= 32 and sum(used) > 0.98 * 32 * len(rows)
+    assert shards.pack([7, 5, 3, 1], 8) == [[0, 3], [1, 2]]
+    assert shards.pack([], 8) == []

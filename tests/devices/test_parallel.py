@@ -189,7 +189,7 @@ def test_micro_batches_must_divide():
         place.step(functools.partial(test_sft.STEP, microbatches=4))(place.state(state), place.rows(batch))
 
 
-ODD = models.llama(2, 18, 6, 3, 25, vocab_size=31, max_length=24, head_dim=3, position="learned")
+ODD = dataclasses.replace(tiny.LLAMA, d_model=18, n_heads=6, n_kv_heads=3, head_dim=3, d_ff=25, position="learned")
 FAMILIES = {name: tiny.CONFIGS[name] for name in ("gpt", "qwen2", "gemma2")}
 FAMILIES |= {"even": dataclasses.replace(tiny.LLAMA, vocab_size=32), "odd": ODD}
 

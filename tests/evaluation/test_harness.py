@@ -72,10 +72,11 @@ doc_to_target: "{{long}}"
 metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
 """
 TASKS = {"choice": CHOICE, "spaced": SPACED, "generate": GENERATE, "rolling": ROLLING}
+LLAMA = models.llama(2, 32, 4, 2, 48, vocab_size=290, max_length=128)
 CONFIGS = {  # whose tokenizers put a BOS in front of a text or have none
     "gpt": models.gpt(2, 32, 2, vocab_size=290, max_length=128),
-    "llama": models.llama(2, 32, 4, 2, 48, vocab_size=290, max_length=128, tie_embeddings=True),
-    "qwen": models.llama(2, 32, 4, 2, 48, vocab_size=290, max_length=128, bias="qkv"),
+    "llama": dataclasses.replace(LLAMA, tie_embeddings=True),
+    "qwen": dataclasses.replace(LLAMA, bias="qkv"),
 }
 
 

@@ -115,7 +115,9 @@ def test_other_rewards_cannot_go_on(done, cost, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and "rewards" in str(error.value)
 
 
-@pytest.mark.parametrize("experiment", [grpo, rloo], ids=["grpo", "rloo"])
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(grpo, id="grpo"), pytest.param(rloo, id="rloo", marks=pytest.mark.full)]
+)
 def test_groups_learn_from_several_rewards(done, cost, tmp_path, experiment):
     quick, _ = done
     small = {name: getattr(quick.ppo, name) for name in ("data", "prompt_length", "max_new_tokens", "batch")}

@@ -162,9 +162,9 @@ def test_scalings_by_hand():
 
 def test_rows_that_have_other_factors_are_warned_of(capsys):
     config = tiny.MORE["phi3-long"]
-    models.check_length(config, length=12)
+    models.check_length(config, 12)
     assert capsys.readouterr().err == ""
-    models.check_length(config, length=13)
+    models.check_length(config, 13)
     what = "length=13 is more than 12 tokens, for which longrope has other factors"
     assert capsys.readouterr().err == f"warning: {what}: shorter rows are read as by another model\n"
 

@@ -212,10 +212,10 @@ def test_other_conventions_than_the_policys_are_warned_of(tmp_path, capsys):
 
 def test_a_length_beyond_the_context(tmp_path, capsys):
     for config in (tiny.GPT, tiny.LLAMA):
-        models.check_length(config, length=24)
+        models.check_length(config, 24)
     assert capsys.readouterr().err == ""
-    models.check_length(tiny.LLAMA, length=24, text_length=25)
+    models.check_length(tiny.LLAMA, 25, "text_length")
     warning = "text_length=25 is more than the model's context of 24 tokens, the most that it was trained for"
     assert capsys.readouterr().err == f"warning: {warning}\n"
     with pytest.raises(InputError, match="length=25 is more than the model's context of 24 tokens, beyond which it"):
-        models.check_length(tiny.GPT, length=25)
+        models.check_length(tiny.GPT, 25)

@@ -191,7 +191,7 @@ def test_the_backward_pass_keeps_what_products_take_and_yield():
     """Of norms and activations it keeps no intermediates."""
 
     def kept(n_layers, compute):
-        config = models.gpt(n_layers, 64, 2, vocab_size=64, max_length=64, compute=compute)
+        config = dataclasses.replace(models.gpt(n_layers, 64, 2, vocab_size=64, max_length=64), compute=compute)
         tokens = jax.ShapeDtypeStruct((64, 8), jnp.int32)
         hidden = models.bind(models.Transformer(config), models.Transformer.hidden)
         loss = lambda params, tokens: jnp.sum(hidden(params, tokens, tokens))
@@ -282,7 +282,7 @@ def test_memory_of_the_loss_is_one_chunk_of_logits():
 
     def temporaries(vocabulary, chunk):
         compute = models.Compute(chunk=chunk)
-        config = models.gpt(1, 16, 2, vocab_size=vocabulary, max_length=129, compute=compute)
+        config = dataclasses.replace(models.gpt(1, 16, 2, vocab_size=vocabulary, max_length=129), compute=compute)
         network = models.logprobs_fn(config)
         loss = lambda params, tokens: jnp.mean(network(params, tokens, tokens > 0)[0])
         shapes = models.parameter_shapes(config), jax.ShapeDtypeStruct((16, 129), jnp.int32)

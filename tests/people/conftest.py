@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from rlhf_jax.people.items import Item
 from rlhf_jax.people.store import Store
 from tests.people.labelling import RULES, Clock
 
@@ -24,6 +25,12 @@ def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
     with Store(tmp_path / "people.db", clock) as store:
         store.set_rules(RULES)
         yield store
+
+
+@pytest.fixture
+def prompts(store: Store) -> None:
+    """The store has three prompts, each with two answers to rank."""
+    store.add([Item(f"prompt {n}", ("one", "two")) for n in range(3)])
 
 
 @pytest.fixture(scope="module")

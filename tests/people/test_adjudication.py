@@ -21,7 +21,7 @@ from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
 from tests.people import labelling
 from tests.people.large import FULL_SIZE, fill
-from tests.people.test_server import Browser
+from tests.people.visiting import Browser
 
 RESPONSES = ("0", "1", "2")
 AGREED, HALF, OPPOSED, ALONE = 1, 2, 3, 4  # items

@@ -16,7 +16,7 @@ from rlhf_jax.people import beside
 from rlhf_jax.people.beside import Program
 from rlhf_jax.people.store import Store
 from tests.people.serving import ROOT
-from tests.people.test_server import Browser
+from tests.people.visiting import Browser
 
 
 def until(out: IO[str], line: str) -> None:

@@ -20,9 +20,9 @@ from rlhf_jax.people.endpoint import Endpoint
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
-from tests.people import test_server
 from tests.people.endpoints import Stub
 from tests.people.labelling import person
+from tests.people.visiting import Browser
 
 RULES = Rules(ratings="none", gold_share=0.0, repeat_share=0.0, turns=2)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -34,7 +34,7 @@ def store(store: Store) -> Store:
     return store
 
 
-class Talker(test_server.Browser):
+class Talker(Browser):
     """Somebody who talks to the stub's models."""
 
     def __init__(self, store: Store, url: str, name: str = "ann", role: Any = "labeler", **options: Any):
@@ -187,7 +187,7 @@ def test_a_model_that_could_not_be_loaded_is_told_to_who_can_act(store: Store):
 
 def test_conversations_are_not_given_out_without_a_model(store: Store):
     store.add([Item("about birds", task="chat")])
-    plain, admin = test_server.Browser(store, "eve"), test_server.Browser(store, "fay", "administrator")
+    plain, admin = Browser(store, "eve"), Browser(store, "fay", "administrator")
     assert plain.task() is None and plain.client.get("/api/task").json()["pace"]["left"] == 0
     assert "1 conversations wait for a model" in admin.client.get("/admin").text
 
@@ -240,7 +240,7 @@ def test_who_may_talk(store: Store, stub: Stub, ann: Talker, served: tuple[Stub,
         assert ann.client.get(path).status_code in (303, 401)
     assert ann.ask(model=0, messages=HELLO)[0]["status"] == 401
     assert not stub.asked
-    plain = test_server.Browser(store, "eve")
+    plain = Browser(store, "eve")
     assert plain.client.get("/chat").status_code == 404 and "/chat" not in plain.client.get("/guidelines").text
 
 

@@ -23,6 +23,7 @@ from tests.people.large import FULL_SIZE, fill
 from tests.people.serving import Server, serving
 
 LABELS, KILLS = (10_000, 20) if FULL_SIZE else (1000, 4)
+THOUGHT = (0.2, 0.5) if FULL_SIZE else (0.02, 0.05)  # seconds before an answer
 RULES = Rules(ratings="none", gold_share=0.0, repeat_share=0.0)
 
 
@@ -191,7 +192,7 @@ async def person(client: Client, share: int, taken: list[float], got: list[int],
     rng = random.Random(seed)
     await client.open()
     for _ in range(share):
-        await asyncio.sleep(rng.uniform(0.2, 0.5))
+        await asyncio.sleep(rng.uniform(*THOUGHT))
         task = (await client.ask("GET", "/api/task"))["task"]
         got.append(task["item"])
         body = {
@@ -230,3 +231,47 @@ def test_forty_people_at_once(tmp_path: Path):
     print(f"{LABELS} labels by 40 people in {wall:.0f} s: a submission takes {p50:.0f} ms, p99 {p99:.0f} ms")
     if FULL_SIZE:
         assert p99 < 100
+
+
+@pytest.mark.slow
+def test_a_large_store_is_as_quick(tmp_path: Path):
+    """100,000 labels: open in under 3 s, a task and a submission in under 100 ms each."""
+    path = tmp_path / "large.db"
+    n = 100_000
+    with Store(path) as store:
+        store.set_rules(Rules(ratings="none", gold_share=0.0, repeat_share=0.5))
+        for name in ("ann", "bob"):
+            access.invite(store, name)
+        with store.writer() as db:
+            items = ((bytes(str(k), "ascii"), "rank", '"p"', '["a","b"]', 3, 1, 1.0) for k in range(n + 100))
+            db.executemany(
+                "INSERT INTO items (key, round, task, prompt, responses, words, overlap, created)"
+                " VALUES (?, 0, ?, ?, ?, ?, ?, ?)",
+                items,
+            )
+            db.execute(
+                "INSERT INTO assignments (item, person, kind, slot, shown, created, expires, state)"
+                " SELECT id, 1 + id % 2, 'slot', 0, '[0,1]', 1, 2, 'done' FROM items WHERE id <= ?",
+                (n,),
+            )
+            db.execute("UPDATE items SET taken = 1 WHERE id <= ?", (n,))
+            db.execute(
+                "INSERT INTO labels (assignment, item, person, kind, submission, answer, started, created, seconds,"
+                " fast) SELECT id, item, person, 'slot', 'submission' || id, '{\"ranks\":[0,1]}', 1, id, 1, 0"
+                " FROM assignments"
+            )
+            db.execute("UPDATE people SET last = ?", (n,))
+    start = time.perf_counter()
+    with Store(path) as store:
+        assert time.perf_counter() - start < 3
+        taken = []
+        for k in range(5):
+            start = time.perf_counter()
+            found = store.task(1)
+            store.pace(1)
+            taken.append(time.perf_counter() - start)
+            assert found
+            start = time.perf_counter()
+            store.submit(1, found.id, f"submission-new-{k}", {"ranks": [0, 1]}, 1.0)
+            taken.append(time.perf_counter() - start)
+        assert sorted(taken)[-3] < 0.1, taken

@@ -80,6 +80,20 @@ def test_one_transfer_a_batch(tmp_path, monkeypatch):
         assert len(calls) == 2
 
 
+def test_few_steps_are_unfinished(tmp_path):
+    waited = []
+
+    class Metric(float):
+        def block_until_ready(self):
+            waited.append(float(self))
+            return self
+
+    with log.Records(tmp_path, Config(), total=9) as run:
+        for i in range(1, 6):
+            run.write(i, {"loss/a": Metric(i)})
+    assert waited == [1.0, 2.0, 3.0]
+
+
 def test_slow_steps_are_recorded_when_the_next_is_under_way(tmp_path, monkeypatch):
     monkeypatch.setattr(log.Records, "PATIENCE", 0.0)
     with log.Records(tmp_path, Config(), total=2, limits=log.Limits(every=100)) as run:

@@ -185,7 +185,7 @@ class Plan:
         return Draw(number, rows[0], template, reasoning, count, tuple(rows[1:]))
 
     def _turn(self, k: int) -> tuple[int, int]:
-        """The task of the k-th draw, and how many of its draws come before this one, as good as all of them earlier.
+        """The task of the k-th draw, and the draw's number among those of the task: 0, 1, ..., nearly in their order.
 
         A block has a ticket for each draw, which the tasks share out. Its tickets are dealt in hands of EVEN that lie
         evenly over all of them, as do those of hands that follow each other; tickets within a hand come in an order of
