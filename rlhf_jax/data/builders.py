@@ -246,7 +246,11 @@ def open_records(
                 # Another process may have been quicker with the same data.
                 if not (builder := make()).is_prepared():
                     cause = str(error).strip().partition("\n")[0]
-                    raise InputError(f"{where}: cannot be prepared ({type(error).__name__}: {cause})") from error
+                    hint = f": prepare it elsewhere, as array_record, and copy it to {builder.data_dir}"
+                    raise InputError(
+                        f"{where}: cannot be prepared ({type(error).__name__}: {cause})"
+                        + hint * (not isinstance(builder, Builder))
+                    ) from error
         try:
             records = _bytes_of(builder, split) if isinstance(builder, Builder) else builder.as_data_source(split)
             if not len(records):
@@ -257,7 +261,8 @@ def open_records(
                 " delete it or choose another data directory"
             ) from error
         except (ValueError, KeyError) as error:
+            known = ", ".join(f"{name} ({one.num_examples} rows)" for name, one in builder.info.splits.items())
             raise InputError(
-                f"{where}: no rows in split {split!r}; there are {', '.join(builder.info.splits)}"
+                f"{where}: no rows in split {split!r}; there are {known}: name another split, or add rows"
             ) from error
     return builder, records

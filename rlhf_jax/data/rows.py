@@ -222,6 +222,9 @@ def _example(row: Row, where: str) -> Row:
     answer = field(row, "answer", where)
     if type(answer) is int and 0 <= answer < len(options):
         answer = options[answer]
+    if not isinstance(answer, str | list):
+        numbers = f", or the number of an option, 0 to {len(options) - 1}" if options else ""
+        raise InputError(f"{where}, field answer: expected a text, a list of texts{numbers}; got {short(answer)}")
     answers = _texts([answer] if isinstance(answer, str) else answer, "answer", where)
     if not all(text.strip() for text in (question, *answers, *options)) or not answers:
         raise InputError(f"{where}: expected a question, an answer and options that are not empty")

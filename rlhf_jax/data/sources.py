@@ -295,6 +295,7 @@ def _published(spec: str, kind: Kind, data_dir: Path, split: str) -> Rows:
 
 
 def _find(name: str, spec: str, data_dir: Path) -> Callable[[], tfds.core.DatasetBuilder]:
+    @builders.quiet()  # TFDS prints a banner where there is no TensorFlow
     def make() -> tfds.core.DatasetBuilder:
         try:
             return tfds.builder(name, data_dir=data_dir)

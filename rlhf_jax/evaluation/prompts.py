@@ -103,7 +103,7 @@ def write(
     left = [begin(*question) for question in questions]
     while left:
         prompts = [_prompt(task, one.pairs[: one.shots], one.words, form) for one in left]
-        answers = [[] if by == "write" else _answers(one.example, form.chat) for one in left]
+        answers = [[] if by == "write" else _answers(one.example, one.words[0], form.chat) for one in left]
         ended = [[by == "read"] * len(some) for some in answers]
         ids, options = tokenizers.render(tokenizer, prompts, answers, ended)
         again = []
@@ -118,9 +118,10 @@ def write(
                 again += [begin(*question) for question in itertools.islice(others, 1)]
         left = again
     if not written:
+        answer = f" with {room.answer} for the answer: lower --max-new-tokens," if room.answer else ":"
         raise InputError(
-            f"task {task.name}: none of {len(tried)} questions fits into {room.context} tokens with {room.answer} for"
-            " the answer: raise --length, lower --max-new-tokens, or take a model with a longer context"
+            f"task {task.name}: none of {len(tried)} questions fits into {room.context} tokens{answer} raise --length,"
+            " or take a model with a longer context"
         )
     if short_of := form.shots - max(len(one.pairs) for one in tried):
         refused[f"examples missing in every prompt: there are no more{' with a rationale' * form.reasoning}"] = short_of
@@ -236,9 +237,9 @@ def _prompt(task: Task, pairs: Sequence[shots.Pair], words: tuple[str, str], for
     return [{**first, "content": preface + first["content"]}, *others]
 
 
-def _answers(example: Example, chat: bool) -> list[str]:
-    """The options, or the right answer if there are none, as they follow the prompt: a text ends before the space."""
-    return list(_texts(example)) if chat else [f" {text}" for text in _texts(example)]
+def _answers(example: Example, prompt: str, chat: bool) -> list[str]:
+    """The options, or the right answer if there are none, as they follow the prompt."""
+    return list(_texts(example)) if chat else [shots.answered(prompt, text) for text in _texts(example)]
 
 
 def _texts(example: Example) -> tuple[str, ...]:

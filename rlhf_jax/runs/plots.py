@@ -60,6 +60,7 @@ def curves(directory: Path, panels: Mapping[str, Sequence[str]] | None = None) -
         axis.set_title(label, loc="left", fontsize=10, color=INK)
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axis.margins(x=0.02)
+        axis.locator_params(axis="x", integer=True)
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=8, labelcolor=INK)
     for axis in axes[-_columns(len(axes)) :]:
@@ -99,13 +100,17 @@ def lines(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, ..
     """
     figure, axes = _grid(len(panels))
     for axis, (label, series) in zip(axes, panels.items(), strict=True):
+        whole = True
         for n, ((name, points), color) in enumerate(zip(series.items(), _cycle(len(series)), strict=True)):
             across, up, *spread = np.array(sorted(points), float).reshape(len(points), -1).T
             again = n // len(COLORS)  # times that the colour was there before
             style, marker = ("-", "--", ":")[again % 3], ("o", "s", "^")[again % 3]
             axis.plot(across, up, style, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=name)
+            whole = whole and bool(np.all(across == across.round()))
             for one in spread:
                 axis.fill_between(across, up - one, up + one, color=color, alpha=0.15, linewidth=0)
+        if whole:  # counts, of which there are no halves
+            axis.locator_params(axis="x", integer=True)
         axis.set_title(label, loc="left", fontsize=10, color=INK)
         axis.set_xlabel(x, fontsize=9, color=INK)
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)

@@ -231,7 +231,7 @@ def test_prompts_that_a_group_shares_change_nothing(module, devices, buckets, mi
     tx, found = optax.sgd(0.1), []
     layout = parallel.layout(devices, jax.devices()[:2])
     for place, share, settings, parts in (
-        (parallel.Pmap(jax.devices()[:1]), False, {}, 1),
+        (parallel.Pmap(tuple(jax.devices()[:1])), False, {}, 1),
         (layout, True, {"buckets": buckets}, microbatches),
     ):
         cfg = module.Config(minibatches=2, group=8, whole_groups=True, entropy_coef=0.1, **settings)

@@ -221,7 +221,7 @@ def test_prompts_that_responses_share_change_nothing(devices, count, buckets, mi
     layout = parallel.layout(devices, jax.devices()[:count])
     found = []
     for place, compute, cfg, parts in (
-        (parallel.Pmap(jax.devices()[:1]), models.Compute(share_prompts=False), reward.Config(), 1),
+        (parallel.Pmap(tuple(jax.devices()[:1])), models.Compute(share_prompts=False), reward.Config(), 1),
         (layout, models.Compute(share_prompts=True), reward.Config(buckets=buckets), microbatches),
     ):
         score_fn = heads.score_fn(dataclasses.replace(tiny.GPT, compute=compute))

@@ -116,7 +116,8 @@ def test_the_held_out_loss_is_the_mean_over_all_tokens():
     target = np.concatenate([x.target[:, 1:] for x in parts])
     stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
     step = functools.partial(sft.held_out_loss, logprobs_fn=LOGPROBS)
-    for layout in (parallel.Pmap(jax.devices()[:1]), parallel.PMAP, parallel.layout(parallel.Config(fsdp=4, tensor=2))):
+    one = parallel.Pmap(tuple(jax.devices()[:1]))
+    for layout in (one, parallel.PMAP, parallel.layout(parallel.Config(fsdp=4, tensor=2))):
         metrics = layout.get(layout.step(step)(layout.state(tiny.policy()), layout.rows(stacked, rows_axis=1)))
         assert list(metrics) == ["loss/held_out"]
         np.testing.assert_allclose(metrics["loss/held_out"], -np.mean(np.asarray(logp)[target]), rtol=1e-5)

@@ -77,7 +77,7 @@ def after(step, cfg, place, microbatches=1):
 def test_minibatches_are_drawn_anew_in_each_step_and_epoch(step, devices, microbatches):
     """Each update is one on the whole minibatch, wherever its rows are computed."""
     cfg = updates.Config(epochs=2, minibatches=2)
-    state, metrics = after(step, cfg, parallel.Pmap(jax.devices()[:devices]), microbatches)
+    state, metrics = after(step, cfg, parallel.Pmap(tuple(jax.devices()[:devices])), microbatches)
     w, losses = 0.0, []
     for rows in minibatches(step, cfg):
         losses.append(0.5 * np.average((w - X[rows]) ** 2, weights=WEIGHT[rows]))
@@ -90,7 +90,7 @@ def test_minibatches_are_drawn_anew_in_each_step_and_epoch(step, devices, microb
 def test_no_update_follows_one_that_strays():
     """Also where the KL, for which the sum of the minibatch's x stands here, is below the limit again."""
     cfg = updates.Config(epochs=2, minibatches=4, stop_kl=35.0)
-    state, metrics = after(0, cfg, parallel.Pmap(jax.devices()[:1]))
+    state, metrics = after(0, cfg, parallel.Pmap(tuple(jax.devices()[:1])))
     w, strayed = 0.0, []
     for rows in minibatches(0, cfg):
         strayed.append(X[rows].sum() > 35)

@@ -374,7 +374,7 @@ def test_unknown_split(tmp_path):
     path = tmp_path / "data.jsonl"
     write(path, {"text": "a"})
     for split in ("test", "train[", "train[5:2]", "train[1:]"):
-        with pytest.raises(InputError, match=r"no rows in split '.*'; there are train"):
+        with pytest.raises(InputError, match=r"no rows in split '.*'; there are train \(1 rows\): name another"):
             load(path, "text", split=split)
     with pytest.raises(InputError, match="there are train, held_out"):
         sources.rows("world", "text", data_dir=tmp_path, split="test")
@@ -448,7 +448,7 @@ def test_published_text(tmp_path, publish):
     assert sources.rows("published:title", "prompts", data_dir=tmp_path)[0] == {"prompt": "t"}
     with pytest.raises(InputError, match=r"name the text field, as in published:text; there are text, title"):
         sources.rows("published:label", "text", data_dir=tmp_path)
-    with pytest.raises(InputError, match=r"no rows in split .*; there are (train, test|test, train)"):
+    with pytest.raises(InputError, match=r"no rows in split .*; there are (train|test) \(1 rows\), (train|test)"):
         sources.rows("published", "text", data_dir=tmp_path, split="validation")
     with pytest.raises(InputError, match="split train, row 0, field prompt: missing"):
         sources.rows("published", "demonstrations", data_dir=tmp_path)[0]["prompt"]
@@ -485,7 +485,7 @@ def test_published_name_that_cannot_be_fetched(tmp_path, monkeypatch):
         raise ConnectionError("no route to host\nat all")
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
-    with pytest.raises(InputError, match=r"'glue/sst2': cannot be prepared \(ConnectionError: no route to host\)"):
+    with pytest.raises(InputError, match=r"'glue/sst2': cannot be .* \(ConnectionError: no route to host\): pre.*copy"):
         sources.rows("glue/sst2", "text", data_dir=tmp_path)
 
 

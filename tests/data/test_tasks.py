@@ -44,7 +44,8 @@ def test_rows_of_a_file(tmp_path):
     ("change", "message"),
     [
         ({"answer": "maybe"}, "field answer: expected one of the options, got 'maybe'"),
-        ({"answer": 2}, "field answer: expected a list of texts, got 2"),
+        ({"answer": 2}, "field answer: expected a text, a list of texts, or the number of an option, 0 to 1; got 2"),
+        ({"answer": 2, "options": []}, "field answer: expected a text, a list of texts; got 2"),
         ({"options": ["yes", "yes"]}, "field options: expected different ones"),
         ({"options": "yes"}, "field options: expected a list of texts"),
         ({"answer": []}, "expected a question, an answer"),
@@ -61,6 +62,8 @@ def test_bad_examples(change, message):
 def test_shots():
     pairs = [("1 + 1 =", "2"), ("2 + 2 =", "4")]
     assert shots.text(pairs, "3 + 3 =") == "1 + 1 = 2\n\n2 + 2 = 4\n\n3 + 3 ="
+    listed = [("One?\n\nOPTIONS:\n- a\n- b", "b"), ("Two?\nOptions:\n(A) c\n(B) d", "(B)")]
+    assert shots.text(listed, "- 3 =") == f"{listed[0][0]}\nb\n\n{listed[1][0]}\n(B)\n\n- 3 ="
     assert [(m["role"], m["content"]) for m in shots.messages(pairs[:1], "3 + 3 =")] == [
         ("user", "1 + 1 ="),
         ("assistant", "2"),

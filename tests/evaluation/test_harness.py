@@ -33,7 +33,7 @@ HAS_HARNESS = pytest.mark.skipif(bool(harness.MISSING), reason="needs lm-eval (t
 HAS_TORCH = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch (the extra parity)")
 THEIRS = pytest.mark.filterwarnings("ignore")  # of the harness and of what it imports
 
-ONE = parallel.Pmap(jax.devices()[:1])
+ONE = parallel.Pmap(tuple(jax.devices()[:1]))
 TEXT = "The cat of Ann is red. How many cats has Bob? Bob has two cats and a dog, which is 3 animals.\n\n"
 NAMES = ["Ann", "Bob", "the dog", "a red cat of Bob's"]
 CHOICE = """

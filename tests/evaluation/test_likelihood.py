@@ -65,7 +65,7 @@ def test_likelihoods_are_those_of_one_text_at_a_time(name):
 def test_every_layout_gives_the_same():
     of, requests = model(), questions()
     expected = likelihood.loglikelihoods(of, requests, batch=8)
-    for layout in (parallel.Pmap(jax.devices()[:1]), parallel.layout(parallel.Config(data=2, fsdp=2, tensor=2))):
+    for layout in (parallel.Pmap(tuple(jax.devices()[:1])), parallel.layout(parallel.Config(data=2, fsdp=2, tensor=2))):
         assert_same(likelihood.loglikelihoods(of, requests, layout=layout, batch=8), expected)
 
 

@@ -100,8 +100,10 @@ def test_questions_that_do_not_fit(tmp_path):
     asked, left_out = write(tmp_path, Form(chat=False), long, Room(context=60, answer=4), asked=3)
     assert [question.row for question in asked] == [1, 2]
     assert left_out == {"questions refused, of more than 60 tokens with the answer": 1}
-    with pytest.raises(InputError, match="task sums: none of 1 questions fits into 60 tokens with 4 for the answer"):
+    with pytest.raises(InputError, match="task sums: none of 1 questions fits into 60 tokens with 4 for the answer: "):
         write(tmp_path, Form(chat=False), long, Room(context=60, answer=4), asked=1)
+    with pytest.raises(InputError, match="fits into 60 tokens: raise --length"):
+        write(tmp_path, Form(chat=False), long, Room(context=60, answer=0), asked=1, by="read")
 
 
 def test_another_question_takes_the_place_of_one_that_does_not_fit(tmp_path):
@@ -128,6 +130,9 @@ def test_each_question_takes_the_next_template(tmp_path):
 def test_options_follow_the_prompt(tmp_path):
     rows = [{"question": "Is it?", "options": ["yes", "no"], "answer": "no"}]
     asked, _ = write(tmp_path, Form(chat=False), rows, asked=1, by="rank")
+    assert [TOKENIZER.decode(ids) for ids in asked[0].options] == ["\nyes", "\nno"]  # below the list of them
+    plain = (Template("{question}"),)
+    asked, _ = write(tmp_path, Form(chat=False), rows, asked=1, by="rank", templates=plain)
     assert [TOKENIZER.decode(ids) for ids in asked[0].options] == [" yes", " no"]
     asked, _ = write(tmp_path, Form(), rows, asked=1, by="rank")
     assert [TOKENIZER.decode(ids) for ids in asked[0].options] == [" yes", " no"]  # as the template has it

@@ -90,6 +90,9 @@ def test_lines_are_drawn_in_the_order_of_x(tmp_path, figures):
     (axis,) = figures[0].axes
     assert line(axis, "PPO") == [[0.0, 0.5], [1.0, 2.0], [2.0, 1.0]]
     assert axis.get_xlabel() == "KL (nats)" and axis.get_title(loc="left") == "gold"
+    assert all(tick == round(tick) for tick in axis.get_xticks())  # as are the points
+    plots.lines(path, {"gold": {"PPO": [(0.0, 1.0), (1.5, 2.0)]}}, x="KL (nats)")
+    assert any(tick != round(tick) for tick in figures[1].axes[0].get_xticks())
 
 
 def test_spreads_are_drawn_around_the_values(tmp_path, figures):

@@ -265,7 +265,7 @@ class Words:
         """The prompt and the response, for the tokenizer."""
         if chat:
             return shots_lib.messages(self.pairs, self.prompt), self.target
-        return shots_lib.text(self.pairs, self.prompt), f" {self.target}"
+        return shots_lib.text(self.pairs, self.prompt), shots_lib.answered(self.prompt, self.target)
 
 
 @dataclasses.dataclass(frozen=True)
