@@ -34,8 +34,9 @@ from tests.quickstart import LENGTHS
 JUDGE = {"judge", "process"}  # which tests/experiments/test_judge.py and test_steps.py have
 # Settings of which the loop asks.
 LATER = {"out", "saves", "samples_every", "samples", "token_samples", "held_out_every", "resample"} | JUDGE
-# Settings without effect by default, which tests/experiments has: of `rank` with people, of `rounds` with DPO.
-SPECIAL = {"rank": {"db", "data", "overlap", "enough", "round"}, "rounds": {"dpo"}}
+# Settings without effect by default, which tests/experiments has: of `rank` with people, of `rounds` with DPO, and of a
+# model that takes the place of pretraining.
+SPECIAL = {"rank": {"db", "data", "overlap", "enough", "round"}, "rounds": {"dpo"}, "sentiment": {"init"}}
 ASKED = {
     sources: ["rows"],
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
@@ -278,6 +279,7 @@ def other_settings(name, quick, tmp_path):
         "pretrain": dataclasses.replace(felt.pretrain, lr=0.5),
         "reward": dataclasses.replace(felt.reward, lr=0.5),
         "ppo": dataclasses.replace(felt.ppo, lr=0.5),
+        "prefix": "A ",
     }
 
 
@@ -357,6 +359,8 @@ def test_no_setting_of_another_experiment_is_dead(name, done, tmp_path, monkeypa
 
     def trace(cfg):
         asked.clear()
+        for rows in (tmp_path / "run").glob("*.jsonl"):  # which are not made again
+            rows.unlink()
         with contextlib.suppress(Begun):
             main(cfg)
         return list(asked), {path.name: path.read_text() for path in (tmp_path / "run").glob("*.jsonl")}
