@@ -249,6 +249,10 @@ def evaluate(
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include is None else str(include))
+    for name in tasks:
+        if not name.endswith((".yaml", ".yml")) and not manager.match_tasks([name]):
+            where = "in that folder or with" if include else "with"
+            raise InputError(f"--tasks {name}: no such task comes {where} lm-evaluation-harness; a file ends in .yaml")
     try:
         manager.load(list(tasks))
     except Exception as error:  # of the harness, of YAML and of `datasets`, without a common kind

@@ -242,7 +242,7 @@ def test_what_cannot_be_asked_is_refused(directories, tasks):
         lm.generate_until(asked(("The cat", {"until": [], "max_gen_toks": 128})))
     with pytest.raises(InputError, match="generation_kwargs of a task has num_beams: expected until"):
         lm.generate_until(asked(("The cat", {"until": [], "max_gen_toks": 8, "num_beams": 2})))
-    with pytest.raises(InputError, match="--tasks nothing: KeyError"):
+    with pytest.raises(InputError, match="--tasks nothing: no such task comes with lm-evaluation-harness"):
         harness.evaluate(lm, ["nothing"])
 
 
