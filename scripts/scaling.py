@@ -54,7 +54,14 @@ RECIPES = {  # stages, by the slice on which their train steps are compiled
     "v5p:4x4x4": ("instructgpt:sft-175b", "instructgpt:init-175b", "tulu3:dpo-70b"),
 }
 # Micro-batches of a stage; PPO-ptx has eight rows of text an episode, and GRPO 64 answers a question.
-PARTS = {"instructgpt:ppo": 8, "instructgpt:reward": 4, "deepseekmath:grpo": 16, "deepseekmath": 4, "tulu3": 4}
+PARTS = {
+    "instructgpt:ppo": 8,
+    "instructgpt:reward": 4,
+    "deepseekmath:grpo": 16,
+    "deepseekmath": 4,
+    "tulu3": 4,
+    "ziegler2019:reward-tldr": 2,
+}
 # Answers to a prompt in rankings, where tpu_compile.py has 9.
 RESPONSES = {"ziegler2019": 4, "tldr_huang2024": 2, "deepseekmath": 2, "tulu3": 2}
 ROWS_OF = {"v5p:2x2x4": 16}  # parts of a batch on these slices; on others at most 8, for batches of few rows
