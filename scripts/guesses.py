@@ -42,7 +42,7 @@ from rlhf_jax.types import InputError, Params, named_key
 class Config(Settings):
     model: Path = Path("runs/quickstart/ppo/model")  # model directory
     data: str = "world:rows=256"  # prompts, all in one batch
-    data_dir: Path = Path("data")  # where data is prepared
+    data_dir: Path = Path("runs/data")  # directory of prepared data sets, which runs share
     prompt_length: Count = 20  # most tokens of a prompt
     max_new_tokens: Count = 16  # of an answer
     temperature: NonNegative = 1.0  # 0 is greedy
