@@ -26,7 +26,7 @@ from rlhf_jax.data.tasks import mixture
 from rlhf_jax.devices import parallel
 from rlhf_jax.evaluation import tasks
 from rlhf_jax.models import heads, lora
-from rlhf_jax.rollouts import rollout
+from rlhf_jax.rollouts import rollout, scores
 from rlhf_jax.runs import plots, run
 from tests.experiments import test_sentiment
 from tests.quickstart import LENGTHS
@@ -226,6 +226,7 @@ def test_no_setting_is_dead(name, done, tmp_path, asked):
 
     def trace(cfg):
         asked.clear()
+        scores.scoring.cache_clear()  # whose programs serve several models
         with pytest.raises(Begun):
             STAGES[name].main(cfg)
         return list(asked)
