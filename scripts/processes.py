@@ -53,7 +53,8 @@ def train(cfg: Config, processes: int, layout: str, home: Path) -> float:
     } | ({"--devices.fsdp": processes} if layout == "fsdp" else {})
     command = [sys.executable, "-m", "experiments.pretrain", *(str(word) for pair in given.items() for word in pair)]
     cores = sorted(os.sched_getaffinity(0))
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(home / "compiled")}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"), "XLA_FLAGS": flags}
     if processes > 1:
         env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     running = [
@@ -69,7 +70,7 @@ def train(cfg: Config, processes: int, layout: str, home: Path) -> float:
     ]
     said = [one.communicate()[0] for one in running]
     if failed := [text for one, text in zip(running, said, strict=True) if one.returncode]:
-        raise InputError(f"{processes} processes, {layout}: {failed[0]}")
+        raise InputError(f"a run in {processes} processes ({layout}) failed: {failed[0].strip().splitlines()[-1]}")
     times = [json.loads(line)["time"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return cfg.rows * processes * cfg.steps / (times[-1] - times[WARMUP - 1])
 
@@ -82,8 +83,9 @@ def main(cfg: Config) -> dict[str, dict[int, float]]:
             for layout, rates in found.items():
                 for processes, measured in rates.items():
                     measured.append(train(cfg, processes, layout, Path(scratch)))
+                    print(f"{layout}, {processes} processes: {measured[-1]:.1f} rows a second", flush=True)
     medians = {layout: {n: statistics.median(rates) for n, rates in each.items()} for layout, each in found.items()}
-    print(f"| layout | processes | rows a second | x {cfg.processes[0]} |\n|---|---|---|---|")
+    print(f"\n| layout | processes | rows a second | x {cfg.processes[0]} |\n|---|---|---|---|")
     for layout, each in medians.items():
         for n, rate in each.items():
             print(f"| {layout} | {n} | {rate:.1f} | {rate / each[cfg.processes[0]]:.2f} |")

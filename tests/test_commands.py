@@ -60,7 +60,7 @@ LEFT_OUT = {
     r".*(pytest|scripts/test\.sh|scripts/mutate\.py|tests\.\w+)\b": "runs tests",
     r"scripts/docs\.sh": "runs in tests/test_site.py",
     r"scripts/quickstart\.sh": "ran for the fixture `done`",
-    r".*(scripts/(studies|survive|scaling|bench|guesses)\b|studies\.)": "takes minutes or hours",
+    r".*(scripts/(studies|survive|scaling|processes|bench|guesses)\b|studies\.)": "takes minutes or hours",
     r".*lessons\.py (measure|stages)": "makes figures of these pages",
     r".*scripts/tpu_compile\.py": "needs libtpu",
     r".*(hub:|\.gguf\b|(cot|bbh|sst):|papers\.sentiment)": "reads published files",
