@@ -361,9 +361,7 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, openings: Sequen
 
 
 def write_choices(cfg: Config, stage: "reward.Config", labeler: Pipeline, openings: Sequence[str]) -> None:
-    """Write the labeler's choices among continuations by the base, the first ones held out, unless they are there."""
-    if Path(stage.data).exists():  # the last one to be written
-        return
+    """Write the labeler's choices among continuations by the base: the first ones are held out."""
     base, split = models.load(stage.init, compute=cfg.compute), cfg.held_out_choices
     chosen = list(choose(cfg, base, labeler, openings[: split + cfg.choices]))
     write_rows(str(stage.held_out), chosen[:split])
@@ -397,8 +395,8 @@ def fluency(cfg: Config, base: Path, prompts: Prompts) -> Callable[[Rollout], fl
 
     def perplexity(episodes: Rollout) -> float:
         requests = [
-            likelihood.Request(start[asked].tolist(), tokens[said].tolist())
-            for start, asked, tokens, said in zip(
+            likelihood.Request(prompt[real].tolist(), tokens[said].tolist())
+            for prompt, real, tokens, said in zip(
                 prompts.tokens, prompts.mask, episodes.response_tokens, episodes.response_mask, strict=True
             )
         ]
