@@ -34,9 +34,8 @@ from tests.quickstart import LENGTHS
 JUDGE = {"judge", "process"}  # which tests/experiments/test_judge.py and test_steps.py have
 # Settings of which the loop asks.
 LATER = {"out", "saves", "samples_every", "samples", "token_samples", "held_out_every", "resample"} | JUDGE
-# Settings without effect by default, which tests/experiments has: of `rank` with people, of `rounds` with DPO, and of a
-# model that takes the place of pretraining.
-SPECIAL = {"rank": {"db", "data", "overlap", "enough", "round"}, "rounds": {"dpo"}, "sentiment": {"init"}}
+# Settings without effect by default, which tests/experiments has: of `rank` with people, and of `rounds` with DPO.
+SPECIAL = {"rank": {"db", "data", "overlap", "enough", "round"}, "rounds": {"dpo"}}
 ASKED = {
     sources: ["rows"],
     pipeline: ["text", "demonstrations", "rankings", "prompts", "every_prompt"],
@@ -280,7 +279,6 @@ def other_settings(name, quick, tmp_path):
         "pretrain": dataclasses.replace(felt.pretrain, lr=0.5),
         "reward": dataclasses.replace(felt.reward, lr=0.5),
         "ppo": dataclasses.replace(felt.ppo, lr=0.5),
-        "prefix": "A ",
     }
 
 
@@ -337,7 +335,7 @@ def made_up(monkeypatch, done, asked):
     monkeypatch.setattr(rollout, "episodes", episodes)
     monkeypatch.setattr(sft_lib, "evaluate", begin)
     monkeypatch.setattr(plots, "lines", lambda *args, **kwargs: None)
-    monkeypatch.setattr(runs, "once", lambda main, config: main(config))  # each time
+    monkeypatch.setattr(runs, "once", lambda main, config, out=None: main(config))  # each time
     return stage
 
 

@@ -64,8 +64,6 @@ class Config(runs.Stage):
     out: Path = Path("runs/sentiment")  # run directory; each stage has a folder in it
     data: str | None = None  # required: the folder of the four files above, or a TFDS name such as glue/sst2
     data_dir: Path | None = None  # type: ignore[assignment]  # where prepared data sets are kept; None is the folder "data" in `out`
-    init: Path | None = None  # pretrained model directory to begin with; None: pretrain one on the sentences
-    prefix: str = ""  # text in front of each opening that the models read, and labeler and judge do not
     choices: Count = 3000  # openings for the reward model to learn from
     held_out_choices: Count = 256  # openings to measure its accuracy on, and to normalise it on
     best_of: Annotated[int, Range(least=2)] = 4  # continuations of each, of which the labeler picks one
@@ -286,9 +284,7 @@ def shared_settings(cfg: Config) -> runs.Stage:
 
 def plan_stages(cfg: Config) -> Stages:
     """The configuration of each stage; raises InputError for a flag without effect."""
-    if cfg.init is not None and cfg.pretrain != Config.pretrain:
-        raise InputError(f"pretrain.* has no effect with init={cfg.init}: leave out one of them")
-    shared, base = shared_settings(cfg), cfg.init or cfg.out / "pretrain" / "model"
+    shared, base = shared_settings(cfg), cfg.out / "pretrain" / "model"
     return Stages(
         pretrain=cli.hand_down(
             "pretrain",
@@ -302,8 +298,8 @@ def plan_stages(cfg: Config) -> Stages:
             cfg.reward,
             shared,
             init=base,
-            data=str(cfg.out / "choices.jsonl"),
-            held_out=str(cfg.out / "choices_held_out.jsonl"),
+            data=str(cfg.out / "choices" / "train.jsonl"),
+            held_out=str(cfg.out / "choices" / "held_out.jsonl"),
             length=cfg.ppo.prompt_length + cfg.ppo.max_new_tokens + 1,  # every one ends with EOS here
             out=cfg.out / "reward",
         ),
@@ -333,15 +329,15 @@ def sampled_as(cfg: Config, model: models.Model) -> sampling.Config:
     )
 
 
-def asked(cfg: Config, openings: Sequence[str]) -> list[dict]:
+def asked(openings: Sequence[str]) -> list[dict]:
     """The rows of prompts of these openings."""
-    return [{"prompt": cfg.prefix + opening} for opening in openings]
+    return [{"prompt": opening} for opening in openings]
 
 
 def choose(cfg: Config, model: models.Model, labeler: Pipeline, openings: Sequence[str]) -> Iterator[dict]:
     """Rankings: `best_of` continuations of each opening, with rank 0 for the one that the labeler likes best."""
     tokenizer = models.tokenizer_of(model)
-    rows = asked(cfg, openings)
+    rows = asked(openings)
     batch, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.ppo.prompt_length)
     print(f"openings to choose continuations of: {counts}")
     sampled = rollout.episodes(
@@ -360,7 +356,16 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, openings: Sequen
         yield rows[index] | {"responses": responses, "ranks": [int(k != best) for k in range(cfg.best_of)]}
 
 
-def write_choices(cfg: Config, stage: "reward.Config", labeler: Pipeline, openings: Sequence[str]) -> None:
+def before_choices(cfg: Config) -> Config:
+    """`cfg` with the defaults wherever the choices do not depend on it."""
+    algorithm = dataclasses.replace(Config.ppo.algorithm, temperature=cfg.ppo.algorithm.temperature)
+    lengths = {name: getattr(cfg.ppo, name) for name in ("prompt_length", "max_new_tokens")}
+    return dataclasses.replace(
+        cfg, reward=Config.reward, ppo=dataclasses.replace(Config.ppo, **lengths, algorithm=algorithm)
+    )
+
+
+def write_choices(stage: "reward.Config", labeler: Pipeline, openings: Sequence[str], cfg: Config) -> None:
     """Write the labeler's choices among continuations by the base: the first ones are held out."""
     base, split = models.load(stage.init, compute=cfg.compute), cfg.held_out_choices
     chosen = list(choose(cfg, base, labeler, openings[: split + cfg.choices]))
@@ -387,10 +392,10 @@ def continuations(cfg: Config, paths: Sequence[Path], learnt: Path, prompts: Pro
         )
 
 
-def fluency(cfg: Config, base: Path, prompts: Prompts) -> Callable[[Rollout], float]:
-    """A function of continuations: their perplexity, a token, by the model at `base`, without a temperature."""
+def fluency(cfg: Config, untouched: Path, prompts: Prompts) -> Callable[[Rollout], float]:
+    """A function of continuations: their perplexity, a token, by the model at this path, without a temperature."""
     layout = parallel.layout(cfg.devices)
-    model = models.load(base, compute=cfg.compute, place=layout.sharding)
+    model = models.load(untouched, compute=cfg.compute, place=layout.sharding)
     reader = likelihood.Reader(model, layout, cfg.sample_batch)
 
     def perplexity(episodes: Rollout) -> float:
@@ -452,18 +457,19 @@ def measure(episodes: Rollout, sentences: list[str], readers: Readers, perplexit
 def evaluate(cfg: Config, plan: Stages, reviews: Reviews, readers: Readers) -> tuple[list[str], dict[str, Continued]]:
     """The held-out openings that fit, and what base and PPO make of them."""
     base, final, (learnt,) = plan.ppo.init, plan.ppo.out / "model", plan.ppo.reward
+    untouched = plan.pretrain.init or base
     tokenizer = models.tokenizer_of(models.load(base, compute=cfg.compute))
     openings = reviews.held_out_openings
-    prompts, counts = pipeline.every_prompt(asked(cfg, openings), tokenizer, length=cfg.ppo.prompt_length)
+    prompts, counts = pipeline.every_prompt(asked(openings), tokenizer, length=cfg.ppo.prompt_length)
     print(f"held-out openings: {counts}")
     sampled = continuations(cfg, (base, final), learnt, prompts)
     losses = text_nll(cfg, (base, final), [text for text, _ in reviews.held_out])
-    perplexity = fluency(cfg, base, prompts)
+    perplexity = fluency(cfg, untouched, prompts)
     results = {}
     for stage, episodes, nll in zip(("base", "PPO"), sampled, losses, strict=True):
         rows = zip(episodes.tokens, episodes.mask, strict=True)
         texts = (tokenizer_lib.decode(tokenizer, tokens, mask) for tokens, mask in rows)
-        sentences = [text.removeprefix(cfg.prefix).strip() for text in texts]
+        sentences = [text.strip() for text in texts]
         results[stage] = measure(episodes, sentences, readers, perplexity(episodes), nll)
     return [openings[index] for index in prompts.index], results
 
@@ -476,17 +482,16 @@ def main(cfg: Config) -> dict:
     runs.write_config(cfg.out, cfg)
     readers, accuracies = fit_readers(reviews)
 
-    if cfg.init is None:
-        write_rows(plan.pretrain.data, ({"text": text} for text in reviews.sentences))
-        runs.once(pretrain.main, plan.pretrain)
+    write_rows(plan.pretrain.data, ({"text": text} for text in reviews.sentences))
+    runs.once(pretrain.main, plan.pretrain)
 
-    print(f"\n== choose ({time.monotonic() - start:.0f} s)", flush=True)
-    write_choices(cfg, plan.reward, readers.labeler, reviews.openings)
+    choosing = functools.partial(write_choices, plan.reward, readers.labeler, reviews.openings)
+    runs.once(choosing, before_choices(cfg), cfg.out / "choices")
 
     learnt = runs.once(reward.main, plan.reward)
     print(f"reward model: {100 * learnt['accuracy']:.1f} % of held-out pairs of the best and another")
 
-    write_rows(plan.ppo.data, asked(cfg, reviews.openings))
+    write_rows(plan.ppo.data, asked(reviews.openings))
     runs.once(ppo.main, plan.ppo)
 
     print(f"\n== evaluate ({time.monotonic() - start:.0f} s)", flush=True)
@@ -517,7 +522,7 @@ def report(out: Path, openings: Sequence[str], results: dict[str, Continued]) ->
         "reward": "reward model's score",
         "ended": "sentences that end (share)",
         "distinct": "distinct sentences (share)",
-        "perplexity": "perplexity by the base",
+        "perplexity": "perplexity by the untouched model",
         "nll": "loss on held-out text (nats a token)",
     }
     panels = {

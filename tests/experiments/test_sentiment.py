@@ -79,7 +79,7 @@ def test_two_steps_of_each_stage(tmp_path, data):
     assert summary["base"]["perplexity"] > 1
     assert summary["gain"] == summary["ppo"]["positive_judge"] - summary["base"]["positive_judge"]
     # The labeler's choice has rank 0, the others 1, and no choice serves both training and accuracy.
-    choices, held_out = (log.read(cfg.out, f"choices{part}.jsonl") for part in ("", "_held_out"))
+    choices, held_out = (log.read(cfg.out / "choices", f"{part}.jsonl") for part in ("train", "held_out"))
     assert (len(choices), len(held_out)) == (16, 8)
     assert all(sorted(row["ranks"]) == [0, 1, 1] for row in choices + held_out)
     losses = [row["loss/choice"] for row in log.read(cfg.out / "reward")]
@@ -87,14 +87,6 @@ def test_two_steps_of_each_stage(tmp_path, data):
     assert len(log.read(cfg.out / "ppo")) == 2
     assert (cfg.out / "samples.md").read_text().startswith("| opening | base | PPO |")
     assert (cfg.out / "stages.png").is_file()
-
-
-def test_a_model_of_your_own_takes_the_place_of_pretraining(tmp_path, data):
-    cfg = dataclasses.replace(config(tmp_path, data), init=tmp_path)
-    with pytest.raises(InputError, match=r"pretrain\.\* has no effect with init"):
-        sentiment.plan_stages(cfg)
-    plan = sentiment.plan_stages(dataclasses.replace(cfg, pretrain=sentiment.Config.pretrain))
-    assert plan.reward.init == plan.ppo.init == tmp_path
 
 
 def test_the_labeler_picks_what_it_finds_most_positive():
