@@ -30,7 +30,7 @@ from rlhf_jax.analysis import calibration
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.rows import Row
-from rlhf_jax.devices import hosts, parallel
+from rlhf_jax.devices import hosts, parallel, progress
 from rlhf_jax.models import heads
 from rlhf_jax.models import lora as lora_lib
 from rlhf_jax.rollouts import tokens
@@ -198,16 +198,15 @@ def main(cfg: Config) -> dict[str, float]:
     base = layout.state(frozen)
     model = dataclasses.replace(model, params=None)  # free the memory of the loaded parameters
 
-    def score_all(trained: Params, batches: Iterable[Rankings]) -> tuple[np.ndarray, ...]:
+    def score_all(trained: Params, batches: pipeline.Batches[Rankings]) -> tuple[np.ndarray, ...]:
         """The score, rank and length in tokens of all responses [B, K], on the host."""
         params = lora_lib.attach(base, layout.state(trained), cfg.lora)
-        parts = [
-            (
-                layout.gather(scores(params, layout.rows(batch))),
-                *hosts.join((batch.rank, batch.mask.sum(axis=2, dtype=np.int32))),
-            )
-            for batch in batches
-        ]
+        parts = []
+        with progress.bar(batches.steps, what="scoring", unit="batch", delay=10.0) as shown:
+            for batch in batches:
+                score = layout.gather(scores(params, layout.rows(batch)))
+                parts.append((score, *hosts.join((batch.rank, batch.mask.sum(axis=2, dtype=np.int32)))))
+                shown.update()
         return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
     def normalize(trained: Params) -> Params:

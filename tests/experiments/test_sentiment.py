@@ -89,6 +89,20 @@ def test_two_steps_of_each_stage(tmp_path, data):
     assert (cfg.out / "stages.png").is_file()
 
 
+def test_choices_are_kept_for_what_they_do_not_depend_on(tmp_path, data):
+    cfg = config(tmp_path, data)
+    made_by = sentiment.before_choices(cfg)
+    later = dataclasses.replace(
+        cfg, reward=dataclasses.replace(cfg.reward, lr=0.5), ppo=dataclasses.replace(cfg.ppo, lr=0.5)
+    )
+    assert sentiment.before_choices(later) == made_by
+    hotter = dataclasses.replace(cfg.ppo, algorithm=dataclasses.replace(cfg.ppo.algorithm, temperature=0.9))
+    longer = dataclasses.replace(cfg.ppo, max_new_tokens=6)
+    earlier = dataclasses.replace(cfg.pretrain, lr=0.5)
+    for change in ({"ppo": hotter}, {"ppo": longer}, {"pretrain": earlier}, {"best_of": 4}, {"seed": 1}):
+        assert sentiment.before_choices(dataclasses.replace(cfg, **change)) != made_by
+
+
 def test_the_labeler_picks_what_it_finds_most_positive():
     labeler = sentiment.fit_classifier([(text, label) for seed in range(3) for text, label in sentences(seed, 40)])
     probability = labeler.predict_proba(["the film is a joy", "the film is a bore"])[:, 1]
