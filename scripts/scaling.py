@@ -43,7 +43,7 @@ RECIPES = {  # stages, by the slice on which their train steps are compiled
         *(f"tldr_stiennon2020:{stage}-1.3b" for stage in ("sft", "reward", "ppo")),
         *(f"instructgpt:{stage}-1.3b" for stage in ("sft", "init")),
         *(f"tldr_huang2024:{stage}-1b" for stage in ("sft", "reward", "ppo")),
-        *(f"ziegler2019:{stage}" for stage in ("reward-books", "ppo-books", "reward-tldr", "ppo-tldr")),
+        *(f"ziegler2019:{stage}-{task}" for task in ("books", "cnndm", "tldr") for stage in ("reward", "ppo")),
     ),
     "v5p:2x2x2": (
         *(f"tldr_stiennon2020:{stage}-6.7b" for stage in ("sft", "reward", "ppo")),
@@ -60,7 +60,7 @@ PARTS = {
     "deepseekmath:grpo": 16,
     "deepseekmath": 4,
     "tulu3": 4,
-    "ziegler2019:reward-tldr": 2,
+    **dict.fromkeys(("ziegler2019:reward-cnndm", "ziegler2019:reward-tldr"), 2),
 }
 # Answers to a prompt in rankings, where tpu_compile.py has 9.
 RESPONSES = {"ziegler2019": 4, "tldr_huang2024": 2, "deepseekmath": 2, "tulu3": 2}

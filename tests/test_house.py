@@ -1,6 +1,9 @@
 """The rules of the house: which rooms of the package may import which, and how functions are called."""
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +62,18 @@ def test_rooms_import_downwards(path: Path):
     allowed = MAY_IMPORT[room(path)] | {room(path)}
     wrong = [f"line {line}: {other}" for other, line in imported_rooms(path) if other not in allowed]
     assert not wrong, f"{path.relative_to(PACKAGE.parent)} may import {sorted(allowed)}, but imports {wrong}"
+
+
+@pytest.mark.slow
+def test_what_few_runs_need_is_not_imported_with_every_experiment():
+    code = (
+        "import sys, experiments.assistant, experiments.distill, experiments.grpo, experiments.kto, experiments.rounds;"
+        "lazy = 'datasets gcsfs gguf lm_eval matplotlib pandas pyarrow sklearn starlette torch uvicorn wandb'.split();"
+        "found = [name for name in lazy if name in sys.modules]; assert not found, found"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 def test_no_circle():

@@ -48,8 +48,7 @@ from rlhf_jax.algorithms import reward as reward_lib
 from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.devices import parallel
-from rlhf_jax.evaluation import likelihood
-from rlhf_jax.rollouts import rollout, sampling, scores
+from rlhf_jax.rollouts import likelihood, rollout, sampling, scores
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, Range, Seed
 from rlhf_jax.types import InputError, Prompts, Rollout, named_key
@@ -358,11 +357,13 @@ def choose(cfg: Config, model: models.Model, labeler: Pipeline, openings: Sequen
 
 def before_choices(cfg: Config) -> Config:
     """`cfg` with the defaults wherever the choices do not depend on it."""
-    algorithm = dataclasses.replace(Config.ppo.algorithm, temperature=cfg.ppo.algorithm.temperature)
-    lengths = {name: getattr(cfg.ppo, name) for name in ("prompt_length", "max_new_tokens")}
-    return dataclasses.replace(
-        cfg, reward=Config.reward, ppo=dataclasses.replace(Config.ppo, **lengths, algorithm=algorithm)
+    policy = dataclasses.replace(
+        Config.ppo,
+        prompt_length=cfg.ppo.prompt_length,
+        max_new_tokens=cfg.ppo.max_new_tokens,
+        algorithm=dataclasses.replace(Config.ppo.algorithm, temperature=cfg.ppo.algorithm.temperature),
     )
+    return dataclasses.replace(cfg, reward=Config.reward, ppo=policy)
 
 
 def write_choices(stage: "reward.Config", labeler: Pipeline, openings: Sequence[str], cfg: Config) -> None:

@@ -19,8 +19,7 @@ from transformers import AutoTokenizer
 from rlhf_jax import models
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.devices import hosts, parallel
-from rlhf_jax.evaluation import likelihood
-from rlhf_jax.rollouts import rollout, sampling
+from rlhf_jax.rollouts import likelihood, rollout, sampling
 from rlhf_jax.types import InputError, Prompts, named_key
 
 try:

@@ -16,8 +16,9 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.hhh import Subsets
 from rlhf_jax.devices import parallel, progress
-from rlhf_jax.evaluation import likelihood, metrics
+from rlhf_jax.evaluation import metrics
 from rlhf_jax.models import heads
+from rlhf_jax.rollouts import likelihood
 from rlhf_jax.rollouts.judge import Judge
 from rlhf_jax.types import InputError, Rankings
 

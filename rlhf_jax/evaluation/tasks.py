@@ -24,10 +24,11 @@ from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.tasks import Example, Task
 from rlhf_jax.devices import parallel
-from rlhf_jax.evaluation import likelihood, metrics, prompts, writing
-from rlhf_jax.evaluation.likelihood import Likelihood
+from rlhf_jax.evaluation import metrics, prompts, writing
 from rlhf_jax.evaluation.metrics import Score
 from rlhf_jax.evaluation.prompts import Question
+from rlhf_jax.rollouts import likelihood
+from rlhf_jax.rollouts.likelihood import Likelihood
 from rlhf_jax.settings import Count, NonNegative, Seed, Settings, Whole
 from rlhf_jax.types import InputError, Params
 

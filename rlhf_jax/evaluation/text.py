@@ -9,9 +9,10 @@ import numpy as np
 from rlhf_jax import models
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.devices import parallel
-from rlhf_jax.evaluation import likelihood, metrics
-from rlhf_jax.evaluation.likelihood import Request
+from rlhf_jax.evaluation import metrics
 from rlhf_jax.evaluation.metrics import Score
+from rlhf_jax.rollouts import likelihood
+from rlhf_jax.rollouts.likelihood import Request
 from rlhf_jax.types import InputError
 
 

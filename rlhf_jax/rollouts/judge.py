@@ -4,6 +4,9 @@ It is a model directory or, with a URL, a model behind the OpenAI protocol. Each
 one form, "Score: 7" or "Verdict: A". A reply that ends otherwise, or was cut, holds no verdict: it is counted, and is
 never taken for one. A pair is judged in both orders, because judges prefer one place (arXiv:2306.05685); two verdicts
 that contradict each other are a tie.
+
+A model directory need not write: its replies can be weighed. The possible verdicts are then read as replies, and their
+log-probabilities tell what it would say, which gives a verdict on everything, also by a model too small to write one.
 """
 
 import asyncio
@@ -12,27 +15,32 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 
 from rlhf_jax import models
 from rlhf_jax.data import pipeline
+from rlhf_jax.data import tokenizer as tokenizer_lib
 from rlhf_jax.data.rows import short
 from rlhf_jax.data.tokenizer import Prompt, prompt_text
 from rlhf_jax.devices import parallel
 from rlhf_jax.people.endpoint import Asked, Endpoint, Failure, whole
-from rlhf_jax.rollouts import rollout, sampling
+from rlhf_jax.rollouts import likelihood, rollout, sampling
 from rlhf_jax.settings import Count, NonNegative, Positive, Range, Settings, Unbounded, Whole
 from rlhf_jax.types import InputError, named_key
 
 Ask = Callable[[Sequence[str]], list[str | None]]  # requests -> replies, None for one that was cut or too long
+# (requests, K replies) -> the log-probability of each reply to each request, in nats [B, K]; nan where one is too long
+Weigh = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 PAUSE = 1.0  # seconds before the second attempt of a request; twice as long before each further one
-_LOCAL, _REMOTE = ("length",), ("name", "key_variable", "timeout", "retries")  # settings of one kind of judge
+_LOCAL, _REMOTE = ("length", "replies"), ("name", "key_variable", "timeout", "retries")  # settings of one kind of judge
+_WRITTEN = "temperature", "max_new_tokens"  # settings of replies that are written
+_REPLY = 16  # tokens, at least as many as any verdict has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +55,9 @@ class Config(Settings):
     most: Annotated[int, Range(least=2, most=1000)] = 10  # scores are whole numbers from 1 to this
     # Score of an answer on which the judge gives no verdict; None: the first such answer ends the run.
     missing: Annotated[float, Unbounded("scores have either sign")] | None = None
+    # written: the last line of what it writes is its verdict. weighed, of a model directory: it writes nothing; the
+    # probabilities of the verdicts give the mean score (arXiv:2303.16634), and the better of two by both orders' sum.
+    replies: Literal["written", "weighed"] = "written"
     temperature: NonNegative = 0.0  # sampling temperature of its replies; 0 is greedy
     max_new_tokens: Count = 256  # most tokens of a reply
     length: Count = 1024  # of a model directory: most tokens of a request; a longer one gets no verdict
@@ -71,6 +82,9 @@ class Config(Settings):
         for name in _REMOTE if self.url is None else _LOCAL:
             if name in changed:
                 raise InputError(f"judge.{name} has no effect {'without' if self.url is None else 'with'} judge.url")
+        for name in _WRITTEN if self.replies == "weighed" else ():
+            if name in changed:
+                raise InputError(f"judge.{name} has no effect with judge.replies=weighed: nothing is written")
 
     @property
     def given(self) -> bool:
@@ -138,6 +152,24 @@ def both_orders(forward: int | None, swapped: int | None) -> int | None:
     return forward if forward == -swapped else 0
 
 
+def mean_score(logp: np.ndarray) -> np.ndarray:
+    """The mean of the scores 1 to K, each weighed by its probability among them (G-Eval, arXiv:2303.16634). [B].
+
+    `logp` [B, K] are their log-probabilities as replies.
+    """
+    share = np.exp(logp - logp.max(axis=1, keepdims=True))
+    return share @ np.arange(1, logp.shape[1] + 1) / share.sum(axis=1)
+
+
+def both_margins(forward: float, swapped: float) -> int | None:
+    """The verdict on a pair from the margins of A over B, in nats, on it and on the pair the other way round.
+
+    1 says that the first is better: what the place alone is worth cancels. None where either is nan.
+    """
+    margin = forward - swapped
+    return None if np.isnan(margin) else int(np.sign(margin))
+
+
 def ranks(verdicts: Sequence[Sequence[int]]) -> list[int]:
     """The rank of each response, 0 is best, by the number of pairs that it wins less those that it loses.
 
@@ -167,7 +199,8 @@ class Judge:
 
     cfg: Config
     rubric: str
-    ask: Ask
+    ask: Ask | None  # None where replies are weighed
+    weigh: Weigh | None = None
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The score of each response, and whether the judge gave none, so that it is `Config.missing`. [B] each.
@@ -175,12 +208,16 @@ class Judge:
         Raises InputError for the first that has none, unless `missing` is set.
         """
         pairs = [*zip(prompts, responses, strict=True)]
-        replies = self.ask([score_request(self.rubric, *pair, self.cfg.most) for pair in pairs])
-        found = [read_score(reply, self.cfg.most) for reply in replies]
-        absent = np.array([score is None for score in found], bool)
+        requests = [score_request(self.rubric, *pair, self.cfg.most) for pair in pairs]
+        replies = self.ask(requests) if self.ask else [None] * len(pairs)
+        if self.weigh:
+            found = mean_score(self.weigh(requests, [f"Score: {n}" for n in range(1, self.cfg.most + 1)]))
+        else:
+            found = np.array([read_score(reply, self.cfg.most) for reply in replies], float)  # nan for None
+        absent = np.isnan(found)
         if absent.any():
             self._tell(absent, replies, pairs)
-        return np.array([self.cfg.missing if score is None else score for score in found], np.float32), absent
+        return np.array([self.cfg.missing if np.isnan(score) else score for score in found], np.float32), absent
 
     def _tell(self, absent: np.ndarray, replies: Sequence[str | None], pairs: Sequence[tuple[Prompt, str]]) -> None:
         first = int(np.argmax(absent))
@@ -189,9 +226,12 @@ class Judge:
             prompt, response = pairs[first]
             reply = replies[first]
             said = "it did not finish, or the request was too long" if reply is None else f"it said {short(reply)}"
+            said += f"; expected a last line such as 'Score: {self.cfg.most}'"
+            if self.weigh:
+                said = f"the request is longer than judge.length={self.cfg.length}"
             raise InputError(
-                f"{count}, such as {short(response)} to {short(prompt_text(prompt))}: {said}; expected a last line such"
-                f" as 'Score: {self.cfg.most}'; give such answers a score by judge.missing"
+                f"{count}, such as {short(response)} to {short(prompt_text(prompt))}: {said}; give such answers a score"
+                " by judge.missing"
             )
         print(f"{count}: they score {self.cfg.missing:g}", flush=True)
 
@@ -202,22 +242,29 @@ class Judge:
             for i, j in itertools.permutations(range(len(texts)), 2):
                 if texts[i] != texts[j]:
                     requests[n, i, j] = pair_request(self.rubric, prompt, texts[i], texts[j])
-        replies = self.ask([*requests.values()])
-        said = {place: read_verdict(reply) for place, reply in zip(requests, replies, strict=True)}
-        return [_ranking(len(texts), n, said) for n, texts in enumerate(responses)]
+        said: list[Any]  # of each request, what `both` joins
+        both: Callable[..., int | None]
+        if self.weigh:
+            logp = self.weigh([*requests.values()], ["Verdict: A", "Verdict: B"])
+            said, both = (logp[:, 0] - logp[:, 1]).tolist(), both_margins
+        else:
+            assert self.ask is not None
+            said, both = [read_verdict(reply) for reply in self.ask([*requests.values()])], both_orders
+        of_pair = dict(zip(requests, said, strict=True))
+        return [_ranking(len(texts), n, of_pair, both) for n, texts in enumerate(responses)]
 
 
-def _ranking(count: int, n: int, said: dict[tuple[int, int, int], int | None]) -> Ranking:
-    """The ranking of prompt `n`'s responses from the verdicts on its pairs in each order."""
+def _ranking(count: int, n: int, said: Mapping[tuple[int, int, int], Any], both: Callable[..., int | None]) -> Ranking:
+    """The ranking of prompt `n`'s responses from what was said of its pairs in each order, which `both` joins."""
     verdicts = [[0] * count for _ in range(count)]
     pairs = missing = swayed = 0
     for i, j in itertools.combinations(range(count), 2):
         if (n, i, j) in said:
             forward, swapped = said[n, i, j], said[n, j, i]
-            verdict = both_orders(forward, swapped)
+            verdict = both(forward, swapped)
             pairs += 1
             missing += verdict is None
-            swayed += verdict is not None and forward != -(swapped or 0)
+            swayed += verdict is not None and bool(np.sign(forward) != -np.sign(swapped))
             verdicts[i][j], verdicts[j][i] = verdict or 0, -(verdict or 0)
     return Ranking(None if missing else ranks(verdicts), pairs, missing, swayed)
 
@@ -232,6 +279,8 @@ def load(cfg: Config, layout: parallel.Layout, compute: models.Compute, seed: in
         raise InputError(f"judge.rubric={cfg.rubric} cannot be read: {error}") from error
     if not rubric:
         raise InputError(f"judge.rubric={cfg.rubric} is empty: expected a text that says what a good answer is")
+    if cfg.replies == "weighed":
+        return Judge(cfg, rubric, None, _weigher(cfg, layout, compute))
     return Judge(cfg, rubric, _local(cfg, layout, compute, seed) if cfg.url is None else _remote(cfg))
 
 
@@ -268,6 +317,26 @@ def _local(cfg: Config, layout: parallel.Layout, compute: models.Compute, seed: 
         return replies
 
     return ask
+
+
+def _weigher(cfg: Config, layout: parallel.Layout, compute: models.Compute) -> Weigh:
+    """Weigh the replies of a model of a directory. All processes must ask the same."""
+    assert cfg.model is not None
+    model = models.load(cfg.model, compute=compute, place=layout.sharding)
+    tokenizer = models.tokenizer_of(model)
+    models.check_length(model.config, cfg.length + _REPLY, "request_and_reply")
+    reader = likelihood.Reader(model, layout, cfg.batch)
+
+    def weigh(texts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+        prompts = [[{"role": "user", "content": text}] for text in texts]
+        asked, told = tokenizer_lib.render(tokenizer, prompts, [replies] * len(texts))
+        short = [n for n, ids in enumerate(asked) if len(ids) <= cfg.length]
+        found = reader([likelihood.Request(asked[n].tolist(), ids.tolist()) for n in short for ids in told[n]])
+        logp = np.full((len(texts), len(replies)), np.nan)
+        logp[short] = np.reshape([one.total for one in found], (len(short), len(replies)))
+        return logp
+
+    return weigh
 
 
 def _remote(cfg: Config) -> Ask:

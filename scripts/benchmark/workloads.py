@@ -13,9 +13,8 @@ import numpy as np
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import optim, ppo
-from rlhf_jax.evaluation import likelihood
 from rlhf_jax.models import heads
-from rlhf_jax.rollouts import rollout, sampling, scores
+from rlhf_jax.rollouts import likelihood, rollout, sampling, scores
 from rlhf_jax.types import Metrics, Tokens, TrainState
 from scripts.benchmark import questions
 from scripts.benchmark.limits import Limits, clock

@@ -11,9 +11,10 @@ import pytest
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.tasks import Example, Task, Template
 from rlhf_jax.devices import parallel
-from rlhf_jax.evaluation import likelihood, tasks, writing
-from rlhf_jax.evaluation.likelihood import Likelihood
+from rlhf_jax.evaluation import tasks, writing
 from rlhf_jax.evaluation.tasks import Config
+from rlhf_jax.rollouts import likelihood
+from rlhf_jax.rollouts.likelihood import Likelihood
 from rlhf_jax.types import InputError
 from tests import tiny
 from tests.evaluation.models import model

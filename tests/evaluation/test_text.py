@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import tokenizer as tokenizers
-from rlhf_jax.evaluation import likelihood, text
-from rlhf_jax.evaluation.likelihood import Likelihood
+from rlhf_jax.evaluation import text
+from rlhf_jax.rollouts import likelihood
+from rlhf_jax.rollouts.likelihood import Likelihood
 from rlhf_jax.types import InputError
 from tests.evaluation.models import model
 

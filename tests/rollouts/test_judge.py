@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -123,10 +125,52 @@ def test_a_ranking_is_of_all_pairs_in_both_orders():
     assert ranking == judge.Ranking(None, pairs=5, missing=1, swayed=1)
 
 
+def weighing(*logp, **settings):
+    """A judge whose replies have these log-probabilities, and what it was asked."""
+    asked = []
+
+    def weigh(texts, replies):
+        asked.append((texts, replies))
+        return np.array(logp)
+
+    cfg = judge.Config(model=Path("x"), rubric=Path("r"), replies="weighed", **settings)
+    return judge.Judge(cfg, "Be kind.", None, weigh), asked
+
+
+def test_a_weighed_score_is_the_mean_by_probability(capsys):
+    logp = np.log([[0.1, 0.3, 0.2], [1e-9, 1e-9, 3e-9], [np.nan] * 3])
+    who, asked = weighing(*logp, most=3, missing=-1.5)
+    found, absent = who.scores(["p"] * 3, ["a", "b", "c"])
+    np.testing.assert_allclose(found, [(0.1 + 0.6 + 0.6) / 0.6, (1 + 2 + 9) / 5, -1.5], rtol=1e-6)
+    np.testing.assert_array_equal(absent, [False, False, True])
+    ((texts, replies),) = asked
+    assert texts[1] == judge.score_request("Be kind.", "p", "b", 3) and replies == ["Score: 1", "Score: 2", "Score: 3"]
+    with pytest.raises(InputError, match="no score for 1 of 1 answers, such as 'a' to 'p': the request is longer than"):
+        weighing([np.nan] * 10)[0].scores(["p"], ["a"])
+
+
+def test_a_weighed_verdict_is_that_of_both_orders_together():
+    assert judge.both_margins(3.0, 1.0) == 1 and judge.both_margins(1.0, 3.0) == -1  # it prefers the first place
+    assert judge.both_margins(-0.5, -0.5) == 0 and judge.both_margins(1.0, np.nan) is None
+    # Of a, b, c: (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1); the margins of A over B are the differences.
+    who, asked = weighing([-1, -3], [-1, -2], [-1, -2], [-2, -1.5], [-1, -1], [-1, -1.25])
+    (ranking,) = who.rank(["p"], [["a", "b", "c"]])
+    assert asked[0][1] == ["Verdict: A", "Verdict: B"] and "<answer A>\nb\n</answer A>" in asked[0][0][2]
+    # a is before b by 2 - 1, whichever comes first is; before c by 1 - 0; b is behind c by -0.5 - 0.25.
+    assert ranking == judge.Ranking([0, 2, 1], pairs=3, missing=0, swayed=2)
+    (ranking,) = weighing([-1, -2], [np.nan] * 2)[0].rank(["p"], [["a", "b"]])
+    assert ranking == judge.Ranking(None, pairs=1, missing=1, swayed=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"most": 5}, "judge.most has no effect without a judge"),
+        ({"rubric": Path("r"), "url": "http://x", "replies": "weighed"}, "judge.replies has no effect with judge.url"),
+        (
+            {"model": Path("m"), "rubric": Path("r"), "replies": "weighed", "temperature": 1.0},
+            "judge.temperature has no effect with judge.replies=weighed",
+        ),
         ({"url": "http://x", "model": Path("m")}, "judge.model and judge.url: expected one judge"),
         ({"model": Path("m")}, "judge.rubric: expected a text file"),
         ({"rubric": Path("r"), "url": "x:1"}, "judge.url=x:1: expected http"),
@@ -296,6 +340,26 @@ def test_a_model_directory_judges(directory, capsys):
     assert who.ask(["x" * 500]) == [None]
     _, absent = who.scores(["p"] * 9, ["a"] * 9)
     assert absent.all() and "no score for 9 of 9 answers" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_model_directory_weighs(directory):
+    """What it weighs are the whole replies, each with what ends it, by the model's own log-probabilities."""
+    cfg = judge.Config(model=directory, rubric=directory / "rubric.txt", length=100, replies="weighed")
+    who = loaded(cfg)
+    request, replies = judge.pair_request("", "p", "a", "b")[:60], ["Verdict: A", "Verdict: B"]
+    found = who.weigh(["x" * 500, request], replies)
+    assert np.isnan(found[0]).all() and found.shape == (2, 2)
+    model = models.load(directory)
+    start, (ends,) = lib.render(model.tokenizer, [[{"role": "user", "content": request}]], [replies])
+    for logp, end in zip(found[1], ends, strict=True):
+        tokens = jnp.concatenate([start[0], end])[None]
+        said = jax.nn.log_softmax(model.apply(model.params, tokens, jnp.ones(tokens.shape, bool))[0])
+        expected = sum(float(said[n - 1, tokens[0, n]]) for n in range(len(start[0]), tokens.shape[1]))
+        assert end[-1] == model.tokenizer.eos_token_id and logp == pytest.approx(expected, abs=1e-4)
+    scores_found, absent = who.scores(["p"], ["a"])
+    assert not absent.any() and 1 < scores_found[0] < 10
+    assert who.weigh([], replies).shape == (0, 2) and who.rank(["p"], [["a", "a"]])[0].ranks == [0, 0]
 
 
 @pytest.mark.slow

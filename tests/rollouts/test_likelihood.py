@@ -8,8 +8,8 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.devices import parallel
-from rlhf_jax.evaluation import likelihood
-from rlhf_jax.evaluation.likelihood import Request
+from rlhf_jax.rollouts import likelihood
+from rlhf_jax.rollouts.likelihood import Request
 from rlhf_jax.types import InputError
 from tests import tiny
 
