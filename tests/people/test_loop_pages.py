@@ -123,6 +123,7 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch
             page.wait_for_timeout(50)
             if page.url.endswith("/guidelines"):
                 page.locator("button.primary").press("Enter")
+                page.wait_for_url(f"{site.server.url}/")
             if page.locator(".card").count():
                 label(page, lambda texts: list(range(len(texts))))
     run.join()
