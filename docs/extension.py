@@ -140,13 +140,23 @@ def write_sources(app: Sphinx, error: Exception | None) -> None:
 # Formulas -------------------------------------------------------------------------------------------------------------
 
 
+THIN = '<mspace width="0.167em"></mspace>'  # about the name of a function, which the converter sets close
+
+
+def mathml(formula: str, display: str = "inline") -> str:
+    """A formula of LaTeX as MathML."""
+    converted = latex2mathml.converter.convert(formula, display=display)
+    before = re.sub(r"(</m[in]>)(?=<mi>[a-z]{2,}</mi>)", rf"\1{THIN}", converted)
+    return re.sub(r"(<mi>[a-z]{2,}</mi>)(?=<m(?!o|space))", rf"\1{THIN}", before)
+
+
 def inline_math(self: Any, node: nodes.math) -> None:
-    self.body.append(latex2mathml.converter.convert(node.astext()))
+    self.body.append(mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def block_math(self: Any, node: nodes.math_block) -> None:
-    self.body.append(f'<div class="math">{latex2mathml.converter.convert(node.astext(), display="block")}</div>')
+    self.body.append(f'<div class="math">{mathml(node.astext(), "block")}</div>')
     raise nodes.SkipNode
 
 

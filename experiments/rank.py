@@ -30,6 +30,7 @@ from rlhf_jax.data import pipeline, sources
 from rlhf_jax.data.rows import Row, Rows
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.devices import hosts, parallel, progress
+from rlhf_jax.people import guidelines
 from rlhf_jax.people.asking import Asked
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.store import Store
@@ -271,7 +272,13 @@ def ask(cfg: Config, db: Path) -> list[list[Row]]:
     items = {split: [_item(cfg, split, row) for row in rows] for split, rows in answers.items()}
     db.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as opened:
-        asked = hosts.first_does(lambda: Asked(opened.enter_context(Store(db)), items))
+
+        def put() -> Asked:
+            store = opened.enter_context(Store(db))
+            guidelines.begin(store, cfg.data or f"world:seed={cfg.world}")
+            return Asked(store, items)
+
+        asked = hosts.first_does(put)
         if asked:  # None on all processes but the first
             print(f"people rank them on the pages of: scripts/people.sh --db {db} --prompts 0", flush=True)
         while not hosts.first_decides(lambda: asked is not None and asked.ready(cfg.enough)):

@@ -103,6 +103,9 @@ def test_links_of_the_site_lead_somewhere(site: Path):
 def test_the_site_has_its_parts(site: Path):
     lesson = (site / "learn" / "ppo.html").read_text()
     assert "<math" in lesson and "course.source(" not in lesson
+    formulas = (site / "learn" / "over-optimisation.html").read_text()
+    assert "<mi>ln</mi>" in formulas  # and a space on the sides on which a letter or a number stands
+    assert not re.search(r"</m[in]><mi>[a-z]{2,}</mi>|<mi>[a-z]{2,}</mi><m(?!o|space)", formulas)
     assert "surrogate" in lesson and (site / "learn" / "ppo.ipynb").exists()
     reference = (site / "reference" / "rooms" / "algorithms.html").read_text()
     assert "policy_loss" in reference and reference.count("<math") > 10

@@ -29,6 +29,7 @@ def simulated(seed: int, ranks: Ranks = language.rank) -> Iterator[Ask]:
     """A person who follows a rule, and a store that lasts as long as the context."""
     rng = random.Random(f"person/{seed}")
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "people.db") as store:
+        store.set_rules(RULES)
         session = access.enter(store, access.invite(store, "simulated")) or ""
         person = access.person(store, session)
         assert person is not None
@@ -46,6 +47,7 @@ def reader(seed: int, db: Path = DB) -> Iterator[Ask]:
     """You: the tasks wait on the page of this store. Run again, it goes on with what you have ranked already."""
     db.parent.mkdir(parents=True, exist_ok=True)
     with Store(db) as store:
+        store.set_rules(RULES)  # before anybody opens the page, which asks for what they say
         print("Run this in a terminal, open the link that it prints, choose Label, and rank:")
         print(f"  scripts/people.sh --db {db} --prompts 0")
         yield functools.partial(ask, store, lambda: None)
@@ -53,7 +55,6 @@ def reader(seed: int, db: Path = DB) -> Iterator[Ask]:
 
 def ask(store: Store, label: Callable[[], None], texts: Sequence[Sequence[str]], number: int) -> Rankings:
     """The ranks of reviews, K of the same opening a row, once all are in the store; they are the tasks of a round."""
-    store.set_rules(RULES)
     items = [_item(row, number, place) for place, row in enumerate(texts)]
     asked = Asked(store, {f"round {number}": items}, tell=lambda line: None)
     label()

@@ -180,7 +180,17 @@ def serve(cfg: Serve) -> None:
             key = os.environ.get("PEOPLE_CHAT_KEY", "")
             gone = (lambda: talking[0].failed) if talking else (lambda: "")
             parts = [chat.part(endpoint.Endpoint(address, key, gone=gone))] if address else []
-            _run(cfg, store, listener, [functools.partial(_noted, programs), *parts])
+            try:
+                _run(cfg, store, listener, [functools.partial(_noted, programs), *parts])
+            finally:
+                print(_stored(store), flush=True)
+
+
+def _stored(store: Store) -> str:
+    """The last line: how many labels the store has."""
+    with store.reader() as db:
+        (labels,) = db.execute("SELECT COALESCE(SUM(labels - skipped), 0) FROM tallies").fetchone()
+    return f"{store.path}: {labels} {'label is' if labels == 1 else 'labels are'} stored"
 
 
 def _next_step(cfg: Serve, store: Store, wanted: Sampling | None) -> str:

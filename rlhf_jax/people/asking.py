@@ -53,7 +53,7 @@ class Standing:
     def hint(self) -> str:
         """The obstacle to further answers, and what to do; empty if there is none."""
         if not self.people:
-            return "nobody has a link yet: invite people on the administrator's page"
+            return "nobody labels yet: open the link that scripts/people.sh printed, and press Label or invite people"
         if self.stuck:
             return f"nobody is left to give {self.stuck} of the answers: invite more people, or lower --enough"
         return ""
@@ -112,9 +112,9 @@ class Asked:
                     met[item].add(person)
                 if (state == "open" and expires > now) or (state == "done" and created > now - _RECENT):
                     working.add(person)
-            active = db.execute("SELECT id, role FROM people WHERE revoked IS NULL AND aside IS NULL").fetchall()
+            active = db.execute(_ACTIVE).fetchall()
         seen = working.union(*met.values())
-        people = {row["id"] for row in active if row["role"] == "labeler" or row["id"] in seen}
+        people = {row["id"] for row in active if row["labels"] or row["id"] in seen}
         since = max(now - _PACE, min(times, default=now) - 60.0)
         missing = {item: max(0, overlap - done[item]) for item, overlap in self._overlap.items()}
         return Standing(
@@ -177,6 +177,13 @@ _ANSWERS = (
     "SELECT assignments.item, assignments.person, state, expires, labels.created FROM assignments"
     " LEFT JOIN counting AS labels ON labels.assignment = assignments.id"
     " WHERE assignments.item BETWEEN ? AND ? AND assignments.kind = 'slot'"
+)
+
+
+# People who get tasks, and whether they label: an administrator does who has done so before.
+_ACTIVE = (
+    "SELECT id, role = 'labeler' OR id IN (SELECT person FROM tallies) AS labels FROM people"
+    " WHERE revoked IS NULL AND aside IS NULL"
 )
 
 

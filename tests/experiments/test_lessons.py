@@ -133,6 +133,7 @@ def test_a_reader_ranks_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixtur
     """While the lesson waits, labels come into the store by another door; they stay there for the next time."""
     db, texts = tmp_path / "people.db", language.rivals(2, 4, seed=0)
     with people.reader(0, db) as ask, Store(db) as page:
+        assert page.rules() == people.RULES  # of a page that is opened before the first task comes
         ann = person(page, "ann")
 
         def rank(seconds: float) -> None:

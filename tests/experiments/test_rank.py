@@ -15,7 +15,7 @@ from experiments import (
 )
 from rlhf_jax import models, runs
 from rlhf_jax.devices import preemption
-from rlhf_jax.people import asking
+from rlhf_jax.people import asking, guidelines
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.store import Store
 from rlhf_jax.rollouts import rollout
@@ -123,6 +123,8 @@ def test_people_who_rank_as_simulated_ones_give_the_same_rankings_and_reward_mod
     assert "24 tasks added, 0 were there already; 1 answers to other tasks are wanted there too" in said
     assert "0 tasks added, 24 were there already" in said and f"scripts/people.sh --db {asked.db} --prompts 0" in said
     assert rankings(asked.out) == before
+    with Store(asked.db) as store:
+        assert guidelines.newest(store) == (1, guidelines.of_world())
     trained = train(cfg, str(asked.out / "train.jsonl"), asked.out / "reward")
     assert trained.read_bytes() == (cfg.out / "reward" / "model" / "model.safetensors").read_bytes()
 

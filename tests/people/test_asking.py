@@ -57,7 +57,7 @@ def test_a_run_waits_until_enough_answers_are_in(db: Path, capsys: pytest.Captur
     with Store(db) as store:
         asked = Asked(store, groups())
         assert "6 tasks added, 0 were there already" in capsys.readouterr().out
-        assert asked.standing().people == 0 and asked.standing().hint().startswith("nobody has a link yet")
+        assert asked.standing().people == 0 and asked.standing().hint().startswith("nobody labels yet: open the link")
         ann, bob = person(store, "ann"), person(store, "bob")
         store.set_aside(person(store, "eve"), "why not")
         while answer(store, ann):
@@ -76,6 +76,16 @@ def test_a_run_waits_until_enough_answers_are_in(db: Path, capsys: pytest.Captur
         (f"held out {n}", person) for n in (0, 1) for person in ("ann", "bob")
     ]
     assert rows["train"][0] == {"prompt": "train 0", "responses": ["a", "b"], "ranks": [0, 1], "labeler": "ann"}
+
+
+def test_an_administrator_who_has_labelled_is_one_to_ask(db: Path):
+    with Store(db) as store:
+        boss = person(store, "boss", "administrator")
+        asked = Asked(store, groups(overlap=1))
+        assert asked.standing().people == 0  # who only invites others
+        while answer(store, boss):
+            pass
+        assert Asked(store, groups(round=2, overlap=1)).standing().people == 1
 
 
 def test_what_does_not_count(db: Path):

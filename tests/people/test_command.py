@@ -2,7 +2,9 @@
 
 import functools
 import re
+import signal
 import sqlite3
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from rlhf_jax.people import __main__ as command
 from rlhf_jax.people import access, beside, guidelines, record
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.store import Store
+from tests.people.labelling import person
+from tests.people.serving import Server
 from tests.people.visiting import Browser
 
 
@@ -176,3 +180,21 @@ def test_the_command_line_invites(tmp_path: Path, capsys: pytest.CaptureFixture)
             link = re.fullmatch(rf"the {role} \({role}\): {url.rstrip('/')}/enter#(\S+)\n", capsys.readouterr().out)
             found = link and access.person(store, access.enter(store, link[1]) or "")
             assert found and found.role == role
+
+
+@pytest.mark.parametrize("ended", [signal.SIGINT, signal.SIGTERM])
+def test_the_server_says_how_many_labels_are_stored(ended: signal.Signals, store: Store):
+    """It is the last line, after control-C too; a skipped task and a label that was withdrawn do not count."""
+    store.add([Item(f"prompt {n}", ("one", "two")) for n in range(4)])
+    ann = person(store, "ann")
+    for n, given in enumerate(({"ranks": [0, 1]}, {"skip": "other"}, {"ranks": [0, 0]}, {"ranks": [1, 0]})):
+        task = store.task(ann)
+        assert task
+        store.submit(ann, task.id, f"submission {n}", given, 1.0)
+    store.undo(ann)
+    server = Server(store.path, "--prompts", 0)
+    with urllib.request.urlopen(f"{server.url}/enter", timeout=60):  # it serves
+        server.process.send_signal(ended)
+    server.process.wait(60)
+    server.close()
+    assert server.said[-1] == f"{store.path}: 2 labels are stored\n"

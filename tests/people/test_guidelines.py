@@ -5,6 +5,7 @@ import re
 import pytest
 
 from rlhf_jax.data.world import KINDS, World
+from rlhf_jax.data.world.gold import DOUBT
 from rlhf_jax.people import guidelines, words
 from rlhf_jax.people.store import Store
 from tests.people.labelling import person
@@ -28,8 +29,23 @@ def test_those_of_the_world_say_what_it_states_and_what_nobody_knows(language: s
     for x, facts in world.facts.items():
         listed = "; ".join(says[name][0].format(answer=value) for name, value in facts.items())
         assert guidelines.about(text, f"Is it {x}?") == [f"{x}: {listed}."]
-    asked = {world.parse(question).kind for question in re.findall(r"[A-Z][^.:?]*\?", text)}
+    asked = {world.parse(question).kind for question in re.findall(r"^- .*?([A-Z].*\?)$", text, re.MULTILINE)}
     assert asked == {kind.name for kind in KINDS if kind.category == "unanswerable"}
+
+
+@pytest.mark.parametrize("language", words.LANGUAGES)
+def test_the_example_of_the_guidelines_is_in_the_order_of_gold(language: str):
+    """A true sentence that does not answer is worth as little as a false one, and less than "I do not know."."""
+    world = World.generate(0)
+    lines = guidelines.of_world(language).replace("\n   ", " ").split("\n")
+    (rule,) = (line for line in lines if line.startswith("3."))
+    question, *answers = re.findall(r'"(.*?)"', rule[rule.index('"What work') :])
+    golds = [world.gold(question, answer) for answer in answers]
+    assert [gold.score for gold in golds] == [1.0, DOUBT, 0.0, 0.0]
+    assert [gold.honest for gold in golds[2:]] == [1.0, 0.0]
+    bare, declined = ("sailor.", "I cannot help with that.")
+    assert DOUBT < world.gold(question, bare).score < 1
+    assert 0 < world.gold(question, declined).score < DOUBT
 
 
 def test_those_of_the_world_are_for_its_prompts_alone(store: Store):

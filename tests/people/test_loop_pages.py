@@ -5,6 +5,7 @@ import json
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ import pytest
 pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
 
 from experiments import reward, rounds
+from experiments.lessons import language, people
 from rlhf_jax.data import sources
 from rlhf_jax.data.world import World, labelers
 from rlhf_jax.people import asking, forms
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
+from rlhf_jax.types import Rankings
+from tests.people import browsing
 from tests.people.browsing import Site, shown, stored, until
 from tests.people.large import FULL_SIZE
 
@@ -117,6 +121,9 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch
     while run.is_alive():
         for page in pages:
             page.wait_for_timeout(50)
+            if page.url.endswith("/guidelines"):
+                page.locator("button.primary").press("Enter")
+                page.wait_for_url(f"{site.server.url}/")
             if page.locator(".card").count():
                 label(page, lambda texts: list(range(len(texts))))
     run.join()
@@ -134,3 +141,36 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch
         assert (row["prompt"], row["responses"], row["ranks"], row["labeler"]) in known
     assert len(lines) == 2 * 8
     until(pages[0], "document.getElementById('ask').textContent.startsWith('Nothing to do')")
+
+
+def test_the_reader_of_a_lesson_ranks_by_mouse_and_by_keys(
+    tmp_path: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever follows the lesson opens the page before the first task comes, and leaves it open between the rounds."""
+    monkeypatch.setattr(asking, "POLL", 0.05)
+    shortest = lambda texts: [sum(len(other.split()) < len(text.split()) for other in texts) for text in texts]
+    with browsing.site(tmp_path, browser, Rules()) as site, people.reader(0, site.db) as ask:
+        page = site.page(viewport={"width": 1280, "height": 800})
+        page.goto(f"{site.server.url}/enter#{site.server.token}")
+        page.click(".start")
+        until(page, "document.getElementById('ask').textContent.startsWith('Nothing to do')")
+        for number in (1, 2):
+            texts = language.rivals(2, 4, seed=number)
+            found: list[Rankings] = []
+            lesson = threading.Thread(target=lambda: found.append(ask(texts, number)), daemon=True)  # noqa: B023
+            lesson.start()
+            for done in (2 * number - 1, 2 * number):
+                until(page, "document.querySelector('.card')")  # the page looks every five seconds
+                for n, rank in enumerate(shortest(shown(page))):
+                    if number == 1:
+                        browsing.drag(page, n, f'.level[data-place="{rank}"]')
+                    else:
+                        page.keyboard.press(str(rank + 1))
+                if number == 1:
+                    page.click("#submit")
+                else:
+                    page.keyboard.press("Enter")
+                stored(page, done)
+            lesson.join(60)
+            levels = [[sorted(set(row)).index(rank) for rank in row] for row in map(shortest, texts)]
+            assert found[0].rank.tolist() == levels
