@@ -133,19 +133,26 @@ def sample(cfg: Config) -> dict[str, list[Row]]:
         prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
         times, _ = draw(cfg, split, len(prompts.index))
         repeated = jax.tree.map(lambda x, times=times: np.repeat(x, times, axis=0), prompts)
-        sampled = rollout.episodes(
-            model,
-            repeated,
-            named_key(cfg.seed, f"rank/{split}/{cfg.skip}"),
-            sampling.Config(
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                eos_id=models.stop_ids(model),
-                group=int(np.gcd.reduce(times)),
-            ),
-            batch=cfg.batch,
-            layout=layout,
-        )
+        together = alike(cfg, times, prompts.tokens.shape[1])
+        parts = [
+            rollout.episodes(
+                model,
+                jax.tree.map(lambda x, numbers=numbers: x[numbers], repeated),
+                named_key(cfg.seed, f"rank/{split}/{cfg.skip}"),
+                sampling.Config(
+                    max_new_tokens=cfg.max_new_tokens,
+                    temperature=cfg.temperature,
+                    eos_id=models.stop_ids(model),
+                    group=group,
+                ),
+                batch=cfg.batch,
+                layout=layout,
+                noise=numbers,
+            )
+            for group, numbers in together
+        ]
+        order = np.argsort(np.concatenate([numbers for _, numbers in together]))
+        sampled = jax.tree.map(lambda *rows, order=order: np.concatenate(rows)[order], *parts)
         texts = rollout.texts(tokenizer, sampled.response_tokens, sampled.response_mask)
         answers = zip(texts, sampled.ended.tolist(), strict=True)
         found[split] = []
@@ -157,6 +164,18 @@ def sample(cfg: Config) -> dict[str, list[Row]]:
             f" max_new_tokens={cfg.max_new_tokens}"
         )
     return found
+
+
+def alike(cfg: Config, times: list[int], columns: int) -> list[tuple[int, np.ndarray]]:
+    """Answers that are sampled together, by their numbers, and how many of those that follow each other share a prompt.
+
+    Prompts of so many columns that it pays to read each of them once are apart by their number of answers, each of
+    which takes a program of its own.
+    """
+    of = np.repeat(times, times)  # [B], the number of answers to its prompt
+    if not cfg.compute.shares(columns, cfg.max_new_tokens, cfg.least):
+        return [(int(np.gcd.reduce(of)), np.arange(len(of)))]
+    return [(k, np.flatnonzero(of == k)) for k in sorted(set(times))]
 
 
 def prompts_of(cfg: Config, split: str) -> Rows | list[Row]:

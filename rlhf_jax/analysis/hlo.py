@@ -69,6 +69,7 @@ class Traffic:
 
     collectives: dict[str, float]  # bytes by kind: of the result, or of a reduce-scatter's operands
     counts: dict[str, int]  # the number of collectives of each kind
+    waits: dict[str, float]  # the bytes of those that the device does nothing beside: they neither start nor end apart
     sent: float  # bytes that a device sends to others, on a ring
     memory: float  # bytes read from and written to its memory, once for each instruction that uses them
     host: float  # the same for the host's memory
@@ -132,8 +133,10 @@ def traffic(text: str) -> Traffic:
     """The traffic of a compiled program, from its HLO text."""
     computations, entry = parse(text)
     counts = Counter[str]()
-    payloads, moved = defaultdict[str, float](float), defaultdict[str, float](float)
+    payloads, waits, moved = (defaultdict[str, float](float) for _ in range(3))
     sent, seen = 0.0, set[str]()
+    every = (instruction for computation in computations.values() for instruction in computation.instructions.values())
+    started = {instruction.called("calls") for instruction in every if instruction.opcode == "async-start"}
     for name, times, fused in _walk(computations, entry):
         computation = computations[name]
         for instruction in computation.instructions.values():
@@ -146,6 +149,8 @@ def traffic(text: str) -> Traffic:
                 payload = _payload_bytes(instruction, computation)
                 payloads[kind] += times * payload
                 counts[kind] += times
+                if not (instruction.opcode.endswith("-start") or channel or name in started):
+                    waits[kind] += times * payload
                 sent += times * payload * _sent_share(kind, _group_size(instruction.attributes))
                 if channel:
                     shapes = [instruction.shape, *(computation.instructions[x].shape for x in instruction.operands)]
@@ -153,7 +158,7 @@ def traffic(text: str) -> Traffic:
             if not fused:
                 for space in ("device", "host"):
                     moved[space] += times * _moved_bytes(instruction, computation, computations, space)
-    return Traffic(dict(payloads), dict(counts), sent, moved["device"], moved["host"])
+    return Traffic(dict(payloads), dict(counts), dict(waits), sent, moved["device"], moved["host"])
 
 
 def _chained_channel(instruction: Instruction) -> str:

@@ -159,9 +159,14 @@ class Report:
     def seconds(self) -> float:
         return max(self.bounds.values())
 
+    @property
+    def mfu(self) -> float:
+        """The share of the peak that the products reach in these seconds; float32 takes several passes for each."""
+        return self.flops.total / self.chip.flops / self.seconds
+
     def record(self) -> dict[str, Any]:
         """All fields and what follows from them, for JSON."""
-        derived = "total", "share", "bounds", "seconds"
+        derived = "total", "share", "bounds", "seconds", "mfu"
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -297,6 +302,7 @@ def _cells(report: Report) -> dict[str, str]:
         "TFLOP": f"{r.flops.total / 1e12:.3g}",
         "seconds": f"{r.seconds:.3g}" if r.traffic else "",
         "by": max(r.bounds, key=lambda name: r.bounds[name]) if r.traffic else "",
+        "MFU": f"{100 * r.mfu:.0f} %" if r.traffic else "",
         "tokens/s": f"{r.tokens / r.seconds:,.0f}" if r.traffic else "",
         "compiled in": f"{r.compile_seconds:.0f} s",
     }

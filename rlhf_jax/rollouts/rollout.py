@@ -132,11 +132,17 @@ def by_width(sizes: np.ndarray, columns: int, batch: int) -> Iterator[tuple[np.n
         yield numbers, int(widths[np.searchsorted(widths, sizes[numbers[0]])])
 
 
+def whole_groups(batch: int, group: int) -> int:
+    """The most rows up to `batch` of which every device has whole groups; `batch` where that is too few for any."""
+    each = group * jax.device_count()
+    return batch // each * each or batch
+
+
 class Sampler:
     """`collect` for any number of prompts, by programs that are compiled once; see `episodes`."""
 
     def __init__(self, config: models.Config, layout: parallel.Layout, cfg: sampling.Config, batch: int):
-        self._layout, self._batch = layout, batch
+        self._layout, self._batch = layout, whole_groups(batch, cfg.group)
         self._collect = collector(config, layout, cfg)
 
     def __call__(
@@ -145,17 +151,19 @@ class Sampler:
         prompts: Prompts,
         key: jax.Array,
         score: Callable[[Rollout], Rollout] | None = None,
+        noise: np.ndarray | None = None,
     ) -> Rollout:
         """The episodes of these parameters, which are placed; the key is not."""
         layout, keys = self._layout, self._layout.state(key)
         count, columns = prompts.tokens.shape
+        noise = np.arange(count) if noise is None else noise
         real_last = np.argsort(prompts.mask, axis=1, kind="stable")
         tokens, mask = (np.take_along_axis(np.asarray(x), real_last, axis=1) for x in (prompts.tokens, prompts.mask))
         parts, order = [], []
         for numbers, width in progress.of(list(by_width(mask.sum(axis=1), columns, self._batch)), "sampling"):
             front = columns - width  # columns of padding in every row
             part = Prompts(tokens=tokens[numbers, front:], mask=mask[numbers, front:], index=prompts.index[numbers])
-            rows = layout.rows(hosts.share(part)), keys, layout.rows(hosts.share(numbers.astype(np.uint32)))
+            rows = layout.rows(hosts.share(part)), keys, layout.rows(hosts.share(noise[numbers].astype(np.uint32)))
             sampled = self._collect(params, *rows)
             sampled = layout.gather(score(sampled) if score else sampled)
             whole = np.concatenate([tokens[numbers, :front], sampled.tokens], axis=1)
@@ -166,7 +174,7 @@ class Sampler:
         return jax.tree.map(lambda *xs: np.concatenate(xs)[place], *parts)
 
 
-_sampler = functools.lru_cache(maxsize=4)(Sampler)
+_sampler = functools.lru_cache(maxsize=16)(Sampler)
 
 
 def episodes(
@@ -179,15 +187,16 @@ def episodes(
     reference: models.Model | None = None,
     score: Callable[[Rollout], Rollout] | None = None,
     layout: parallel.Layout = parallel.PMAP,
+    noise: np.ndarray | None = None,
 ) -> Rollout:
-    """`collect` for any number of prompts, `batch` at a time over all devices; the result lies on the host.
+    """`collect` for any number of prompts, at most `batch` at a time over all devices; the result lies on the host.
 
-    Prompts of like length share a batch, see `by_width`. The result has the rows of `prompts`, in their order, and as
-    wide. `score` is a source of `scores`, if there is to be one. What row b samples depends on `key`, b and its prompt,
-    not on `batch`. The programs of the last few settings are kept, so that the next model does not compile them anew.
+    Prompts of like length share a batch, see `by_width`; where it has room for that, a batch has whole groups. The
+    result has the rows of `prompts`, in their order, and as wide. `score` is a source of `scores`, if there is to be
+    one. What row b samples depends on `key`, `noise[b]` (b by default) and its prompt, not on `batch`. The programs of the last few settings are kept, so that the next model does not compile them anew.
     """
     params = {"policy": model.params} | ({} if reference is None else {"reference": reference.params})
-    return _sampler(model.config, layout, cfg, batch)(layout.state(params), prompts, key, score)
+    return _sampler(model.config, layout, cfg, batch)(layout.state(params), prompts, key, score, noise)
 
 
 def say(

@@ -157,6 +157,7 @@ def test_a_collective_in_steps_is_one():
     assert found.counts == {"all-gather": 1, "reduce-scatter": 1}
     assert found.collectives == {"all-gather": whole, "reduce-scatter": whole}
     assert found.sent == 2 * whole * 3 / 4
+    assert found.waits == {"reduce-scatter": whole}  # the gather goes on beside other work
     assert found.memory == (part + whole) + 2 * other + (whole + part)
 
 
@@ -176,6 +177,27 @@ def test_loops_count_as_often_as_they_run():
         "all-reduce": 40,
         "collective-permute": 40,
     }
+    assert found.waits == {"all-gather": turns * whole, "reduce-scatter": turns * whole, "all-reduce": 40}
+
+
+WRAPPED = """HloModule wrapped
+
+%exchange (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %exchanged = f32[8]{0} all-to-all(%x), replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %begun = ((f32[8]{0}), f32[8]{0}, u32[]) async-start(%p), calls=%exchange
+  ROOT %done = f32[8]{0} async-done(%begun)
+}
+"""
+
+
+def test_nothing_waits_for_a_collective_in_a_computation_that_is_started():
+    found = hlo.traffic(WRAPPED)
+    assert found.collectives == {"all-to-all": 32} and found.waits == {}
 
 
 def test_what_a_device_sends():

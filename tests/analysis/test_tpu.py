@@ -36,7 +36,7 @@ REPORT = tpu.Report(
     counted=2.0 * tpu.GIB,
     host=0.0,
     flops=flops.Flops(total=1e12, passes=6e12),
-    traffic=hlo.Traffic({"all-reduce": 1.5 * tpu.GIB}, {"all-reduce": 3}, sent=4e9, memory=81.9e9, host=0.0),
+    traffic=hlo.Traffic({"all-reduce": 1.5 * tpu.GIB}, {"all-reduce": 3}, waits={}, sent=4e9, memory=81.9e9, host=0.0),
     compile_seconds=12.0,
 )
 
@@ -103,9 +103,10 @@ def test_bounds_are_those_of_the_chip():
         "links": pytest.approx(0.02),
     }
     assert REPORT.seconds == pytest.approx(0.1)
+    assert REPORT.mfu == pytest.approx(1 / 19.7)
     assert REPORT.record()["bounds"] == REPORT.bounds
     held = "3.00 | 2.50 | 2.00 | 1.00 | 7.25 | 46 %"
-    assert f"| train | {held} | all-reduce 1.5 | 1 | 0.1 | memory | 40,000 | 12 s |" in tpu.table([REPORT])
+    assert f"| train | {held} | all-reduce 1.5 | 1 | 0.1 | memory | 5 % | 40,000 | 12 s |" in tpu.table([REPORT])
 
 
 def test_a_train_step_counted_on_paper():
@@ -133,7 +134,7 @@ def test_a_train_step_counted_on_paper():
 def test_what_does_not_fit_says_so():
     large = dataclasses.replace(REPORT, temporaries=20.0 * tpu.GIB, traffic=None)
     assert large.share > 1
-    assert "157 %: does not fit | none | 1 |  |  |  | 12 s |" in tpu.table([large])
+    assert "157 %: does not fit | none | 1 |  |  |  |  | 12 s |" in tpu.table([large])
 
 
 def test_a_machine_without_the_compiler_is_told_what_to_install(monkeypatch):

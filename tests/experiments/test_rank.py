@@ -42,6 +42,33 @@ def test_the_world_is_a_setting(done, tmp_path):
     assert not people[0] <= people[1]
 
 
+@pytest.mark.parametrize(
+    ("times", "columns", "expected"),
+    [
+        ([2, 3, 2], 64, [(2, [0, 1, 5, 6]), (3, [2, 3, 4])]),
+        ([4, 4], 64, [(4, list(range(8)))]),
+        ([4, 6], 20, [(2, list(range(10)))]),  # short prompts: one program
+    ],
+)
+def test_answers_that_are_sampled_together(times, columns, expected):
+    cfg = rank.Config(least=min(times), most=max(times))
+    assert [(group, rows.tolist()) for group, rows in rank.alike(cfg, times, columns)] == expected
+
+
+@pytest.mark.slow
+def test_a_prompt_is_read_once_for_any_number_of_answers(done, monkeypatch):
+    """Prompts are apart by the number of their answers, which are those that they get together."""
+    cfg, _ = done
+    given = {"init": cfg.out / "sft" / "model", "data_dir": cfg.out / "data", "prompts": 8, "held_out": 8}
+    episodes, found, groups = rollout.episodes, [], []
+    monkeypatch.setattr(rollout, "episodes", lambda *x, **y: groups.append(x[3].group) or episodes(*x, **y))
+    for share in (False, True):
+        compute = dataclasses.replace(cfg.rank.compute, share_prompts=share)
+        found.append(rank.sample(dataclasses.replace(cfg.rank, **given, least=2, most=3, compute=compute)))
+    assert groups == [1, 1, 2, 3, 2, 3]
+    assert found[0] == found[1]
+
+
 def test_fewer_than_two_answers_cannot_be_ranked(done, flags, capsys):
     cfg, _ = done
     said = refused(capsys, rank.main, cfg.rank, *flags, "--init", cfg.out / "sft" / "model", "--least", 1)

@@ -119,6 +119,26 @@ def test_responses_do_not_depend_on_the_batch():
 
 
 @pytest.mark.slow
+def test_a_batch_has_whole_groups(monkeypatch):
+    """Of three answers each, in any of which the rows keep their noise: 32 rows are sampled as 24, three a device."""
+    asked, key = best_of_n.repeat(prompts(16), 3), jax.random.key(0)
+    model = models.Model(tiny.GPT, tiny.policy(), None, lambda: None)
+    plain = rollout.episodes(model, asked, key, CFG, batch=32)
+    read, prefill = set(), sampling._Network.prefill
+    monkeypatch.setattr(sampling._Network, "prefill", lambda self, *x: read.add(len(x[0])) or prefill(self, *x))
+    second, grouped = np.arange(24, 48), dataclasses.replace(CFG, group=3)
+    rows = jax.tree.map(lambda x: x[second], asked)
+    found = rollout.episodes(model, rows, key, grouped, batch=32, noise=second)
+    assert read == {1}
+    tiny.assert_close(found, jax.tree.map(lambda x: x[second], plain), atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "group", "rows"), [(256, 9, 216), (256, 1, 256), (72, 9, 72), (64, 9, 64)])
+def test_rows_of_whole_groups_on_eight_devices(batch, group, rows):
+    assert rollout.whole_groups(batch, group) == rows
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [parallel.Config(), parallel.Config(fsdp=4, tensor=2)], ids=["pmap", "mesh"])
 def test_prompts_of_like_length_share_a_batch(cfg, monkeypatch):
     """What each row says, and their order, is what they say in one batch that is padded to the longest."""
