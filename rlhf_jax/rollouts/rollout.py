@@ -193,7 +193,8 @@ def episodes(
 
     Prompts of like length share a batch, see `by_width`; where it has room for that, a batch has whole groups. The
     result has the rows of `prompts`, in their order, and as wide. `score` is a source of `scores`, if there is to be
-    one. What row b samples depends on `key`, `noise[b]` (b by default) and its prompt, not on `batch`. The programs of the last few settings are kept, so that the next model does not compile them anew.
+    one. What row b samples depends on `key`, `noise[b]` (b by default) and its prompt, not on `batch`. The programs of
+    the last few settings are kept, so that the next model does not compile them anew.
     """
     params = {"policy": model.params} | ({} if reference is None else {"reference": reference.params})
     return _sampler(model.config, layout, cfg, batch)(layout.state(params), prompts, key, score, noise)
