@@ -2,6 +2,7 @@
 
     python scripts/bench.py
     python scripts/bench.py --only sft,decode --peer other=/path/to/bin/python:/path/to/peer.py
+    python scripts/bench.py --only sft --profile
 
 Every workload runs in a process of its own, on random weights and tokens, with the functions that the experiments use.
 A peer is a script that takes `--only NAME` and ends with a line of JSON, {"peer", "versions", "results"}, as this one
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where `scripts` is, of the
 from rlhf_jax.runs import cli, plots
 from rlhf_jax.settings import Count, Positive
 from rlhf_jax.types import InputError
-from scripts.benchmark import peers, sizes, workloads
+from scripts.benchmark import peers, profile, sizes, workloads
 
 # Read when a process starts, ours or a peer's: the allocator keeps what is freed, in huge pages, as in scripts/_env.sh.
 ALLOCATOR = {
@@ -51,6 +52,7 @@ class Config(sizes.Config):
     timeout: Positive = 1200.0  # seconds after which a run is given up
     workload: Path | None = None  # JSON file of the sizes of the workloads, by the same names
     scaling: Path | None = None  # instead, draw here how the cost grows with each of SCALES
+    profile: bool = False  # instead, print in which operations the time goes, on CPUs
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +68,10 @@ def main(cfg: Config) -> dict[str, Any]:
     cfg = with_sizes(cfg)
     if cfg.scaling is not None:
         return draw_scaling(cfg, cfg.scaling)
+    if cfg.profile:
+        shares = {name: profile.shares(cfg, name) for name in cfg.only.split(",")}
+        print(profile.table(shares))
+        return shares
     others = [peers.parse(flag) for flag in cfg.peer]
     ours: dict[str, list[dict]] = {name: [] for name in cfg.only.split(",")}
     theirs: dict[str, dict[str, list[dict]]] = {peer.name: {name: [] for name in ours} for peer in others}

@@ -14,12 +14,14 @@ from experiments import (
     reward,
 )
 from rlhf_jax import models, runs
+from rlhf_jax.data import tokenizer
 from rlhf_jax.devices import preemption
 from rlhf_jax.people import asking, guidelines
 from rlhf_jax.people.items import Item
 from rlhf_jax.people.store import Store
 from rlhf_jax.rollouts import rollout
 from rlhf_jax.runs import log
+from tests import tiny
 from tests.people import labelling
 from tests.quickstart import refused
 
@@ -56,15 +58,19 @@ def test_answers_that_are_sampled_together(times, columns, expected):
 
 
 @pytest.mark.slow
-def test_a_prompt_is_read_once_for_any_number_of_answers(done, monkeypatch):
+def test_a_prompt_is_read_once_for_any_number_of_answers(tmp_path, monkeypatch):
     """Prompts are apart by the number of their answers, which are those that they get together."""
-    cfg, _ = done
-    given = {"init": cfg.out / "sft" / "model", "data_dir": cfg.out / "data", "prompts": 8, "held_out": 8}
+    tokens = tokenizer.train(["Question: hello, you?\nAnswer: naïve, and you?"] * 9, 280, tmp_path)
+    config = models.gpt(1, 16, 2, vocab_size=280, max_length=128)
+    model = models.Model(config, tiny.policy(config), tokens, models.bind(models.Transformer(config)))
+    models.save(model, model.params, tmp_path / "model")
+    given = {"init": tmp_path / "model", "data_dir": tmp_path / "data", "prompts": 16, "held_out": 8, "batch": 64}
+    cfg = rank.Config(**given, least=2, most=3, prompt_length=100, max_new_tokens=4)
     episodes, found, groups = rollout.episodes, [], []
     monkeypatch.setattr(rollout, "episodes", lambda *x, **y: groups.append(x[3].group) or episodes(*x, **y))
     for share in (False, True):
-        compute = dataclasses.replace(cfg.rank.compute, share_prompts=share)
-        found.append(rank.sample(dataclasses.replace(cfg.rank, **given, least=2, most=3, compute=compute)))
+        compute = dataclasses.replace(cfg.compute, share_prompts=share)
+        found.append(rank.sample(dataclasses.replace(cfg, compute=compute)))
     assert groups == [1, 1, 2, 3, 2, 3]
     assert found[0] == found[1]
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.types import InputError
 from scripts import bench
-from scripts.benchmark import parts, sizes, workloads
+from scripts.benchmark import parts, profile, sizes, workloads
 
 SIZES = {
     "model": {"vocab": 64, "hidden": 16, "intermediate": 24, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8},
@@ -125,6 +125,19 @@ def test_the_scaling_is_drawn(cfg, tmp_path, monkeypatch):
     assert len(seen) == sum(len(values) for *_, values in bench.SCALES.values()) and len(set(seen)) > 20
     for one in (("sft", 64, 4, 64, 0.2), ("decode", 8, 512, 64, 0.2), ("sft", 8, 4, 65536, 0.2)):
         assert one in seen
+
+
+@pytest.mark.slow
+def test_a_profile_says_what_products_take(cfg, capsys):
+    found = bench.main(dataclasses.replace(cfg, only="sft", profile=True))["sft"]
+    assert 0 < found[profile.PRODUCTS] < 1
+    assert sum(found.values()) == pytest.approx(1)
+    assert f"| sft | {next(iter(found))} " in capsys.readouterr().out
+
+
+def test_kinds_of_operations():
+    names = ["dot.12", "dot_general_add_fusion", "ynn_fusion.3", "add_bitcast_fusion.1", "Thunk::Execute", "while.2"]
+    assert [profile.kind(name) for name in names] == [profile.PRODUCTS] * 3 + ["add_bitcast_fusion", None, None]
 
 
 def test_rounds_are_merged():
