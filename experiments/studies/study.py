@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -177,6 +178,15 @@ def train(experiment: Callable[[Any], Any], run: Any) -> float:
     return runs.once(timed, run)["seconds"]
 
 
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of the code in a folder, and whether its files differ from it; None without Git."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty= with changes"]
+    try:
+        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def read_page(cfg: Config, name: str) -> tuple[Path, str, str] | None:
     """The page to renew, if there is one, and what people wrote before and after the part that the study owns."""
     if cfg.docs is None:
@@ -194,7 +204,8 @@ def read_page(cfg: Config, name: str) -> tuple[Path, str, str] | None:
 
 def publish(cfg: Config, name: str, text: str, draw: Callable[[Path], Any]) -> None:
     """Print and keep the table and plot of a study; renew its page in `docs`."""
-    text += f"\nSeeds: {', '.join(map(str, cfg.each_seed))}.\n"
+    code = commit()
+    text += f"\nSeeds: {', '.join(map(str, cfg.each_seed))}.{f' Commit: {code}.' if code else ''}\n"
     print(f"\n{text}", flush=True)
     runs.write(cfg.out / f"{name}.md", text)
     draw(cfg.out / f"{name}.png")

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import os
+import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -129,11 +131,12 @@ def test_measures_at_a_distance():
     assert tables.mean_sd([0.25, math.nan]) == "-"
 
 
-def test_a_page_keeps_what_people_wrote(tmp_path):
+def test_a_page_keeps_what_people_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "commit", lambda: "1234567")
     cfg = study.Config(out=tmp_path / "out", docs=page(tmp_path / "docs"), seeds=2)
     path = tmp_path / "docs" / "ptx.md"
     study.publish(cfg, "ptx", "| a |\n", lambda figure: figure.touch())
-    text = "| a |\n\nSeeds: 0, 1.\n"
+    text = "| a |\n\nSeeds: 0, 1. Commit: 1234567.\n"
     assert path.read_text() == f"# Mine\n\n{study.BEGIN}\n\n{text}\n{study.END}\n\nFindings.\n"
     assert path.with_suffix(".png").exists() and (tmp_path / "out" / "ptx.md").read_text() == text
     path.write_text("# Mine\n")
@@ -141,6 +144,21 @@ def test_a_page_keeps_what_people_wrote(tmp_path):
         (path.parent / f"{experiment.NAME}.md").write_text("# Mine\n")
         with pytest.raises(InputError, match=rf"{experiment.NAME}\.md: expected a page with the marks"):
             experiment.main(experiment.Config(out=cfg.out, docs=cfg.docs))  # before anything runs
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_the_code(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    assert study.commit(tmp_path) is None
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / "a").write_text("1")
+    subprocess.run([*git, "add", "a"], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    found = study.commit(tmp_path)
+    assert found is not None and len(found) >= 7 and head.startswith(found)
+    (tmp_path / "a").write_text("2")
+    assert study.commit(tmp_path) == f"{found} with changes"
 
 
 def test_curves_are_fitted_to_gains():
