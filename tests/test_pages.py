@@ -74,7 +74,7 @@ def test_every_experiment_has_its_result():
     """Its first lines say what came out, and the page that they name is there."""
     for path in (ROOT / "experiments").rglob("*.py"):
         text = path.read_text()
-        if "cli.run(" in text:
+        if "cli.run(" in text or "cli.run_stage(" in text:
             result = re.search(
                 r"^Result:  (.+?)(?=\n\S|\n\n|\Z)", ast.get_docstring(ast.parse(text)) or "", re.DOTALL | re.MULTILINE
             )
