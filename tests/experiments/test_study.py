@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import (
+    assistant,
     distill,
     dpo,
     grpo,
@@ -26,7 +27,7 @@ from experiments import (
     reward,
     rloo,
 )
-from experiments.studies import courses, frontier, overoptimization, ptx, study, tables, virtues
+from experiments.studies import courses, frontier, overoptimization, ptx, quickstart, study, tables, virtues
 from rlhf_jax import runs
 from rlhf_jax.analysis import overoptimization as curves
 from rlhf_jax.data.rows import check
@@ -144,6 +145,35 @@ def test_a_page_keeps_what_people_wrote(tmp_path, monkeypatch):
         (path.parent / f"{experiment.NAME}.md").write_text("# Mine\n")
         with pytest.raises(InputError, match=rf"{experiment.NAME}\.md: expected a page with the marks"):
             experiment.main(experiment.Config(out=cfg.out, docs=cfg.docs))  # before anything runs
+
+
+def test_the_quickstart_at_several_seeds(tmp_path, monkeypatch):
+    asked = []
+
+    def run(cfg):
+        asked.append((cfg.seed, cfg.out, cfg.best_of))
+        gold = 0.25 + 0.5 * cfg.seed
+        stage = {"gold": gold, "nll": 0.6, "kl": 0.345}
+        learnt = {"accuracy": 0.7291, "labeler_agreement": 0.7 + cfg.seed / 100}
+        return {"seed": cfg.seed, "reward": learnt, "best_of_n": stage | {"n": 3}} | dict.fromkeys(
+            ("pretrain", "sft", "ppo"), stage
+        )
+
+    monkeypatch.setattr(assistant, "main", run)
+    (tmp_path / "README.md").write_text(f"# Mine\n\n{study.BEGIN}\n{study.END}\n")
+    started = dataclasses.replace(assistant.Config(), best_of=3)
+    cfg = quickstart.Config(out=tmp_path / "runs", docs=tmp_path, seeds=2, quickstart=started)
+    first = quickstart.main(cfg)
+    assert quickstart.main(cfg) == first  # found again
+    assert asked == [(seed, tmp_path / "runs" / f"quickstart{seed}", 3) for seed in (0, 1)]
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert (
+        "| seed | gold: base | SFT | PPO | best of 3 | loss: base | SFT | PPO | KL | reward model | labelers |" in lines
+    )
+    assert "| 1 | 0.750 | 0.750 | 0.750 | 0.750 | 0.600 | 0.600 | 0.600 | 0.34 | 72.9 % | 71.0 % |" in lines
+    (mean,) = (line for line in lines if line.startswith("| mean"))
+    assert mean.startswith("| mean ± SD | 0.500 ± 0.354 |") and mean.endswith("| 72.9 ± 0.0 % | 70.5 ± 0.7 % |")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "runs"]  # no plot
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
