@@ -171,6 +171,8 @@ ROOMS = {
     "runs": "run directories, records, checkpoints",
     "analysis": "cost of programs, calibration",
     "evaluation": "tasks put to a model",
+    "serving": "models behind the OpenAI protocol",
+    "people": "the pages on which people label, and the store of what they said",
 }
 GROUND = ("types", "logprobs", "settings")
 
@@ -183,8 +185,9 @@ def write_reference(app: Sphinx) -> None:
     for name in GROUND:
         wanted[name] = page_of(f"rlhf_jax.{name}", [f"rlhf_jax.{name}"])
     for room in ROOMS:
-        files = sorted(path for path in (ROOT / "rlhf_jax" / room).glob("*.py") if path.name != "__init__.py")
-        wanted[room] = page_of(f"rlhf_jax.{room}", [f"rlhf_jax.{room}.{path.stem}" for path in files])
+        files = sorted(path.relative_to(ROOT) for path in (ROOT / "rlhf_jax" / room).rglob("*.py"))
+        modules = [".".join(path.with_suffix("").parts) for path in files if path.name != "__init__.py"]
+        wanted[room] = page_of(f"rlhf_jax.{room}", modules)
     for path in folder.glob("*.rst"):
         if path.stem not in wanted:
             path.unlink()
@@ -199,7 +202,7 @@ def page_of(title: str, modules: list[str]) -> str:
     lines = [title, "=" * len(title), ""]
     for module in modules:
         if len(modules) > 1:
-            short = module.rpartition(".")[2]
+            short = module.removeprefix(f"{title}.")
             lines += [short, "-" * len(short), ""]
         lines += [f".. automodule:: {module}", "   :members:", "   :undoc-members:", ""]
     return "\n".join(lines)

@@ -124,10 +124,12 @@ def notebook(name: str, repository: str | None = None) -> str:
     if repository:
         folder = repository.partition("/")[2]
         install = (
-            "import os\n\n"
+            "import os\nimport shutil\n\n"
+            'on_tpu = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")\n'
+            'extra = "[gpu]" if shutil.which("nvidia-smi") else "[tpu]" if on_tpu else ""  # of the runtime\n'
             f'if not os.path.exists("{folder}"):\n'
             f"    !git clone -q --depth 1 https://github.com/{repository}\n"
-            f"    %pip install -q -e {folder}\n"
+            f'    %pip install -q -e "{folder}{{extra}}"\n'
             f"%cd {folder}"
         )
         parts.insert(1, (True, install))

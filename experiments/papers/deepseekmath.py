@@ -11,6 +11,7 @@ Run:     python -m experiments.papers.deepseekmath grpo-7b --init DIR --reward D
          python scripts/tpu_compile.py --experiment deepseekmath:grpo-7b --topology v5p:2x4x4 --devices.fsdp 32 \\
              --devices.microbatches 8 --devices.offload True
 Parent:  sft, reward, grpo
+Result:  compiled for TPU slices, not trained: docs/scaling.md
 """
 
 from pathlib import Path

@@ -9,6 +9,7 @@ Data:    the 62 sets by their TFDS names (docs/tasks.md)
 Run:     python -m experiments.papers.flan tune-8b --init DIR --held-out entailment
          python scripts/tpu_compile.py --experiment flan:tune-8b --topology v5e:4x4 --devices.fsdp 4 --devices.tensor 4
 Parent:  instruct
+Result:  the 8B compiled for a TPU slice, none trained: docs/instruct.md
 """
 
 from pathlib import Path

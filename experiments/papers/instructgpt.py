@@ -14,6 +14,7 @@ Run:     python -m experiments.papers.instructgpt init-1.3b --init DIR --data do
          python -m experiments.papers.instructgpt reward --init DIR --data RANKINGS --held-out RANKINGS
          python -m experiments.papers.instructgpt ppo-1.3b --init DIR --reward DIR --data PROMPTS --text TEXT
 Parent:  sft, reward, presets
+Result:  compiled for TPU slices, not trained: docs/scaling.md
 """
 
 import dataclasses

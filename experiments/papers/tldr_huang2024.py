@@ -13,6 +13,7 @@ Run:     python -m experiments.papers.tldr_huang2024 sft-1b --init EleutherAI/py
          python -m experiments.papers.tldr_huang2024 reward-1b --data tldr:comparisons.json
          python -m experiments.papers.tldr_huang2024 ppo-1b --data template:tldr.jsonl:train.jsonl
 Parent:  papers.tldr_stiennon2020
+Result:  compiled for TPU slices, not trained: docs/scaling.md
 """
 
 import dataclasses

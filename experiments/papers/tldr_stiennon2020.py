@@ -14,6 +14,7 @@ Run:     python -m experiments.papers.tldr_stiennon2020 sft-1.3b --init DIR --da
          python -m experiments.papers.tldr_stiennon2020 reward-1.3b --data tldr:comparisons.json
          python -m experiments.papers.tldr_stiennon2020 ppo-1.3b --data template:tldr.jsonl:train.jsonl
 Parent:  sft, reward, presets
+Result:  compiled for TPU slices, not trained: docs/scaling.md
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ Data:    hub:allenai/llama-3.1-tulu-3-8b-preference-mixture, and -70b- likewise:
 Run:     python -m experiments.papers.tulu3 dpo-8b --init allenai/Llama-3.1-Tulu-3-8B-SFT
          python scripts/tpu_compile.py --experiment tulu3:dpo-8b --topology v5p:2x2x4 --devices.fsdp 16
 Parent:  dpo
+Result:  compiled for TPU slices, not trained: docs/scaling.md
 """
 
 from pathlib import Path

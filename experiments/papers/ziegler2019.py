@@ -12,6 +12,7 @@ Run:     python -m experiments.papers.ziegler2019 reward-books --init openai-com
          python -m experiments.papers.ziegler2019 ppo-books --init openai-community/gpt2 --reward DIR --data PROMPTS
          python scripts/tpu_compile.py --experiment ziegler2019:ppo-books --topology v5e:2x4
 Parent:  reward, presets
+Result:  compiled for TPU slices, not trained: docs/scaling.md
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,15 +24,14 @@ from rlhf_jax.types import InputError
 
 BEGIN, END = "<!-- made by the study: begin -->", "<!-- end -->"
 
-C = TypeVar("C", bound="Config")
+C = TypeVar("C", bound="Seeds")
 T = TypeVar("T")
 Result = TypeVar("Result")
 
 
-# The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
 @dataclasses.dataclass(frozen=True)
-class Config(runs.Stage):
-    """Sizes with which four seeds of every study take two CPU cores less than an hour."""
+class Seeds(runs.Stage):
+    """What a study of several seeds needs to know."""
 
     seed: Seed = 0  # of the fine-tuned model, and the first of the seeds
     out: Path = Path("runs/studies")  # run directory, shared by the studies
@@ -39,17 +39,24 @@ class Config(runs.Stage):
     docs: Path | None = Path("docs")  # folder of the pages whose tables and plots are renewed; None for none
     seeds: Count = 4  # number of seeds, of labels, reward model and policy
     jobs: Count = 1  # seeds at a time, each in a process of its own: for CPUs, where models so small leave cores idle
+
+    @property
+    def each_seed(self) -> range:
+        """The seeds that the study compares."""
+        return range(self.seed, self.seed + self.seeds)
+
+
+# The types of the stages are quoted: by the time they were evaluated, the field would hide the module of its name.
+@dataclasses.dataclass(frozen=True)
+class Config(Seeds):
+    """Sizes with which four seeds of every study take two CPU cores less than an hour."""
+
     prompts: Count = 1600  # prompts whose answers are ranked, a seed
     pretrain: "pretrain.Config" = pretrain.Config()
     sft: "sft.Config" = sft.Config()
     rank: "rank.Config" = rank.Config(held_out=96)
     reward: "reward.Config" = reward.Config()
     ppo: "ppo.Config" = ppo.Config()
-
-    @property
-    def each_seed(self) -> range:
-        """The seeds that the study compares."""
-        return range(self.seed, self.seed + self.seeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,7 @@ class RewardModel:
     accuracy: float  # share of held-out comparisons
 
 
-def shared_settings(cfg: Config, seed: int) -> runs.Stage:
+def shared_settings(cfg: Seeds, seed: int) -> runs.Stage:
     """The settings that every stage of a seed takes from the study."""
     return runs.Stage(
         seed=seed,
@@ -177,7 +184,16 @@ def train(experiment: Callable[[Any], Any], run: Any) -> float:
     return runs.once(timed, run)["seconds"]
 
 
-def read_page(cfg: Config, name: str) -> tuple[Path, str, str] | None:
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of the code in a folder, and whether its files differ from it; None without Git."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty= with changes"]
+    try:
+        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_page(cfg: Seeds, name: str) -> tuple[Path, str, str] | None:
     """The page to renew, if there is one, and what people wrote before and after the part that the study owns."""
     if cfg.docs is None:
         return None
@@ -192,9 +208,10 @@ def read_page(cfg: Config, name: str) -> tuple[Path, str, str] | None:
     return path, before, after
 
 
-def publish(cfg: Config, name: str, text: str, draw: Callable[[Path], Any]) -> None:
+def publish(cfg: Seeds, name: str, text: str, draw: Callable[[Path], Any]) -> None:
     """Print and keep the table and plot of a study; renew its page in `docs`."""
-    text += f"\nSeeds: {', '.join(map(str, cfg.each_seed))}.\n"
+    code = commit()
+    text += f"\nSeeds: {', '.join(map(str, cfg.each_seed))}.{f' Commit: {code}.' if code else ''}\n"
     print(f"\n{text}", flush=True)
     runs.write(cfg.out / f"{name}.md", text)
     draw(cfg.out / f"{name}.png")

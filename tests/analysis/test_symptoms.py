@@ -121,6 +121,19 @@ def test_pretraining():
     assert named(losses(7.0)) == ["The loss does not fall"]
 
 
+def test_a_start_that_is_high_by_chance_is_no_fall():
+    """Nearly all losses that are noise alone are told, and nearly none that fall by as much as the noise."""
+
+    def losses(seed: int, fall: float) -> list[dict[str, float]]:
+        rng = random.Random(seed)
+        return [
+            {"step": n, "time": 0.0, "loss/next_token": rng.gauss(7.0 - fall * n / 800, 0.1)} for n in range(1, 801)
+        ]
+
+    assert sum(named(losses(seed, 0.0)) == ["The loss does not fall"] for seed in range(100)) >= 95
+    assert sum(named(losses(seed, 0.1)) == [] for seed in range(100)) >= 95
+
+
 def test_the_command_links_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines = [json.dumps(row) for row in run(kl__reference=16.0)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

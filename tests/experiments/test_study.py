@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import os
+import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import (
+    assistant,
     distill,
     dpo,
     grpo,
@@ -24,7 +27,7 @@ from experiments import (
     reward,
     rloo,
 )
-from experiments.studies import courses, frontier, overoptimization, ptx, study, tables, virtues
+from experiments.studies import courses, frontier, overoptimization, ptx, quickstart, study, tables, virtues
 from rlhf_jax import runs
 from rlhf_jax.analysis import overoptimization as curves
 from rlhf_jax.data.rows import check
@@ -129,11 +132,12 @@ def test_measures_at_a_distance():
     assert tables.mean_sd([0.25, math.nan]) == "-"
 
 
-def test_a_page_keeps_what_people_wrote(tmp_path):
+def test_a_page_keeps_what_people_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "commit", lambda: "1234567")
     cfg = study.Config(out=tmp_path / "out", docs=page(tmp_path / "docs"), seeds=2)
     path = tmp_path / "docs" / "ptx.md"
     study.publish(cfg, "ptx", "| a |\n", lambda figure: figure.touch())
-    text = "| a |\n\nSeeds: 0, 1.\n"
+    text = "| a |\n\nSeeds: 0, 1. Commit: 1234567.\n"
     assert path.read_text() == f"# Mine\n\n{study.BEGIN}\n\n{text}\n{study.END}\n\nFindings.\n"
     assert path.with_suffix(".png").exists() and (tmp_path / "out" / "ptx.md").read_text() == text
     path.write_text("# Mine\n")
@@ -141,6 +145,50 @@ def test_a_page_keeps_what_people_wrote(tmp_path):
         (path.parent / f"{experiment.NAME}.md").write_text("# Mine\n")
         with pytest.raises(InputError, match=rf"{experiment.NAME}\.md: expected a page with the marks"):
             experiment.main(experiment.Config(out=cfg.out, docs=cfg.docs))  # before anything runs
+
+
+def test_the_quickstart_at_several_seeds(tmp_path, monkeypatch):
+    asked = []
+
+    def run(cfg):
+        asked.append((cfg.seed, cfg.out, cfg.best_of))
+        gold = 0.25 + 0.5 * cfg.seed
+        stage = {"gold": gold, "nll": 0.6, "kl": 0.345}
+        learnt = {"accuracy": 0.7291, "labeler_agreement": 0.7 + cfg.seed / 100}
+        return {"seed": cfg.seed, "reward": learnt, "best_of_n": stage | {"n": 3}} | dict.fromkeys(
+            ("pretrain", "sft", "ppo"), stage
+        )
+
+    monkeypatch.setattr(assistant, "main", run)
+    (tmp_path / "README.md").write_text(f"# Mine\n\n{study.BEGIN}\n{study.END}\n")
+    started = dataclasses.replace(assistant.Config(), best_of=3)
+    cfg = quickstart.Config(out=tmp_path / "runs", docs=tmp_path, seeds=2, quickstart=started)
+    first = quickstart.main(cfg)
+    assert quickstart.main(cfg) == first  # found again
+    assert asked == [(seed, tmp_path / "runs" / f"quickstart{seed}", 3) for seed in (0, 1)]
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert (
+        "| seed | gold: base | SFT | PPO | best of 3 | loss: base | SFT | PPO | KL | reward model | labelers |" in lines
+    )
+    assert "| 1 | 0.750 | 0.750 | 0.750 | 0.750 | 0.600 | 0.600 | 0.600 | 0.34 | 72.9 % | 71.0 % |" in lines
+    (mean,) = (line for line in lines if line.startswith("| mean"))
+    assert mean.startswith("| mean ± SD | 0.500 ± 0.354 |") and mean.endswith("| 72.9 ± 0.0 % | 70.5 ± 0.7 % |")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "runs"]  # no plot
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_the_code(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    assert study.commit(tmp_path) is None
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / "a").write_text("1")
+    subprocess.run([*git, "add", "a"], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    found = study.commit(tmp_path)
+    assert found is not None and len(found) >= 7 and head.startswith(found)
+    (tmp_path / "a").write_text("2")
+    assert study.commit(tmp_path) == f"{found} with changes"
 
 
 def test_curves_are_fitted_to_gains():
