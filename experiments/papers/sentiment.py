@@ -5,6 +5,7 @@ sentences. It continues real openings four times each; a labeler, a classifier f
 picks the best of four. The reward model learns from these choices alone by a softmax over the four, one epoch, and is
 normalised on samples of the reference. PPO with an adaptive KL penalty follows. The judge, a classifier fitted on the
 other half of the labels, reads continuations of held-out openings before and after; nothing is trained on its word.
+With `--pretrain.init` any model takes the place of the small GPT; it is adapted to the sentences first.
 
 The data are the Stanford Sentiment Treebank (Socher et al. 2013, sentences labelled by people) and the review snippets
 that it was cut from (Pang & Lee 2005, used as text only). `--data` is a folder that holds
