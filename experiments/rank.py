@@ -133,6 +133,7 @@ def sample(cfg: Config) -> dict[str, list[Row]]:
         prompts, counts = pipeline.every_prompt(rows, tokenizer, length=cfg.prompt_length)
         times, _ = draw(cfg, split, len(prompts.index))
         repeated = jax.tree.map(lambda x, times=times: np.repeat(x, times, axis=0), prompts)
+        repeated = repeated.replace(noise=np.arange(sum(times)))
         together = alike(cfg, times, prompts.tokens.shape[1])
         parts = [
             rollout.episodes(
@@ -147,7 +148,6 @@ def sample(cfg: Config) -> dict[str, list[Row]]:
                 ),
                 batch=cfg.batch,
                 layout=layout,
-                noise=numbers,
             )
             for group, numbers in together
         ]

@@ -99,6 +99,7 @@ class Prompts(struct.PyTreeNode):
     tokens: Leaf  # [B, P] int32
     mask: Leaf  # [B, P] bool
     index: Leaf  # [B] int32, row number in the data source, where the prompt's text is
+    noise: Leaf | None = None  # [B] int, of two rows with one number and key the noise is the same; None: their places
 
 
 class Rankings(struct.PyTreeNode):

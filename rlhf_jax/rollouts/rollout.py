@@ -151,12 +151,11 @@ class Sampler:
         prompts: Prompts,
         key: jax.Array,
         score: Callable[[Rollout], Rollout] | None = None,
-        noise: np.ndarray | None = None,
     ) -> Rollout:
         """The episodes of these parameters, which are placed; the key is not."""
         layout, keys = self._layout, self._layout.state(key)
         count, columns = prompts.tokens.shape
-        noise = np.arange(count) if noise is None else noise
+        noise = np.arange(count) if prompts.noise is None else prompts.noise
         real_last = np.argsort(prompts.mask, axis=1, kind="stable")
         tokens, mask = (np.take_along_axis(np.asarray(x), real_last, axis=1) for x in (prompts.tokens, prompts.mask))
         parts, order = [], []
@@ -187,17 +186,16 @@ def episodes(
     reference: models.Model | None = None,
     score: Callable[[Rollout], Rollout] | None = None,
     layout: parallel.Layout = parallel.PMAP,
-    noise: np.ndarray | None = None,
 ) -> Rollout:
     """`collect` for any number of prompts, at most `batch` at a time over all devices; the result lies on the host.
 
     Prompts of like length share a batch, see `by_width`; where it has room for that, a batch has whole groups. The
     result has the rows of `prompts`, in their order, and as wide. `score` is a source of `scores`, if there is to be
-    one. What row b samples depends on `key`, `noise[b]` (b by default) and its prompt, not on `batch`. The programs of
-    the last few settings are kept, so that the next model does not compile them anew.
+    one. What row b samples depends on `key`, `prompts.noise[b]` (b by default) and its prompt, not on `batch`. The
+    programs of the last few settings are kept, so that the next model does not compile them anew.
     """
     params = {"policy": model.params} | ({} if reference is None else {"reference": reference.params})
-    return _sampler(model.config, layout, cfg, batch)(layout.state(params), prompts, key, score, noise)
+    return _sampler(model.config, layout, cfg, batch)(layout.state(params), prompts, key, score)
 
 
 def say(

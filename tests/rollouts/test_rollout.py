@@ -127,8 +127,8 @@ def test_a_batch_has_whole_groups(monkeypatch):
     read, prefill = set(), sampling._Network.prefill
     monkeypatch.setattr(sampling._Network, "prefill", lambda self, *x: read.add(len(x[0])) or prefill(self, *x))
     second, grouped = np.arange(24, 48), dataclasses.replace(CFG, group=3)
-    rows = jax.tree.map(lambda x: x[second], asked)
-    found = rollout.episodes(model, rows, key, grouped, batch=32, noise=second)
+    rows = jax.tree.map(lambda x: x[second], asked).replace(noise=second)
+    found = rollout.episodes(model, rows, key, grouped, batch=32)
     assert read == {1}
     tiny.assert_close(found, jax.tree.map(lambda x: x[second], plain), atol=1e-5)
 
