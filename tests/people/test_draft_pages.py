@@ -111,4 +111,5 @@ def test_the_page_goes_on_when_the_server_was_killed(site: Site):
         until(page, "document.querySelector('.turns')?.textContent.includes('Second')")
         assert [row["ranks"] for row in site.exported()] == [RANKS]
     said = "".join(process.said + again.said)
-    assert said.count("enter#") == 2 and said.count("\n") == 4  # the two links, each with a line below it
+    assert said.count("enter#") == 2 and said.count("\n") == 5  # the two links, each with a line below it
+    assert said.endswith("1 label is stored\n")  # by the one that was told to end
