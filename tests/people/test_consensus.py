@@ -236,4 +236,4 @@ def test_a_large_store_is_measured_beside_the_work(tmp_path: Path):
         assert found and len(found.items) == labels // 2
         taken = sorted(taken) or [0.0]
         print(f"{labels} labels: measured in {found.took:.2f} s; meanwhile an answer took {1000 * taken[-1]:.0f} ms")
-        assert found.took < 30 and taken[len(taken) // 2] < 0.1
+        assert found.took < 30 and taken[len(taken) // 2] < 0.3  # where other work has the cores, too
