@@ -317,7 +317,7 @@ def test_the_queue_of_a_large_store_is_as_quick(tmp_path: Path):
             taken.setdefault("decide", []).append(time.perf_counter() - start)
         middle = {name: round(1000 * sorted(each)[2]) for name, each in taken.items()}
         print(f"{labels} labels: first {first:.2f} s, then in the middle (ms) {middle}")
-        assert max(middle.values()) < 100, middle
+        assert max(middle.values()) < (100 if FULL_SIZE else 1000), middle
 
 
 def test_the_server_still_starts_without_numbers(tmp_path: Path):

@@ -1,6 +1,7 @@
 """How far the people of a store agree: the same as the measures say of its labels, and at no cost to those who work."""
 
 import json
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -154,24 +155,23 @@ def test_a_watch_looks_in_the_background(store: Store, monkeypatch: pytest.Monke
     ann, bob = person(store, "ann"), person(store, "bob")
     store.add([Item("p", ("0", "1"), overlap=2)])
     watch = consensus.Watch(store)
-    first = watch.latest(5.0)
+    first = watch.latest(60.0)
     assert first and isinstance(first.everybody.agreement, Undefined)
     for who in (ann, bob):
         answer(store, who, (0, 1))
-    second = watch.latest(5.0)
+    second = watch.latest(60.0)
     assert second and isinstance(second.everybody.agreement, Agreement) and second.at >= first.at
 
-    real = consensus.look
+    real, go_on = consensus.look, threading.Event()
 
-    def slow(*args: object) -> consensus.Snapshot:
-        time.sleep(0.3)
+    def held(*args: object) -> consensus.Snapshot:
+        assert go_on.wait(60)
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(consensus, "look", slow)
-    start = time.perf_counter()
-    assert watch.latest() is second and watch.latest() is second
-    assert time.perf_counter() - start < 0.2  # nobody waits for it
-    third = watch.latest(5.0)
+    monkeypatch.setattr(consensus, "look", held)
+    assert watch.latest() is second and watch.latest() is second  # nobody waits for it
+    go_on.set()
+    third = watch.latest(60.0)
     assert third is not second
 
 
@@ -236,4 +236,4 @@ def test_a_large_store_is_measured_beside_the_work(tmp_path: Path):
         assert found and len(found.items) == labels // 2
         taken = sorted(taken) or [0.0]
         print(f"{labels} labels: measured in {found.took:.2f} s; meanwhile an answer took {1000 * taken[-1]:.0f} ms")
-        assert found.took < 30 and taken[len(taken) // 2] < 0.3  # where other work has the cores, too
+        assert found.took < 30 and taken[len(taken) // 2] < (0.1 if FULL_SIZE else 1)

@@ -141,7 +141,7 @@ def test_large_weights_take_no_time(here):
         file.truncate(40 * 2**30)
     start = time.monotonic()
     before = contents.checksums("base")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
     offsets = list(contents._offsets(40 * 2**30, contents._WINDOWS))
     assert offsets[0] == 0 and offsets[-1] == 40 * 2**30 - contents._WIDTH
     for offset in (0, offsets[64] + 5, 40 * 2**30 - 1):

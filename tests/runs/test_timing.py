@@ -28,20 +28,20 @@ class Work:
 
 def test_parts_are_timed_while_the_loop_goes_on():
     with timing.Clock() as clock:
-        time.sleep(0.2)  # the devices have nothing to do
+        time.sleep(0.5)  # the devices have nothing to do
         clock.start()
         begun = time.perf_counter()
-        clock.done("generate", Work(0.3))
-        clock.done("update", Work(0.4))  # handed over at once, and done 0.1 s after
+        clock.done("generate", Work(0.6))
+        clock.done("update", Work(0.9))  # handed over at once, and done 0.3 s after
         seconds = clock.seconds()
-        assert time.perf_counter() - begun < 0.1
+        assert time.perf_counter() - begun < 0.6  # nothing was waited for
         found = {name: float(np.asarray(later)) for name, later in seconds.items()}
         clock.start()  # the devices have been idle for no more than this took
-        clock.done("generate", Work(0.1))
+        clock.done("generate", Work(0.3))
         again = {name: float(np.asarray(later)) for name, later in clock.seconds().items()}
-    expected = {"seconds/host": 0.2, "seconds/generate": 0.3, "seconds/update": 0.1}
-    assert found == pytest.approx(expected, abs=0.08)
-    assert again == pytest.approx({"seconds/host": 0.0, "seconds/generate": 0.1}, abs=0.08)
+    expected = {"seconds/host": 0.5, "seconds/generate": 0.6, "seconds/update": 0.3}
+    assert found == pytest.approx(expected, abs=0.2)
+    assert again == pytest.approx({"seconds/host": 0.0, "seconds/generate": 0.3}, abs=0.2)
 
 
 def test_a_failure_on_the_device_is_seen_where_the_number_is_read():
