@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import dpo, optim, preferences
+from rlhf_jax.devices import parallel
 from rlhf_jax.models import lora
 from rlhf_jax.types import InputError, Rankings
 from tests import tiny
@@ -129,20 +130,30 @@ def test_a_response_is_scored_without_its_prompt():
 
 
 @pytest.mark.slow
-def test_prompts_that_responses_share_change_nothing():
+@pytest.mark.parametrize(
+    ("loss", "devices", "count", "microbatches"),
+    [("ipo", parallel.Config(), 1, 2), ("sigmoid", parallel.Config(fsdp=2, tensor=2), 4, 1)],
+    ids=["ipo", "mesh"],
+)
+def test_prompts_that_responses_share_change_nothing(loss, devices, count, microbatches):
     """Also with adapters, and where dropout of rate 0 has keys."""
-    batch, cfg, tx = tiny.arrays(test_reward.rankings_that_share(1)), lora.Config(rank=2), optax.sgd(1.0)
+    batch, cfg, tx = test_reward.rankings_that_share(1), lora.Config(rank=2), optax.sgd(1.0)
     trained, base = lora.split(tiny.policy(), cfg, jax.random.key(1))
     trained = jax.tree.map(lambda x: x + 0.1, trained)
     found = []
-    for share in (False, True):
+    for place, share, parts in (
+        (parallel.Pmap(tuple(jax.devices()[:1])), False, 1),
+        (parallel.layout(devices, jax.devices()[:count]), True, microbatches),
+    ):
         config = dataclasses.replace(tiny.GPT, compute=models.Compute(share_prompts=share))
         network = models.logprobs_fn(config)
-        make = lambda on, network=network: functools.partial(
-            dpo.train_step, logprobs_fn=on(network), tx=tx, cfg=dpo.Config(0.3, "ipo"), microbatches=2
+        make = lambda on, network=network, parts=parts: functools.partial(
+            dpo.train_step, logprobs_fn=on(network), tx=tx, cfg=dpo.Config(0.3, loss), microbatches=parts
         )
-        step = jax.jit(lora.on_base(cfg, make))
-        found.append(step(optim.init(trained, tx, jax.random.key(0)), base, batch, tiny.policy(seed=3)))
+        state = place.state(optim.init(trained, tx, jax.random.key(0)))
+        step, reference = place.step(lora.on_base(cfg, make)), place.frozen(tiny.policy(seed=3))
+        state, metrics = step(state, place.state(base), place.rows(batch), reference)
+        found.append(jax.tree.map(np.asarray, place.get((state.params, metrics))))
     tiny.assert_close(found[1], found[0], atol=2e-5)
     assert found[0][1]["grad_norm"] > 0.1
 

@@ -10,6 +10,7 @@ import pytest
 from rlhf_jax import models
 from rlhf_jax.algorithms import grpo, online_dpo, optim, ppo, rloo, updates
 from rlhf_jax.devices import parallel
+from rlhf_jax.models import lora
 from rlhf_jax.types import InputError, Rollout
 from tests import tiny
 from tests.algorithms.test_ppo import EPISODES, LOGPROBS, N, episodes
@@ -222,13 +223,16 @@ def on_shared_prompts() -> Rollout:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "devices", "buckets", "microbatches"),
-    [(rloo, parallel.Config(), 1, 2), (grpo, parallel.Config(fsdp=2), 2, 1)],
+    ("module", "rank", "devices", "buckets", "microbatches"),
+    [(rloo, None, parallel.Config(), 1, 2), (grpo, 2, parallel.Config(fsdp=2), 2, 1)],
     ids=["pmap", "mesh"],
 )
-def test_prompts_that_a_group_shares_change_nothing(module, devices, buckets, microbatches):
-    """Two minibatches of a group each, on devices and parts that each have some of it."""
-    tx, found = optax.sgd(0.1), []
+def test_prompts_that_a_group_shares_change_nothing(module, rank, devices, buckets, microbatches):
+    """Two minibatches of a group each, on devices and parts that each have some of it; also of adapters."""
+    tx, found, adapters = optax.sgd(0.1), [], lora.Config(rank=rank)
+    trained, base = lora.split(tiny.policy(), adapters, jax.random.key(1))
+    if rank:
+        trained = jax.tree.map(lambda x: x + 0.1, trained)
     layout = parallel.layout(devices, jax.devices()[:2])
     for place, share, settings, parts in (
         (parallel.Pmap(tuple(jax.devices()[:1])), False, {}, 1),
@@ -236,10 +240,16 @@ def test_prompts_that_a_group_shares_change_nothing(module, devices, buckets, mi
     ):
         cfg = module.Config(minibatches=2, group=8, whole_groups=True, entropy_coef=0.1, **settings)
         config = dataclasses.replace(tiny.GPT, compute=models.Compute(share_prompts=share))
-        policy_fn = models.part("policy", models.logprobs_fn(config))
-        step = functools.partial(module.train_step, policy_fn=policy_fn, tx=tx, cfg=cfg, microbatches=parts)
-        state = place.state(updates.init({"policy": tiny.policy()}, tx, cfg, jax.random.key(0)))
-        state, metrics = place.step(step)(state, place.rows(on_shared_prompts()))
+        make = lambda on, config=config, cfg=cfg, parts=parts: functools.partial(
+            module.train_step,
+            policy_fn=models.part("policy", on(models.logprobs_fn(config))),
+            tx=tx,
+            cfg=cfg,
+            microbatches=parts,
+        )
+        state = place.state(updates.init({"policy": trained}, tx, cfg, jax.random.key(0)))
+        step = place.step(lora.on_base(adapters, make))
+        state, metrics = step(state, place.state(base), place.rows(on_shared_prompts()))
         found.append(jax.tree.map(np.asarray, place.get((state.params, metrics))))
     tiny.assert_close(found[1], found[0], atol=5e-5)
     assert found[0][1]["grad_norm/policy"] > 0.05
