@@ -19,11 +19,40 @@ def token_logprobs(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], temperature: float = 1.0
 ) -> Float[Array, "B T"]:
     """The log-probability of tokens[b, t] under softmax(logits[b, t] / temperature), in nats; no shift is applied."""
-    logits = precise(logits) / temperature
-    # A masked sum instead of an index: with a vocabulary sharded over devices, each device sums its own part.
-    is_token = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, 2) == tokens[..., None]
-    chosen = jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1)
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    return _token_logprobs(precise(logits) / temperature, tokens)
+
+
+@jax.custom_vjp
+def _token_logprobs(logits: Array, tokens: Array) -> Array:
+    return _forward(logits, tokens)[0]
+
+
+def _forward(logits: Array, tokens: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    chosen = jax.lax.platform_dependent(logits, tokens, cpu=_indexed, default=_selected)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    return chosen - total, (logits, tokens, total)
+
+
+def _backward(saved: tuple[Array, Array, Array], grads: Array) -> tuple[Array, None]:
+    """The gradient with respect to the logits in one pass; JAX's own would keep exp(logits) from the forward pass."""
+    logits, tokens, total = saved
+    return grads[..., None] * (_is_token(logits, tokens) - jnp.exp(logits - total[..., None])), None
+
+
+def _indexed(logits: Array, tokens: Array) -> Array:
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+
+
+def _selected(logits: Array, tokens: Array) -> Array:
+    """A masked sum in place of an index: with a vocabulary sharded over devices, each device sums its own part."""
+    return jnp.sum(jnp.where(_is_token(logits, tokens), logits, 0.0), axis=-1)
+
+
+def _is_token(logits: Array, tokens: Array) -> Array:
+    return jax.lax.broadcasted_iota(tokens.dtype, logits.shape, 2) == tokens[..., None]
+
+
+_token_logprobs.defvjp(_forward, _backward)
 
 
 def entropy(logits: Float[Array, "B T V"], temperature: float = 1.0) -> Float[Array, "B T"]:

@@ -16,6 +16,20 @@ def test_token_logprobs_by_hand():
     np.testing.assert_allclose(sharp, np.log([[0.25 / 0.38, 0.36 / 0.46]]), rtol=1e-6)
 
 
+def test_gradients_of_token_logprobs_by_hand():
+    """grads (1 - p) / temperature at the token, -grads p / temperature elsewhere."""
+    logits = jnp.log(jnp.array([[[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]]))
+    read = lambda logits: logprobs.token_logprobs(logits, jnp.array([[2, 0]]), temperature=2.0)
+    (found,) = jax.vjp(read, 2.0 * logits)[1](jnp.array([[3.0, -1.0]]))
+    expected = [[[-0.6, -0.9, 1.5], [-0.4, 0.3, 0.1]]]
+    np.testing.assert_allclose(found, 0.5 * np.array(expected), rtol=1e-5)
+
+
+def test_every_platform_chooses_the_same_logits():
+    logits, tokens = jax.random.normal(jax.random.key(0), (2, 3, 5)), jnp.array([[0, 4, 2], [1, 1, 3]])
+    np.testing.assert_array_equal(logprobs._indexed(logits, tokens), logprobs._selected(logits, tokens))
+
+
 @cases("token_logprobs_tau_1.0", "token_logprobs_tau_0.7", "token_logprobs_extreme")
 def test_token_logprobs_oracle(case):
     case.check(

@@ -32,8 +32,8 @@ M = TypeVar("M")  # metrics
 
 
 def psum(tree: T, axis: str | None) -> T:
-    """The sum over the mapped axis; the identity if `axis` is None."""
-    return tree if axis is None else jax.lax.psum(tree, axis)
+    """The sum over the mapped axis; the identity if `axis` is None, or one device, for which XLA would copy it."""
+    return tree if axis is None or jax.lax.axis_size(axis) == 1 else jax.lax.psum(tree, axis)
 
 
 def pmax(tree: T, axis: str | None) -> T:

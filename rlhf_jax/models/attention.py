@@ -241,10 +241,23 @@ def attend_behind(
     return mixed.reshape(rows, groups, shared, columns, size).transpose(0, 3, 1, 2, 4)
 
 
+@jax.custom_jvp
+def softmax(scores: Float[Array, "*A S"]) -> Float[Array, "*A S"]:
+    """The softmax over the last axis. Its derivative needs the result alone, while that of JAX's keeps more of it."""
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    weights, change = softmax(*primals), tangents[0]
+    return weights, weights * (change - jnp.sum(weights * change, axis=-1, keepdims=True))
+
+
 def _softmax(scores: Array, mask: Array, size: int, config: Config) -> Array:
     """The weights of products of queries and keys with `size` features, where the mask allows them."""
     scores = soft_cap(scores * (config.query_size or size) ** -0.5, config.attention_cap)
-    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
 
 
 def attend_fork(

@@ -34,6 +34,16 @@ def arrays(rows, columns, groups, shared, size, dtype):
     )
 
 
+def test_softmax_and_its_gradient_are_those_of_jax():
+    rng = np.random.default_rng(0)
+    scores, grads = (jnp.array(rng.normal(0.0, 4.0, (3, 2, 7)), jnp.float32) for _ in range(2))
+    masked = jnp.finfo(jnp.float32).min
+    scores = scores.at[0, 0, 3:].set(masked).at[1, 1].set(masked)
+    found, expected = (jax.vjp(softmax, scores) for softmax in (attention.softmax, jax.nn.softmax))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1](grads)[0], expected[1](grads)[0], atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS)
 @pytest.mark.parametrize(("shared", "cap", "size"), [(1, None, 8), (2, 2.0, 6)])
