@@ -64,6 +64,8 @@ LEFT_OUT = {
     r".*lessons\.py (measure|stages)": "makes figures of these pages",
     r".*scripts/tpu_compile\.py": "needs libtpu",
     r".*(hub:|\.gguf\b|(cot|bbh|sst):|papers\.sentiment)": "reads published files",
+    r"JAX_PROCESS_ID=": "runs in tests/devices/test_hosts.py, in two processes",
+    r".*gpt3-175b": "asks for more memory than there is, to show what a run says then",
     r".*experiments\.rounds": "waits for people, as in tests/people/test_loop_pages.py",
     r".*--judge\.model": "needs a model that can judge",
     r".*--devices\.fsdp": "runs in tests/experiments/test_quickstart.py, on a mesh",

@@ -23,6 +23,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import absl.logging
+import jax
 import tyro
 
 from rlhf_jax.devices import hosts, preemption
@@ -45,9 +46,9 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
 
     Each field is a flag (`--ppo.clip` for a nested one), and the comment beside it is its help. Leaves with one line on
     stderr and status 2 on a flag or value that is wrong, on any `InputError` from `main` and on a path that may not be
-    used, 1 on a `BrokenRunError` and where the disk is full, 130 on control-C, 75 (`preemption.EXIT`) on SIGTERM, where
-    the same command goes on from then; and with 141 and no line where the output was closed, as by `| head`. Other
-    exceptions are bugs, and keep their traceback. Compiled programs are kept in the folder that
+    used, 1 on a `BrokenRunError` and where the disk or a memory is full, 130 on control-C, 75 (`preemption.EXIT`) on
+    SIGTERM, where the same command goes on from then; and with 141 and no line where the output was closed, as by
+    `| head`. Other exceptions are bugs, and keep their traceback. Compiled programs are kept in the folder that
     JAX_COMPILATION_CACHE_DIR names, or else in ~/.cache/rlhf_jax (`compiled`). Paths may be gs:// ones (`gcs`).
     """
     prepare()
@@ -68,6 +69,9 @@ def run(main: Callable[[Config], Result], default: Config, args: Sequence[str] |
             if checkpoint.disk_is_full(error):
                 what = error.strerror if isinstance(error, checkpoint.FullDiskError) else f"the disk is full: {error}"
                 _leave(f"{what}; make room, and run the same command again to go on", FAILURE)
+            if _memory_is_full(error):
+                what = str(error).strip().partition("\n")[0].rstrip(".") or "no memory is left"
+                _leave(f"{what}; what needs less is in docs/troubleshooting.md, under Out of memory", FAILURE)
             if isinstance(error, InputError):
                 _leave(str(error), USAGE)
             if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename:
@@ -282,6 +286,13 @@ def _first_paragraph(box: str) -> str:
     paragraphs = re.split(r"(?m)^[─+╰╯-]+$", "\n".join(lines))
     text = next((" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()), "wrong flags")
     return text.removeprefix("Error parsing ").rstrip(".")
+
+
+def _memory_is_full(error: Exception) -> bool:
+    """Whether the devices, or this machine, have less memory than was asked for."""
+    said = str(error)
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in said
+    return isinstance(error, MemoryError) or (exhausted and "memory" in said)
 
 
 def _leave(message: str, status: int) -> NoReturn:

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 from typing import Literal
 
+import jax
 import pytest
 
 from rlhf_jax.runs import cli, log
@@ -330,6 +331,38 @@ def test_the_file_system_refuses_in_one_line(capsys, error, status, message):
         said = capsys.readouterr().err
         assert stop.value.code == status and said.count("\n") == 1
         assert said.startswith(message) or function is prepare
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 57982058 bytes.\nAt this"),
+            "bytes",
+        ),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G"), "Used 20G"),
+        (MemoryError("Unable to allocate 80.0 GiB for an array"), "an array"),
+        (MemoryError(), "no memory is left"),
+    ],
+)
+def test_a_full_memory_is_one_line(capsys, error, said):
+    def main(config):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, Config(), [])
+    assert stop.value.code == cli.FAILURE
+    assert capsys.readouterr().err.endswith(
+        f"{said}; what needs less is in docs/troubleshooting.md, under Out of memory\n"
+    )
+
+
+def test_other_errors_of_the_runtime_keep_their_traceback():
+    def main(config):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too many files")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        cli.run(main, Config(), [])
 
 
 @pytest.mark.parametrize(("number", "tells"), [(28, False), (5, True)])
