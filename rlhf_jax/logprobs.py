@@ -28,6 +28,7 @@ def _token_logprobs(logits: Array, tokens: Array) -> Array:
 
 
 def _forward(logits: Array, tokens: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    """The log-probabilities, and what their gradient needs: the logits, the tokens and ln(sum(exp(logits)))."""
     chosen = jax.lax.platform_dependent(logits, tokens, cpu=_indexed, default=_selected)
     total = jax.nn.logsumexp(logits, axis=-1)
     return chosen - total, (logits, tokens, total)
@@ -49,6 +50,7 @@ def _selected(logits: Array, tokens: Array) -> Array:
 
 
 def _is_token(logits: Array, tokens: Array) -> Array:
+    """A mask of each distribution's entry for its token."""
     return jax.lax.broadcasted_iota(tokens.dtype, logits.shape, 2) == tokens[..., None]
 
 

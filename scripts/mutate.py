@@ -40,15 +40,22 @@ def mutants(module: str, function: str, *changes: tuple[str, str]) -> list[Mutan
 
 
 MUTANTS = [
+    *mutants("logprobs", "token_logprobs", ("/ temperature", "* temperature")),
     *mutants(
         "logprobs",
-        "token_logprobs",
-        ("/ temperature", "* temperature"),
-        ("chosen - jax.nn.logsumexp", "chosen + jax.nn.logsumexp"),
-        ("chosen - jax.nn.logsumexp", "chosen.astype(jnp.int32) - jax.nn.logsumexp"),
-        ("== tokens[..., None]", "== tokens[..., None] + 1"),
+        "_forward",
+        ("chosen - total, (", "chosen + total, ("),
+        ("chosen - total, (", "chosen.astype(jnp.int32) - total, ("),
         ("jax.nn.logsumexp(logits, axis=-1)", "jax.nn.logsumexp(logits, axis=1)[..., 0][:, None]"),
     ),
+    *mutants(
+        "logprobs",
+        "_backward",
+        ("tokens) - jnp.exp", "tokens) + jnp.exp"),
+        ("logits - total", "logits + total"),
+        ("grads[..., None] *", "grads[..., None] * 0.5 *"),
+    ),
+    *mutants("logprobs", "_is_token", ("== tokens[..., None]", "== tokens[..., None] + 1")),
     *mutants(
         "logprobs",
         "entropy",
@@ -448,6 +455,15 @@ MUTANTS = [
         ("mask[:, at, at]", "jnp.ones_like(mask[:, at, at])"),
         ("of_prefix.reshape(query.shape) + of_branch", "of_prefix.reshape(query.shape) - of_branch"),
     ),
+    *mutants("models/attention", "softmax", ("scores - jnp.max", "scores + jnp.max")),
+    *mutants(
+        "models/attention",
+        "_softmax_jvp",
+        ("change - jnp.sum", "change + jnp.sum"),
+        ("jnp.sum(weights * change", "jnp.sum(change"),
+        ("return weights, weights * (", "return weights, ("),
+    ),
+    *mutants("devices/parallel", "psum", ("== 1", "> 0")),
     *mutants("devices/parallel", "row_keys", ("first + row_index(rows, axis)", "row_index(rows, None)")),
     *mutants(
         "algorithms/optim", "cosine", ("final_fraction * peak", "final_fraction"), ("alpha=final_fraction", "alpha=0.0")

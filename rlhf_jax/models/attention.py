@@ -250,6 +250,7 @@ def softmax(scores: Float[Array, "*A S"]) -> Float[Array, "*A S"]:
 
 @softmax.defjvp
 def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """The weights w, and their change w (ds - sum(w ds)) with the scores' ds."""
     weights, change = softmax(*primals), tangents[0]
     return weights, weights * (change - jnp.sum(weights * change, axis=-1, keepdims=True))
 

@@ -62,7 +62,7 @@ def curves(directory: Path, panels: Mapping[str, Sequence[str]] | None = None) -
         axis.margins(x=0.02)
         axis.locator_params(axis="x", integer=True)
         if len(names) > 1:
-            axis.legend(frameon=False, fontsize=8, labelcolor=INK)
+            axis.legend(framealpha=0.8, edgecolor="none", fontsize=8, labelcolor=INK)
     for axis in axes[-_columns(len(axes)) :]:
         axis.set_xlabel("step", fontsize=9, color=INK)
     return _save(figure, directory / "curves.png")
