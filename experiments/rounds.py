@@ -14,7 +14,7 @@ judge, on them alone.
 
 Run:     python -m experiments.rounds --init runs/sft/model
 Parent:  rank, reward, ppo, dpo, evaluate
-Result:  from the quickstart's models, seed 0, before rankings marked answers that were cut: gold 0.725 with labels on
+Result:  from a quickstart's models, seed 0, before rankings marked answers that were cut: gold 0.725 with labels on
          fresh answers, 0.738 with as many labels on the fine-tuned model's answers
 """
 
