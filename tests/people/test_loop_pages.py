@@ -116,8 +116,8 @@ def test_rounds_through_the_page(done: tuple[Any, dict], site: Site, monkeypatch
     )
     results: list[dict] = []
     run = threading.Thread(target=lambda: results.append(rounds.main(config)))
+    pages = [site.person(f"labeler {n}") for n in range(4)]  # before the run adds guidelines, which come first
     run.start()
-    pages = [site.person(f"labeler {n}") for n in range(4)]
     while run.is_alive():
         for page in pages:
             page.wait_for_timeout(50)
