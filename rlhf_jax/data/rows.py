@@ -26,10 +26,13 @@ otherwise. Other fields are left out, but for those that would change what is le
 such as "tool_calls", which are refused.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import msgpack
 
 from rlhf_jax.data.tokenizer import Message, Prompt
 from rlhf_jax.types import BEST_RATING, VIRTUES, InputError
@@ -98,6 +101,13 @@ def check(kind: Kind, row: Any, where: str) -> Row:
 
 
 def _record(row: Row, where: str) -> Row:
+    try:
+        row = json.loads(json.dumps(row))
+        msgpack.packb(row)  # as it is stored
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{where}: expected what JSON can hold, with integers of at most 64 bits, got {short(str(error))}"
+        ) from error
     return row
 
 

@@ -299,16 +299,15 @@ def _write(task: _Task, rows: Iterator[Row], first: int, file: Path, tell: Calla
     to_pack, stored = list[Item](), list[bytes]()
     source, tokens, counts, most = 0, 0, Counts(), list[tuple[int, ...]]()
     for count, made in _items(task.recipe, rows, first):
-        items = [one._replace(ids=[ids.astype(task.dtype) for ids in one.ids]) for one in made.items]
         if task.recipe.pack:
-            to_pack += items
+            to_pack += made.items
         else:
-            stored += map(_record, items)
-        new = sum(len(ids) for one in items for ids in one.ids)
+            stored += (_record(one, task.dtype) for one in made.items)
+        new = sum(len(ids) for one in made.items for ids in one.ids)
         source, tokens, counts = source + count, tokens + new, _sum([counts, made.counts])
         most.append(made.most)
         tell(count, new)
-    stored += map(_record, _packed(to_pack, task.length))
+    stored += (_record(one, task.dtype) for one in _packed(to_pack, task.length))
     partial = file.with_suffix(".partial")
     records.write(partial, stored, group=max(1, CHUNK * len(stored) // max(1, tokens)))
     _place(partial, file)
@@ -346,12 +345,12 @@ def _file(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.array_record"
 
 
-def _record(item: Item) -> bytes:
+def _record(item: Item, dtype: np.dtype) -> bytes:
     """An item on disk: how many sequences and numbers it has, the sequences' lengths, the numbers, the tokens, and a
     bit for each token unless all are targets."""
     head = np.array([len(item.ids), len(item.numbers), *map(len, item.ids), *item.numbers], "<i4")
     bits = b"" if item.targets is None else np.packbits(np.concatenate(item.targets)).tobytes()
-    return b"".join([head.tobytes(), *(ids.tobytes() for ids in item.ids), bits])
+    return b"".join([head.tobytes(), np.concatenate(item.ids).astype(dtype).tobytes(), bits])
 
 
 def _item(record: bytes, dtype: np.dtype) -> Item:

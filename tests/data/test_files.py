@@ -86,10 +86,17 @@ def test_what_a_table_has_and_json_has_not(tmp_path):
     parquet.write_table(whole, tmp_path / "a.parquet")
     load = lambda kind: list(sources.rows(str(tmp_path / "a.parquet"), kind, data_dir=tmp_path / "store"))
     assert load("demonstrations") == [{"prompt": [{"role": "user", "content": "p"}], "completion": "bytes"}]
-    with pytest.raises(InputError, match=r"row 1: expected what JSON can hold .*bytes"):
+    with pytest.raises(InputError, match=r"a\.parquet, row 1: expected what JSON can hold.*bytes"):
         load("records")
     with pytest.raises(InputError, match=r"a\.parquet, row 1, field chosen: missing|row 1, field responses: missing"):
         load("rankings")
+
+
+@pytest.mark.parametrize("value", ["18446744073709551616", '"\\ud800"'])
+def test_records_that_cannot_be_stored(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(f'{{"fine": [1, null, 0.5]}}\n{{"x": {value}}}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: expected what JSON can hold, with integers of at most"):
+        sources.rows(str(tmp_path / "a.jsonl"), "records", data_dir=tmp_path / "store")
 
 
 def test_parquet_is_read_by_row_groups(tmp_path, monkeypatch):

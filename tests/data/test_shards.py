@@ -191,7 +191,7 @@ def test_progress_tells_rows_and_tokens_a_second(tokenizer, rows, monkeypatch, c
 def test_a_row_comes_back(dtype, masked):
     ids = [np.array([np.iinfo(dtype).max, 0, 7], dtype), np.array([1], dtype), np.arange(9).astype(dtype)]
     targets = [np.arange(len(one)) % 3 == 1 for one in ids] if masked else None
-    found = shards._item(shards._record(shards.Item(ids, targets, (2**31 - 1, -1))), np.dtype(dtype))
+    found = shards._item(shards._record(shards.Item(ids, targets, (2**31 - 1, -1)), np.dtype(dtype)), np.dtype(dtype))
     assert [one.tolist() for one in found.ids] == [one.tolist() for one in ids]
     expected = targets if masked else [np.ones(len(one), bool) for one in ids]
     assert all(np.array_equal(mask, other) for (_, mask), other in zip(found.segments, expected, strict=True))
