@@ -89,11 +89,12 @@ class Builder(tfds.core.dataset_builder.FileReaderBuilder):
 
     def _records(self) -> Iterator[bytes]:
         """Yield the rows as TFDS stores them."""
-        example = tf_example_pb2.Example()  # one for all rows: to build another takes as long again
-        values = {name: example.features.feature[name].bytes_list.value for name in ("place", "row")}
         with progress.bar(None, what="reading", unit="row", delay=10.0) as shown:
             for place, row in self.rows():
-                values["place"][:], values["row"][:] = [place.encode()], [msgpack.packb(row)]
+                # Another one for each row: a message keeps the memory of all values that it ever had.
+                example = tf_example_pb2.Example()
+                for name, value in (("place", place.encode()), ("row", msgpack.packb(row))):
+                    example.features.feature[name].bytes_list.value.append(value)
                 yield example.SerializeToString(deterministic=True)
                 shown.update()
 

@@ -12,12 +12,13 @@ log-probabilities tell what it would say, which gives a verdict on everything, a
 import asyncio
 import dataclasses
 import itertools
+import math
 import os
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -142,14 +143,14 @@ def read_verdict(reply: str | None) -> int | None:
     return _SIGNS[match[1]] if match else None
 
 
-def both_orders(forward: int | None, swapped: int | None) -> int | None:
+def both_orders(forward: float, swapped: float) -> int | None:
     """The verdict on a pair from those on it and on the pair the other way round: a tie where they contradict.
 
-    1 says that the first is better. None where either is missing.
+    1 says that the first is better. None where either is nan.
     """
-    if forward is None or swapped is None:
+    if np.isnan(forward) or np.isnan(swapped):
         return None
-    return forward if forward == -swapped else 0
+    return int(forward) if forward == -swapped else 0
 
 
 def mean_score(logp: np.ndarray) -> np.ndarray:
@@ -194,13 +195,60 @@ class Ranking:
 
 
 @dataclasses.dataclass(frozen=True)
+class Written:
+    """Replies that a model writes: the verdict is their last line."""
+
+    ask: Ask
+
+    def scores(self, requests: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
+        """The score in the reply to each request, nan where there is none, and why there would be none. [B] each."""
+        replies = self.ask(requests)
+        found = np.array([read_score(reply, most) for reply in replies], float)  # nan for None
+        return found, [
+            ("it did not finish, or the request was too long" if reply is None else f"it said {short(reply)}")
+            + f"; expected a last line such as 'Score: {most}'"
+            for reply in replies
+        ]
+
+    def verdicts(self, requests: Sequence[str]) -> list[float]:
+        """The verdict in the reply to each request: 1 for A, -1 for B, 0 for a tie; nan where there is none."""
+        found = [read_verdict(reply) for reply in self.ask(requests)]
+        return [math.nan if verdict is None else float(verdict) for verdict in found]
+
+    def both(self, forward: float, swapped: float) -> int | None:
+        """The verdict on a pair, from those in both orders."""
+        return both_orders(forward, swapped)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighed:
+    """Replies that a model might write, weighed by their probabilities."""
+
+    weigh: Weigh
+    length: int  # most tokens of a request
+
+    def scores(self, requests: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
+        """The mean score for each request, nan where there is none, and why there would be none. [B] each."""
+        found = mean_score(self.weigh(requests, [f"Score: {n}" for n in range(1, most + 1)]))
+        return found, [f"the request is longer than judge.length={self.length}"] * len(requests)
+
+    def verdicts(self, requests: Sequence[str]) -> list[float]:
+        """How much likelier A is than B for each request, in nats; nan where there is no verdict."""
+        logp = self.weigh(requests, ["Verdict: A", "Verdict: B"])
+        return (logp[:, 0] - logp[:, 1]).tolist()
+
+    def both(self, forward: float, swapped: float) -> int | None:
+        """The verdict on a pair, from the margins in both orders."""
+        return both_margins(forward, swapped)
+
+
+@dataclasses.dataclass(frozen=True)
 class Judge:
     """A judge that can be asked."""
 
     cfg: Config
     rubric: str
-    ask: Ask | None  # None where replies are weighed
-    weigh: Weigh | None = None
+    replies: Written | Weighed
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The score of each response, and whether the judge gave none, so that it is `Config.missing`. [B] each.
@@ -209,29 +257,20 @@ class Judge:
         """
         pairs = [*zip(prompts, responses, strict=True)]
         requests = [score_request(self.rubric, *pair, self.cfg.most) for pair in pairs]
-        replies = self.ask(requests) if self.ask else [None] * len(pairs)
-        if self.weigh:
-            found = mean_score(self.weigh(requests, [f"Score: {n}" for n in range(1, self.cfg.most + 1)]))
-        else:
-            found = np.array([read_score(reply, self.cfg.most) for reply in replies], float)  # nan for None
+        found, reasons = self.replies.scores(requests, self.cfg.most)
         absent = np.isnan(found)
         if absent.any():
-            self._tell(absent, replies, pairs)
+            self._tell(absent, reasons, pairs)
         return np.array([self.cfg.missing if np.isnan(score) else score for score in found], np.float32), absent
 
-    def _tell(self, absent: np.ndarray, replies: Sequence[str | None], pairs: Sequence[tuple[Prompt, str]]) -> None:
-        first = int(np.argmax(absent))
+    def _tell(self, absent: np.ndarray, reasons: Sequence[str], pairs: Sequence[tuple[Prompt, str]]) -> None:
         count = f"the judge gave no score for {int(absent.sum())} of {len(absent)} answers"
         if self.cfg.missing is None:
+            first = int(np.argmax(absent))
             prompt, response = pairs[first]
-            reply = replies[first]
-            said = "it did not finish, or the request was too long" if reply is None else f"it said {short(reply)}"
-            said += f"; expected a last line such as 'Score: {self.cfg.most}'"
-            if self.weigh:
-                said = f"the request is longer than judge.length={self.cfg.length}"
             raise InputError(
-                f"{count}, such as {short(response)} to {short(prompt_text(prompt))}: {said}; give such answers a score"
-                " by judge.missing"
+                f"{count}, such as {short(response)} to {short(prompt_text(prompt))}: {reasons[first]}; give such"
+                " answers a score by judge.missing"
             )
         print(f"{count}: they score {self.cfg.missing:g}", flush=True)
 
@@ -242,19 +281,13 @@ class Judge:
             for i, j in itertools.permutations(range(len(texts)), 2):
                 if texts[i] != texts[j]:
                     requests[n, i, j] = pair_request(self.rubric, prompt, texts[i], texts[j])
-        said: list[Any]  # of each request, what `both` joins
-        both: Callable[..., int | None]
-        if self.weigh:
-            logp = self.weigh([*requests.values()], ["Verdict: A", "Verdict: B"])
-            said, both = (logp[:, 0] - logp[:, 1]).tolist(), both_margins
-        else:
-            assert self.ask is not None
-            said, both = [read_verdict(reply) for reply in self.ask([*requests.values()])], both_orders
-        of_pair = dict(zip(requests, said, strict=True))
-        return [_ranking(len(texts), n, of_pair, both) for n, texts in enumerate(responses)]
+        said = dict(zip(requests, self.replies.verdicts([*requests.values()]), strict=True))
+        return [_ranking(len(texts), n, said, self.replies.both) for n, texts in enumerate(responses)]
 
 
-def _ranking(count: int, n: int, said: Mapping[tuple[int, int, int], Any], both: Callable[..., int | None]) -> Ranking:
+def _ranking(
+    count: int, n: int, said: Mapping[tuple[int, int, int], float], both: Callable[[float, float], int | None]
+) -> Ranking:
     """The ranking of prompt `n`'s responses from what was said of its pairs in each order, which `both` joins."""
     verdicts = [[0] * count for _ in range(count)]
     pairs = missing = swayed = 0
@@ -280,8 +313,8 @@ def load(cfg: Config, layout: parallel.Layout, compute: models.Compute, seed: in
     if not rubric:
         raise InputError(f"judge.rubric={cfg.rubric} is empty: expected a text that says what a good answer is")
     if cfg.replies == "weighed":
-        return Judge(cfg, rubric, None, _weigher(cfg, layout, compute))
-    return Judge(cfg, rubric, _local(cfg, layout, compute, seed) if cfg.url is None else _remote(cfg))
+        return Judge(cfg, rubric, Weighed(_weigher(cfg, layout, compute), cfg.length))
+    return Judge(cfg, rubric, Written(_local(cfg, layout, compute, seed) if cfg.url is None else _remote(cfg)))
 
 
 def _local(cfg: Config, layout: parallel.Layout, compute: models.Compute, seed: int) -> Ask:

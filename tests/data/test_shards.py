@@ -4,6 +4,7 @@ import errno
 import functools
 import itertools
 import json
+import os
 import re
 import tracemalloc
 from pathlib import Path
@@ -171,6 +172,22 @@ def test_memory_does_not_grow_with_the_data(tokenizer, tmp_path, monkeypatch, ki
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 100_000, peaks
     assert len(list(Path(made.folder).parents[1].glob("*.array_record*"))) > 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc, where Linux says how much is resident")
+def test_rows_that_are_stored_leave_memory_that_python_does_not_count_too(tmp_path, monkeypatch):
+    resident = []
+
+    def large(self):
+        for n in range(1000):
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE"))
+            yield f"row {n}", {"text": f"{n} " + "x" * 2**16}
+
+    monkeypatch.setattr(sources.PlainRows, "rows", large)
+    monkeypatch.setattr(builders, "SHARD", 2**23)
+    (tmp_path / "some.jsonl").write_text('{"text": "in its place"}')
+    assert len(sources.rows(str(tmp_path / "some.jsonl"), "text", data_dir=tmp_path / "data")) == 1000
+    assert resident[-1] - resident[200] < 2**24, (resident[200], resident[-1])
 
 
 def test_progress_tells_rows_and_tokens_a_second(tokenizer, rows, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from rlhf_jax.data.hhh import compared
 from rlhf_jax.evaluation import hhh
 from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models import heads
-from rlhf_jax.rollouts.judge import Config, Judge
+from rlhf_jax.rollouts.judge import Config, Judge, Written
 from rlhf_jax.types import InputError
 from tests import tiny
 from tests.evaluation.models import model
@@ -99,7 +99,7 @@ def test_verdicts_of_a_judge(capsys):
 
     answers = [("yes yes", "no"), ("no", "yes"), ("is", "no"), ("steam", "ice"), ("ice", "ice ice")]
     rows = [compared({"prompt": "Is ice cold?", "chosen": a, "rejected": b}, "row") for a, b in answers]
-    judge = Judge(Config(), "Long answers are good.", lambda texts: [*map(reply, texts)])
+    judge = Judge(Config(), "Long answers are good.", Written(lambda texts: [*map(reply, texts)]))
     found = hhh.by_judge(judge, {"all": rows}, batch=2)
     assert found["judge"]["all"].tolist() == [1, -1, 0, 0, -1]
     assert "all: of 5 pairs, 1 without a verdict, 1 with another in the other order" in capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_a_verdict_is_the_last_line_and_nothing_else(reply, verdict):
 def test_a_verdict_holds_in_both_orders():
     assert judge.both_orders(1, -1) == 1 and judge.both_orders(-1, 1) == -1 and judge.both_orders(0, 0) == 0
     assert judge.both_orders(1, 1) == judge.both_orders(-1, -1) == judge.both_orders(1, 0) == 0
-    assert judge.both_orders(None, 1) is None and judge.both_orders(0, None) is None
+    assert judge.both_orders(np.nan, 1) is None and judge.both_orders(0, np.nan) is None
 
 
 def test_ranks_by_hand():
@@ -89,7 +89,7 @@ def of(*replies, **settings):
         return list(replies)[: len(texts)]
 
     cfg = judge.Config(model=Path("x"), rubric=Path("r"), **settings)
-    return judge.Judge(cfg, "Be kind.", ask), asked
+    return judge.Judge(cfg, "Be kind.", judge.Written(ask)), asked
 
 
 def test_an_answer_without_a_verdict_ends_the_run_or_scores_what_is_set(capsys):
@@ -134,7 +134,7 @@ def weighing(*logp, **settings):
         return np.array(logp)
 
     cfg = judge.Config(model=Path("x"), rubric=Path("r"), replies="weighed", **settings)
-    return judge.Judge(cfg, "Be kind.", None, weigh), asked
+    return judge.Judge(cfg, "Be kind.", judge.Weighed(weigh, cfg.length)), asked
 
 
 def test_a_weighed_score_is_the_mean_by_probability(capsys):
@@ -335,9 +335,9 @@ def test_a_model_directory_judges(directory, capsys):
     """One that was never trained gives no verdict, which is said; nor does one whose request is too long."""
     cfg = judge.Config(model=directory, rubric=directory / "rubric.txt", max_new_tokens=4, length=100, missing=0.0)
     who = loaded(cfg)
-    replies = who.ask([judge.score_request("Be kind.", "p", "a", 10), "x" * 500, "p"])
+    replies = who.replies.ask([judge.score_request("Be kind.", "p", "a", 10), "x" * 500, "p"])
     assert len(replies) == 3 and replies[1] is None
-    assert who.ask(["x" * 500]) == [None]
+    assert who.replies.ask(["x" * 500]) == [None]
     _, absent = who.scores(["p"] * 9, ["a"] * 9)
     assert absent.all() and "no score for 9 of 9 answers" in capsys.readouterr().out
 
@@ -348,7 +348,7 @@ def test_a_model_directory_weighs(directory):
     cfg = judge.Config(model=directory, rubric=directory / "rubric.txt", length=100, replies="weighed")
     who = loaded(cfg)
     request, replies = judge.pair_request("", "p", "a", "b")[:60], ["Verdict: A", "Verdict: B"]
-    found = who.weigh(["x" * 500, request], replies)
+    found = who.replies.weigh(["x" * 500, request], replies)
     assert np.isnan(found[0]).all() and found.shape == (2, 2)
     model = models.load(directory)
     start, (ends,) = lib.render(model.tokenizer, [[{"role": "user", "content": request}]], [replies])
@@ -359,7 +359,7 @@ def test_a_model_directory_weighs(directory):
         assert end[-1] == model.tokenizer.eos_token_id and logp == pytest.approx(expected, abs=1e-4)
     scores_found, absent = who.scores(["p"], ["a"])
     assert not absent.any() and 1 < scores_found[0] < 10
-    assert who.weigh([], replies).shape == (0, 2) and who.rank(["p"], [["a", "a"]])[0].ranks == [0, 0]
+    assert who.replies.weigh([], replies).shape == (0, 2) and who.rank(["p"], [["a", "a"]])[0].ranks == [0, 0]
 
 
 @pytest.mark.slow
@@ -402,5 +402,5 @@ def check_server(cfg):
             loaded(cfg).scores(["p"] * 2, ["a", "b"])
         with pytest.raises(InputError, match=r"no such model; .* has judge"):
             loaded(dataclasses.replace(cfg, name="other"))
-        replies = loaded(cfg).ask(["hello", "x " * 300])
+        replies = loaded(cfg).replies.ask(["hello", "x " * 300])
         assert replies[1] is None  # longer than the context
