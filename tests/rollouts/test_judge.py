@@ -61,9 +61,9 @@ def test_a_verdict_is_the_last_line_and_nothing_else(reply, verdict):
 
 
 def test_a_verdict_holds_in_both_orders():
-    assert judge.both_orders(1, -1) == 1 and judge.both_orders(-1, 1) == -1 and judge.both_orders(0, 0) == 0
-    assert judge.both_orders(1, 1) == judge.both_orders(-1, -1) == judge.both_orders(1, 0) == 0
-    assert judge.both_orders(np.nan, 1) is None and judge.both_orders(0, np.nan) is None
+    assert judge.both_orders(1.0, -1.0) == 1 and judge.both_orders(-1.0, 1.0) == -1 and judge.both_orders(0.0, 0.0) == 0
+    assert judge.both_orders(1.0, 1.0) == judge.both_orders(-1.0, -1.0) == judge.both_orders(1.0, 0.0) == 0
+    assert judge.both_orders(np.nan, 1.0) is None and judge.both_orders(0.0, np.nan) is None
 
 
 def test_ranks_by_hand():
