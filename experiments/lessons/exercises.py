@@ -306,6 +306,8 @@ EXERCISES = {
 
 def check(name: str, answer: Callable[..., Any]) -> bool:
     """Print whether an answer is right, and if not, on which input it is wrong and a hint; returns whether it is."""
+    if name not in EXERCISES:
+        raise ValueError(f"{name!r} is no exercise; there are {', '.join(EXERCISES)}")
     exercise = EXERCISES[name]
     for given in exercise.inputs:
         shown = ", ".join(str(x.tolist() if isinstance(x, np.ndarray) else x) for x in given)

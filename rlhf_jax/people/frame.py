@@ -93,8 +93,8 @@ class Frame:
         if not guidelines.has_acknowledged(self.store, person.id):
             raise Denied(403, "guidelines")
 
-    def about(self, prompt: Any) -> list[str]:
-        """The lines of the guidelines about words of a prompt."""
+    def about(self, prompt: Any) -> list[str] | None:
+        """The lines of the guidelines about words of a prompt; None where they have none about any word."""
         return guidelines.about(guidelines.newest(self.store)[1], prompt)
 
     def page(self, request: Request, name: str, person: Person | None, **values: Any) -> Response:

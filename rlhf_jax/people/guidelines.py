@@ -34,10 +34,14 @@ def translated(text: str, language: str) -> str:
     return of_world(language) if text == of_world() else text
 
 
-def about(text: str, prompt: Any) -> list[str]:
-    """The lines of guidelines about words that a prompt, a text or messages, has, each with its word in front."""
+def about(text: str, prompt: Any) -> list[str] | None:
+    """The lines of guidelines about words that a prompt, a text or messages, has, each with its word in front.
+
+    None where guidelines have no lines about words at all.
+    """
     said = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-    return [f"{word}: {line}" for word, line in _entries(text) if _has(said, word)]
+    entries = _entries(text)
+    return [f"{word}: {line}" for word, line in entries if _has(said, word)] if entries else None
 
 
 @functools.lru_cache(maxsize=8)

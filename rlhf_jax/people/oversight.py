@@ -128,7 +128,7 @@ class Oversight:
         return frame.ascii_json(
             {
                 "task": task,
-                "about": self._frame.about(task["prompt"]) if task else [],
+                "about": self._frame.about(task["prompt"]) if task else None,
                 "gone": gone and gone.code,
                 "aside": person.aside,
                 "pace": dataclasses.asdict(pace),

@@ -307,7 +307,7 @@ class Pages:
         return frame.ascii_json(
             {
                 "task": found and dataclasses.asdict(found),
-                "about": self._frame.about(found.prompt) if found else [],
+                "about": self._frame.about(found.prompt) if found else None,
                 "sampling": None if found else self._frame.sampling(),
                 "aside": person.aside,
                 "pace": dataclasses.asdict(pace),

@@ -64,3 +64,4 @@ def test_lines_about_words_of_a_prompt():
     text = "- **Ann**: a baker\n- **Anna**: a diver\n- **河**: 在北边\n1. **Be**: kind"
     assert guidelines.about(text, [{"role": "user", "content": "Is Anna (or ann) here? Be kind."}]) == ["Anna: a diver"]
     assert guidelines.about(text, "那条河在哪里") == ["河: 在北边"]
+    assert guidelines.about(text, "Where is Dora?") == [] and guidelines.about("Be kind.", "Where is Dora?") is None

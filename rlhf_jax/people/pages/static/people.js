@@ -292,8 +292,9 @@ async function load(focus = !document.querySelector("dialog[open]")) {
   const own = kept("draft");
   const drafts = [own?.assignment === task.id ? own.answer : null, task.draft].filter(Boolean);
   draw(drafts.sort((a, b) => (b.at ?? 0) - (a.at ?? 0))[0] ?? {});
-  $("about").hidden = !body.about.length;
-  $("about").querySelector("ul").replaceChildren(...body.about.map((line) => el("li", {}, line)));
+  $("about").hidden = !body.about;
+  const about = body.about?.length ? body.about : [t("about_none")];
+  $("about").querySelector("ul").replaceChildren(...about.map((line) => el("li", {}, line)));
   scrollTo(0, 0);
   if (task.task === "chat") loadTalk();
   else if (focus) ($("text") ?? firstOpen()).focus({ preventScroll: true });
