@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from rlhf_jax.devices import parallel
+
 KLKind = Literal["k1", "k2", "k3"]
 
 
@@ -19,17 +21,23 @@ def token_logprobs(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], temperature: float = 1.0
 ) -> Float[Array, "B T"]:
     """The log-probability of tokens[b, t] under softmax(logits[b, t] / temperature), in nats; no shift is applied."""
-    return _token_logprobs(precise(logits) / temperature, tokens)
+    logits = precise(logits) / temperature
+    if parallel.platform() == "cpu":
+        return _on_cpu(logits, tokens)
+    # A masked sum in place of an index: with a vocabulary sharded over devices, each device sums its own part.
+    chosen = jnp.sum(jnp.where(_is_token(logits, tokens), logits, 0.0), axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 @jax.custom_vjp
-def _token_logprobs(logits: Array, tokens: Array) -> Array:
+def _on_cpu(logits: Array, tokens: Array) -> Array:
+    """The log-probabilities, with a gradient of their own. TPUs would need more memory for it than for JAX's."""
     return _forward(logits, tokens)[0]
 
 
 def _forward(logits: Array, tokens: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     """The log-probabilities, and what their gradient needs: the logits, the tokens and ln(sum(exp(logits)))."""
-    chosen = jax.lax.platform_dependent(logits, tokens, cpu=_indexed, default=_selected)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     total = jax.nn.logsumexp(logits, axis=-1)
     return chosen - total, (logits, tokens, total)
 
@@ -40,21 +48,12 @@ def _backward(saved: tuple[Array, Array, Array], grads: Array) -> tuple[Array, N
     return grads[..., None] * (_is_token(logits, tokens) - jnp.exp(logits - total[..., None])), None
 
 
-def _indexed(logits: Array, tokens: Array) -> Array:
-    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-
-
-def _selected(logits: Array, tokens: Array) -> Array:
-    """A masked sum in place of an index: with a vocabulary sharded over devices, each device sums its own part."""
-    return jnp.sum(jnp.where(_is_token(logits, tokens), logits, 0.0), axis=-1)
-
-
 def _is_token(logits: Array, tokens: Array) -> Array:
     """A mask of each distribution's entry for its token."""
     return jax.lax.broadcasted_iota(tokens.dtype, logits.shape, 2) == tokens[..., None]
 
 
-_token_logprobs.defvjp(_forward, _backward)
+_on_cpu.defvjp(_forward, _backward)
 
 
 def entropy(logits: Float[Array, "B T V"], temperature: float = 1.0) -> Float[Array, "B T"]:

@@ -40,7 +40,12 @@ def mutants(module: str, function: str, *changes: tuple[str, str]) -> list[Mutan
 
 
 MUTANTS = [
-    *mutants("logprobs", "token_logprobs", ("/ temperature", "* temperature")),
+    *mutants(
+        "logprobs",
+        "token_logprobs",
+        ("/ temperature", "* temperature"),
+        ("chosen - jax.nn.logsumexp", "chosen + jax.nn.logsumexp"),
+    ),
     *mutants(
         "logprobs",
         "_forward",

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"errors"},
     "people": {"errors", "settings", "hub"},  # neither `types` nor anything else that imports JAX
     "types": {"errors", "settings"},
-    "logprobs": {"types", "settings"},
+    "logprobs": {"types", "settings", "devices"},
     "devices": {"types", "settings"},
     "algorithms": GROUND | {"devices"},
     "data": {"types", "settings", "devices", "people"},

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import logprobs
+from rlhf_jax.devices import parallel
 from tests.oracles import cases
 
 
@@ -16,18 +17,17 @@ def test_token_logprobs_by_hand():
     np.testing.assert_allclose(sharp, np.log([[0.25 / 0.38, 0.36 / 0.46]]), rtol=1e-6)
 
 
-def test_gradients_of_token_logprobs_by_hand():
-    """grads (1 - p) / temperature at the token, -grads p / temperature elsewhere."""
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_token_logprobs_and_their_gradients_on_each_platform(monkeypatch, platform):
+    """The gradient is grads (1 - p) / temperature at the token, -grads p / temperature elsewhere."""
+    monkeypatch.setattr(parallel, "platform", lambda: platform)
     logits = jnp.log(jnp.array([[[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]]))
     read = lambda logits: logprobs.token_logprobs(logits, jnp.array([[2, 0]]), temperature=2.0)
-    (found,) = jax.vjp(read, 2.0 * logits)[1](jnp.array([[3.0, -1.0]]))
+    values, gradient = jax.vjp(read, 2.0 * logits)
+    np.testing.assert_allclose(values, np.log([[0.5, 0.6]]), rtol=1e-6)
+    (found,) = gradient(jnp.array([[3.0, -1.0]]))
     expected = [[[-0.6, -0.9, 1.5], [-0.4, 0.3, 0.1]]]
     np.testing.assert_allclose(found, 0.5 * np.array(expected), rtol=1e-5)
-
-
-def test_every_platform_chooses_the_same_logits():
-    logits, tokens = jax.random.normal(jax.random.key(0), (2, 3, 5)), jnp.array([[0, 4, 2], [1, 1, 3]])
-    np.testing.assert_array_equal(logprobs._indexed(logits, tokens), logprobs._selected(logits, tokens))
 
 
 @cases("token_logprobs_tau_1.0", "token_logprobs_tau_0.7", "token_logprobs_extreme")
