@@ -5,8 +5,7 @@ what came out; `--only NAME` makes one of them.
 
 Run:     python -m experiments.studies.symptoms --quickstart runs/quickstart
 Parent:  ppo, reward
-Result:  12 of 12 planted faults are named first, and nothing of the 4 healthy runs; 459 s of processor time in all with
-         JAX_DISABLE_MOST_OPTIMIZATIONS=true
+Result:  12 of 12 planted faults are named first, and nothing of the 4 healthy runs; 422 s of processor time in all
 """
 
 import contextlib
