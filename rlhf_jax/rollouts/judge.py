@@ -199,6 +199,7 @@ class Written:
     """Replies that a model writes: the verdict is their last line."""
 
     ask: Ask
+    both = staticmethod(both_orders)  # the verdict on a pair, from those in both orders
 
     def scores(self, requests: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
         """The score in the reply to each request, nan where there is none, and why there would be none. [B] each."""
@@ -215,10 +216,6 @@ class Written:
         found = [read_verdict(reply) for reply in self.ask(requests)]
         return [math.nan if verdict is None else float(verdict) for verdict in found]
 
-    def both(self, forward: float, swapped: float) -> int | None:
-        """The verdict on a pair, from those in both orders."""
-        return both_orders(forward, swapped)
-
 
 @dataclasses.dataclass(frozen=True)
 class Weighed:
@@ -226,6 +223,7 @@ class Weighed:
 
     weigh: Weigh
     length: int  # most tokens of a request
+    both = staticmethod(both_margins)  # the verdict on a pair, from the margins in both orders
 
     def scores(self, requests: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
         """The mean score for each request, nan where there is none, and why there would be none. [B] each."""
@@ -236,10 +234,6 @@ class Weighed:
         """How much likelier A is than B for each request, in nats; nan where there is no verdict."""
         logp = self.weigh(requests, ["Verdict: A", "Verdict: B"])
         return (logp[:, 0] - logp[:, 1]).tolist()
-
-    def both(self, forward: float, swapped: float) -> int | None:
-        """The verdict on a pair, from the margins in both orders."""
-        return both_margins(forward, swapped)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,7 +175,8 @@ def test_memory_does_not_grow_with_the_data(tokenizer, tmp_path, monkeypatch, ki
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc, where Linux says how much is resident")
-def test_rows_that_are_stored_leave_memory_that_python_does_not_count_too(tmp_path, monkeypatch):
+def test_stored_rows_do_not_stay_in_memory(tmp_path, monkeypatch):
+    """Neither in Python's nor in that of the libraries which write them, which `tracemalloc` does not see."""
     resident = []
 
     def large(self):

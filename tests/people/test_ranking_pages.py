@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[people]")
 
+from rlhf_jax.people import guidelines
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
 from tests.people.browsing import ANSWERS, RANKS, RATED, Site, check_access, drag, order, picture, shown, stored, until
@@ -89,6 +90,22 @@ def test_a_ranking_by_mouse(site: Site):
     assert admin.locator(".start").count() == 0  # somebody else labels
     assert "1 of 1 answers" in admin.inner_text("main")
     picture(admin, "people-admin")
+
+
+def test_guidelines_without_a_word_of_the_question_say_so(site: Site):
+    page = site.person()
+    until(page, "!document.getElementById('task').hidden")
+    assert page.is_hidden("#about")  # there are none
+    with Store(site.db) as store:
+        guidelines.add(store, "- **Anna**: a diver")
+    page.reload()
+    page.wait_for_url("**/guidelines")
+    page.locator("button.primary").press("Enter")
+    page.wait_for_url(site.server.url + "/")
+    page.click("#about summary")
+    assert page.inner_text("#about li") == "Nothing about a person, place or word of this question."
+    check_access(page)
+    picture(page, "people-about")
 
 
 def test_a_page_without_tasks_tells_how_far_the_model_is(site: Site):
