@@ -92,14 +92,16 @@ def test_pages_of_studies_say_which_commit_their_numbers_are_of():
 def test_the_front_page_in_chinese_says_the_same():
     """It has the commands, the pictures, the lessons and the numbers of the other libraries of the English one."""
     english, chinese = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("index", "zh"))
-    shown = lambda text: [name.replace("-chinese", "-rank") for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)]
+    shown = lambda text: [
+        name.replace("-chinese.png", "-rank.gif") for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    ]
     assert shown(english) == shown(chinese)
     assert shlex.split(english.split("```sh")[1].split("```")[0], comments=True) == shlex.split(
         chinese.split("```sh")[1].split("```")[0], comments=True
     )
     said = english.split("```{toctree}")[0]
     targets = lambda text: set(re.findall(r"\]\(([^)]+)\)", text)) - {"zh.md"}
-    assert {target.replace("-chinese", "-rank") for target in targets(chinese)} >= targets(said)
+    assert {target.replace("-chinese.png", "-rank.gif") for target in targets(chinese)} >= targets(said)
     listed = re.findall(r"^\d+\. \[.+\]\((.+)\)", (ROOT / "docs/learn/index.md").read_text(), re.MULTILINE)
     assert re.findall(r"^\d+\. \[.+\]\(learn/(.+?)\)", chinese, re.MULTILINE) == listed
 

@@ -5,14 +5,16 @@ axe-core's axe.min.js to check the pages for accessibility.
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from rlhf_jax.people import __main__ as command
 from rlhf_jax.people import access
@@ -24,7 +26,12 @@ ANSWERS = [
     "Plants catch light with chlorophyll and split water with it. The oxygen leaves the plant, and the hydrogen"
     " helps to build sugar from carbon dioxide.\n\nIn short: light + water + carbon dioxide → sugar + oxygen.",
     "It's when plants eat sunlight.",
-    "Photosynthesis turns light into food, and it is why there is oxygen to breathe. " * 8,
+    "Plants are their own cooks. Their leaves catch sunlight with something green, called chlorophyll, their"
+    " roots drink water, and tiny holes under the leaves let in carbon dioxide from the air. With the energy of"
+    " the light they join water and carbon dioxide into sugar, which is their food. Some of it they keep for the"
+    " night, and out of the rest they build stems, roots and fruit. What is left over is oxygen. It goes out"
+    " through the same tiny holes, and you are breathing it now. All this is called photosynthesis: putting"
+    " together with light. So every apple that you eat was once air, water and sunshine.",
     "I cannot help with that.",
 ]
 PROMPT = [
@@ -158,6 +165,23 @@ def picture(page: Any, name: str) -> None:
     if folder := os.environ.get("SCREENSHOTS"):
         page.wait_for_timeout(300)
         page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+@contextlib.contextmanager
+def film(page: Any, name: str) -> Iterator[Callable[[int], None]]:
+    """A function that shows the page as it is now for so many milliseconds of one animated picture."""
+    frames, durations = [], []
+
+    def hold(milliseconds: int) -> None:
+        if os.environ.get("SCREENSHOTS"):
+            page.wait_for_timeout(200)
+            frames.append(Image.open(io.BytesIO(page.screenshot())).convert("P", palette=Image.Palette.ADAPTIVE))
+            durations.append(milliseconds)
+
+    yield hold
+    if frames:
+        path = Path(os.environ["SCREENSHOTS"]) / f"{name}.gif"
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def check_access(page: Any) -> None:

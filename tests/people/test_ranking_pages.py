@@ -10,7 +10,20 @@ pytest.importorskip("uvicorn", reason="needs the extra people: pip install -e .[
 from rlhf_jax.people import guidelines
 from rlhf_jax.people.rules import Rules
 from rlhf_jax.people.store import Store
-from tests.people.browsing import ANSWERS, RANKS, RATED, Site, check_access, drag, order, picture, shown, stored, until
+from tests.people.browsing import (
+    ANSWERS,
+    RANKS,
+    RATED,
+    Site,
+    check_access,
+    drag,
+    film,
+    order,
+    picture,
+    shown,
+    stored,
+    until,
+)
 
 
 def test_a_ranking_by_mouse(site: Site):
@@ -105,7 +118,6 @@ def test_guidelines_without_a_word_of_the_question_say_so(site: Site):
     page.click("#about summary")
     assert page.inner_text("#about li") == "Nothing about a person, place or word of this question."
     check_access(page)
-    picture(page, "people-about")
 
 
 def test_a_page_without_tasks_tells_how_far_the_model_is(site: Site):
@@ -129,12 +141,15 @@ def test_a_ranking_by_keyboard_alone(site: Site):
     page = site.person(viewport={"width": 1440, "height": 900})
     places = order(page, ANSWERS)
     press = page.keyboard.press
-    for k in places:
-        press(str(RATED[k]))
-    for k in places:
-        press(str([2, 4, 1, 4][k]))
-    press("Enter")  # the focus is on the button
-    stored(page, 1)
+    with film(page, "people-rank") as hold:
+        hold(1500)
+        for key in [str(RATED[k]) for k in places] + [str([2, 4, 1, 4][k]) for k in places]:
+            press(key)
+            hold(700)
+        hold(1500)
+        press("Enter")  # the focus is on the button
+        stored(page, 1)
+        hold(1500)
     (row,) = site.exported()
     assert (row["ranks"], [rating["overall"] for rating in row["ratings"]]) == (RANKS, RATED)
 
