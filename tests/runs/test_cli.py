@@ -157,6 +157,13 @@ def test_a_fresh_process_says_nothing_of_its_own(tmp_path):
     assert (done.stdout, done.stderr, done.returncode) == ("4\n", "", 0)
 
 
+def test_a_python_without_the_packages_is_told_where_they_are():
+    bare = [sys.executable, "-S", "-m", "experiments.ppo"]  # -S: without site-packages
+    done = subprocess.run(bare, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{sys.executable} has no jax: activate the environment" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path):
     """Not even what takes no time to compile."""
