@@ -1,11 +1,11 @@
 """Does `experiments.diagnose` name the fault of a run that has one? Runs of the world, each with one fault planted.
 
-Each takes well under a minute, from the models of a quickstart. The last four are healthy. docs/troubleshooting.md has
+Each takes well under a minute, from the models of a quickstart. The last five are healthy. docs/troubleshooting.md has
 what came out; `--only NAME` makes one of them.
 
 Run:     python -m experiments.studies.symptoms --quickstart runs/quickstart
 Parent:  ppo, reward
-Result:  12 of 12 planted faults are named first, and nothing of the 4 healthy runs; 422 s of processor time in all
+Result:  13 of 13 planted faults are named first, and nothing of the 5 healthy runs; 440 s of processor time in all
 """
 
 import contextlib
@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from experiments import diagnose, grpo, ppo, reward
+from experiments import diagnose, grpo, ppo, pretrain, reward
 from rlhf_jax import models, runs
 from rlhf_jax.algorithms import optim
 from rlhf_jax.algorithms import ppo as ppo_lib
@@ -69,36 +70,46 @@ def main(cfg: Config) -> dict[str, Any]:
     print(f"{right} of {len(rows)} as planted")
     known = [rows[name] for name in RUNS if name in rows]
     runs.write(path, json.dumps(known, indent=2) + "\n")
-    draw(cfg.out)
+    draw(cfg)
     return {"runs": known}
 
 
-# The metric that tells, by the name of the run.
+# The metrics that tell, by the name of the run. `nan` and `ratio` end at their first step, and pairs tell of `length`.
 TOLD_BY = {
-    "negative-kl": "kl/reference",
-    "chance": "reward/accuracy",
-    "critic": "value/explained_variance",
-    "short": "response/tokens",
-    "long": "response/tokens",
-    "entropy": "policy/entropy",
-    "kl": "kl/reference",
-    "slow": "seconds/score",
+    "negative-kl": ("kl/reference",),
+    "chance": ("reward/accuracy",),
+    "stuck": ("loss/next_token",),
+    "critic": ("value/explained_variance",),
+    "short": ("response/tokens",),
+    "long": ("response/tokens",),
+    "entropy": ("policy/entropy",),
+    "kl": ("kl/reference",),
+    "gold": ("score", "gold"),
+    "slow": ("seconds/score",),
 }
+HEALTHY = {"chance": "healthy-reward", "stuck": "healthy-pretrain"}  # and for the others healthy-1
 
 
-def draw(out: Path) -> None:
-    """Draw the metric that tells of each planted fault beside that of a healthy run, into symptoms.png."""
+def draw(cfg: Config) -> None:
+    """Draw the metrics that tell of each planted fault beside those of a healthy run, into symptoms.png."""
     panels = {}
-    for name, metric in TOLD_BY.items():
-        healthy = "healthy-reward" if metric.startswith("reward/") else "healthy-1"
-        if not all((out / run / "metrics.jsonl").is_file() for run in (name, healthy)):
-            continue
-        panels[f"{name}: {metric}"] = {
-            label: [(row["step"], row[metric]) for row in log.read(out / run) if row.get(metric) is not None]
-            for label, run in (("healthy", healthy), ("planted", name))
-        }
+    for name, metrics in TOLD_BY.items():
+        beside = HEALTHY.get(name, "healthy-1")
+        if all((cfg.out / run / "metrics.jsonl").is_file() for run in (name, beside)):
+            courses = {"healthy": diagnose.read(cfg.out / beside), "planted": diagnose.read(cfg.out / name)}
+            for metric in metrics:
+                panels[f"{name}: {metric}"] = {label: points(course, metric) for label, course in courses.items()}
     if panels:
-        plots.lines(out / "symptoms.png", panels, x="step")
+        plots.lines(cfg.out / "symptoms.png", panels, x="step")
+
+
+def points(course: symptoms.Course, name: str) -> list[tuple[int, float]]:
+    """A metric by step, or the mean score or gold of the answers to the prompts that stay the same."""
+    if name not in ("score", "gold"):
+        return [(row["step"], row[name]) for row in course.metrics if row.get(name) is not None]
+    steps = sorted({answer.step for answer in course.answers})
+    at = lambda step: [getattr(answer, name) for answer in course.answers if answer.step == step]
+    return [(step, float(np.mean(at(step)))) for step in steps]
 
 
 USUAL = ppo.Config()
@@ -216,6 +227,19 @@ def labels_by_length(cfg: Config, out: Path) -> None:
     judge(cfg, out, lambda row: [-len(text.split()) + 100 for text in row["responses"]])
 
 
+def pretraining(cfg: Config, out: Path, lr: float = pretrain.Config.lr) -> None:
+    """The first stage, cut short."""
+    pretrain.main(
+        dataclasses.replace(
+            pretrain.Config(), seed=cfg.seed, out=out, data_dir=cfg.out / "data", steps=2 * cfg.steps, lr=lr, saves=ANEW
+        )
+    )
+
+
+def still(cfg: Config, out: Path) -> None:
+    pretraining(cfg, out, lr=1e-8)
+
+
 def idle_critic(cfg: Config, out: Path) -> None:
     ppo.main(dataclasses.replace(policy(cfg, out), critic_lr=1e-8))
 
@@ -289,6 +313,10 @@ def healthy_reward(cfg: Config, out: Path) -> None:
     judge(dataclasses.replace(cfg, seed=cfg.seed + 4), out, lambda row: row["ranks"])
 
 
+def healthy_pretrain(cfg: Config, out: Path) -> None:
+    pretraining(dataclasses.replace(cfg, seed=cfg.seed + 5), out)
+
+
 # Each run, with the symptom that is to be named first; None where nothing is to be.
 RUNS: dict[str, tuple[str | None, Callable[[Config, Path], None]]] = {
     "nan": ("The loss is NaN", too_large_steps),
@@ -296,6 +324,7 @@ RUNS: dict[str, tuple[str | None, Callable[[Config, Path], None]]] = {
     "negative-kl": ("The KL is negative", unseen_temperature),
     "chance": ("The reward model is near chance", shuffled_labels),
     "length": ("The reward model prefers length", labels_by_length),
+    "stuck": ("The loss does not fall", still),
     "critic": ("The value loss does not fall", idle_critic),
     "short": ("Answers end at once", scored_by(lambda text: -float(len(text.split())))),
     "long": ("Answers grow", scored_by(lambda text: 0.2 * len(text.split()), longest=32)),
@@ -307,6 +336,7 @@ RUNS: dict[str, tuple[str | None, Callable[[Config, Path], None]]] = {
     "healthy-2": (None, healthy(2)),
     "healthy-grpo": (None, healthy_grpo),
     "healthy-reward": (None, healthy_reward),
+    "healthy-pretrain": (None, healthy_pretrain),
 }
 
 
