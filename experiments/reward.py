@@ -115,7 +115,11 @@ def table(rows: Iterable[Row], tokenizer: tokenizer_lib.Tokenizer, running_fn: C
     for b, (start, end) in enumerate(pairs):
         sequence = np.append(start, end)[:length]
         ids[b, : len(sequence)], mask[b, : len(sequence)] = sequence, True
-    parts = [running_fn(ids[first : first + READ], mask[first : first + READ]) for first in range(0, count, READ)]
+    parts = []
+    with progress.bar(count // READ, what="token by token", unit="batch", delay=10.0) as shown:
+        for first in range(0, count, READ):
+            parts.append(running_fn(ids[first : first + READ], mask[first : first + READ]))
+            shown.update()
     running, known = np.concatenate(parts), dict[int, str]()
     answers = [
         (n, row["prompt"], *pair, said)
