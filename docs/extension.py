@@ -47,6 +47,7 @@ def read_source(app: Sphinx, page: str, source: list[str]) -> None:
         text = with_links(pages.with_sources(text), posixpath.basename(page))
     if page == "index":
         text = complete(text)
+    text = with_address(text)
     up = posixpath.relpath(".", posixpath.dirname(page) or ".")
     for name, target in WHOLE.items():
         text = re.sub(rf"\]\((?:\.\./)+{re.escape(name)}", f"]({up}/{target}.md", text)
@@ -59,6 +60,13 @@ def complete(text: str) -> str:
     named = set(re.findall(r"^(?:.* <)?([\w/]+)>?$", text, re.MULTILINE))
     text = re.sub(r"^contributing$", "\n".join([*sorted(there - named), "contributing"]), text, flags=re.MULTILINE)
     return text if "troubleshooting" in there else text.replace("\ntroubleshooting\n", "\n")
+
+
+def with_address(text: str) -> str:
+    """The text with the address of the repository in its commands, where that is known."""
+    if not REPOSITORY:
+        return text
+    return re.sub(r"THIS_REPOSITORY( .*?) +# THIS_REPOSITORY.*", rf"https://github.com/{REPOSITORY}\1", text)
 
 
 def with_links(text: str, name: str) -> str:

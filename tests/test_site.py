@@ -51,6 +51,19 @@ def test_docstrings_become_restructured_text():
     assert found[6:9] == ["::", "", "    any text"]
 
 
+@pytest.mark.parametrize("page", ["index", "start", "slurm", "zh"])
+def test_commands_of_a_published_site_have_the_address(page: str, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("sphinx", reason="needs the extra docs: pip install -e .[docs]")
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    extension, text = load("extension"), (ROOT / "docs" / f"{page}.md").read_text()
+    assert extension.with_address(text) == text  # where the address is not known
+    monkeypatch.setattr(extension, "REPOSITORY", "somebody/rlhf_jax")
+    found = extension.with_address(text)
+    assert "git clone https://github.com/somebody/rlhf_jax rlhf_jax && cd rlhf_jax\n" in found
+    assert "THIS_REPOSITORY" not in found
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built."""
