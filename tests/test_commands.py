@@ -44,7 +44,7 @@ from tests import hub_server
 from tests.people import endpoints, labelling
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PARSE = cli.parse
 NAMES = r"(.*python -m )?\S+"  # in backticks: a program, rather than a command
 OURS = r"(?:\w+=\S* )*(?:(?:\.venv/bin/)?python3? |pytest |scripts/\w+\.(?:sh|py)\b)"

@@ -144,6 +144,11 @@ def opened(browser: Any, path: Path, **options: Any) -> tuple[Any, list[str]]:
     return page, wrong
 
 
+def first_paint(page: Any) -> float:
+    """The milliseconds after which the page showed something."""
+    return page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+
+
 def check(page: Any) -> None:
     from tests.people.browsing import check_access
 
@@ -155,8 +160,8 @@ def test_two_thousand_episodes_without_a_stutter(browser: Any, tmp_path: Path):
     path.write_text(report.page([record("a", 2000)], {}))
     assert path.stat().st_size < 5 * 2**20
     page, wrong = opened(browser, path)
-    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    assert paint < 1000
+    assert first_paint(page) < 1000
+    check(page)
     assert "2,000 of 2,000 answers" in page.inner_text("#count")
 
     list_ = page.locator(".list")
@@ -274,6 +279,20 @@ def test_two_runs_side_by_side_and_two_reward_models(browser: Any, tmp_path: Pat
     assert not wrong + more + none
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_a_run_of_ppo(browser: Any, done: tuple[Any, dict], tmp_path: Path, scheme: str):
+    run = done[0].out / "ppo"
+    path = experiment.main(experiment.Config(run=run, out=tmp_path / "ppo.html"))
+    assert path.stat().st_size < 5 * 2**20
+    page, wrong = opened(browser, path, color_scheme=scheme)
+    assert first_paint(page) < 1000
+    assert page.inner_text("#tokens")
+    for view in ("Answers", "Curves", "Settings"):
+        page.click(f"[role=tab] >> text={view}")
+        check(page)
+    assert not wrong
+
+
 def test_pictures_of_the_docs(browser: Any, tmp_path: Path):
     """Of the quickstart: QUICKSTART is its directory."""
     from tests.people.browsing import picture
@@ -285,7 +304,7 @@ def test_pictures_of_the_docs(browser: Any, tmp_path: Path):
         path = experiment.main(experiment.Config(run=quickstart / "ppo", out=tmp_path / "ppo.html"))
         assert path.stat().st_size < 5 * 2**20
         page, wrong = opened(browser, path, color_scheme=scheme)
-        assert page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") < 1000
+        assert first_paint(page) < 1000
         check(page)
         picture(page, f"report-{scheme}")
         page.click("text=Curves")
