@@ -85,7 +85,7 @@ def record(out: Path, pairs: calibration.Pairs, ties: int) -> float:
     panels = {
         f"accuracy by confidence (error {error:.3f})": reliability,
         "accuracy by margin of scores": calibration.binned(np.abs(pairs.margin), pairs.margin),
-        "accuracy by length, preferred less other (tokens)": calibration.binned(pairs.longer, pairs.margin),
+        "accuracy by extra tokens of the preferred": calibration.binned(pairs.longer, pairs.margin),
     }
     accuracy = float(calibration.correct(pairs.margin).mean())
     count = len(pairs.margin)

@@ -185,10 +185,14 @@ def train(experiment: Callable[[Any], Any], run: Any) -> float:
 
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The commit of the code in a folder, and whether its files differ from it; None without Git."""
-    command = ["git", "describe", "--always", "--exclude=*", "--dirty= with changes"]
+    """The commit of a folder, and whether Python files differ from it; None without Git.
+
+    Other files may differ, such as pages that another study has renewed.
+    """
+    ask = lambda *words: subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout
     try:
-        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+        found = ask("describe", "--always", "--exclude=*").strip()
+        return f"{found} with changes" if ask("status", "--porcelain", "-uno", ":(top)*.py") else found
     except (OSError, subprocess.CalledProcessError):
         return None
 

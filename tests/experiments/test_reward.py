@@ -45,7 +45,7 @@ def test_the_record_tells_accuracy_by_margin_and_by_length(tmp_path):
     assert by == [
         ("accuracy by margin of scores", [{"at": 1, "accuracy": 0, "pairs": 1}, {"at": 2, "accuracy": 1, "pairs": 1}]),
         (
-            "accuracy by length, preferred less other (tokens)",
+            "accuracy by extra tokens of the preferred",
             [{"at": -3, "accuracy": 1, "pairs": 1}, {"at": 4, "accuracy": 0, "pairs": 1}],
         ),
     ]

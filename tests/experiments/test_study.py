@@ -181,13 +181,16 @@ def test_the_commit_of_the_code(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
     assert study.commit(tmp_path) is None
     subprocess.run([*git, "init", "-q"], check=True)
-    (tmp_path / "a").write_text("1")
-    subprocess.run([*git, "add", "a"], check=True)
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "page.md").write_text("1")
+    subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "a"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
     found = study.commit(tmp_path)
     assert found is not None and len(found) >= 7 and head.startswith(found)
-    (tmp_path / "a").write_text("2")
+    (tmp_path / "page.md").write_text("2")
+    assert study.commit(tmp_path) == found
+    (tmp_path / "a.py").write_text("2")
     assert study.commit(tmp_path) == f"{found} with changes"
 
 
