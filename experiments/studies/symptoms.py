@@ -236,7 +236,8 @@ def pretraining(cfg: Config, out: Path, lr: float = pretrain.Config.lr) -> None:
     )
 
 
-def still(cfg: Config, out: Path) -> None:
+def tiny_steps(cfg: Config, out: Path) -> None:
+    """Steps of the optimiser that change next to nothing."""
     pretraining(cfg, out, lr=1e-8)
 
 
@@ -324,7 +325,7 @@ RUNS: dict[str, tuple[str | None, Callable[[Config, Path], None]]] = {
     "negative-kl": ("The KL is negative", unseen_temperature),
     "chance": ("The reward model is near chance", shuffled_labels),
     "length": ("The reward model prefers length", labels_by_length),
-    "stuck": ("The loss does not fall", still),
+    "stuck": ("The loss does not fall", tiny_steps),
     "critic": ("The value loss does not fall", idle_critic),
     "short": ("Answers end at once", scored_by(lambda text: -float(len(text.split())))),
     "long": ("Answers grow", scored_by(lambda text: 0.2 * len(text.split()), longest=32)),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from experiments import diagnose
+from experiments.studies import symptoms as study
 from rlhf_jax.analysis import symptoms
 from rlhf_jax.analysis.symptoms import Course, Graded, findings
 from rlhf_jax.devices.compute import Compute
@@ -147,3 +148,19 @@ def test_every_symptom_has_its_section():
     missing = [name for name in symptoms.CHECKS if f"\n## {name}\n" not in page]
     assert not missing
     assert symptoms.anchor("Reward up, gold down") == "reward-up-gold-down"
+
+
+def test_the_study_draws_metrics_and_what_answers_are_worth():
+    watched = [(5, 0.5), (5, 0.0), (1, 1.0), (1, 0.5)]  # step and gold
+    answers = [Graded(step, prompt="p", score=float(step), length=3, gold=gold) for step, gold in watched]
+    course = Course(metrics=[{"step": 1, "a": 0.5}, {"step": 2}, {"step": 3, "a": None}], answers=answers)
+    assert study.points(course, "a") == [(1, 0.5)]
+    assert study.points(course, "score") == [(1, 1.0), (5, 5.0)]
+    assert study.points(course, "gold") == [(1, 0.75), (5, 0.25)]
+
+
+def test_each_planted_symptom_is_one_that_diagnose_knows():
+    planted = {name: symptom for name, (symptom, _) in study.RUNS.items() if symptom}
+    assert set(planted.values()) == set(symptoms.CHECKS)
+    assert set(study.TOLD_BY) | {"nan", "ratio", "length"} == set(planted)
+    assert {*study.HEALTHY.values(), "healthy-1"} <= study.RUNS.keys() - planted.keys()
